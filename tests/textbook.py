@@ -1,0 +1,319 @@
+"""DARTS and PC-DARTS as the papers describe them: one module per edge and operation, plain, slow.
+
+What the fast supernet is held against, in float64 and in time. Nothing here is shared with it but
+the order of operations and edges. copy_weights carries the weights of our networks over.
+Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737).
+"""
+import copy
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+NAMES = ['none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5',
+         'dil_conv_3x3', 'dil_conv_5x5']
+NODES = 4
+
+
+class Zero(nn.Module):
+    def __init__(self, stride):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x):
+        return x[:, :, ::self.stride, ::self.stride] * 0
+
+
+def conv_bn(c, stride, size, dilation, affine):
+    padding = dilation * (size // 2)
+    return [nn.ReLU(),
+            nn.Conv2d(c, c, size, stride, padding, dilation, groups=c, bias=False),
+            nn.Conv2d(c, c, 1, bias=False),
+            nn.BatchNorm2d(c, affine=affine)]
+
+
+class FactorizedReduce(nn.Module):
+    def __init__(self, c_in, c_out, affine):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out // 2, 1, 2, bias=False)
+        self.conv2 = nn.Conv2d(c_in, c_out - c_out // 2, 1, 2, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, affine=affine)
+
+    def forward(self, x):
+        x = F.relu(x)
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        return self.bn(torch.cat([self.conv1(x), self.conv2(x[:, :, 1:, 1:])], 1))
+
+
+def operation(name, c, stride, affine):
+    if name == 'none':
+        return Zero(stride)
+    if name == 'max_pool_3x3':
+        pool = nn.MaxPool2d(3, stride, 1)
+    elif name == 'avg_pool_3x3':
+        pool = nn.AvgPool2d(3, stride, 1, count_include_pad=False)
+    elif name == 'skip_connect':
+        return nn.Identity() if stride == 1 else FactorizedReduce(c, c, affine)
+    else:
+        kind, size = name[:3], int(name[-1])
+        if kind == 'dil':
+            return nn.Sequential(*conv_bn(c, stride, size, 2, affine))
+        return nn.Sequential(*conv_bn(c, stride, size, 1, affine), *conv_bn(c, 1, size, 1, affine))
+    return pool if affine else nn.Sequential(pool, nn.BatchNorm2d(c, affine=False))
+
+
+class MixedOp(nn.Module):
+    """The candidates of one edge, on the first 1/partial of the channels."""
+    def __init__(self, c, stride, partial):
+        super().__init__()
+        self.stride, self.partial = stride, partial
+        self.ops = nn.ModuleList(operation(name, c // partial, stride, False) for name in NAMES)
+
+    def forward(self, x, weights):
+        c = x.shape[1] // self.partial
+        y = sum(w * op(x[:, :c]) for w, op in zip(weights, self.ops))
+        if self.partial == 1:
+            return y
+        rest = x[:, c:] if self.stride == 1 else F.max_pool2d(x[:, c:], 2, ceil_mode=True)
+        y = torch.cat([y, rest], 1)
+        b, c, h, w = y.shape
+        return y.view(b, self.partial, c // self.partial, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+class Edge(nn.Module):
+    """The one operation that is left on an edge of a derived cell."""
+    def __init__(self, name, c, stride):
+        super().__init__()
+        self.name, self.op = name, operation(name, c, stride, True)
+
+    def forward(self, x, drop_path_prob):
+        y = self.op(x)
+        if drop_path_prob and not isinstance(self.op, nn.Identity):
+            keep = torch.rand(len(y), 1, 1, 1, device=y.device) >= drop_path_prob
+            y = y / (1 - drop_path_prob) * keep
+        return y
+
+
+class Cell(nn.Module):
+    """A cell of the supernet, or of a derived network where `pairs` is given."""
+    def __init__(self, c_before, c_last, c, reduction, reduction_before, partial, pairs, concat):
+        super().__init__()
+        affine = pairs is not None
+        self.pre0 = FactorizedReduce(c_before, c, affine) if reduction_before else \
+            nn.Sequential(nn.ReLU(), nn.Conv2d(c_before, c, 1, bias=False),
+                          nn.BatchNorm2d(c, affine=affine))
+        self.pre1 = nn.Sequential(nn.ReLU(), nn.Conv2d(c_last, c, 1, bias=False),
+                                  nn.BatchNorm2d(c, affine=affine))
+        self.concat, self.edges = concat, nn.ModuleDict()
+        for node in range(2, 2 + NODES):
+            inputs = range(node) if pairs is None else pairs[2 * node - 4:2 * node - 2]
+            for pair in inputs:
+                state = pair if pairs is None else pair[1]
+                stride = 2 if reduction and state < 2 else 1
+                self.edges[f'{node},{state}'] = MixedOp(c, stride, partial) if pairs is None \
+                    else Edge(pair[0], c, stride)
+
+    def forward(self, s0, s1, weights, shares, drop_path_prob):
+        states = [self.pre0(s0), self.pre1(s1)]
+        row = 0
+        for node in range(2, 2 + NODES):
+            total = 0
+            for state in range(node):
+                if weights is not None:
+                    y = self.edges[f'{node},{state}'](states[state], weights[row])
+                    total = total + (y if shares is None else shares[row] * y)
+                    row += 1
+                elif f'{node},{state}' in self.edges:
+                    total = total + self.edges[f'{node},{state}'](states[state], drop_path_prob)
+            states.append(total)
+        return torch.cat([states[node] for node in self.concat], 1)
+
+
+class Network(nn.Module):
+    """Supernet, or the derived network of a genotype (auxiliary logits beside, when training)."""
+    def __init__(self, c, num_classes, layers, genotype=None, partial=1, auxiliary=False):
+        super().__init__()
+        self.partial, self.drop_path_prob = partial, 0
+        self.stem = nn.Sequential(nn.Conv2d(3, 3 * c, 3, padding=1, bias=False),
+                                  nn.BatchNorm2d(3 * c))
+        before, last, reduction_before = 3 * c, 3 * c, False
+        self.cells, self.reductions = nn.ModuleList(), []
+        self.auxiliary_at = 2 * layers // 3 if auxiliary else None
+        for layer in range(layers):
+            reduction = layer in (layers // 3, 2 * layers // 3)
+            c = 2 * c if reduction else c
+            pairs, concat = None, range(2, 2 + NODES)
+            if genotype is not None:
+                pairs = genotype.reduce if reduction else genotype.normal
+                concat = genotype.reduce_concat if reduction else genotype.normal_concat
+            self.cells.append(Cell(before, last, c, reduction, reduction_before, partial, pairs,
+                                   concat))
+            self.reductions.append(reduction)
+            before, last, reduction_before = last, len(concat) * c, reduction
+            if layer == self.auxiliary_at:
+                self.auxiliary = nn.Sequential(
+                    nn.ReLU(), nn.AvgPool2d(5, 3, count_include_pad=False),
+                    nn.Conv2d(last, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
+                    nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(),
+                    nn.Flatten(), nn.Linear(768, num_classes))
+        self.classifier = nn.Linear(last, num_classes)
+        self.alphas = nn.ParameterList()
+        if genotype is None:
+            self.alphas.extend(nn.Parameter(1e-3 * torch.randn(14, 8)) for _ in range(2))
+            if partial > 1:
+                self.alphas.extend(nn.Parameter(1e-3 * torch.randn(14)) for _ in range(2))
+
+    def forward(self, x):
+        s0 = s1 = self.stem(x)
+        auxiliary = None
+        for layer, (cell, reduction) in enumerate(zip(self.cells, self.reductions)):
+            weights = shares = None
+            if len(self.alphas):
+                weights = F.softmax(self.alphas[int(reduction)], 1)
+            if self.partial > 1:
+                beta = self.alphas[2 + int(reduction)]
+                shares = torch.cat([F.softmax(b, 0) for b in beta.split([2, 3, 4, 5])])
+            s0, s1 = s1, cell(s0, s1, weights, shares, self.drop_path_prob)
+            if layer == self.auxiliary_at and self.training:
+                auxiliary = self.auxiliary(s1)
+        logits = self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1))
+        return logits if auxiliary is None else (logits, auxiliary)
+
+    def weights(self):
+        return [p for name, p in self.named_parameters() if not name.startswith('alphas')]
+
+
+# ---------------------------------------------------------------------------------------------
+# The bilevel step
+
+
+def architecture_gradients(network, train, valid, unrolled=False, eta=0.025, momentum=0.9,
+                           weight_decay=3e-4, buffers=None):
+    """Gradients of the alphas: equation 6 of the DARTS paper, or 7 and 8 where `unrolled`."""
+    alphas = list(network.alphas)
+    if not unrolled:
+        return torch.autograd.grad(loss(network, valid), alphas)
+    weights = network.weights()
+    grads = torch.autograd.grad(loss(network, train), weights)
+    step = []
+    for k, (w, g) in enumerate(zip(weights, grads)):
+        step.append(g + weight_decay * w.detach())
+        if buffers is not None:
+            step[-1] = step[-1] + momentum * buffers[k]
+    virtual = copy.deepcopy(network)
+    with torch.no_grad():
+        for w, s in zip(virtual.weights(), step):
+            w -= eta * s
+    both = torch.autograd.grad(loss(virtual, valid), virtual.weights() + list(virtual.alphas))
+    dw, dalpha = both[:len(weights)], both[len(weights):]
+    eps = 0.01 / torch.sqrt(sum((g ** 2).sum() for g in dw))
+    sides = []
+    for sign in (1, -1):
+        moved = copy.deepcopy(network)
+        with torch.no_grad():
+            for w, g in zip(moved.weights(), dw):
+                w += sign * eps * g
+        sides.append(torch.autograd.grad(loss(moved, train), list(moved.alphas)))
+    return [a - eta * (p - n) / (2 * eps) for a, p, n in zip(dalpha, *sides)]
+
+
+def loss(network, batch):
+    return F.cross_entropy(network(batch[0]), batch[1])
+
+
+class Step:
+    """One weight and one architecture step with torch's own optimizers."""
+    def __init__(self, network, unrolled, lr=0.025, lr_alpha=3e-4):
+        self.network, self.unrolled, self.lr = network, unrolled, lr
+        self.sgd = torch.optim.SGD(network.weights(), lr, momentum=0.9, weight_decay=3e-4)
+        self.adam = torch.optim.Adam(network.alphas, lr_alpha, betas=(0.5, 0.999),
+                                     weight_decay=1e-3)
+
+    def __call__(self, train, valid):
+        buffers = [self.sgd.state[w]['momentum_buffer'] for w in self.network.weights()] \
+            if self.sgd.state else None
+        grads = architecture_gradients(self.network, train, valid, self.unrolled, self.lr,
+                                       buffers=buffers)
+        for alpha, grad in zip(self.network.alphas, grads):
+            alpha.grad = grad
+        self.adam.step()
+        self.network.zero_grad()
+        value = loss(self.network, train)
+        value.backward()
+        nn.utils.clip_grad_norm_(self.network.weights(), 5)
+        self.sgd.step()
+        self.network.zero_grad()
+        return value.item()
+
+
+# ---------------------------------------------------------------------------------------------
+# The same weights in both
+
+
+def pairs_of_weights(ours, book):
+    """[(tensor of our network, slice of its channels, tensor of the textbook's), ...].
+
+    Covers every parameter but the alphas and every running statistic once.
+    """
+    out = []
+
+    def same(a, b, block=slice(None)):
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            if getattr(a, name, None) is not None:
+                out.append((getattr(a, name), block, getattr(b, name)))
+
+    def halves(reduce, book_reduce, e=0, edges=1):
+        for a, b in ((reduce.even, book_reduce.conv1), (reduce.odd, book_reduce.conv2)):
+            c = a.out_channels // edges
+            same(a, b, slice(e * c, e * c + c))
+        c = reduce.norm.num_features // edges
+        same(reduce.norm, book_reduce.bn, slice(e * c, e * c + c))
+
+    for a, b in zip(ours.stem, book.stem):
+        same(a, b)
+    same(ours.classifier, book.classifier)
+    if hasattr(book, 'auxiliary'):
+        for a, b in zip([*ours.auxiliary_head.features, ours.auxiliary_head.classifier],
+                        [m for m in book.auxiliary if not isinstance(m, nn.Flatten)]):
+            same(a, b)
+    for cell, book_cell in zip(ours.cells, book.cells):
+        for a, b in ((cell.preprocess0, book_cell.pre0), (cell.preprocess1, book_cell.pre1)):
+            if hasattr(a, 'reduce'):
+                halves(a.reduce, b)
+            else:
+                same(a.conv, b[1])
+                same(a.norm, b[2])
+        for leaving, mixed_op in zip(cell.leaving, cell.mixed_ops):
+            for edges, names in mixed_op.groups:
+                for name in names:
+                    op = mixed_op.operations[name]
+                    for e, edge in enumerate(edges):
+                        node, state = leaving[edge]
+                        book_edge = book_cell.edges[f'{node},{state}']
+                        book_op = book_edge.ops[NAMES.index(name)] \
+                            if isinstance(book_edge, MixedOp) else book_edge.op
+                        if hasattr(op, 'even'):
+                            halves(op, book_op, e, len(edges))
+                        elif hasattr(op, 'kind'):
+                            if isinstance(book_op, nn.Sequential):
+                                same(op.norm, book_op[1])
+                        else:
+                            modules = [m for m in op.children()]
+                            books = [m for m in book_op if not isinstance(m, nn.ReLU)] \
+                                if isinstance(book_op, nn.Sequential) else []
+                            for a, b in zip(modules, books):
+                                c = a.weight.shape[0] if a.__class__ is not nn.BatchNorm2d \
+                                    else a.num_features
+                                c //= len(edges)
+                                same(a, b, slice(e * c, e * c + c))
+    return out
+
+
+def copy_weights(ours, book):
+    """Fill the textbook network with our network's weights, statistics and alphas."""
+    with torch.no_grad():
+        for a, block, b in pairs_of_weights(ours, book):
+            b.copy_(a[block])
+        if hasattr(ours, 'alphas'):
+            for a, b in zip(ours.alphas.values(), book.alphas):
+                b.copy_(a)
