@@ -138,7 +138,9 @@ class Cell(nn.Module):
             x, w = states[state], None
             if self.partial > 1:
                 x, rest = x.tensor_split([x.shape[1] // self.partial], 1)
-                passing.append(F.max_pool2d(rest, 2, ceil_mode=True) if self.strides[state] == 2 else rest)
+                if self.strides[state] == 2:
+                    rest = F.max_pool2d(rest, 2, ceil_mode=True)
+                passing.append(rest)
             if weights is not None:
                 w = weights[[EDGES.index(edge) for edge in leaving]]
             for edge, y in zip(leaving, mixed_op(x, w) if leaving else ()):

@@ -298,7 +298,7 @@ def pairs_of_weights(ours, book):
                             if isinstance(book_op, nn.Sequential):
                                 same(op.norm, book_op[1])
                         else:
-                            modules = [m for m in op.children()]
+                            modules = list(op.children())
                             books = [m for m in book_op if not isinstance(m, nn.ReLU)] \
                                 if isinstance(book_op, nn.Sequential) else []
                             for a, b in zip(modules, books):
