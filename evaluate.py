@@ -1,0 +1,579 @@
+"""Evaluate runs: what a search found and what it cost, what a retrained network is worth.
+
+    python evaluate.py runs/NAME [runs/NAME ...]                  # one run, or a table of several
+    python evaluate.py runs/retrain-* --csv table.csv
+    python evaluate.py --arch DARTS_V2 --cost --json              # parameters, multiply-adds
+
+This file owns everything about a run on disk: its folder, log and checkpoints, the choice of the
+device, metrics and tables. A retrained network is tested anew from its weights.pt.
+"""
+import csv
+import ctypes
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from generate_data import (
+    Batches,
+    Parser,
+    UserError,
+    fcntl,
+    number,
+    one_line_errors,
+    read,
+    write_file,
+)
+from genotypes import PUBLISHED, Genotype, checked, from_json
+from model_search import Network
+
+# ---------------------------------------------------------------------------------------------
+# Device
+
+
+def choose_device(gpu, tf32=False):
+    """torch.device for --gpu: a CUDA device, or the CPU for -1 and on a machine without CUDA."""
+    # glibc would give large blocks back to the system at once and fault them in again on the next
+    # step: keeping them saves up to a half of the time of memory-bound calls on a CPU.
+    if platform.system() == 'Linux':
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, 'mallopt'):
+            libc.mallopt(-3, 1 << 30)               # M_MMAP_THRESHOLD
+            libc.mallopt(-1, (1 << 31) - 1)         # M_TRIM_THRESHOLD
+    set_tf32(tf32)
+    if gpu < 0:
+        return torch.device('cpu')
+    if not torch.cuda.is_available():
+        print(f'no CUDA on this machine: --gpu {gpu} runs on the CPU '
+              f'({torch.get_num_threads()} threads)', file=sys.stderr)
+        return torch.device('cpu')
+    if gpu >= torch.cuda.device_count():
+        raise UserError(f'--gpu {gpu}: this machine has CUDA devices 0 to '
+                        f'{torch.cuda.device_count() - 1}; take one of them, or -1 for the CPU')
+    torch.backends.cudnn.deterministic = True
+    torch.cuda.set_device(gpu)
+    return torch.device('cuda', gpu)
+
+
+def set_tf32(on):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
+def hardware(device):
+    """What a measured number was measured on."""
+    cpu = platform.processor() or platform.machine()
+    if Path('/proc/cpuinfo').exists():
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        cpu = next((ln.split(':')[1].strip() for ln in lines if ln.startswith('model name')), cpu)
+    return {'cpu': cpu, 'threads': torch.get_num_threads(),
+            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}
+
+
+def peak_memory_mib(device):
+    if device.type == 'cuda':
+        return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    try:
+        import resource
+    except ImportError:                                                             # Windows
+        return None
+    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
+# ---------------------------------------------------------------------------------------------
+# Run folder: args.json, log.jsonl, checkpoint.pt, scripts/, and the result of the run
+
+# Settings that do not change a result, so that they may differ when a run is resumed.
+FREE = {'save', 'resume', 'gpu', 'workers', 'checkpoint_minutes', 'data_dir', 'download'}
+
+
+def run_name(script, args, defaults):
+    """Folder of a run under runs/: script, data, method or architecture, seed, and every other
+    setting that is not its default."""
+    def word(value):
+        return Path(str(value)).stem.replace(' ', '_')
+    main = {'data', 'method', 'arch', 'seed'}
+    other = [name if value is True else f'{name}={word(value)}'
+             for name, value in sorted(vars(args).items())
+             if name not in FREE | main and value != defaults.get(name)]
+    parts = [script, word(args.data), word(getattr(args, 'method', None) or args.arch),
+             f'seed{args.seed}', *other]
+    return str(Path('runs') / '-'.join(parts)[:200])
+
+
+def open_run(args, device):
+    """(folder, checkpoint or None) of a run that starts or goes on; None for one that is done."""
+    folder, settings = Path(args.save), {k: v for k, v in vars(args).items() if k not in FREE}
+    if (folder / 'args.json').exists():
+        if not args.resume:
+            raise UserError(f'{folder} holds a run already: --resume it, or choose another --save')
+        before = read_json(folder / 'args.json').get('settings', {})
+        for name in sorted(settings.keys() | before.keys()):
+            if settings.get(name) != before.get(name):
+                raise UserError(f'{folder} was run with --{name} {before.get(name)}, not '
+                                f'{settings.get(name)}: give the same, or choose another --save')
+        if any((folder / name).exists() for name in ('genotype.json', 'weights.pt')):
+            print(f'{folder} is finished')
+            return None
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(not path.name.startswith('.') for path in folder.iterdir()):
+            raise UserError(f'{folder} holds something that is no run: choose another --save')
+        about = {'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
+                 'settings': settings, 'date': time.strftime('%Y-%m-%d'),
+                 'versions': {'python': platform.python_version(), 'torch': torch.__version__},
+                 'git_commit': git_commit(), 'hardware': hardware(device)}
+        write_file(folder / 'args.json', json.dumps(about, indent=1) + '\n')
+    (folder / 'scripts').mkdir(exist_ok=True)
+    for script in Path(__file__).resolve().parent.glob('*.py'):
+        if not (folder / 'scripts' / script.name).exists():
+            write_file(folder / 'scripts' / script.name, script.read_bytes())
+    checkpoint = None
+    if (folder / 'checkpoint.pt').exists():
+        checkpoint = load_file(folder / 'checkpoint.pt', 'delete it to start the run again')
+    return folder, checkpoint
+
+
+def add_run_flags(parser, schedule):
+    """The flags of schedule and run that search.py and retrain.py share; schedule: defaults."""
+    group = parser.add_argument_group('schedule')
+    group.add_argument('--epochs', type=number(int, 1))
+    group.add_argument('--steps_per_epoch', type=number(int, 1), help='fewer than the data give')
+    group.add_argument('--max_steps', type=number(int, 0),
+                       help='steps in all; every schedule is scaled to them')
+    group.add_argument('--batch_size', type=number(int, 2))
+    group.add_argument('--learning_rate', type=number(float, 0), help='of the weights')
+    group.add_argument('--learning_rate_min', type=number(float, 0), help='at the end, cosine')
+    group.add_argument('--momentum', type=number(float, 0, 1, open_high=True), default=0.9)
+    group.add_argument('--weight_decay', type=number(float, 0), default=3e-4)
+    group.add_argument('--grad_clip', type=number(float, 0, open_low=True), default=5.0,
+                       help='largest norm of the gradient of the weights')
+    parser.set_defaults(**schedule)
+    group = parser.add_argument_group('run')
+    group.add_argument('--gpu', type=number(int, -1), default=0, help='CUDA device, -1: CPU')
+    group.add_argument('--seed', type=number(int, 0), default=0)
+    group.add_argument('--save', help='run folder; by default named after the settings')
+    group.add_argument('--resume', action='store_true', help='go on, or start if there is nothing')
+    group.add_argument('--checkpoint_minutes', type=number(float, 0), default=10.0,
+                       help='between checkpoints within an epoch')
+    group.add_argument('--amp', action='store_true', help='bf16 autocast')
+    group.add_argument('--tf32', action='store_true', help='TF32 products on CUDA')
+    group.add_argument('--quick', action='store_true',
+                       help='a minute on two cores; the result means nothing')
+
+
+def git_commit():
+    root = Path(__file__).resolve().parent
+    try:
+        out = subprocess.run(['git', '-C', root, 'describe', '--always', '--dirty', '--abbrev=12'],
+                             capture_output=True, text=True, timeout=10)
+        return out.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def drop_torn_line(path):
+    """A run killed while it wrote a line leaves it without an end."""
+    if path.exists():
+        text = path.read_bytes()
+        if not text.endswith(b'\n'):
+            write_file(path, text[:text.rfind(b'\n') + 1])
+
+
+def write_log(folder, line):
+    """Append a line, a dict with 'epoch', to log.jsonl; an epoch that is there already stays."""
+    path = folder / 'log.jsonl'
+    if path.exists():
+        lines = path.read_text().splitlines()
+        if lines and json.loads(lines[-1])['epoch'] >= line['epoch']:
+            return
+    with open(path, 'a') as file:
+        file.write(json.dumps(line) + '\n')
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_file(path, content):
+    """torch.save of plain types and tensors, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load_file(path, mend):
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError('no dictionary')
+        return content
+    except Exception as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else 'truncated'
+        raise UserError(f'{path} is not readable ({reason}): {mend}') from None
+
+
+def load_states(checkpoint, path, **objects):
+    """Load a checkpoint into networks and optimizers, and torch's random state."""
+    try:
+        for name, target in objects.items():
+            target.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint['random'][0])
+        if torch.cuda.is_available() and len(checkpoint['random']) > 1:
+            torch.cuda.set_rng_state(checkpoint['random'][1])
+    except (KeyError, RuntimeError, ValueError, TypeError, IndexError):
+        raise UserError(f'{path} belongs to another network or method: delete it to start the run '
+                        'again') from None
+
+
+def random_states(device):
+    states = [torch.get_rng_state()]
+    return states + [torch.cuda.get_rng_state(device)] if device.type == 'cuda' else states
+
+
+class Running:
+    """Holds a run folder for this process, and turns Ctrl-C and SIGTERM into a flag (`if running:`
+    they came) that the loop reads after each step, so as to save first."""
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __enter__(self):
+        self.lock = open(self.folder / 'args.json')
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.close()
+            raise UserError(f'{self.folder} is being run by another process: wait for it, or '
+                            'choose another --save') from None
+        drop_torn_line(self.folder / 'log.jsonl')
+        self.signal, self.before = None, {}
+        for number_ in (signal.SIGINT, signal.SIGTERM):
+            self.before[number_] = signal.signal(number_, self.catch)
+        return self
+
+    def catch(self, number_, _frame):
+        if self.signal:                         # a second one ends the run at once
+            raise KeyboardInterrupt
+        self.signal = number_
+
+    def __exit__(self, *_):
+        for number_, handler in self.before.items():
+            signal.signal(number_, handler)
+        self.lock.close()
+
+    def __bool__(self):
+        return self.signal is not None
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing: not a run folder?') from None
+    except ValueError:
+        raise UserError(f'{path} is truncated or not JSON') from None
+
+
+def read_log(folder):
+    path = Path(folder) / 'log.jsonl'
+    if not path.exists():
+        raise UserError(f'{path} is missing: not a run folder?')
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            raise UserError(f'{path}: line {len(lines) + 1} is not JSON: --resume the run, which '
+                            'mends it') from None
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------
+# Loss and metrics
+
+
+def loss_of(logits, y):
+    """Cross-entropy for classes y (B,), binary cross-entropy for labels y (B, classes)."""
+    if y.dim() == 1:
+        return F.cross_entropy(logits, y)
+    return F.binary_cross_entropy_with_logits(logits, y)
+
+
+def correct(logits, y, k=1):
+    """How many of a batch are right, among the k best; the share of right labels for y (B, K).
+
+    A tensor on the device: reading it is left to the caller, who knows when.
+    """
+    if y.dim() == 2:
+        return ((logits > 0) == (y > 0.5)).float().mean(1).sum()
+    best = logits.topk(min(k, logits.shape[1]), 1).indices
+    return (best == y.unsqueeze(1)).any(1).float().sum()
+
+
+@torch.no_grad()
+def test(network, batches, amp=False):
+    """{'loss', 'top1', 'top5', 'n'} of a network in evaluation mode; shares from 0 to 1."""
+    network.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for x, y in batches.epoch():
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            logits = network(x)
+        logits = logits.float()
+        sums += torch.tensor([loss_of(logits, y) * len(y), correct(logits, y),
+                              correct(logits, y, 5), len(y)])
+    loss, top1, top5 = (sums[:3] / sums[3]).tolist()
+    return {'loss': loss, 'top1': top1, 'top5': top5, 'n': int(sums[3])}
+
+
+def wilson(share, n):
+    """95% interval of a share of n (Wilson 1927)."""
+    z = 1.959964
+    middle, width = share + z * z / (2 * n), z * math.sqrt(
+        share * (1 - share) / n + z * z / (4 * n * n))
+    return [(middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)]
+
+
+# Student's t, 97.5%, for 1 to 30 degrees of freedom
+T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+     2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+     2.052, 2.048, 2.045, 2.042]
+
+
+def mean_std_interval(values):
+    """(mean, standard deviation, 95% t-interval) of a list; None for what n = 1 does not give."""
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return mean, None, None
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    t = T[n - 2] if n - 1 <= len(T) else 1.96 + 2.45 / (n - 1)
+    return mean, std, [mean - t * std / math.sqrt(n), mean + t * std / math.sqrt(n)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Architectures and networks
+
+
+def find_genotype(arch):
+    """(Genotype, where it came from) of a published name, a genotype.json or a search run."""
+    if arch in PUBLISHED:
+        return PUBLISHED[arch], {'data': 'published', 'method': arch}
+    path = Path(arch)
+    if path.is_dir():
+        path = path / 'genotype.json'
+        if not path.exists():
+            raise UserError(f'{path} is missing: the search in {arch} has not ended; --resume it')
+    if not path.is_file():
+        raise UserError(f'--arch {arch}: neither a file, nor a run, nor one of '
+                        f'{", ".join(PUBLISHED)}')
+    fields = read_json(path)
+    try:
+        genotype = from_json(fields, str(path))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return genotype, {key: fields.get(key) for key in ('data', 'method', 'seed')}
+
+
+def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32):
+    """Parameters without and with the auxiliary head, and multiply-adds of one image.
+
+    Multiply-adds are those of convolutions and linear layers, without the auxiliary head.
+    """
+    with torch.device('meta'):
+        network = Network(init_channels, num_classes, layers, genotype, auxiliary=True).eval()
+        image = torch.empty(1, 3, image_size, image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image)
+    params = sum(p.numel() for p in network.parameters())
+    head = sum(p.numel() for p in network.auxiliary_head.parameters())
+    return {'params': params - head, 'params_auxiliary': params,
+            'multiply_adds': counter.get_total_flops() // 2}
+
+
+def load_weights(path):
+    """(network in evaluation mode, meta) from a weights.pt.
+
+    meta: classes, mean and std (3,) as shares of 255, image_size, multilabel, arch, found_by.
+    """
+    content = load_file(path, 'retrain again')
+    try:
+        meta = content['meta']
+        genotype = checked(Genotype(*meta['genotype']), str(path))
+        network = Network(meta['init_channels'], len(meta['classes']), meta['layers'], genotype,
+                          auxiliary=meta['auxiliary'])
+        network.load_state_dict(content['network'])
+    except (KeyError, RuntimeError, TypeError, ValueError):
+        raise UserError(f'{path} holds no network of retrain.py: retrain again') from None
+    return network.eval(), meta
+
+
+# ---------------------------------------------------------------------------------------------
+# Reports
+
+
+def report(run, data_dir=None, device=None, batch_size=100):
+    """What there is to say of one run, as a dict; a retrained network is tested."""
+    folder = Path(run)
+    if not folder.is_dir():
+        raise UserError(f'{run}: no such run folder')
+    about = read_json(folder / 'args.json')
+    settings = about['settings']
+    if 'method' in settings:
+        return report_search(folder, about)
+    if not (folder / 'weights.pt').exists():
+        raise UserError(f'{folder}/weights.pt is missing: the run has not ended; --resume it')
+    network, meta = load_weights(folder / 'weights.pt')
+    last, found_by = read_log(folder)[-1], meta['found_by']
+    out = {'run': str(folder), 'type': 'retrain', 'arch': meta['arch'],
+           'searched_on': found_by['data'], 'method': found_by['method'],
+           'data': settings['data'], 'seed': settings['seed'],
+           'train_loss': last['train_loss'], 'train_accuracy': last['train_accuracy'],
+           'test_error': None, 'top1': None, 'top5': None, 'top1_interval': None,
+           **cost(checked(Genotype(*meta['genotype'])), meta['init_channels'], meta['layers'],
+                  len(meta['classes']), meta['image_size']),
+           'seconds': sum(line['seconds'] for line in read_log(folder))}
+    data = None
+    if meta['has_test']:
+        data = read(settings['data'], data_dir or meta['data_dir'], 'test', meta['image_size'])
+    if data is not None:
+        batches = Batches(data, range(len(data)), batch_size, device, shuffle=False)
+        score = test(network.to(device), batches)
+        out.update(test_error=100 * (1 - score['top1']), top1=100 * score['top1'],
+                   top5=100 * score['top5'], test_images=score['n'], top1_interval=[
+                       100 * bound for bound in wilson(score['top1'], score['n'])])
+    return out
+
+
+def report_search(folder, about):
+    genotype, _ = find_genotype(str(folder))
+    settings, log = about['settings'], read_log(folder)
+    skips = {cell: sum(op == 'skip_connect' for op, _ in getattr(genotype, cell))
+             for cell in ('normal', 'reduce')}
+    return {'run': str(folder), 'type': 'search', 'searched_on': settings['data'],
+            'method': settings['method'], 'seed': settings['seed'],
+            'genotype': genotype._asdict(), 'skips_normal': skips['normal'],
+            'skips_reduce': skips['reduce'], 'epochs': len(log),
+            'params': cost(genotype)['params'], 'seconds': sum(line['seconds'] for line in log),
+            'device': about['hardware']['device'], 'date': about['date']}
+
+
+def show(row):
+    """Print one report."""
+    for key, value in row.items():
+        if key == 'genotype':
+            for cell in ('normal', 'reduce'):
+                print(f'  {cell:<14} ' + '  '.join(f'{op}:{state}' for op, state in value[cell]))
+        elif value is not None:
+            text = f'{value:,.4g}' if isinstance(value, float) else value
+            if key in ('test_error', 'top1', 'top5'):
+                text = f'{value:.2f}%'
+            elif key == 'top1_interval':
+                text = f'{value[0]:.2f}% to {value[1]:.2f}% (95%, Wilson, {row["test_images"]:,} ' \
+                       'test images)'
+            elif isinstance(value, int) and key != 'seed':
+                text = f'{value:,}'
+            print(f'  {key:<14} {text}' if key != 'run' else value)
+
+
+def table(rows):
+    """Rows grouped by type, search data, method and training data, as a list of dicts."""
+    groups = {}
+    for row in rows:
+        key = (row['type'], row['searched_on'], row['method'], row.get('data'))
+        groups.setdefault(key, []).append(row)
+    out = []
+    for (kind, searched_on, method, data), members in groups.items():
+        line = {'type': kind, 'searched_on': searched_on, 'method': method, 'trained_on': data,
+                'n': len(members)}
+        measures = ('test_error', 'train_accuracy') if kind == 'retrain' else ('skips_normal',)
+        for measure in (*measures, 'params', 'seconds'):
+            values = [row[measure] for row in members if row[measure] is not None]
+            mean, std, interval = mean_std_interval(values) if values else (None, None, None)
+            line.update({measure: mean, measure + '_std': std,
+                         measure + '_low': interval and interval[0],
+                         measure + '_high': interval and interval[1]})
+        out.append(line)
+    return out
+
+
+def show_table(lines):
+    """Print a table: mean ± standard deviation [95% t-interval] for each group of runs."""
+    def cell(line, name, scale, digits):
+        if line.get(name) is None:
+            return '-'
+        text = f'{line[name] * scale:.{digits}f}'
+        if line[name + '_std'] is not None:
+            low, high = (line[name + end] * scale for end in ('_low', '_high'))
+            text += f' ± {line[name + "_std"] * scale:.{digits}f} [{low:.{digits}f}, ' \
+                    f'{high:.{digits}f}]'
+        return text
+    header = ['run', 'searched on', 'method', 'trained on', 'n', 'test error %',
+              'train accuracy %', 'skips (normal)', 'params (M)', 'seconds']
+    body = [[line['type'], str(line['searched_on']), str(line['method']),
+             str(line['trained_on'] or '-'), str(line['n']), cell(line, 'test_error', 1, 2),
+             cell(line, 'train_accuracy', 100, 2), cell(line, 'skips_normal', 1, 2),
+             cell(line, 'params', 1e-6, 3), cell(line, 'seconds', 1, 0)] for line in lines]
+    widths = [max(len(row[k]) for row in [header, *body]) for k in range(len(header))]
+    for row in [header, *body]:
+        print('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+
+
+@one_line_errors
+def main(argv=None):
+    parser = Parser(prog='evaluate.py', description=__doc__.split('\n')[0])
+    parser.add_argument('runs', nargs='*', metavar='RUN', help='run folders')
+    parser.add_argument('--json', action='store_true', help='one JSON line for each run')
+    parser.add_argument('--csv', metavar='FILE', help='write the table of the groups')
+    parser.add_argument('--data_dir', help='where the real data are now')
+    parser.add_argument('--gpu', type=number(int, -1), default=0, help='CUDA device, -1: CPU')
+    parser.add_argument('--batch_size', type=number(int, 1), default=100)
+    group = parser.add_argument_group('cost without training')
+    group.add_argument('--cost', action='store_true', help='count the network of --arch')
+    group.add_argument('--arch', help='a published name, a genotype.json or a search run')
+    group.add_argument('--init_channels', type=number(int, 1, 4096), default=36)
+    group.add_argument('--layers', type=number(int, 1, 200), default=20)
+    group.add_argument('--num_classes', type=number(int, 1), default=10)
+    group.add_argument('--image_size', type=number(int, 8, 4096), default=32)
+    args = parser.parse_args(argv)
+
+    if args.cost:
+        if not args.arch:
+            raise UserError('--cost needs --arch: a published name, a genotype.json or a run')
+        genotype, _ = find_genotype(args.arch)
+        counts = cost(genotype, args.init_channels, args.layers, args.num_classes,
+                      args.image_size)
+        print(json.dumps(counts) if args.json else '\n'.join(
+            f'{name:<18} {count:>15,}' for name, count in counts.items()))
+        return
+    if not args.runs:
+        raise UserError('nothing to evaluate: give run folders, or --arch NAME --cost')
+    device = choose_device(args.gpu)
+    rows = [report(run, args.data_dir, device, args.batch_size) for run in args.runs]
+    for row in rows:
+        if args.json:
+            print(json.dumps(row))
+        elif len(rows) == 1:
+            show(row)
+    lines = table(rows)
+    if len(rows) > 1 and not args.json:
+        show_table(lines)
+    if args.csv:
+        text = io.StringIO()
+        names = dict.fromkeys(name for line in lines for name in line)
+        writer = csv.DictWriter(text, names, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(lines)
+        write_file(args.csv, text.getvalue())
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Train the network of a genotype from scratch: on CIFAR, or on anything a search can run on.
+
+    python retrain.py --arch DARTS_V2 --data cifar10 --auxiliary --cutout --gpu 0   # 600 epochs
+    python retrain.py --arch runs/NAME --data cifar10 --auxiliary --cutout --gpu 0  # of a search
+    python retrain.py --arch runs/NAME --data noise --gpu 0          # how well can it fit noise?
+    python retrain.py --arch runs/NAME --data cifar10 --quick        # a minute on a CPU
+    ... --resume                                                     # go on, or start
+
+The last epoch's test error is the result. Recipe: DARTS (arXiv 1806.09055), with cutout (arXiv
+1708.04552), an auxiliary head (arXiv 1409.4842) and drop-path (arXiv 1605.07648).
+"""
+import math
+import sys
+import time
+
+import numpy as np
+import torch
+
+from evaluate import (
+    Running,
+    add_run_flags,
+    choose_device,
+    correct,
+    find_genotype,
+    load_states,
+    loss_of,
+    open_run,
+    peak_memory_mib,
+    random_states,
+    run_name,
+    save_file,
+    test,
+    write_log,
+)
+from generate_data import (
+    Batches,
+    Parser,
+    Progress,
+    UserError,
+    add_data_flags,
+    find_or_make,
+    number,
+    one_line_errors,
+    read,
+    shortened,
+)
+from model_search import Network
+
+DEFAULTS = dict(epochs=600, batch_size=96, learning_rate=0.025, learning_rate_min=0.0)
+QUICK = dict(num_images=1000, epochs=4, steps_per_epoch=20, batch_size=32, init_channels=8,
+             layers=5, learning_rate=0.05)
+FIT_IMAGES = 10000          # training images on which the fit is measured at the end
+
+
+def train_step(network, batch, sgd, args):
+    """One step of the weights; returns (loss without the auxiliary head's, right answers)."""
+    x, y = batch
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+        logits = network(x)
+    total = 0
+    if args.auxiliary:
+        logits, auxiliary_logits = logits
+        total = args.auxiliary_weight * loss_of(auxiliary_logits.float(), y)
+    loss = loss_of(logits.float(), y)
+    (loss + total).backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip, foreach=True)
+    sgd.step()
+    sgd.zero_grad()
+    return loss.detach(), correct(logits.detach(), y)
+
+
+def parse(argv):
+    """Settings: what was given, else --quick's, else DARTS's."""
+    parser = Parser(prog='retrain.py', description=__doc__.split('\n')[0])
+    add_data_flags(parser, 'cifar10')
+    group = parser.add_argument_group('network')
+    group.add_argument('--arch', required=True,
+                       help='a published name, a genotype.json or the folder of a search')
+    group.add_argument('--init_channels', type=number(int, 1, 4096), default=36)
+    group.add_argument('--layers', type=number(int, 1, 200), default=20, help='cells')
+    group.add_argument('--auxiliary', action='store_true', help='a second head while training')
+    group.add_argument('--auxiliary_weight', type=number(float, 0), default=0.4)
+    group.add_argument('--drop_path_prob', type=number(float, 0, 1, open_high=True), default=0.2,
+                       help='reached linearly at the end')
+    group.add_argument('--cutout', action='store_true')
+    group.add_argument('--cutout_length', type=number(int, 1), default=16, help='pixels')
+    add_run_flags(parser, DEFAULTS)
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)
+    defaults = vars(parser.parse_args(['--arch', args.arch]))
+    args.save = args.save or run_name('retrain', args, defaults)
+    return args
+
+
+@one_line_errors
+def main(argv=None):
+    args = parse(argv)
+    device = choose_device(args.gpu, args.tf32)
+    genotype, found_by = find_genotype(args.arch)
+    data = find_or_make(args)
+    if args.auxiliary and data.image_size < 29:
+        raise UserError(f'--auxiliary needs images of 29 px or more, not {data.image_size}: leave '
+                        'it out')
+    cutout = args.cutout_length if args.cutout else 0
+    batches = Batches(data, range(len(data)), args.batch_size, device, args.augment, cutout,
+                      2 * args.seed, workers=args.workers)
+    chosen = np.linspace(0, len(data) - 1, min(len(data), FIT_IMAGES)).astype(int)
+    fit_batches = Batches(data, chosen, args.batch_size, device, shuffle=False,
+                          workers=args.workers)
+    test_data, test_batches = None, None
+    if data.kind == 'real':
+        test_data = read(args.data, args.data_dir, 'test', args.image_size)
+    if test_data:
+        test_batches = Batches(test_data, range(len(test_data)), args.batch_size, device,
+                               shuffle=False, workers=args.workers)
+    epochs, steps, total = shortened(args, len(batches))
+
+    run = open_run(args, device)
+    if run is None:
+        return
+    folder, checkpoint = run
+
+    torch.manual_seed(args.seed)
+    network = Network(args.init_channels, len(data.classes), args.layers, genotype,
+                      auxiliary=args.auxiliary).to(device)
+    sgd = torch.optim.SGD(network.parameters(), args.learning_rate, foreach=True,
+                          momentum=args.momentum, weight_decay=args.weight_decay)
+    start, start_step, seconds, best = 0, 0, 0.0, math.inf
+    sums = torch.zeros(2, device=device)                    # loss and right answers
+    if checkpoint:
+        load_states(checkpoint, folder / 'checkpoint.pt', network=network, sgd=sgd)
+        start, start_step, seconds, best = (
+            checkpoint[k] for k in ('epoch', 'step', 'seconds', 'best'))
+        sums = checkpoint['sums'].to(device)
+
+    def save(epoch, step):
+        save_file(folder / 'checkpoint.pt', {
+            'network': network.state_dict(), 'sgd': sgd.state_dict(), 'epoch': epoch,
+            'step': step, 'sums': sums, 'seconds': seconds, 'best': best,
+            'random': random_states(device)})
+
+    print(f'{args.arch} on {data.name} ({len(data):,} images of {data.image_size} px, '
+          f'{len(data.classes)} classes), {total:,} steps on {device}, in {folder}')
+    progress = Progress(total, 'steps', min(start * steps + start_step, total))
+    with Running(folder) as stop:
+        for epoch in range(start, epochs):
+            rate = args.learning_rate_min + (args.learning_rate - args.learning_rate_min) * (
+                1 + math.cos(math.pi * epoch / epochs)) / 2
+            sgd.param_groups[0]['lr'] = rate
+            network.drop_path_prob = args.drop_path_prob * epoch / epochs
+            network.train()
+            last = min(steps, total - epoch * steps)
+            began = saved = time.time()
+            for step, batch in zip(range(start_step, last), batches.epoch(epoch, start_step)):
+                sums += torch.stack(train_step(network, batch, sgd, args))
+                progress.update(epoch * steps + step + 1, f'epoch {epoch + 1}/{epochs}')
+                # A look at the sums makes a GPU wait: there it is not taken at every step.
+                due = stop or time.time() - saved > 60 * args.checkpoint_minutes
+                if due or device.type == 'cpu' or step % 50 == 49 or step + 1 == last:
+                    if not sums.isfinite().all():
+                        raise UserError(f'the loss is not finite at step {epoch * steps + step}: '
+                                        f'lower --learning_rate; {folder / "checkpoint.pt"} is '
+                                        'the last good state')
+                if due and step + 1 < last:
+                    saved, seconds = time.time(), seconds + time.time() - began
+                    began = saved
+                    save(epoch, step + 1)
+                    if stop:
+                        print(f'stopped and saved: go on with --resume --save {folder}')
+                        return 128 + stop.signal
+            seconds += time.time() - began
+            train_loss, right = (sums / last).tolist()
+            line = {'epoch': epoch, 'learning_rate': rate,
+                    'drop_path_prob': network.drop_path_prob, 'train_loss': train_loss,
+                    'train_accuracy': right / args.batch_size, 'test_error': None,
+                    'test_loss': None, 'best_test_error_selected_on_test': None}
+            if test_batches:
+                score = test(network, test_batches)
+                line['test_error'], line['test_loss'] = 100 * (1 - score['top1']), score['loss']
+                best = min(best, line['test_error'])
+                line['best_test_error_selected_on_test'] = best
+            if epoch + 1 == epochs:             # without augmentation, in evaluation mode
+                fit = test(network, fit_batches)
+                line.update(fit_loss=fit['loss'], fit_accuracy=fit['top1'], fit_images=fit['n'])
+            write_log(folder, {
+                **line, 'seconds': round(seconds, 3),
+                'images_per_second': round(last * args.batch_size / seconds, 1),
+                'peak_memory_mib': peak_memory_mib(device)})
+            sums, start_step, seconds = torch.zeros_like(sums), 0, 0.0
+            save(epoch + 1, 0)
+            if stop and epoch + 1 < epochs:
+                print(f'stopped and saved: go on with --resume --save {folder}')
+                return 128 + stop.signal
+        progress.close()
+        save_file(folder / 'weights.pt', {'network': network.state_dict(), 'meta': {
+            'arch': args.arch, 'genotype': [list(part) for part in genotype],
+            'found_by': found_by, 'init_channels': args.init_channels, 'layers': args.layers,
+            'auxiliary': args.auxiliary, 'classes': data.classes, 'mean': data.mean,
+            'std': data.std, 'image_size': data.image_size, 'multilabel': data.multilabel,
+            'has_test': test_data is not None, 'data_dir': args.data_dir}})
+    if args.quick:
+        print('this was --quick: the pipeline works, the result means little')
+    print(f'next: python evaluate.py {folder}')
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""Search a cell on unreal or real data: bilevel, differentiable, ending in a genotype.
+
+    python search.py --data noise --gpu 0                          # DARTS, first order, 50 epochs
+    python search.py --data noise --method pcdarts --gpu 0
+    python search.py --data random_labels --unrolled --gpu 0       # second order
+    python search.py --data noise --quick                          # a minute on a CPU, meaningless
+    for s in 0 1 2 3; do python search.py --data noise --seed $s --gpu 0 --resume; done
+
+The last line can be stopped and started again at will: --resume goes on from the last checkpoint,
+starts a run that has none and skips one that is done. Missing unreal data are made first.
+Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737); defaults in DEFAULTS below.
+"""
+import math
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+
+from evaluate import (
+    Running,
+    add_run_flags,
+    choose_device,
+    correct,
+    load_states,
+    loss_of,
+    open_run,
+    peak_memory_mib,
+    random_states,
+    run_name,
+    save_file,
+    set_tf32,
+    write_log,
+)
+from generate_data import (
+    Batches,
+    Parser,
+    Progress,
+    UserError,
+    add_data_flags,
+    find_or_make,
+    number,
+    one_line_errors,
+    shortened,
+    stratified_split,
+    write_file,
+)
+from genotypes import draw, random_genotype, to_json
+from model_search import Network
+
+# Published settings by method. Frozen epochs are those at the start in which only weights train.
+DEFAULTS = {
+    'darts': dict(batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
+                  arch_learning_rate=3e-4, frozen_epochs=0, partial=1),
+    'pcdarts': dict(batch_size=256, learning_rate=0.1, learning_rate_min=0.0,
+                    arch_learning_rate=6e-4, frozen_epochs=15, partial=4),
+    'random': dict(batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
+                   arch_learning_rate=3e-4, frozen_epochs=0, partial=1)}
+# --quick: the whole pipeline within a minute on two cores; what it finds means nothing.
+QUICK = dict(num_images=1000, layers=5, init_channels=8, batch_size=32, epochs=3,
+             steps_per_epoch=4, frozen_epochs=0, arch_learning_rate=3e-3)
+
+
+# ---------------------------------------------------------------------------------------------
+# The bilevel step
+
+
+@contextmanager
+def trained(network, weights=False, alphas=False):
+    """Gradients reach only what is named: no work is done for the others."""
+    for p in network.weight_parameters():
+        p.requires_grad_(weights)
+    for p in network.architecture_parameters():
+        p.requires_grad_(alphas)
+    yield
+    for p in network.parameters():
+        p.requires_grad_(True)
+
+
+def forward(network, batch, amp=False):
+    """(loss, right answers) of a batch, a tensor each."""
+    x, y = batch
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        logits = network(x).float()
+    return loss_of(logits, y), correct(logits.detach(), y)
+
+
+def first_order(network, valid, amp=False):
+    """Gradients of the alphas with the weights as they are (DARTS, equation 6).
+
+    Returns (gradients, loss, right answers) on the validation batch.
+    """
+    with trained(network, alphas=True), network.frozen_statistics():
+        loss, right = forward(network, valid, amp)
+        return torch.autograd.grad(loss, network.architecture_parameters()), loss, right
+
+
+def second_order(network, train, valid, sgd, amp=False, tf32=False):
+    """Gradients of the alphas through one virtual step of the weights (DARTS, equations 7, 8).
+
+    The virtual step w' = w - eta (gradient + weight decay + momentum) is that which sgd would
+    take. The weights are moved in place and put back; there is no second network. Returns
+    (gradients, loss, right answers) at w' on the validation batch.
+    """
+    weights, alphas = network.weight_parameters(), network.architecture_parameters()
+    group = sgd.param_groups[0]
+    eta, values = group['lr'], [w.data for w in weights]
+    with network.frozen_statistics():
+        with trained(network, weights=True):
+            loss, _ = forward(network, train, amp)
+            step = torch.autograd.grad(loss, weights)
+        before = [v.clone() for v in values]
+        step = torch._foreach_add(step, before, alpha=group['weight_decay'])
+        if sgd.state:
+            buffers = [sgd.state[w]['momentum_buffer'] for w in weights]
+            torch._foreach_add_(step, buffers, alpha=group['momentum'])
+        torch._foreach_add_(values, step, alpha=-eta)
+        loss, right = forward(network, valid, amp)
+        grads = torch.autograd.grad(loss, weights + alphas)
+        dw, dalpha = list(grads[:len(weights)]), grads[len(weights):]
+        # Equation 8 by finite differences along dw; none where dw is zero or not finite. The two
+        # losses differ in their last digits only, so neither autocast nor TF32 may round them.
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dw)))
+        sound = (norm > 0) & norm.isfinite()
+        eps = torch.where(sound, 0.01 / norm, 1.0)
+        torch._foreach_mul_(dw, torch.where(sound, eps, 0.0))
+        set_tf32(False)
+        sides = []
+        for sign in (1, -1):
+            torch._foreach_copy_(values, before)
+            torch._foreach_add_(values, dw, alpha=sign)
+            with trained(network, alphas=True):
+                sides.append(torch.autograd.grad(forward(network, train)[0], alphas))
+        set_tf32(tf32)
+        torch._foreach_copy_(values, before)
+    return [a - eta * (p - n) / (2 * eps) for a, p, n in zip(dalpha, *sides)], loss, right
+
+
+def architecture_step(network, train, valid, sgd, adam, args):
+    """Step the alphas; returns (loss, right answers) on the validation batch before it."""
+    if args.unrolled:
+        grads, loss, right = second_order(network, train, valid, sgd, args.amp, args.tf32)
+    else:
+        grads, loss, right = first_order(network, valid, args.amp)
+    for alpha, grad in zip(network.architecture_parameters(), grads):
+        alpha.grad = grad
+    adam.step()
+    adam.zero_grad()
+    return loss.detach(), right
+
+
+def weight_step(network, train, sgd, args):
+    """Step the weights; returns (loss, right answers) on the training batch before it."""
+    with trained(network, weights=True):
+        loss, right = forward(network, train, args.amp)
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(network.weight_parameters(), args.grad_clip, foreach=True)
+    sgd.step()
+    sgd.zero_grad()
+    return loss.detach(), right
+
+
+# ---------------------------------------------------------------------------------------------
+# The result
+
+
+def describe(network):
+    """What log.jsonl says of the alphas: genotype, entropy in nats, skips, the alphas."""
+    genotype, line = network.genotype(), {}
+    for cell in ('normal', 'reduce'):
+        p = torch.softmax(network.alphas[cell].detach().double().cpu(), 1)
+        line[f'entropy_{cell}'] = -(p * p.log()).sum(1).mean().item()
+        line[f'skips_{cell}'] = sum(op == 'skip_connect' for op, _ in getattr(genotype, cell))
+    alphas = {name: a.detach().cpu().tolist() for name, a in network.alphas.items()}
+    return {**line, 'genotype': genotype._asdict(), 'alphas': alphas}
+
+
+def finish(folder, genotype, args):
+    """Write genotype.svg and genotype.json, and say what comes next."""
+    title = f'{args.method} on {args.data}, seed {args.seed}'
+    write_file(folder / 'genotype.svg', draw(genotype, title))
+    write_file(folder / 'genotype.json', to_json(
+        genotype, data=args.data, method=args.method, seed=args.seed) + '\n')
+    for cell in ('normal', 'reduce'):
+        print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
+    if args.quick:
+        print('this was --quick: the pipeline works, the genotype means nothing')
+    print(f'next: python retrain.py --arch {folder} --data cifar10 --auxiliary --cutout --gpu 0')
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    """Settings: what was given, else --quick's, else the method's, else the common default."""
+    parser = Parser(prog='search.py', description=__doc__.split('\n')[0])
+    add_data_flags(parser, 'noise')
+    group = parser.add_argument_group('method')
+    group.add_argument('--method', choices=list(DEFAULTS), default='darts')
+    group.add_argument('--unrolled', action='store_true', help='second-order step')
+    group.add_argument('--partial', type=number(int, 1), help='1/partial of the channels')
+    group.add_argument('--init_channels', type=number(int, 1), default=16)
+    group.add_argument('--layers', type=number(int, 1), default=8, help='cells')
+    group.add_argument('--train_portion', type=number(float, 0, 1, True, True), default=0.5,
+                       help='of the images, for the weights; the others are for the alphas')
+    group.add_argument('--arch_learning_rate', type=number(float, 0), help='of the alphas')
+    group.add_argument('--arch_weight_decay', type=number(float, 0), default=1e-3)
+    group.add_argument('--frozen_epochs', type=number(int, 0), help='first epochs without alphas')
+    add_run_flags(parser, dict(epochs=50))
+    first = parser.parse_args(argv)
+    parser.set_defaults(**DEFAULTS[first.method])
+    if first.quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)
+    if args.init_channels % args.partial:
+        raise UserError(f'--init_channels {args.init_channels} does not divide into --partial '
+                        f'{args.partial} parts: take a multiple')
+    args.save = args.save or run_name('search', args, vars(parser.parse_args([])))
+    return args
+
+
+@one_line_errors
+def main(argv=None):
+    args = parse(argv)
+    device = choose_device(args.gpu, args.tf32)
+
+    if args.method == 'random':                 # the control: no data, nothing to train
+        run = open_run(args, device)
+        if run:
+            genotype = random_genotype(args.seed)
+            write_log(run[0], {'epoch': 0, 'genotype': genotype._asdict(), 'seconds': 0})
+            finish(run[0], genotype, args)
+        return
+
+    # Data: half of the images for the weights, half for the alphas, no image in both.
+    data = find_or_make(args)
+    halves = stratified_split(data.labels, args.train_portion, args.seed)
+    batches = [Batches(data, half, args.batch_size, device, args.augment, seed=2 * args.seed + k,
+                       workers=args.workers) for k, half in enumerate(halves)]
+    epochs, steps, total = shortened(args, min(len(b) for b in batches))
+    frozen = round(args.frozen_epochs * epochs / args.epochs)
+
+    run = open_run(args, device)
+    if run is None:
+        return
+    folder, checkpoint = run
+
+    # Network and optimizers: SGD for the weights, Adam for the alphas and for nothing else.
+    torch.manual_seed(args.seed)
+    network = Network(args.init_channels, len(data.classes), args.layers,
+                      partial=args.partial).to(device)
+    sgd = torch.optim.SGD(network.weight_parameters(), args.learning_rate, foreach=True,
+                          momentum=args.momentum, weight_decay=args.weight_decay)
+    adam = torch.optim.Adam(network.architecture_parameters(), args.arch_learning_rate,
+                            betas=(0.5, 0.999), weight_decay=args.arch_weight_decay, foreach=True)
+    start, start_step, seconds = 0, 0, 0.0
+    sums = torch.zeros(4, device=device)        # train loss and right answers, valid the same
+    if checkpoint:
+        load_states(checkpoint, folder / 'checkpoint.pt', network=network, sgd=sgd, adam=adam)
+        start, start_step, seconds = (checkpoint[k] for k in ('epoch', 'step', 'seconds'))
+        sums = checkpoint['sums'].to(device)
+
+    def save(epoch, step):
+        save_file(folder / 'checkpoint.pt', {
+            'network': network.state_dict(), 'sgd': sgd.state_dict(), 'adam': adam.state_dict(),
+            'epoch': epoch, 'step': step, 'sums': sums, 'seconds': seconds,
+            'random': random_states(device)})
+
+    print(f'{args.method}{", second order" * args.unrolled} on {data.name} '
+          f'({len(data):,} images of {data.image_size} px, {len(data.classes)} classes), '
+          f'{total:,} steps on {device}, in {folder}')
+    progress = Progress(total, 'steps', min(start * steps + start_step, total))
+    network.train()
+    with Running(folder) as stop:
+        for epoch in range(start, epochs):
+            # Cosine from learning_rate to learning_rate_min, constant within an epoch.
+            rate = args.learning_rate_min + (args.learning_rate - args.learning_rate_min) * (
+                1 + math.cos(math.pi * epoch / epochs)) / 2
+            sgd.param_groups[0]['lr'] = rate
+            last = min(steps, total - epoch * steps)
+            pairs = zip(*(b.epoch(epoch, start_step) for b in batches))
+            began = saved = time.time()
+            for step in range(start_step, last):
+                train, valid = next(pairs)
+                valid_sums = torch.zeros_like(sums[2:])
+                if epoch >= frozen:
+                    valid_sums = torch.stack(
+                        architecture_step(network, train, valid, sgd, adam, args))
+                sums += torch.cat([torch.stack(weight_step(network, train, sgd, args)),
+                                   valid_sums])
+                progress.update(epoch * steps + step + 1, f'epoch {epoch + 1}/{epochs}')
+                # A look at the sums makes a GPU wait: there it is not taken at every step.
+                due = stop or time.time() - saved > 60 * args.checkpoint_minutes
+                if due or device.type == 'cpu' or step % 50 == 49 or step + 1 == last:
+                    check_finite(sums, network, folder, epoch * steps + step)
+                if due and step + 1 < last:
+                    saved, seconds = time.time(), seconds + time.time() - began
+                    began = saved
+                    save(epoch, step + 1)
+                    if stop:
+                        print(f'stopped and saved: go on with --resume --save {folder}')
+                        return 128 + stop.signal
+            seconds += time.time() - began
+            train_loss, train_right, valid_loss, valid_right = (sums / last).tolist()
+            trained_alphas = epoch >= frozen
+            write_log(folder, {
+                'epoch': epoch, 'learning_rate': rate, 'train_loss': train_loss,
+                'train_accuracy': train_right / args.batch_size,
+                'valid_loss': valid_loss if trained_alphas else None,
+                'valid_accuracy': valid_right / args.batch_size if trained_alphas else None,
+                **describe(network), 'seconds': round(seconds, 3),
+                'images_per_second': round(2 * last * args.batch_size / seconds, 1),
+                'peak_memory_mib': peak_memory_mib(device)})
+            sums, start_step, seconds = torch.zeros_like(sums), 0, 0.0
+            save(epoch + 1, 0)
+            if stop and epoch + 1 < epochs:
+                print(f'stopped and saved: go on with --resume --save {folder}')
+                return 128 + stop.signal
+        progress.close()
+        finish(folder, network.genotype(), args)
+
+
+def check_finite(sums, network, folder, step):
+    if not all(t.isfinite().all() for t in (sums, *network.architecture_parameters())):
+        raise UserError(f'the loss is not finite at step {step}: lower --learning_rate; '
+                        f'{folder / "checkpoint.pt"} is the last good state')
+
+
+if __name__ == '__main__':
+    sys.exit(main())
