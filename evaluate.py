@@ -21,20 +21,14 @@ import sys
 import time
 from pathlib import Path
 
+# Before torch: generate_data sets how OpenMP's threads wait.
+from generate_data import (Batches, Parser, UserError, fcntl, number, one_line_errors, read,
+                           write_file)
+
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from generate_data import (
-    Batches,
-    Parser,
-    UserError,
-    fcntl,
-    number,
-    one_line_errors,
-    read,
-    write_file,
-)
 from genotypes import PUBLISHED, Genotype, checked, from_json
 from model_search import Network
 
@@ -238,6 +232,13 @@ def load_states(checkpoint, path, **objects):
 def random_states(device):
     states = [torch.get_rng_state()]
     return states + [torch.cuda.get_rng_state(device)] if device.type == 'cuda' else states
+
+
+def check_finite(sums, folder, step):
+    """Stop a run whose sums are no longer finite; its last checkpoint is from before."""
+    if not sums.isfinite().all():
+        raise UserError(f'the loss is not finite at step {step}: lower --learning_rate; the last '
+                        f'good state is {folder / "checkpoint.pt"}')
 
 
 class Running:

@@ -28,8 +28,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
+
+# Idle threads of OpenMP wait asleep: spinning, they take the cores from other runs on the machine
+# (two searches at once were 25 times as slow). It is read when torch is loaded.
+os.environ.setdefault('GOMP_SPINCOUNT', '0')
+import torch  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 try:
     import fcntl
@@ -296,7 +300,7 @@ def write_set(out, meta, labels, chunks, form='array', force=False, reference=No
         digest, shown, done = hashlib.sha256(), [], 0
         images = None
         if form == 'array' and reference is None:
-            images = open(folder / 'images.npy', 'wb')
+            images = open(folder / 'images.npy', 'wb')  # noqa: SIM115
             np.lib.format.write_array_header_1_0(
                 images, {'descr': '|u1', 'fortran_order': False, 'shape': shape})
         with images or contextlib.nullcontext():
@@ -747,8 +751,9 @@ class Batches:
     Yields x (B, 3, H, W) float32, channels_last, and y, int64 (B,) or float32 (B, classes). All
     random draws depend on (seed, epoch) alone, so an epoch can be entered at any step.
     augment: 'standard' is RandomCrop(padding 4 at 32 px) and flip, 'auto' that for images and
-    nothing for noise; cutout: side of a square that is blanked (arXiv 1708.04552), 0 for none. Training drops the last incomplete batch, so that
-    shapes never change; with shuffle=False every image comes once, in order.
+    nothing for noise; cutout: side of a square that is blanked (arXiv 1708.04552), 0 for none.
+    Training drops the last incomplete batch, so that shapes never change; with shuffle=False
+    every image comes once, in order.
     """
     def __init__(self, data, indices, batch_size, device, augment='none', cutout=0, seed=0,
                  shuffle=True, workers=2):

@@ -13,38 +13,15 @@ import math
 import sys
 import time
 
+from evaluate import (Running, add_run_flags, check_finite, choose_device, correct, find_genotype,
+                      load_states, loss_of, open_run, peak_memory_mib, random_states, run_name,
+                      save_file, test, write_log)
+from generate_data import (Batches, Parser, Progress, UserError, add_data_flags, find_or_make,
+                           number, one_line_errors, read, shortened)
+from model_search import Network
+
 import numpy as np
 import torch
-
-from evaluate import (
-    Running,
-    add_run_flags,
-    choose_device,
-    correct,
-    find_genotype,
-    load_states,
-    loss_of,
-    open_run,
-    peak_memory_mib,
-    random_states,
-    run_name,
-    save_file,
-    test,
-    write_log,
-)
-from generate_data import (
-    Batches,
-    Parser,
-    Progress,
-    UserError,
-    add_data_flags,
-    find_or_make,
-    number,
-    one_line_errors,
-    read,
-    shortened,
-)
-from model_search import Network
 
 DEFAULTS = dict(epochs=600, batch_size=96, learning_rate=0.025, learning_rate_min=0.0)
 QUICK = dict(num_images=1000, epochs=4, steps_per_epoch=20, batch_size=32, init_channels=8,
@@ -158,10 +135,7 @@ def main(argv=None):
                 # A look at the sums makes a GPU wait: there it is not taken at every step.
                 due = stop or time.time() - saved > 60 * args.checkpoint_minutes
                 if due or device.type == 'cpu' or step % 50 == 49 or step + 1 == last:
-                    if not sums.isfinite().all():
-                        raise UserError(f'the loss is not finite at step {epoch * steps + step}: '
-                                        f'lower --learning_rate; {folder / "checkpoint.pt"} is '
-                                        'the last good state')
+                    check_finite(sums, folder, epoch * steps + step)
                 if due and step + 1 < last:
                     saved, seconds = time.time(), seconds + time.time() - began
                     began = saved

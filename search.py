@@ -15,38 +15,15 @@ import sys
 import time
 from contextlib import contextmanager
 
-import torch
-
-from evaluate import (
-    Running,
-    add_run_flags,
-    choose_device,
-    correct,
-    load_states,
-    loss_of,
-    open_run,
-    peak_memory_mib,
-    random_states,
-    run_name,
-    save_file,
-    set_tf32,
-    write_log,
-)
-from generate_data import (
-    Batches,
-    Parser,
-    Progress,
-    UserError,
-    add_data_flags,
-    find_or_make,
-    number,
-    one_line_errors,
-    shortened,
-    stratified_split,
-    write_file,
-)
+from evaluate import (Running, add_run_flags, check_finite, choose_device, correct,
+                      load_states, loss_of, open_run, peak_memory_mib, random_states, run_name,
+                      save_file, set_tf32, write_log)
+from generate_data import (Batches, Parser, Progress, UserError, add_data_flags, find_or_make,
+                           number, one_line_errors, shortened, stratified_split, write_file)
 from genotypes import draw, random_genotype, to_json
 from model_search import Network
+
+import torch
 
 # Published settings by method. Frozen epochs are those at the start in which only weights train.
 DEFAULTS = {
@@ -292,7 +269,7 @@ def main(argv=None):
                 # A look at the sums makes a GPU wait: there it is not taken at every step.
                 due = stop or time.time() - saved > 60 * args.checkpoint_minutes
                 if due or device.type == 'cpu' or step % 50 == 49 or step + 1 == last:
-                    check_finite(sums, network, folder, epoch * steps + step)
+                    check_finite(sums, folder, epoch * steps + step)
                 if due and step + 1 < last:
                     saved, seconds = time.time(), seconds + time.time() - began
                     began = saved
@@ -318,12 +295,6 @@ def main(argv=None):
                 return 128 + stop.signal
         progress.close()
         finish(folder, network.genotype(), args)
-
-
-def check_finite(sums, network, folder, step):
-    if not all(t.isfinite().all() for t in (sums, *network.architecture_parameters())):
-        raise UserError(f'the loss is not finite at step {step}: lower --learning_rate; '
-                        f'{folder / "checkpoint.pt"} is the last good state')
 
 
 if __name__ == '__main__':
