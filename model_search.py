@@ -15,8 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from genotypes import NODES, PRIMITIVES, Genotype
-from operations import (OPERATIONS, FactorizedReduce, Product, ReLUConvBN, drop_path,
-                        normalised_products, rows)
+from operations import (OPERATIONS, BatchNorm, FactorizedReduce, ReLUConvBN, Unnormalised,
+                        drop_path, rows)
 
 # The 14 edges of a cell as (node, input), in the order of the rows of the alphas.
 EDGES = [(node, state) for node in range(2, 2 + NODES) for state in range(node)]
@@ -51,52 +51,50 @@ class MixedOp(nn.Module):
         relu = F.relu(state)
         out = [None] * self.edges
         for edges, names in self.groups:
-            x = torch.cat([relu] * len(edges), 1)
+            x = torch.cat([relu] * len(edges), 1) if len(edges) > 1 else relu
             operations = [self.operations[name] for name in names]
             results = [op(state if op.shared else x) for op in operations]
             if weights is not None:
-                columns = [PRIMITIVES.index(name) for name in names]
-                shared = [op.shared for op in operations]
-                maps = mixed(results, shared, weights[list(edges)][:, columns])
+                w = weights if len(edges) == self.edges else \
+                    torch.stack([weights[e] for e in edges])
+                columns = w.unbind(1)
+                columns = [columns[PRIMITIVES.index(name)] for name in names]
+                maps = mixed(results, [op.shared for op in operations], columns)
             elif operations[0].shared:
                 maps = results * len(edges)
             else:
-                maps = finished(results[0], len(edges)).chunk(len(edges), 1)
+                maps = finished(results[0]).chunk(len(edges), 1)
             for e, y in zip(edges, maps):
                 out[e] = y if out[e] is None else out[e] + y
         return out
 
 
 def mixed(results, shared, weights):
-    """Sum of the results of O operations, each times its weight; weights: (E, O).
+    """Sum of the results of O operations, each times its weight; weights: O vectors (E,).
 
-    Results are Products, maps of all edges (B, E*C, H, W) or, where `shared`, one map for every
-    edge (B, C, H, W). Returns E maps (B, C, H, W).
+    Results are maps of all edges (B, E*C, H, W), Unnormalised or not, or, where `shared`, one map
+    for every edge (B, C, H, W). Returns E maps (B, C, H, W).
     """
-    edges, operations = weights.shape
-    once = [k for k in range(operations) if shared[k]]
-    products = [k for k in range(operations) if isinstance(results[k], Product)]
-    total = None
-    if once:                              # a matrix product: (E, ops) times (ops, pixels and C)
-        maps = torch.stack([rows(results[k])[0] for k in once]).flatten(1)
-        total = weights[:, once] @ maps
-    for k in range(operations):
-        if k not in once and k not in products:
-            y = (rows(results[k], edges) * weights[:, k].view(-1, 1, 1)).flatten(1)
-            total = y if total is None else total + y
-    if products:
-        b, _, h, w = results[products[0]].x.shape
-        total = normalised_products([results[k] for k in products], edges, weights[:, products],
-                                    total)
-    else:
-        b, _, h, w = results[0].shape
-    if total.dim() == 4:
-        return total.chunk(edges, 1)
-    return [y.view(b, h, w, -1).permute(0, 3, 1, 2) for y in total.unbind()]
+    edges, total, maps = len(weights[0]), None, None
+    for result, once, w in zip(results, shared, weights):
+        if not once:
+            x = result.x if isinstance(result, Unnormalised) else result
+            scale = w.unsqueeze(1).expand(-1, x.shape[1] // edges).flatten().contiguous()
+            y = result.norm(x, scale) if isinstance(result, Unnormalised) \
+                else x * scale.view(-1, 1, 1)
+            total = y if total is None else total.add_(y)
+    if any(shared):                       # a matrix product: (E, ops) times (ops, pixels and C)
+        maps = torch.stack([rows(y)[0] for y, once in zip(results, shared) if once]).flatten(1)
+        maps = torch.stack([w for w, once in zip(weights, shared) if once], 1) @ maps
+        b, _, h, w = results[shared.index(True)].shape
+        maps = [y.view(b, h, w, -1).permute(0, 3, 1, 2) for y in maps.unbind()]
+    if maps is None or total is None:
+        return total.chunk(edges, 1) if maps is None else maps
+    return [a + b for a, b in zip(maps, total.chunk(edges, 1))]
 
 
-def finished(result, edges):
-    return normalised_products([result], edges) if isinstance(result, Product) else result
+def finished(result):
+    return result.norm(result.x) if isinstance(result, Unnormalised) else result
 
 
 # ---------------------------------------------------------------------------------------------
@@ -171,7 +169,7 @@ class HalvingPreprocess(nn.Module):
         self.reduce = FactorizedReduce(channels_in, channels, 1, affine)
 
     def forward(self, x):
-        return self.reduce(F.relu(x))
+        return finished(self.reduce(F.relu(x)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,7 +204,7 @@ class Network(nn.Module):
         self.partial, self.drop_path_prob = partial, 0
         stem_channels = 3 * init_channels
         self.stem = nn.Sequential(nn.Conv2d(3, stem_channels, 3, padding=1, bias=False),
-                                  nn.BatchNorm2d(stem_channels))
+                                  BatchNorm(stem_channels))
         self.cells, self.auxiliary_at = nn.ModuleList(), None
         before = last = stem_channels
         channels, reduction_before = init_channels, False

@@ -6,10 +6,10 @@ where an edge has one operation left, uses the same classes with the edges that 
 
 To add an operation, write a module and a line in OPERATIONS at the end; it is then searched, kept
 in genotypes, drawn, retrained and counted. `operation(C, edges, stride, affine)` builds it, its
-forward takes (B, E*C, H, W), after ReLU, and returns (B, E*C, H/stride, W/stride), or the last
-pointwise convolution and BatchNorm not yet done, as a `Product`, which is faster. A module
-without weights whose result is the same for every edge sets `shared = True`: it takes the state
-itself, before ReLU, as (B, C, H, W), and is computed once.
+forward takes (B, E*C, H, W), after ReLU, and returns (B, E*C, H/stride, W/stride), or that with
+its last BatchNorm not yet done, as `Unnormalised`, which is faster. A module without weights whose
+result is the same for every edge sets `shared = True`: it takes the state itself, before ReLU, as
+(B, C, H, W), and is computed once.
 
 Sources: DARTS (arXiv 1806.09055) for the operations, BatchNorm (arXiv 1502.03167).
 """
@@ -28,143 +28,85 @@ def rows(x, edges=1):
 
 
 # ---------------------------------------------------------------------------------------------
-# Pointwise convolution and BatchNorm in one
+# BatchNorm, and pointwise convolution by matrix products
 
 
-class Product(NamedTuple):
-    """A result whose last pointwise convolution and BatchNorm are still to be done."""
+class Unnormalised(NamedTuple):
+    """A result whose last BatchNorm is still to be done, so that it can take the edge weights."""
     x: torch.Tensor         # (B, E*C, H, W)
-    conv: nn.Conv2d         # 1x1, one group an edge
     norm: nn.BatchNorm2d    # over E*C channels
 
 
-class NormalisedProducts(torch.autograd.Function):
-    """base + sum over o of scale_o * BatchNorm(x_o P_o) + shift_o; no x_o P_o is ever stored.
+class BatchNorm(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose result can be scaled, channel by channel, at no cost.
 
-    Mean and variance of x P follow from the mean m and the second moment G = x'x / N of x:
-        mu = m P,   var = diag(P' G P) - mu^2,
-    so normalisation, edge weight and the sum over operations become one scaling of P's columns:
-    two passes over x forward and two backward, where plain torch takes eleven.
-    base: (E, N*C), added to in place, or None: then the result is a channels_last map.
-    scale, shift: (O, E, C); products: x_0, P_0, x_1, P_1, ...: (B, E*C, H, W), (E*C, C, 1, 1).
-    Returns the sum and, for the running statistics, mu and var (O, E, C).
+    The scale takes the place of the affine weight, so that its gradient, which is that of the edge
+    weights in a supernet, comes from BatchNorm's own backward.
+    """
+    def forward(self, x, scale=None):
+        weight, bias = self.weight, self.bias
+        if scale is not None:
+            weight, bias = (scale, None) if weight is None else (scale * weight, scale * bias)
+        mean, var = self.running_mean, self.running_var
+        if self.training and not self.track_running_stats:
+            mean = var = None
+        if x.device.type == 'cpu' and x.shape[1] % 8:      # torch's channels_last path is slow then
+            x = x.contiguous()
+        y = F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+        return y.contiguous(memory_format=torch.channels_last)
+
+
+class Products(torch.autograd.Function):
+    """1x1 convolution with one group an edge, as one batched matrix product.
+
+    x: (B, E*C in, H, W); weight: (E*C out, C in, 1, 1). Equals F.conv2d(x, weight, groups=E).
     """
     @staticmethod
-    def forward(ctx, base, scale, shift, eps, *products):
-        operations, edges, _ = scale.shape
-        xs = [rows(x, edges) for x in products[::2]]
-        weight = torch.stack([p.view(edges, -1, p.shape[1]) for p in products[1::2]])
-        weight = weight.transpose(2, 3)                                       # (O, E, C in, C out)
-        n, width = xs[0].shape[1:]
-        mean = scale.new_empty(operations, edges, 1, width)
-        moment = scale.new_empty(operations, edges, width, width)
-        for x, m, g in zip(xs, mean, moment):
-            torch.sum(x, 1, keepdim=True, out=m)
-            torch.bmm(x.transpose(1, 2), x, out=g)
-        mean, moment = mean.div_(n), moment.div_(n)
-        spread = moment @ weight
-        mu = (mean @ weight).squeeze(2)
-        var = (weight * spread).sum(2).addcmul_(mu, mu, value=-1).clamp_(min=0)
-        inverse = (var + eps).rsqrt_()
-        factor = scale * inverse
-        constant = (shift - mu * factor).sum(0).unsqueeze(1)                            # (E, 1, C)
-        scaled = weight * factor.unsqueeze(2)
-        if base is None:
-            b, _, h, w = products[0].shape
-            out = torch.empty(b, edges * scale.shape[2], h, w, dtype=scale.dtype,
-                              device=scale.device, memory_format=torch.channels_last)
-            total = rows(out, edges)
-            torch.baddbmm(constant, xs[0], scaled[0], out=total)
-        else:
-            out, total = base, base.view(edges, n, -1)
-            total.add_(constant).baddbmm_(xs[0], scaled[0])
-            ctx.mark_dirty(base)
-        for x, p in zip(xs[1:], scaled[1:]):
-            total.baddbmm_(x, p)
-        ctx.in_place = base is not None
-        ctx.save_for_backward(scale, weight, mean, spread, mu, inverse, *products[::2])
-        ctx.mark_non_differentiable(mu, var)
-        return out, mu, var
+    def forward(ctx, x, weight, edges):
+        ctx.save_for_backward(x, weight)
+        ctx.edges = edges
+        return multiplied(x, blocks(weight, edges))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _mu, _var):
-        scale, weight, mean, spread, mu, inverse, *maps = ctx.saved_tensors
-        operations, edges, _ = scale.shape
-        xs = [rows(x, edges) for x in maps]
-        g = grad.view(edges, xs[0].shape[1], -1) if ctx.in_place else rows(grad, edges)
-        n, factor = g.shape[1], scale * inverse
-        total = g.sum(1)
-        cross = torch.empty_like(spread)
-        for x, d in zip(xs, cross):
-            torch.bmm(x.transpose(1, 2), g, out=d)
-        along = ((weight * cross).sum(2) - mu * total) * inverse          # sum of grad times x_hat
-        k = factor * inverse * along / n
-        c = factor * total / n - mu * k                               # d(xP) = factor g - k xP - c
-        to_g = (weight * factor.unsqueeze(2)).transpose(2, 3)
-        to_x = (weight * k.unsqueeze(2)) @ weight.transpose(2, 3)
-        to_1 = -(c.unsqueeze(2) @ weight.transpose(2, 3))
-        grads = []
-        for o, (map_, x) in enumerate(zip(maps, xs)):
-            dx = torch.empty_like(map_, memory_format=torch.channels_last)
-            d = rows(dx, edges)
-            torch.baddbmm(to_1[o], g, to_g[o], out=d)
-            d.baddbmm_(x, to_x[o], alpha=-1)
-            grads += [dx, None]
-        if any(ctx.needs_input_grad[5::2]):
-            dw = cross * factor.unsqueeze(2) - n * torch.addcmul(
-                spread * k.unsqueeze(2), mean.transpose(2, 3), c.unsqueeze(2))
-            grads[1::2] = dw.transpose(2, 3).flatten(1, 2).unsqueeze(3).unsqueeze(4).unbind()
-        dshift = total.expand_as(scale) if ctx.needs_input_grad[2] else None
-        return grad if ctx.in_place else None, along, dshift, None, *grads
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        p, dx, dw = blocks(weight, ctx.edges), None, None
+        if ctx.needs_input_grad[0]:
+            dx = multiplied(grad, p.transpose(1, 2))
+        if ctx.needs_input_grad[1]:
+            dw = torch.bmm(rows(grad, len(p)).transpose(1, 2), rows(x, len(p)))
+            if len(p) != ctx.edges:
+                dw = dw.view(ctx.edges, -1, ctx.edges, weight.shape[1]).diagonal(0, 0, 2)
+                dw = dw.permute(2, 0, 1)
+            dw = dw.reshape(weight.shape)
+        return dx, dw, None
 
 
-def fused(x, norm):
-    """Whether the one-pass version applies: batch statistics, and no autocast.
-
-    Under autocast the second moment would be rounded to 16 bits, so torch's own calls are used.
-    """
-    return norm.training and not torch.is_autocast_enabled(x.device.type)
+def blocks(weight, edges):
+    """(E*C out, C in, 1, 1) -> (E, C in, C out), or one block-diagonal matrix where C is small."""
+    p = weight.view(edges, -1, weight.shape[1]).transpose(1, 2)
+    return torch.block_diag(*p).unsqueeze(0) if edges > 1 and weight.shape[1] < 16 else p
 
 
-def normalised_products(products, edges, weights=None, base=None):
-    """Finish Products: each normalised, times its edge weight, and summed over operations.
-
-    products: list of O Products of the same E edges; weights: (E, O) or None for 1.
-    Returns base (E, N*C) plus the sum, or a map (B, E*C, H, W) where base is None.
-    """
-    norms = [p.norm for p in products]
-    if not fused(products[0].x, norms[0]):
-        return plain_products(products, edges, weights, base)
-    shape = (len(products), edges, -1)
-    if norms[0].affine:
-        scale = torch.stack([n.weight for n in norms]).view(shape)
-        shift = torch.stack([n.bias for n in norms]).view(shape)
-    else:
-        scale = products[0].x.new_ones(1)
-        shift = scale.new_zeros(1)
-    if weights is not None:
-        scale, shift = scale * weights.t().unsqueeze(2), shift * weights.t().unsqueeze(2)
-    scale = scale.expand(*shape[:2], products[0].conv.out_channels // edges)
-    tensors = [t for p in products for t in (p.x, p.conv.weight)]
-    out, mu, var = NormalisedProducts.apply(base, scale, shift, norms[0].eps, *tensors)
-    if norms[0].track_running_stats:
-        n = products[0].x.numel() // products[0].x.shape[1]
-        running = [s for norm in norms for s in (norm.running_mean, norm.running_var)]
-        batch = [s.flatten() for m, v in zip(mu, var * (n / max(n - 1, 1))) for s in (m, v)]
-        torch._foreach_lerp_(running, batch, norms[0].momentum)
+def multiplied(x, p):
+    """(B, E*C in, H, W), (E, C in, C out) -> (B, E*C out, H, W), channels_last."""
+    b, _, h, w = x.shape
+    out = torch.empty(b, p.shape[0] * p.shape[2], h, w, dtype=x.dtype, device=x.device,
+                      memory_format=torch.channels_last)
+    torch.bmm(rows(x, len(p)), p, out=rows(out, len(p)))
     return out
 
 
-def plain_products(products, edges, weights=None, base=None):
-    """normalised_products in torch's own calls: for evaluation, autocast, and as its test."""
-    maps = [p.norm(p.conv(p.x)) for p in products]
-    if weights is not None:
-        channels = maps[0].shape[1] // edges
-        maps = [m * w.repeat_interleave(channels).view(1, -1, 1, 1)
-                for m, w in zip(maps, weights.unbind(1))]
-    total = sum(maps[1:], maps[0])
-    return total if base is None else base + rows(total, edges).flatten(1)
+class PointwiseConv(nn.Conv2d):
+    """1x1 convolution of `edges` groups."""
+    def __init__(self, channels_in, channels, edges):
+        super().__init__(channels_in, channels, 1, groups=edges, bias=False)
+
+    def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return Products.apply(x, self.weight, self.groups)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,33 +114,40 @@ def plain_products(products, edges, weights=None, base=None):
 
 
 class DepthwiseOnCPU(torch.autograd.Function):
-    """A depthwise convolution of stride 1 whose backward avoids oneDNN's slow paths.
+    """A depthwise convolution, 5x5 or dilated, whose backward avoids oneDNN's slow paths.
 
-    The gradient of the input is a convolution with the flipped kernel. That of the kernel is
-    taken on the four sub-grids where the kernel is dilated, and as four 3x3 blocks where it is
-    5x5 (measured on two cores, C=64, 32 px: dilated 3x3 14.1 ms -> 1.2, dilated 5x5 29 -> 6).
+    The gradient of a kernel wider than 3 is taken in two parts, that of a dilated one on the four
+    sub-grids, and the input's gradient of a dilated one is a convolution with the flipped kernel
+    (measured on two cores, C=64, 32 px: 5x5 7.4 ms -> 1.4, dilated 3x3 11 -> 1, 5x5 29 -> 2).
     """
     @staticmethod
-    def forward(ctx, x, weight, dilation):
+    def forward(ctx, x, weight, stride, dilation):
         ctx.save_for_backward(x, weight)
-        ctx.dilation = dilation
         padding = dilation * (weight.shape[-1] // 2)
-        return F.conv2d(x, weight, None, 1, padding, dilation, x.shape[1])
+        ctx.how = stride, padding, dilation
+        return F.conv2d(x, weight, None, *ctx.how, x.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        size, dilation, dx, dw = weight.shape[-1], ctx.dilation, None, None
-        if ctx.needs_input_grad[0]:
-            padding = dilation * (size // 2)
-            dx = F.conv2d(grad, weight.flip(2, 3), None, 1, padding, dilation, x.shape[1])
+        grad, dx, dw = grad.contiguous(memory_format=torch.channels_last), None, None
+        stride, padding, dilation = ctx.how
+        if ctx.needs_input_grad[0] and dilation == 1:
+            dx = backward_of_conv(grad, x, weight, stride, padding, (True, False, False))[0]
+        elif ctx.needs_input_grad[0]:
+            dx = F.conv2d(grad, weight.flip(2, 3), None, *ctx.how, x.shape[1])
         if ctx.needs_input_grad[1]:
             if dilation == 2:
                 x, grad = sub_grids(x), sub_grids(grad)
-            dw = depthwise_weight_gradient(x, grad, size)
-        return dx, dw, None
+            dw = depthwise_weight_gradient(x, grad, weight, stride)
+        return dx, dw, None, None
+
+
+def backward_of_conv(grad, x, weight, stride, padding, wanted):
+    padding = [padding] * 2 if isinstance(padding, int) else padding
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [stride] * 2, padding, [1, 1], False, [0, 0], x.shape[1], wanted)
 
 
 def sub_grids(x):
@@ -214,24 +163,16 @@ def sub_grids(x):
     return x.reshape(4 * b, h // 2, w // 2, c).permute(0, 3, 1, 2)
 
 
-def depthwise_weight_gradient(x, grad, size):
-    """Gradient (C, 1, size, size) of an undilated depthwise kernel of stride 1."""
-    c, (h, w) = x.shape[1], grad.shape[2:]
+def depthwise_weight_gradient(x, grad, weight, stride):
+    """Gradient (C, 1, k, k) of an undilated depthwise kernel."""
+    def columns(x, width, padding):
+        part = weight.new_empty(weight.shape[:3] + (width,))
+        return backward_of_conv(grad, x, part, stride, [half, padding], (False, True, False))[1]
 
-    def block(x, padding, size):
-        return torch.ops.aten.convolution_backward(
-            grad, x, x.new_empty(c, 1, size, size), None, [1, 1], [padding] * 2, [1, 1], False,
-            [0, 0], c, [False, True, False])[1]
-
-    if size != 5:
-        return block(x, size // 2, size)
-    padded, out = F.pad(x, (2, 2, 2, 2)), x.new_empty(c, 1, 5, 5)
-    for i in (0, 2):
-        for j in (0, 2):
-            part = padded[:, :, i:i + h + 2, j:j + w + 2]
-            part = part.contiguous(memory_format=torch.channels_last)
-            out[:, :, i:i + 3, j:j + 3] = block(part, 0, 3)
-    return out
+    half = weight.shape[2] // 2
+    if half == 1:
+        return columns(x, 3, 1)
+    return torch.cat([columns(F.pad(x, (2, 0)), 3, 0), columns(F.pad(x, (-1, 2)), 2, 0)], 3)
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -246,8 +187,9 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x):
         if self.every == 2:
             x = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
-        if self.stride == (1, 1) and x.device.type == 'cpu' and torch.is_grad_enabled():
-            return DepthwiseOnCPU.apply(x, self.weight, self.dilation[0])
+        slow = self.dilation == (2, 2) or self.kernel_size == (5, 5)
+        if slow and x.device.type == 'cpu' and torch.is_grad_enabled():
+            return DepthwiseOnCPU.apply(x, self.weight, self.stride[0], self.dilation[0])
         return super().forward(x)
 
 
@@ -262,7 +204,7 @@ class Pool(nn.Module):
     def __init__(self, channels, stride, affine, kind):
         super().__init__()
         self.stride, self.kind = stride, kind
-        self.norm = nn.Identity() if affine else nn.BatchNorm2d(channels, affine=False)
+        self.norm = nn.Identity() if affine else BatchNorm(channels, affine=False)
 
     def forward(self, x):
         if self.kind == 'max':
@@ -286,16 +228,15 @@ class SepConv(nn.Module):
         c = channels * edges
         self.edges = edges
         self.depthwise1 = DepthwiseConv(c, size, stride)
-        self.pointwise1 = nn.Conv2d(c, c, 1, groups=edges, bias=False)
-        self.norm1 = nn.BatchNorm2d(c, affine=affine)
+        self.pointwise1 = PointwiseConv(c, c, edges)
+        self.norm1 = BatchNorm(c, affine=affine)
         self.depthwise2 = DepthwiseConv(c, size)
-        self.pointwise2 = nn.Conv2d(c, c, 1, groups=edges, bias=False)
-        self.norm2 = nn.BatchNorm2d(c, affine=affine)
+        self.pointwise2 = PointwiseConv(c, c, edges)
+        self.norm2 = BatchNorm(c, affine=affine)
 
     def forward(self, x):
-        first = Product(self.depthwise1(x), self.pointwise1, self.norm1)
-        x = F.relu(normalised_products([first], self.edges), inplace=True)
-        return Product(self.depthwise2(x), self.pointwise2, self.norm2)
+        x = F.relu(self.norm1(self.pointwise1(self.depthwise1(x))), inplace=True)
+        return Unnormalised(self.pointwise2(self.depthwise2(x)), self.norm2)
 
 
 class DilConv(nn.Module):
@@ -306,11 +247,11 @@ class DilConv(nn.Module):
         super().__init__()
         c = channels * edges
         self.depthwise = DepthwiseConv(c, size, stride, dilation=2)
-        self.pointwise = nn.Conv2d(c, c, 1, groups=edges, bias=False)
-        self.norm = nn.BatchNorm2d(c, affine=affine)
+        self.pointwise = PointwiseConv(c, c, edges)
+        self.norm = BatchNorm(c, affine=affine)
 
     def forward(self, x):
-        return Product(self.depthwise(x), self.pointwise, self.norm)
+        return Unnormalised(self.pointwise(self.depthwise(x)), self.norm)
 
 
 class FactorizedReduce(nn.Module):
@@ -323,11 +264,9 @@ class FactorizedReduce(nn.Module):
     def __init__(self, channels_in, channels, edges, affine):
         super().__init__()
         self.edges = edges
-        self.even = nn.Conv2d(channels_in * edges, channels // 2 * edges, 1, groups=edges,
-                              bias=False)
-        self.odd = nn.Conv2d(channels_in * edges, (channels - channels // 2) * edges, 1,
-                             groups=edges, bias=False)
-        self.norm = nn.BatchNorm2d(channels * edges, affine=affine)
+        self.even = PointwiseConv(channels_in * edges, channels // 2 * edges, edges)
+        self.odd = PointwiseConv(channels_in * edges, (channels - channels // 2) * edges, edges)
+        self.norm = BatchNorm(channels * edges, affine=affine)
 
     def forward(self, x):
         if x.shape[2] % 2 or x.shape[3] % 2:      # else the odd grid would be smaller
@@ -335,16 +274,16 @@ class FactorizedReduce(nn.Module):
         halves = [conv(x[:, :, i::2, i::2].contiguous(memory_format=torch.channels_last))
                   for i, conv in enumerate((self.even, self.odd))]
         halves = [half.unflatten(1, (self.edges, -1)) for half in halves]
-        return self.norm(torch.cat(halves, 2).flatten(1, 2)
-                         .contiguous(memory_format=torch.channels_last))
+        x = torch.cat(halves, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+        return Unnormalised(x, self.norm)
 
 
 class ReLUConvBN(nn.Module):
     """1x1 convolution between a ReLU and BatchNorm: brings a cell's input to its width."""
     def __init__(self, channels_in, channels, affine):
         super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels, 1, bias=False)
-        self.norm = nn.BatchNorm2d(channels, affine=affine)
+        self.conv = PointwiseConv(channels_in, channels, 1)
+        self.norm = BatchNorm(channels, affine=affine)
 
     def forward(self, x):
         return self.norm(self.conv(F.relu(x)))

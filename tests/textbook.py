@@ -302,7 +302,7 @@ def pairs_of_weights(ours, book):
                             books = [m for m in book_op if not isinstance(m, nn.ReLU)] \
                                 if isinstance(book_op, nn.Sequential) else []
                             for a, b in zip(modules, books):
-                                c = a.weight.shape[0] if a.__class__ is not nn.BatchNorm2d \
+                                c = a.weight.shape[0] if not isinstance(a, nn.BatchNorm2d) \
                                     else a.num_features
                                 c //= len(edges)
                                 same(a, b, slice(e * c, e * c + c))
