@@ -104,7 +104,7 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(channels_in, channels, 1, groups=edges, bias=False)
 
     def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         return Products.apply(x, self.weight, self.groups)
 

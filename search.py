@@ -177,7 +177,7 @@ def parse(argv):
     group.add_argument('--unrolled', action='store_true', help='second-order step')
     group.add_argument('--partial', type=number(int, 1), help='1/partial of the channels')
     group.add_argument('--init_channels', type=number(int, 1), default=16)
-    group.add_argument('--layers', type=number(int, 1), default=8, help='cells')
+    group.add_argument('--layers', type=number(int, 3, 200), default=8, help='cells')
     group.add_argument('--train_portion', type=number(float, 0, 1, True, True), default=0.5,
                        help='of the images, for the weights; the others are for the alphas')
     group.add_argument('--arch_learning_rate', type=number(float, 0), help='of the alphas')

@@ -1,0 +1,280 @@
+"""The supernet and the derived network against the textbook, counts, and the genotype rule."""
+import textbook
+import torch
+from torch import nn
+
+import genotypes
+import model_search
+import operations
+import search
+from evaluate import cost
+from genotypes import PUBLISHED, Genotype, random_genotype
+from model_search import EDGES, Network, derive
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def close(a, b, tolerance=1e-10):
+    error = (a - b).norm()                  # 1e-14: statistics that are zero but for rounding
+    assert error <= tolerance * b.norm() + 1e-14, (error / b.norm()).item()
+
+
+def both(partial=1, channels=8, layers=3):
+    ours = Network(channels, 10, layers, partial=partial)
+    with torch.no_grad():
+        for alpha in ours.architecture_parameters():
+            alpha.mul_(500)                 # far from uniform, so that every weight matters
+    book = textbook.Network(channels, 10, layers, partial=partial)
+    textbook.copy_weights(ours, book)
+    return ours, book
+
+
+def batch(size=8, n=6):
+    return torch.randn(n, 3, size, size), torch.randint(10, (n,))
+
+
+def arguments(unrolled, lr=0.025):
+    return search.parse(['--seed', '0', '--learning_rate', str(lr)] + ['--unrolled'] * unrolled)
+
+
+@pytest.mark.parametrize('partial', [1, 4])
+@pytest.mark.parametrize('size', [8, 14])
+def test_forward_and_gradients_equal_the_textbook(partial, size):
+    ours, book = both(partial)
+    x, y = batch(size)
+    a, b = ours(x), book(x)
+    close(a, b)
+    nn.functional.cross_entropy(a, y).backward()
+    nn.functional.cross_entropy(b, y).backward()
+    for p, q in zip(ours.architecture_parameters(), book.alphas):
+        close(p.grad, q.grad)
+    total = 0
+    for p, block, q in textbook.pairs_of_weights(ours, book):
+        if p.requires_grad:
+            close(p.grad[block], q.grad)
+            total += q.numel()
+        else:
+            close(p[block], q)              # running statistics
+    assert total == sum(p.numel() for p in ours.weight_parameters())
+    close(ours.eval()(x), book.eval()(x))
+
+
+@pytest.mark.parametrize('partial', [1, 4])
+@pytest.mark.parametrize('unrolled', [False, True])
+def test_three_bilevel_steps_equal_the_textbook(partial, unrolled):
+    ours, book = both(partial)
+    args = arguments(unrolled)
+    sgd = torch.optim.SGD(ours.weight_parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+    adam = torch.optim.Adam(ours.architecture_parameters(), 3e-4, betas=(0.5, 0.999),
+                            weight_decay=1e-3)
+    step = textbook.Step(book, unrolled)
+    for _ in range(3):
+        train, valid = batch(), batch()
+        before = {k: v.clone() for k, v in ours.state_dict().items()}
+        search.architecture_step(ours, train, valid, sgd, adam, args)
+        for k, v in ours.state_dict().items():      # nothing but the alphas has moved
+            assert k.startswith('alphas') or torch.equal(v, before[k]), k
+        loss, _ = search.weight_step(ours, train, sgd, args)
+        close(loss, torch.tensor(step(train, valid)))
+    for p, q in zip(ours.architecture_parameters(), book.alphas):
+        close(p, q)
+    for p, block, q in textbook.pairs_of_weights(ours, book):
+        if p.requires_grad:
+            close(p[block], q)
+
+
+def test_second_order_gradient_is_that_through_the_virtual_step():
+    """Equation 7 differentiated by autograd on a small network, in place of finite differences."""
+    network = Network(4, 10, 3)
+    weights, alphas = network.weight_parameters(), network.architecture_parameters()
+    train, valid = batch(), batch()
+    sgd = torch.optim.SGD(weights, 0.025, momentum=0.9, weight_decay=3e-4)
+    search.weight_step(network, train, sgd, arguments(True))            # momentum is not zero
+    ours = search.second_order(network, train, valid, sgd)[0]
+    names = [n for n, _ in network.named_parameters() if not n.startswith('alphas')]
+    alpha_names = [n for n, _ in network.named_parameters() if n.startswith('alphas')]
+    buffers = [sgd.state[w]['momentum_buffer'] for w in weights]
+
+    def valid_loss(values):
+        named = dict(zip(alpha_names, values))
+
+        def loss(weights, batch):
+            out = torch.func.functional_call(network, {**dict(zip(names, weights)), **named},
+                                             (batch[0],))
+            return nn.functional.cross_entropy(out, batch[1])
+
+        leaves = [w.detach().requires_grad_() for w in weights]
+        grads = torch.autograd.grad(loss(leaves, train), leaves)
+        moved = [w - 0.025 * (g + 3e-4 * w + 0.9 * b) for w, g, b in zip(leaves, grads, buffers)]
+        return loss(moved, valid).item()
+
+    # Along one direction of the alphas, by central differences of the whole bilevel function.
+    direction = [torch.randn_like(a) for a in alphas]
+    h = 1e-4
+    ends = [valid_loss([a.detach() + s * h * d for a, d in zip(alphas, direction)])
+            for s in (1, -1)]
+    expected = (ends[0] - ends[1]) / (2 * h)
+    got = sum((g * d).sum() for g, d in zip(ours, direction)).item()
+    assert abs(got - expected) < 2e-3 * abs(expected)
+    first = sum((g * d).sum() for g, d in zip(search.first_order(network, valid)[0], direction))
+    assert abs(first - expected) > 10 * abs(got - expected)     # the term of equation 8 matters
+
+
+@pytest.mark.parametrize('genotype', ['DARTS_V1', 'PDARTS', 3, 4])
+def test_derived_network_equals_the_textbook(genotype):
+    genotype = PUBLISHED.get(genotype) or random_genotype(genotype)
+    ours = Network(4, 10, 4, genotype, auxiliary=True)
+    book = textbook.Network(4, 10, 4, genotype, auxiliary=True)
+    textbook.copy_weights(ours, book)
+    x, _ = batch(32, 4)
+    results = []
+    for network in (ours, book):
+        logits, auxiliary = network(x)
+        (logits.square().sum() + auxiliary.sum()).backward()
+        results.append((logits, auxiliary))
+    close(results[0][0], results[1][0])
+    close(results[0][1], results[1][1])
+    for p, block, q in textbook.pairs_of_weights(ours, book):
+        close(p.grad[block] if p.requires_grad else p[block], q.grad if p.requires_grad else q)
+    close(ours.eval()(x), book.eval()(x))
+
+
+def test_backwards_of_our_own():
+    x = torch.randn(2, 6, 5, 6).to(memory_format=torch.channels_last).requires_grad_()
+    for weight in (torch.randn(6, 3, 1, 1), torch.randn(6, 2, 1, 1)):
+        edges = 6 // weight.shape[1]
+        weight.requires_grad_()
+        assert torch.autograd.gradcheck(operations.Products.apply, (x, weight, edges))
+        close(operations.Products.apply(x, weight, edges),
+              nn.functional.conv2d(x, weight, groups=edges))
+    for size in (3, 5):
+        for stride, dilation in ((1, 1), (2, 1), (1, 2)):
+            weight = torch.randn(6, 1, size, size, requires_grad=True)
+            call = operations.DepthwiseOnCPU.apply
+            assert torch.autograd.gradcheck(call, (x, weight, stride, dilation))
+            close(call(x, weight, stride, dilation), nn.functional.conv2d(
+                x, weight, None, stride, dilation * (size // 2), dilation, 6))
+
+
+def test_parameter_counts():
+    def count(*args, **kwargs):
+        return sum(p.numel() for p in Network(*args, **kwargs).weight_parameters())
+    assert count(16, 10, 8) == 1_930_618
+    assert count(16, 10, 8, partial=4) == 299_578
+    for name, without, with_head in (('DARTS_V1', 3_169_414, 3_645_840),
+                                     ('DARTS_V2', 3_349_342, 3_825_768),
+                                     ('PC_DARTS_cifar', 3_634_678, 4_111_104)):
+        counts = cost(PUBLISHED[name])
+        assert (counts['params'], counts['params_auxiliary']) == (without, with_head)
+    assert cost(PUBLISHED['DARTS_V2'], num_classes=100)['params'] == 3_401_272
+    assert round(cost(PUBLISHED['DARTS_V2'])['multiply_adds'] / 1e6, 1) == 528.4
+
+
+def test_genotype_rule_on_ties_and_none():
+    normal = torch.zeros(14, 8)
+    normal[:, 0] = 0.9                                          # none is never chosen
+    normal[EDGES.index((4, 1)), 5] = 0.5
+    normal[EDGES.index((4, 3)), 6] = 0.4
+    normal[EDGES.index((4, 3)), 7] = 0.4                        # a tie of operations
+    genotype = derive(normal, torch.full((14, 8), 0.125))
+    assert genotype.normal[4:6] == (('sep_conv_5x5', 1), ('dil_conv_3x3', 3))
+    first = (('max_pool_3x3', 0), ('max_pool_3x3', 1))          # ties keep the lower index
+    assert genotype.normal[:2] == first and genotype.reduce == first * 4
+    assert genotype.normal_concat == genotype.reduce_concat == (2, 3, 4, 5)
+
+
+def test_partial_channels_weigh_by_alpha_times_beta():
+    network = Network(8, 10, 1, partial=4)
+    with torch.no_grad():
+        for alpha in network.architecture_parameters():
+            alpha.zero_()
+        network.alphas['normal'][:, 4] = 1.0
+        network.alphas['beta_normal'][EDGES.index((5, 4))] = 3.0
+    weights, shares = network.mixing()['normal']
+    assert torch.allclose(weights.sum(1), shares) and shares.split([2, 3, 4, 5])[3].argmax() == 4
+    assert network.genotype().normal[-1] == ('sep_conv_3x3', 4)
+
+
+def test_alphas_and_weights_are_apart():
+    network = Network(4, 10, 1, partial=2)
+    alphas = {id(p) for p in network.architecture_parameters()}
+    assert len(alphas) == 4 and not alphas & {id(p) for p in network.weight_parameters()}
+    assert {'alphas.normal', 'alphas.beta_reduce'} <= set(network.state_dict())
+
+
+def test_drop_path_drops_whole_images_and_spares_skips():
+    torch.set_default_dtype(torch.float32)
+    x = torch.ones(4000, 2, 1, 1)
+    y = operations.drop_path(x, 0.3)
+    assert set(y.unique().tolist()) == {0.0, y.max().item()} and abs(y.mean() - 1) < 0.05
+    assert (y[:, 0] == y[:, 1]).all()
+    skips = tuple(('skip_connect', state) for state in (0, 1) * 4)
+    network = Network(4, 10, 1, Genotype(skips, (2, 3, 4, 5), skips, (2, 3, 4, 5))).train()
+    images = torch.randn(8, 3, 8, 8)
+    network.drop_path_prob = 0.0
+    assert network(images).isfinite().all()
+
+
+def test_an_operation_is_added_in_one_place(monkeypatch):
+    """The README's example: a module and a line in OPERATIONS."""
+    class Conv3x3(nn.Module):
+        shared = False
+
+        def __init__(self, channels, edges, stride, affine):
+            super().__init__()
+            c = channels * edges
+            self.conv = nn.Conv2d(c, c, 3, stride, 1, groups=edges, bias=False)
+            self.norm = nn.BatchNorm2d(c, affine=affine)
+
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    monkeypatch.setitem(operations.OPERATIONS, 'conv_3x3', Conv3x3)
+    for module in (genotypes, model_search):
+        monkeypatch.setattr(module, 'PRIMITIVES', list(operations.OPERATIONS))
+    network = Network(4, 10, 3)
+    x, y = batch()
+    with torch.no_grad():
+        network.alphas['normal'][:, -1] += 1
+        network.alphas['reduce'][:, -1] += 1
+    loss = nn.functional.cross_entropy(network(x), y)
+    loss.backward()
+    assert network.alphas['normal'].shape == (14, 9) and network.alphas['normal'].grad[:, -1].any()
+    genotype = network.genotype()
+    assert {op for op, _ in genotype.normal + genotype.reduce} == {'conv_3x3'}
+    text = genotypes.to_json(genotype)
+    assert genotypes.from_json(text) == genotype and 'conv_3x3' in genotypes.draw(genotype)
+    assert Network(4, 10, 3, genotype)(x).isfinite().all() and cost(genotype)['params'] > 0
+
+
+@pytest.mark.parametrize('affine', [False, True])
+def test_operations_of_fewer_edges(affine):
+    """An edge may keep any of the operations, as in P-DARTS; the others do not change."""
+    names = [('sep_conv_3x3', 'skip_connect'), ('sep_conv_3x3',), ('avg_pool_3x3', 'skip_connect')]
+    mixed_op = model_search.MixedOp(4, 2, names, affine)
+    state, weights = torch.randn(3, 4, 8, 8), torch.rand(3, 8)
+    whole = mixed_op(state, weights)
+    for e in range(3):
+        alone = torch.zeros(3, 8)
+        alone[e] = weights[e]
+        got = mixed_op(state, alone)
+        assert torch.allclose(got[e], whole[e])
+        assert all(not got[other].any() for other in range(3) if other != e)
+
+
+def test_autocast_and_evaluation_run():
+    torch.set_default_dtype(torch.float32)
+    network = Network(4, 10, 2)
+    x = torch.randn(4, 3, 8, 8)
+    full = network(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        half = network(x)
+    assert half.dtype == torch.bfloat16 and (full - half.float()).abs().max() < 0.3
