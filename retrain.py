@@ -34,12 +34,11 @@ def train_step(network, batch, sgd, args):
     x, y = batch
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
         logits = network(x)
-    total = 0
+    logits, auxiliary_logits = logits if args.auxiliary else (logits, None)
+    loss = total = loss_of(logits.float(), y)
     if args.auxiliary:
-        logits, auxiliary_logits = logits
-        total = args.auxiliary_weight * loss_of(auxiliary_logits.float(), y)
-    loss = loss_of(logits.float(), y)
-    (loss + total).backward()
+        total = loss + args.auxiliary_weight * loss_of(auxiliary_logits.float(), y)
+    total.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip, foreach=True)
     sgd.step()
     sgd.zero_grad()

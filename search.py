@@ -58,7 +58,8 @@ def forward(network, batch, amp=False):
     """(loss, right answers) of a batch, a tensor each."""
     x, y = batch
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-        logits = network(x).float()
+        logits = network(x)
+    logits = logits.float() if amp else logits
     return loss_of(logits, y), correct(logits.detach(), y)
 
 
