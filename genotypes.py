@@ -61,6 +61,8 @@ def checked(genotype, source='genotype'):
             if type(pair[1]) is not int or not 0 <= pair[1] < node:
                 raise ValueError(f'{source}: {cell}[{k}]: node {node} has no input {pair[1]!r}; '
                                  f'its inputs are 0 to {node - 1}')
+            if k % 2 and pair[1] == pairs[k - 1][1]:
+                raise ValueError(f'{source}: {cell}[{k}]: node {node} takes input {pair[1]} twice')
         if not concat or any(type(n) is not int or not 2 <= n < 2 + NODES for n in concat) \
                 or len(set(concat)) != len(concat):
             raise ValueError(f'{source}: {cell}_concat must list some of the nodes 2 to '
@@ -164,8 +166,9 @@ def cell_svg(name, pairs, concat):
         control = 216 - (216 - apex) * 4 / 3          # a cubic's apex is at 3/4 of its controls
         arcs.append(f'<path d="M{left} 216 C{left} {control:.0f} {right} {control:.0f} {right} '
                     f'216" fill="none" stroke="{colour}" stroke-width="2"/>')
-        labels.append(f'<text x="{(left + right) / 2}" y="{apex + 4}" fill="{colour}" '
-                      f'stroke="white" stroke-width="5" paint-order="stroke">{escape(op)}</text>')
+        place = f'<text x="{(left + right) / 2}" y="{apex + 4}" '
+        labels += [f'{place}stroke="white" stroke-width="5" fill="white">{escape(op)}</text>',
+                   f'{place}fill="{colour}">{escape(op)}</text>']       # over a white halo
     states = []
     for state in range(2 + NODES):
         label = ('c_{k-2}', 'c_{k-1}')[state] if state < 2 else str(state - 2)

@@ -1,0 +1,260 @@
+"""Bad input: one clear line that names the thing, exit status 2, nothing left behind."""
+import errno
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_data import fake_cifar, folder_of_images
+from test_scripts import RETRAIN, TINY, run_search
+
+import evaluate
+import generate_data
+import genotypes
+import retrain
+import search
+
+SCRIPTS = {'generate': generate_data.main, 'search': search.main, 'retrain': retrain.main,
+           'evaluate': evaluate.main}
+
+
+def written(size=8):
+    generate_data.write_noise('set', 40, 4, size, 0)
+
+
+def cut(path, keep):
+    """Truncate a file to its first `keep` bytes."""
+    Path(path).write_bytes(Path(path).read_bytes()[:keep])
+
+
+def setup(name):
+    if name == 'set':
+        written()
+    elif name == 'cifar':
+        fake_cifar()
+    elif name == 'own':
+        folder_of_images('own')
+    elif name == 'run':
+        run_search('run', '--max_steps', '1')
+    elif name.startswith('cut '):
+        _, kind, file, keep = name.split()
+        setup(kind)
+        cut(file, int(keep))
+    elif name.startswith('drop '):
+        _, kind, file = name.split()
+        setup(kind)
+        Path(file).unlink()
+    elif name == 'empty class':
+        setup('own')
+        Path('own/empty').mkdir()
+    elif name == 'broken image':
+        setup('own')
+        Path('own/cat/1.png').write_bytes(b'no image')
+    elif name == 'wrong pickle':
+        setup('cifar')
+        Path('data/cifar-10-batches-py/data_batch_3').write_bytes(b'\x80\x02K\x05.')
+    elif name == 'other classes':
+        folder_of_images('own/train')
+        folder_of_images('own/val', ('cat', 'cow'))
+    elif name == 'no classes':
+        Path('own').mkdir()
+    elif name == 'other method':
+        setup('run')
+        content = torch.load('run/checkpoint.pt', weights_only=True)
+        content['network'].pop('alphas.normal')
+        torch.save(content, 'run/checkpoint.pt')
+        Path('run/genotype.json').unlink()
+    elif name == 'cut checkpoint':
+        setup('run')
+        Path('run/genotype.json').unlink()
+        cut('run/checkpoint.pt', 1000)
+    elif name == 'changed labels':
+        setup('set')
+        import numpy as np
+        np.save('set/labels.npy', np.load('set/labels.npy')[::-1])
+    elif name:
+        Path('genotype.json').write_text(name)
+
+
+def broken(**changes):
+    return json.dumps({**genotypes.DARTS_V2._asdict(), **changes})
+
+
+N = TINY[:0] + TINY[4:]                         # without the sizes of noise
+GOOD = genotypes.DARTS_V2.normal
+TABLE = [
+    # set-up, script, arguments, what the line must name
+    ('', 'generate', '--kind noise --out x --num_images 5', 'num_images'),
+    ('', 'generate', '--kind noise --out x --image_size 0', 'image_size'),
+    ('', 'generate', '--kind noise --out x --seed -1', 'seed'),
+    ('', 'generate', '--kind nose --out x', 'nose'),
+    ('', 'generate', '--out x', '--kind'),
+    ('', 'generate', '--kind noise --out x --label_mode permute', 'permute'),
+    ('', 'generate', '--kind noise --out x --label_noise 0.5', 'label_noise'),
+    ('', 'generate', '--kind random_labels --out x --label_noise 1.5', 'label_noise'),
+    ('', 'generate', '--kind random_labels --out x --label_noise nan', 'label_noise'),
+    ('', 'generate', '--kind random_labels --out x --source nowhere', 'nowhere'),
+    ('', 'generate', '--kind random_labels --out x', 'cifar10'),
+    ('set', 'generate', '--kind noise --out set', 'set exists'),
+    ('cut set set/images.npy 300', 'search', '--data set', 'images.npy'),
+    ('cut set set/images.npy 3000', 'search', '--data set', 'images.npy'),
+    ('cut set set/labels.npy 60', 'search', '--data set', 'labels.npy'),
+    ('cut set set/labels.npy 0', 'search', '--data set', 'labels.npy'),
+    ('cut set set/meta.json 60', 'search', '--data set', 'meta.json'),
+    ('drop set set/images.npy', 'search', '--data set', 'images.npy'),
+    ('drop set set/labels.npy', 'search', '--data set', 'labels.npy'),
+    ('changed labels', 'search', '--data set', 'labels.npy'),
+    ('set', 'search', '--data set --image_size 16', '8 px'),
+    ('cut cifar data/cifar-10-batches-py/data_batch_4 500', 'search', '--data cifar10',
+     'data_batch_4'),
+    ('cut cifar data/cifar-10-batches-py/data_batch_4 0', 'search', '--data cifar10',
+     'data_batch_4'),
+    ('drop cifar data/cifar-10-batches-py/data_batch_5', 'search', '--data cifar10',
+     'data_batch_5'),
+    ('drop cifar data/cifar-10-batches-py/batches.meta', 'search', '--data cifar10',
+     'batches.meta'),
+    ('wrong pickle', 'search', '--data cifar10', 'data_batch_3'),
+    ('', 'search', '--data cifar100', 'cifar-100-python'),
+    ('empty class', 'search', '--data own --image_size 8', 'empty'),
+    ('broken image', 'search', '--data own --image_size 8', '1.png'),
+    ('other classes', 'retrain', '--arch DARTS_V2 --data own --image_size 8', 'cow'),
+    ('no classes', 'search', '--data own', 'own'),
+    ('', 'search', '--data nosuch', 'nosuch'),
+    ('', 'search', '--method nosuch', 'nosuch'),
+    ('', 'search', '--nosuch 3', 'nosuch'),
+    ('', 'search', '--batch_size 0', 'batch_size'),
+    ('', 'search', '--batch_size 40 --num_images 64', 'batch_size'),
+    ('', 'search', '--learning_rate nan', 'learning_rate'),
+    ('', 'search', '--learning_rate -1', 'learning_rate'),
+    ('', 'search', '--learning_rate fast', 'fast'),
+    ('', 'search', '--momentum 1', 'momentum'),
+    ('', 'search', '--train_portion 1', 'train_portion'),
+    ('', 'search', '--layers 2', 'layers'),
+    ('', 'search', '--image_size 4', 'image_size'),
+    ('', 'search', '--partial 3', 'partial'),
+    ('', 'search', '--steps_per_epoch 9999 --num_images 64', 'steps_per_epoch'),
+    ('', 'search', '--num_images 8 --num_classes 9', 'num_images'),
+    ('run', 'search', '--save run', '--resume'),
+    ('run', 'search', '--save run --resume --layers 4', '--layers'),
+    ('other method', 'search', '--save run --resume --max_steps 1', 'checkpoint.pt'),
+    ('cut checkpoint', 'search', '--save run --resume --max_steps 1', 'checkpoint.pt'),
+    ('own', 'search', '--save own', 'own'),
+    ('', 'search', '--learning_rate 1e30 --grad_clip 1e30 --save nan', 'not finite'),
+    ('', 'retrain', '', '--arch'),
+    ('', 'retrain', '--arch DARTS_V3 --data noise', 'DARTS_V3'),
+    ('', 'retrain', '--arch DARTS_V2 --data noise --image_size 8 --auxiliary', 'auxiliary'),
+    ('', 'retrain', '--arch DARTS_V2 --data noise --drop_path_prob 1', 'drop_path_prob'),
+    ('', 'retrain', '--arch DARTS_V2 --data noise --learning_rate 1e30 --grad_clip 1e30 '
+     '--save nan', 'not finite'),
+    ('{', 'retrain', '--arch genotype.json --data noise', 'genotype.json'),
+    ('[]', 'retrain', '--arch genotype.json --data noise', 'genotype.json'),
+    ('{}', 'retrain', '--arch genotype.json --data noise', 'normal'),
+    (broken(normal=GOOD[:7]), 'retrain', '--arch genotype.json --data noise', '7 operations'),
+    (broken(normal=(('conv_9x9', 0), *GOOD[1:])), 'retrain', '--arch genotype.json --data noise',
+     'conv_9x9'),
+    (broken(reduce=(('skip_connect', 2), *GOOD[1:])), 'retrain',
+     '--arch genotype.json --data noise', 'no input 2'),
+    (broken(normal=(('skip_connect', 0), ('sep_conv_3x3', 0), *GOOD[2:])), 'retrain',
+     '--arch genotype.json --data noise', 'twice'),
+    (broken(normal_concat=[2, 9]), 'retrain', '--arch genotype.json --data noise', 'concat'),
+    ('', 'evaluate', 'norun', 'norun'),
+    ('', 'evaluate', '', 'nothing to evaluate'),
+    ('', 'evaluate', '--cost', '--arch'),
+    ('', 'evaluate', '--arch DARTS_V3 --cost', 'DARTS_V3'),
+    ('own', 'evaluate', 'own', 'args.json'),
+    ('drop run run/genotype.json', 'evaluate', 'run', 'genotype.json'),
+    ('cut run run/args.json 50', 'evaluate', 'run', 'args.json'),
+]
+
+
+def files():
+    return {str(p): p.stat().st_size for p in Path('.').rglob('*') if p.is_file()}
+
+
+def check(capsys, status, needle):
+    err = [line for line in capsys.readouterr().err.splitlines()
+           if not line.startswith(('warning', 'making', 'no CUDA'))]
+    assert status == 2 and len(err) == 1, err
+    assert re.match(r'\w+\.py: error: ', err[0]) and needle in err[0] and len(err[0]) < 400, err
+
+
+@pytest.mark.parametrize('state, script, arguments, needle', TABLE,
+                         ids=[f'{k}-{row[1]}-{row[3]}' for k, row in enumerate(TABLE)])
+def test_one_line_and_nothing_left(state, script, arguments, needle, capsys):
+    setup(state)
+    before = files()
+    flags = arguments.split()
+    if script in ('search', 'retrain') and flags:
+        base = {'search': TINY, 'retrain': RETRAIN}[script]
+        given = {flag for flag in flags if flag.startswith('--')} | (
+            {'--image_size', '--num_images'} if '--data' in flags and 'noise' not in flags
+            else set())
+        flags += [f for pair in zip(base[::2], base[1::2]) if pair[0] not in given for f in pair]
+    capsys.readouterr()
+    check(capsys, SCRIPTS[script](flags), needle)
+    after = files()
+    assert all(after.get(path) == size for path, size in before.items())
+    new = {path for path in after if path not in before and not path.startswith('data/noise')}
+    assert needle == 'not finite' or not new, new
+    assert not [p for p in after if '.tmp' in p]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(capsys):
+    flags = [*TINY, '--epochs', '2', '--checkpoint_minutes', '0', '--save', 'run']
+    original = search.weight_step
+
+    def explode(network, train, sgd, args):
+        if sgd.param_groups[0]['lr'] < 0.02:                            # in the second epoch
+            with torch.no_grad():
+                network.classifier.weight.fill_(float('nan'))
+        return original(network, train, sgd, args)
+
+    search.weight_step = explode
+    try:
+        check(capsys, search.main(flags), 'step 2')
+    finally:
+        search.weight_step = original
+    content = torch.load('run/checkpoint.pt', weights_only=True)
+    assert content['epoch'] == 1 and content['step'] == 0
+    assert all(v.isfinite().all() for v in content['network'].values())
+
+
+@pytest.mark.parametrize('code, needle', [(errno.ENOSPC, 'space'), (errno.EROFS, 'folder')])
+def test_full_disk_and_read_only_folder(code, needle, capsys, monkeypatch):
+    def fail(path):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(os, 'fsync', fail)
+    check(capsys, generate_data.main(['--kind', 'noise', '--out', 'n', '--num_images', '20',
+                                      '--image_size', '8']), needle)
+    assert not list(Path('.').iterdir())
+
+
+def test_a_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    check(capsys, search.main([*TINY[:-2], '--gpu', '2']), '--gpu 2')
+
+
+def test_no_cuda_runs_on_the_cpu_and_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip('this machine has CUDA')
+    assert evaluate.choose_device(5).type == 'cpu'
+    assert '--gpu 5' in capsys.readouterr().err
+    assert evaluate.choose_device(-1).type == 'cpu' and not capsys.readouterr().err
+
+
+def test_a_run_that_another_process_holds(capsys):
+    run_search('run', '--max_steps', '1')
+    Path('run/genotype.json').unlink()
+    with evaluate.Running(Path('run')):
+        check(capsys, search.main([*TINY, '--max_steps', '1', '--save', 'run', '--resume']),
+              'another process')
+
+
+def test_a_missing_stale_gpu_memory_error_is_one_line(capsys):
+    @generate_data.one_line_errors
+    def main(argv=None):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried ...')
+    assert main() == 2 and '--batch_size' in capsys.readouterr().err
