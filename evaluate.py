@@ -108,12 +108,12 @@ def run_name(script, args, defaults):
 
 def open_run(args, device):
     """(folder, checkpoint or None) of a run that starts or goes on; None for one that is done."""
-    folder, settings = Path(args.save), {k: v for k, v in vars(args).items() if k not in FREE}
+    folder, settings = Path(args.save), vars(args)
     if (folder / 'args.json').exists():
         if not args.resume:
             raise UserError(f'{folder} holds a run already: --resume it, or choose another --save')
         before = read_json(folder / 'args.json').get('settings', {})
-        for name in sorted(settings.keys() | before.keys()):
+        for name in sorted((settings.keys() | before.keys()) - FREE):
             if settings.get(name) != before.get(name):
                 raise UserError(f'{folder} was run with --{name} {before.get(name)}, not '
                                 f'{settings.get(name)}: give the same, or choose another --save')
@@ -438,6 +438,7 @@ def report(run, data_dir=None, device=None, batch_size=100):
            'searched_on': found_by['data'], 'method': found_by['method'],
            'data': settings['data'], 'seed': settings['seed'],
            'train_loss': last['train_loss'], 'train_accuracy': last['train_accuracy'],
+           'fit_loss': last['fit_loss'], 'fit_accuracy': last['fit_accuracy'],
            'test_error': None, 'top1': None, 'top5': None, 'top1_interval': None,
            **cost(checked(Genotype(*meta['genotype'])), meta['init_channels'], meta['layers'],
                   len(meta['classes']), meta['image_size']),
@@ -495,7 +496,7 @@ def table(rows):
     for (kind, searched_on, method, data), members in groups.items():
         line = {'type': kind, 'searched_on': searched_on, 'method': method, 'trained_on': data,
                 'n': len(members)}
-        measures = ('test_error', 'train_accuracy') if kind == 'retrain' else ('skips_normal',)
+        measures = ('test_error', 'fit_accuracy') if kind == 'retrain' else ('skips_normal',)
         for measure in (*measures, 'params', 'seconds'):
             values = [row[measure] for row in members if row[measure] is not None]
             mean, std, interval = mean_std_interval(values) if values else (None, None, None)
@@ -518,10 +519,10 @@ def show_table(lines):
                     f'{high:.{digits}f}]'
         return text
     header = ['run', 'searched on', 'method', 'trained on', 'n', 'test error %',
-              'train accuracy %', 'skips (normal)', 'params (M)', 'seconds']
+              'fit accuracy %', 'skips (normal)', 'params (M)', 'seconds']
     body = [[line['type'], str(line['searched_on']), str(line['method']),
              str(line['trained_on'] or '-'), str(line['n']), cell(line, 'test_error', 1, 2),
-             cell(line, 'train_accuracy', 100, 2), cell(line, 'skips_normal', 1, 2),
+             cell(line, 'fit_accuracy', 100, 2), cell(line, 'skips_normal', 1, 2),
              cell(line, 'params', 1e-6, 3), cell(line, 'seconds', 1, 0)] for line in lines]
     widths = [max(len(row[k]) for row in [header, *body]) for k in range(len(header))]
     for row in [header, *body]:

@@ -347,7 +347,8 @@ def contact_sheet(images, labels, meta):
     rows = -(-len(images) // 10)
     sheet = Image.new('RGB', (10 * (size + gap) + gap, rows * (size + text + gap) + gap + 34),
                       'white')
-    pen, font, small = ImageDraw.Draw(sheet), load_font(15), load_font(11)
+    pen, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), \
+        ImageFont.load_default(11)
     title = f'{meta["kind"]}: {meta["num_images"]:,} images of {meta["image_size"]} px, ' \
             f'{len(meta["classes"])} {"labels" if labels.ndim == 2 else "classes"}, ' \
             f'seed {meta["seed"]}'
@@ -365,10 +366,6 @@ def contact_sheet(images, labels, meta):
             name = name[:-1]
         pen.text((x + size / 2, y + size + 2), name, 'dimgray', small, anchor='ma')
     return sheet
-
-
-def load_font(size):
-    return ImageFont.load_default(size)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -553,10 +550,11 @@ def read_cifar(name, data_dir, split, download=False):
         print(f'warning: {folder}: {len(images):,} {split} images; '
               f'{", ".join(unusual) or "no file"} not as officially published', file=sys.stderr)
     names = load_pickle(folder / official.meta['filename']).get(official.meta['key'])
-    if not isinstance(names, list) or len(names) != int(name[5:]):
+    names = [n.decode() if isinstance(n, bytes) else str(n) for n in names or ()]
+    if len(names) != int(name[5:]):
         raise UserError(f'{folder}/{official.meta["filename"]} holds no class names: unpack the '
                         'archive again')
-    return Data(name, 'real', images, labels, [text(n) for n in names], mean, std, 32,
+    return Data(name, 'real', images, labels, names, mean, std, 32,
                 {'name': name, 'data_dir': str(Path(data_dir).resolve())}, split)
 
 
@@ -590,7 +588,7 @@ def load_pickle(path):
     try:
         with open(path, 'rb') as file:
             entries = PlainUnpickler(file, encoding='bytes').load()
-        return {text(key): value for key, value in entries.items()}
+        return {k.decode() if isinstance(k, bytes) else k: v for k, v in entries.items()}
     except FileNotFoundError:
         raise UserError(f'{path} is missing: unpack the archive again') from None
     except OSError:
@@ -598,10 +596,6 @@ def load_pickle(path):
     except Exception as error:
         raise UserError(f'{path} is not a CIFAR file ({error or "truncated"}): unpack the archive '
                         'again') from None
-
-
-def text(key):
-    return key.decode() if isinstance(key, bytes) else str(key)
 
 
 EXTENSIONS = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm'}

@@ -188,7 +188,8 @@ class DepthwiseConv(nn.Conv2d):
         if self.every == 2:
             x = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
         slow = self.dilation == (2, 2) or self.kernel_size == (5, 5)
-        if slow and x.device.type == 'cpu' and torch.is_grad_enabled():
+        if slow and x.device.type == 'cpu' and torch.is_grad_enabled() \
+                and not torch.is_autocast_enabled('cpu'):
             return DepthwiseOnCPU.apply(x, self.weight, self.stride[0], self.dilation[0])
         return super().forward(x)
 

@@ -66,7 +66,7 @@ def setup(name):
         content['network'].pop('alphas.normal')
         torch.save(content, 'run/checkpoint.pt')
         Path('run/genotype.json').unlink()
-    elif name == 'cut checkpoint':
+    elif name == 'truncated checkpoint':
         setup('run')
         Path('run/genotype.json').unlink()
         cut('run/checkpoint.pt', 1000)
@@ -139,7 +139,7 @@ TABLE = [
     ('run', 'search', '--save run', '--resume'),
     ('run', 'search', '--save run --resume --layers 4', '--layers'),
     ('other method', 'search', '--save run --resume --max_steps 1', 'checkpoint.pt'),
-    ('cut checkpoint', 'search', '--save run --resume --max_steps 1', 'checkpoint.pt'),
+    ('truncated checkpoint', 'search', '--save run --resume --max_steps 1', 'checkpoint.pt'),
     ('own', 'search', '--save own', 'own'),
     ('', 'search', '--learning_rate 1e30 --grad_clip 1e30 --save nan', 'not finite'),
     ('', 'retrain', '', '--arch'),

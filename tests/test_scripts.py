@@ -138,8 +138,6 @@ def test_random_is_a_control_without_data():
 
 
 def test_no_steps_gives_the_genotype_of_an_untrained_supernet():
-    assert run_search('z', '--max_steps', '0', base=TINY[:-2]) == [] if Path(
-        'z/log.jsonl').exists() else True
     assert search.main([*TINY, '--max_steps', '0', '--save', 'y']) == 0
     torch.manual_seed(0)
     assert from_json(Path('y/genotype.json').read_text()) == search.Network(4, 10, 3).genotype()
@@ -357,10 +355,10 @@ def test_search_and_retrain_on_real_images(real_data):
     assert search.main(['--data', 'cifar10', '--save', 'real', *flags]) == 0
     assert log('random')[-1]['alphas'] != log('real')[-1]['alphas']
     assert retrain.main(['--arch', 'random', '--data', 'cifar10', '--data_dir', real_data,
-                         '--layers', '3', '--init_channels', '8', '--batch_size', '64',
-                         '--epochs', '2', '--steps_per_epoch', '120', '--learning_rate', '0.1',
-                         '--drop_path_prob', '0', '--save', 'net', '--gpu', '-1']) == 0
-    assert log('net')[-1]['test_error'] < 75
+                         '--layers', '3', '--init_channels', '8', '--batch_size', '32',
+                         '--epochs', '1', '--steps_per_epoch', '250', '--learning_rate', '0.05',
+                         '--save', 'net', '--gpu', '-1']) == 0
+    assert log('net')[-1]['test_error'] < 75                            # chance: 90
 
 
 def test_images_of_readme_exist():
