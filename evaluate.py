@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (Batches, Parser, UserError, fcntl, number, one_line_errors, read,
-                           write_file)
+from generate_data import (Batches, Parser, UserError, add_label_flags, fcntl, number,
+                           one_line_errors, read, write_file)
 
 import torch
 import torch.nn.functional as F
@@ -139,8 +139,19 @@ def open_run(args, device):
     return folder, checkpoint
 
 
-def add_run_flags(parser, schedule):
-    """The flags of schedule and run that search.py and retrain.py share; schedule: defaults."""
+def add_run_flags(parser, data, schedule):
+    """The flags that search.py and retrain.py share; data, schedule: defaults."""
+    group = parser.add_argument_group('data')
+    group.add_argument('--data', default=data,
+                       help='noise, random_labels, cifar10, cifar100, or a folder')
+    group.add_argument('--image_size', type=number(int, 8, 4096),
+                       help='pixels: 32 for noise; folders of images are resized to it')
+    group.add_argument('--data_seed', type=number(int, 0), default=0, help='of unreal data')
+    group.add_argument('--augment', choices=['auto', 'none', 'standard'], default='auto',
+                       help='RandomCrop and flip; auto: on images, not on noise')
+    group.add_argument('--workers', type=number(int, 0), default=2, help='of large data sets')
+    add_label_flags(parser)
+    add_label_flags(parser)
     group = parser.add_argument_group('schedule')
     group.add_argument('--epochs', type=number(int, 1))
     group.add_argument('--steps_per_epoch', type=number(int, 1), help='fewer than the data give')
@@ -165,6 +176,22 @@ def add_run_flags(parser, schedule):
     group.add_argument('--tf32', action='store_true', help='TF32 products on CUDA')
     group.add_argument('--quick', action='store_true',
                        help='a minute on two cores; the result means nothing')
+
+
+def shortened(args, full):
+    """(epochs, steps per epoch, steps in all) of a run whose data give `full` steps an epoch.
+
+    Without --steps_per_epoch, --max_steps shortens the epochs and not their number, so that
+    everything that goes by epochs keeps its shape.
+    """
+    if args.steps_per_epoch and args.steps_per_epoch > full:
+        raise UserError(f'--steps_per_epoch {args.steps_per_epoch}: the data give {full} steps of '
+                        f'--batch_size {args.batch_size}; take as many at most')
+    steps, total = args.steps_per_epoch or full, args.max_steps
+    if total is not None and not args.steps_per_epoch:
+        steps = min(full, max(1, math.ceil(total / args.epochs)))
+    total = args.epochs * steps if total is None else min(total, args.epochs * steps)
+    return math.ceil(total / steps), steps, total
 
 
 def git_commit():

@@ -25,6 +25,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -66,16 +67,12 @@ def number(kind, low=-math.inf, high=math.inf, open_low=False, open_high=False):
     """An argparse type: a finite int or float from low to high, without the bounds where open."""
     def parse(text):
         try:
-            value = kind(float(text)) if kind is int and float(text).is_integer() else kind(text)
-        except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f'{text!r} is not a number of the right kind '
-                                             f'({kind.__name__})') from None
-        if not (low <= value <= high and math.isfinite(value)) \
-                or (open_low and value == low) or (open_high and value == high):
-            above = '' if low == -math.inf else f' {"above" if open_low else "from"} {low}'
-            below = '' if high == math.inf else f' {"below" if open_high else "up to"} {high}'
-            raise argparse.ArgumentTypeError(f'{text} is out of range: a finite number'
-                                             f'{above}{below}')
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'{text!r} is no {kind.__name__}') from None
+        inside = low <= value <= high and math.isfinite(value)
+        if not inside or (open_low and value == low) or (open_high and value == high):
+            raise argparse.ArgumentTypeError(f'{text} is not from {low} to {high}')
         return value
     return parse
 
@@ -125,70 +122,57 @@ def write_file(path, content):
 def new_folder(out, force=False):
     """Yields a hidden folder beside `out` that takes its name when the block ends well.
 
-    One process at a time; where `out` came to be while this one waited, it is refused, as always
+    One process at a time; an `out` that exists, or came to be while this one waited, is refused
     without `force`. What killed runs left is removed.
     """
     out = Path(out)
-    if not force and out.exists():
-        raise UserError(f'{out} exists already: choose another --out, or --force to replace it')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.parent / f'.{out.name}.lock', 'w') as lock:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if not force and out.exists():
-            raise UserError(f'{out} exists already: choose another --out, or --force to replace '
-                            'it')
-        for left in out.parent.glob(f'.{out.name}.tmp*') if fcntl else ():
-            shutil.rmtree(left, ignore_errors=True)
-        temporary = out.with_name(f'.{out.name}.tmp{os.getpid()}')
-        try:
-            temporary.mkdir()
-            yield temporary
-            if out.exists():
-                old = out.with_name(f'.{out.name}.tmp-old')
-                os.replace(out, old)
-                os.replace(temporary, out)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (out.parent / f'.{out.name}.lock').unlink(missing_ok=True)
+    lock, temporary = (out.with_name(f'.{out.name}.{end}') for end in ('lock', f'tmp{os.getpid()}'))
+    if force or not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, 'w') as file:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                for left in out.parent.glob(f'.{out.name}.tmp*'):
+                    shutil.rmtree(left, ignore_errors=True)
+            try:
+                if force or not out.exists():
+                    temporary.mkdir()
+                    yield temporary
+                    if out.exists():
+                        os.replace(out, out.with_name(f'.{out.name}.tmp-old'))
+                    os.replace(temporary, out)
+                    return
+            except OSError as error:
+                error.filename = error.filename or str(out)
+                raise
+            finally:
+                for left in (temporary, out.with_name(f'.{out.name}.tmp-old')):
+                    shutil.rmtree(left, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+    raise UserError(f'{out} exists already: choose another --out, or --force to replace it')
 
 
 class Progress:
-    """One line with the share done, the rate and the time left, on a terminal rewritten in place.
-
-    Elsewhere (a log file) a line every half minute.
-    """
+    """One line with what is done, the rate and the time left; in a log file one every 30 s."""
     def __init__(self, total, unit, done=0):
-        self.total, self.unit, self.first, self.done = total, unit, done, done
+        self.total, self.unit, self.first = total, unit, done
         self.start = self.last = time.monotonic()
         self.terminal = sys.stderr.isatty()
 
     def update(self, done, text=''):
         """done: units in all, counted from the very start; text: shown at the end of the line."""
-        now, self.done = time.monotonic(), done
+        now = time.monotonic()
         if now - self.last < (0.2 if self.terminal else 30):
             return
         self.last = now
         rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = (self.total - done) / rate if rate else math.inf
-        line = (f'{done:,}/{self.total:,} {self.unit}  {rate:,.1f} {self.unit}/s  '
-                f'{duration(left)} left  {text}')
-        end = '\r' if self.terminal else '\n'
-        print(line.ljust(78)[:118], end=end, file=sys.stderr, flush=True)
+        left = timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
+        line = f'{done:,}/{self.total:,} {self.unit}  {rate:,.1f}/s  {left} left  {text}'
+        print(line.ljust(78)[:118], end='\r' if self.terminal else '\n', file=sys.stderr)
 
     def close(self):
-        if self.terminal and self.last > self.start:
+        if self.terminal:
             print(' ' * 118, end='\r', file=sys.stderr, flush=True)
-
-
-def duration(seconds):
-    """Seconds -> '45 s', '12 min', '3.4 h'."""
-    if seconds < 90:
-        return f'{seconds:.0f} s'
-    return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
 
 
 # ---------------------------------------------------------------------------------------------
@@ -267,8 +251,7 @@ def write_noise(out, num_images, num_classes, image_size, seed, mode='uniform', 
     chunks = (noise_images(seed, start, min(chunk, num_images - start), image_size)
               for start in range(0, num_images, chunk))
     meta = {'kind': 'noise', 'seed': seed, 'mean': [127.5 / 255] * 3, 'std': [32 / 255] * 3,
-            'classes': [str(k) for k in range(num_classes)], 'image_size': image_size,
-            'num_images': num_images, 'multilabel': multilabel}
+            'classes': [str(k) for k in range(num_classes)], 'image_size': image_size}
     write_set(out, meta, labels, chunks, form, force)
 
 
@@ -277,8 +260,7 @@ def write_random_labels(out, source, seed, mode='uniform', label_noise=1.0, form
     """New labels for the images of `source`, a Data, and a reference to those images."""
     labels = redraw_labels(source.labels, len(source.classes), seed, mode, label_noise)
     meta = {'kind': 'random_labels', 'seed': seed, 'mean': source.mean, 'std': source.std,
-            'classes': source.classes, 'image_size': source.image_size,
-            'num_images': len(labels), 'multilabel': source.multilabel, 'label_mode': mode,
+            'classes': source.classes, 'image_size': source.image_size, 'label_mode': mode,
             'label_noise': label_noise, 'source': source.origin}
     chunks = (source.get(range(start, min(start + 256, len(labels))))
               for start in range(0, len(labels), 256))
@@ -294,8 +276,9 @@ def write_set(out, meta, labels, chunks, form='array', force=False, reference=No
     """
     if form == 'folder' and labels.ndim == 2:
         raise UserError('--format folder has one class for each image: leave out --multilabel')
-    total, shape = len(labels), (len(labels), meta['image_size'], meta['image_size'], 3)
-    progress = Progress(total, 'images')
+    shape = (len(labels), meta['image_size'], meta['image_size'], 3)
+    meta = {**meta, 'num_images': len(labels), 'multilabel': labels.ndim == 2, 'format': form}
+    progress = Progress(len(labels), 'images')
     with new_folder(out, force) as folder:
         digest, shown, done = hashlib.sha256(), [], 0
         images = None
@@ -318,17 +301,14 @@ def write_set(out, meta, labels, chunks, form='array', force=False, reference=No
         progress.close()
         if form == 'array':
             np.save(folder / 'labels.npy', labels)
-            sha = digest.hexdigest() if reference is None else reference.sha256()
-            meta = {**meta, 'sha256': {'images': sha,
-                                       'labels': hashlib.sha256(labels.tobytes()).hexdigest()}}
-        command = shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]])
-        versions = {'python': sys.version.split()[0], 'numpy': np.__version__,
-                    'pillow': Image.__version__, 'torch': torch.__version__}
-        sheet = contact_sheet(np.stack(shown), labels[:len(shown)], meta)
-        sheet.save(folder / 'sheet.png')
-        text = json.dumps({**meta, 'format': form, 'command': command, 'versions': versions},
-                          indent=1)
-        write_file(folder / 'meta.json', text + '\n')
+            meta['sha256'] = {
+                'images': digest.hexdigest() if reference is None else reference.sha256(),
+                'labels': hashlib.sha256(labels.tobytes()).hexdigest()}
+        contact_sheet(np.stack(shown), labels[:len(shown)], meta).save(folder / 'sheet.png')
+        meta['command'] = shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]])
+        meta['versions'] = {'python': sys.version.split()[0], 'numpy': np.__version__,
+                            'pillow': Image.__version__, 'torch': torch.__version__}
+        write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
 
 
 def write_pngs(folder, chunk, labels, start, classes):
@@ -347,21 +327,18 @@ def contact_sheet(images, labels, meta):
     rows = -(-len(images) // 10)
     sheet = Image.new('RGB', (10 * (size + gap) + gap, rows * (size + text + gap) + gap + 34),
                       'white')
-    pen, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), \
-        ImageFont.load_default(11)
+    pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     title = f'{meta["kind"]}: {meta["num_images"]:,} images of {meta["image_size"]} px, ' \
             f'{len(meta["classes"])} {"labels" if labels.ndim == 2 else "classes"}, ' \
             f'seed {meta["seed"]}'
-    pen.text((gap, 8), title, 'black', font)
+    pen.text((gap, 8), title, 'black', ImageFont.load_default(15))
     for place, k in enumerate(order):
         x = gap + place % 10 * (size + gap)
         y = 34 + place // 10 * (size + text + gap)
         resample = Image.NEAREST if images.shape[1] <= size else Image.LANCZOS
         sheet.paste(Image.fromarray(images[k]).resize((size, size), resample), (x, y))
-        if labels.ndim == 1:
-            name = meta['classes'][labels[k]]
-        else:
-            name = ' '.join(str(c) for c in np.flatnonzero(labels[k]))
+        present = [labels[k]] if labels.ndim == 1 else np.flatnonzero(labels[k])
+        name = ' '.join(meta['classes'][c] for c in present)
         while pen.textlength(name, small) > size:
             name = name[:-1]
         pen.text((x + size / 2, y + size + 2), name, 'dimgray', small, anchor='ma')
@@ -697,21 +674,20 @@ def find_or_make(args):
     data/, in a folder whose name holds all that it depends on, and never in a folder of real
     files. Of several runs that need it at once, one makes it and the others wait.
     """
+    folder, size = Path('data'), args.image_size or 32
     if args.data == 'noise':
-        size = args.image_size or 32
-        folder = Path('data') / (f'noise-{args.num_images}x{size}px-{args.num_classes}classes'
-                                 f'{"-multilabel" * args.multilabel}-seed{args.data_seed}')
-        def make():
-            write_noise(folder, args.num_images, args.num_classes, size, args.data_seed,
-                        multilabel=args.multilabel)
+        folder /= (f'noise-{args.num_images}x{size}px-{args.num_classes}classes'
+                   f'{"-multilabel" * args.multilabel}-seed{args.data_seed}')
+        make = functools.partial(write_noise, folder, args.num_images, args.num_classes, size,
+                                 args.data_seed, multilabel=args.multilabel)
     elif args.data == 'random_labels':
         source = read(args.source, args.data_dir, 'train', args.image_size, args.download)
         name = args.source if args.source in CIFAR else \
             f'{Path(args.source).name}-{source.sha256()[:8]}-{source.image_size}px'
-        folder = Path('data') / (f'random_labels-{name}-{args.label_mode}-{args.label_noise:g}'
-                                 f'-seed{args.data_seed}')
-        def make():
-            write_random_labels(folder, source, args.data_seed, args.label_mode, args.label_noise)
+        folder /= (f'random_labels-{name}-{args.label_mode}-{args.label_noise:g}'
+                   f'-seed{args.data_seed}')
+        make = functools.partial(write_random_labels, folder, source, args.data_seed,
+                                 args.label_mode, args.label_noise)
     else:
         return read(args.data, args.data_dir, 'train', args.image_size, args.download)
     if not folder.exists():
@@ -809,22 +785,6 @@ class Batches:
                 from None
 
 
-def shortened(args, full):
-    """(epochs, steps per epoch, steps in all) of a run whose data give `full` steps an epoch.
-
-    Without --steps_per_epoch, --max_steps shortens the epochs and not their number, so that
-    everything that goes by epochs keeps its shape.
-    """
-    if args.steps_per_epoch and args.steps_per_epoch > full:
-        raise UserError(f'--steps_per_epoch {args.steps_per_epoch}: the data give {full} steps of '
-                        f'--batch_size {args.batch_size}; take as many at most')
-    steps, total = args.steps_per_epoch or full, args.max_steps
-    if total is not None and not args.steps_per_epoch:
-        steps = min(full, max(1, math.ceil(total / args.epochs)))
-    total = args.epochs * steps if total is None else min(total, args.epochs * steps)
-    return math.ceil(total / steps), steps, total
-
-
 def crop_and_flip(x, offsets, flips, padding):
     """x: uint8 (B, H, W, 3); offsets (B, 2) into x padded with black; flips (B,) 0 or 1."""
     b, h, w, _ = x.shape
@@ -872,20 +832,6 @@ def main(argv=None):
                             args.format, args.force)
     print(f'wrote {args.out}: look at {Path(args.out) / "sheet.png"}')
     print(f'next: python search.py --data {args.out} --gpu 0')
-
-
-def add_data_flags(parser, default):
-    """The flags by which search.py and retrain.py find or make their data."""
-    group = parser.add_argument_group('data')
-    group.add_argument('--data', default=default,
-                       help='noise, random_labels, cifar10, cifar100, or a folder')
-    group.add_argument('--image_size', type=number(int, 8, 4096),
-                       help='pixels: 32 for noise; folders of images are resized to it')
-    group.add_argument('--data_seed', type=number(int, 0), default=0, help='of unreal data')
-    group.add_argument('--augment', choices=['auto', 'none', 'standard'], default='auto',
-                       help='RandomCrop and flip; auto: on images, not on noise')
-    group.add_argument('--workers', type=number(int, 0), default=2, help='of large data sets')
-    add_label_flags(parser)
 
 
 def add_label_flags(parser):

@@ -15,9 +15,9 @@ import time
 
 from evaluate import (Running, add_run_flags, check_finite, choose_device, correct, find_genotype,
                       load_states, loss_of, open_run, peak_memory_mib, random_states, run_name,
-                      save_file, test, write_log)
-from generate_data import (Batches, Parser, Progress, UserError, add_data_flags, find_or_make,
-                           number, one_line_errors, read, shortened)
+                      save_file, shortened, test, write_log)
+from generate_data import (Batches, Parser, Progress, UserError, find_or_make,
+                           number, one_line_errors, read)
 from model_search import Network
 
 import numpy as np
@@ -48,7 +48,6 @@ def train_step(network, batch, sgd, args):
 def parse(argv):
     """Settings: what was given, else --quick's, else DARTS's."""
     parser = Parser(prog='retrain.py', description=__doc__.split('\n')[0])
-    add_data_flags(parser, 'cifar10')
     group = parser.add_argument_group('network')
     group.add_argument('--arch', required=True,
                        help='a published name, a genotype.json or the folder of a search')
@@ -60,7 +59,7 @@ def parse(argv):
                        help='reached linearly at the end')
     group.add_argument('--cutout', action='store_true')
     group.add_argument('--cutout_length', type=number(int, 1), default=16, help='pixels')
-    add_run_flags(parser, DEFAULTS)
+    add_run_flags(parser, 'cifar10', DEFAULTS)
     if parser.parse_args(argv).quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)

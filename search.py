@@ -17,9 +17,9 @@ from contextlib import contextmanager
 
 from evaluate import (Running, add_run_flags, check_finite, choose_device, correct,
                       load_states, loss_of, open_run, peak_memory_mib, random_states, run_name,
-                      save_file, set_tf32, write_log)
-from generate_data import (Batches, Parser, Progress, UserError, add_data_flags, find_or_make,
-                           number, one_line_errors, shortened, stratified_split, write_file)
+                      save_file, set_tf32, shortened, write_log)
+from generate_data import (Batches, Parser, Progress, UserError, find_or_make,
+                           number, one_line_errors, stratified_split, write_file)
 from genotypes import draw, random_genotype, to_json
 from model_search import Network
 
@@ -172,7 +172,6 @@ def finish(folder, genotype, args):
 def parse(argv):
     """Settings: what was given, else --quick's, else the method's, else the common default."""
     parser = Parser(prog='search.py', description=__doc__.split('\n')[0])
-    add_data_flags(parser, 'noise')
     group = parser.add_argument_group('method')
     group.add_argument('--method', choices=list(DEFAULTS), default='darts')
     group.add_argument('--unrolled', action='store_true', help='second-order step')
@@ -184,7 +183,7 @@ def parse(argv):
     group.add_argument('--arch_learning_rate', type=number(float, 0), help='of the alphas')
     group.add_argument('--arch_weight_decay', type=number(float, 0), default=1e-3)
     group.add_argument('--frozen_epochs', type=number(int, 0), help='first epochs without alphas')
-    add_run_flags(parser, dict(epochs=50))
+    add_run_flags(parser, 'noise', dict(epochs=50))
     first = parser.parse_args(argv)
     parser.set_defaults(**DEFAULTS[first.method])
     if first.quick:

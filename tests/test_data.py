@@ -140,10 +140,10 @@ def python2_pickle(data, labels):
     def text(s):
         return b'U' + bytes([len(s)]) + s
     raw = data.tobytes()
-    array = (b'cnumpy.core.multiarray\n_reconstruct\n' b'cnumpy\nndarray\n' b'K\x00\x85' + text(b'b')
-             + b'\x87R' b'(K\x01' b'M' + struct.pack('<H', len(data)) + b'M\x00\x0c\x86'
-             b'cnumpy\ndtype\n' + text(b'u1') + b'K\x00K\x01\x87R(K\x03' + text(b'|')
-             + b'NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb' b'\x89T'
+    array = (b'cnumpy.core.multiarray\n_reconstruct\n' b'cnumpy\nndarray\n' b'K\x00\x85'
+             + text(b'b') + b'\x87R' b'(K\x01' b'M' + struct.pack('<H', len(data))
+             + b'M\x00\x0c\x86' b'cnumpy\ndtype\n' + text(b'u1') + b'K\x00K\x01\x87R(K\x03'
+             + text(b'|') + b'NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb' b'\x89T'
              + struct.pack('<i', len(raw)) + raw + b'tb')
     numbers = b']' + b'(' + b''.join(b'K' + bytes([k]) for k in labels) + b'e'
     return b'\x80\x02}(' + text(b'data') + array + text(b'labels') + numbers + b'u.'

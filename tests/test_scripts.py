@@ -16,7 +16,6 @@ from PIL import Image
 from test_data import fake_cifar, folder_of_images
 
 import evaluate
-import generate_data
 import retrain
 import search
 from genotypes import PUBLISHED, from_json, random_genotype, to_json
@@ -146,7 +145,7 @@ def test_no_steps_gives_the_genotype_of_an_untrained_supernet():
 def test_schedules_scale_to_what_is_left():
     def lengths(*flags):
         args = search.parse(['--method', 'pcdarts', *flags])
-        epochs, steps, total = generate_data.shortened(args, 97)
+        epochs, steps, total = evaluate.shortened(args, 97)
         return epochs, steps, total, round(args.frozen_epochs * epochs / args.epochs)
     assert lengths() == (50, 97, 4850, 15)
     assert lengths('--max_steps', '100') == (50, 2, 100, 15)
