@@ -448,7 +448,7 @@ def load_weights(path):
 # Reports
 
 
-def report(run, data_dir=None, device=None, batch_size=100):
+def report(run, data_dir=None, device=None, batch_size=250):
     """What there is to say of one run, as a dict; a retrained network is tested."""
     folder = Path(run)
     if not folder.is_dir():
@@ -564,7 +564,8 @@ def main(argv=None):
     parser.add_argument('--csv', metavar='FILE', help='write the table of the groups')
     parser.add_argument('--data_dir', help='where the real data are now')
     parser.add_argument('--gpu', type=number(int, -1), default=0, help='CUDA device, -1: CPU')
-    parser.add_argument('--batch_size', type=number(int, 1), default=100)
+    parser.add_argument('--batch_size', type=number(int, 1), default=250,
+                        help='of the test; changes no result')
     group = parser.add_argument_group('cost without training')
     group.add_argument('--cost', action='store_true', help='count the network of --arch')
     group.add_argument('--arch', help='a published name, a genotype.json or a search run')

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 DEFAULTS = dict(epochs=600, batch_size=96, learning_rate=0.025, learning_rate_min=0.0)
-QUICK = dict(num_images=1000, epochs=4, steps_per_epoch=20, batch_size=32, init_channels=8,
+QUICK = dict(num_images=1000, epochs=2, steps_per_epoch=40, batch_size=32, init_channels=8,
              layers=5, learning_rate=0.05)
 FIT_IMAGES = 10000          # training images on which the fit is measured at the end
+EVALUATION_BATCH = 250      # changes no result: in evaluation mode images do not meet
 
 
 def train_step(network, batch, sgd, args):
@@ -81,13 +82,13 @@ def main(argv=None):
     batches = Batches(data, range(len(data)), args.batch_size, device, args.augment, cutout,
                       2 * args.seed, workers=args.workers)
     chosen = np.linspace(0, len(data) - 1, min(len(data), FIT_IMAGES)).astype(int)
-    fit_batches = Batches(data, chosen, args.batch_size, device, shuffle=False,
+    fit_batches = Batches(data, chosen, EVALUATION_BATCH, device, shuffle=False,
                           workers=args.workers)
     test_data, test_batches = None, None
     if data.kind == 'real':
         test_data = read(args.data, args.data_dir, 'test', args.image_size)
     if test_data:
-        test_batches = Batches(test_data, range(len(test_data)), args.batch_size, device,
+        test_batches = Batches(test_data, range(len(test_data)), EVALUATION_BATCH, device,
                                shuffle=False, workers=args.workers)
     epochs, steps, total = shortened(args, len(batches))
 
