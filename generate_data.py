@@ -361,7 +361,6 @@ class Data:
     std: list
     image_size: int
     origin: dict                # where it came from: enough to find it again
-    split: str = 'train'
     on_device: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -532,7 +531,7 @@ def read_cifar(name, data_dir, split, download=False):
         raise UserError(f'{folder}/{official.meta["filename"]} holds no class names: unpack the '
                         'archive again')
     return Data(name, 'real', images, labels, names, mean, std, 32,
-                {'name': name, 'data_dir': str(Path(data_dir).resolve())}, split)
+                {'name': name, 'data_dir': str(Path(data_dir).resolve())})
 
 
 def read_cifar_batch(path, key, num_classes):
@@ -583,19 +582,32 @@ def read_folder(root, split, image_size):
 
     A tree without val/ has no test split. Resident sets are decoded at once.
     """
-    folder, test = root, None
-    if (root / 'train').is_dir():
-        folder = root / 'train'
-        test = next((root / n for n in ('val', 'test') if (root / n).is_dir()), None)
-    classes = class_names(folder)
+    train = root / 'train' if (root / 'train').is_dir() else root
+    tests = [root / name for name in ('val', 'test') if (root / name).is_dir()]
+    classes, folder = class_names(train), train
     if split == 'test':
-        if test is None:
+        if train == root or not tests:
             return None
-        folder = test
-        if class_names(test) != classes:
-            differ = sorted(set(classes) ^ set(class_names(test)))
-            raise UserError(f'{test} and {root / "train"} differ in their classes: '
-                            f'{", ".join(differ[:5])}')
+        folder = tests[0]
+        differ = sorted(set(classes) ^ set(class_names(folder)))
+        if differ:
+            raise UserError(f'{folder} and {train} differ in their classes: '
+                            f'{", ".join(differ[:5])}: give both the same folders')
+    files, labels = list_images(folder, classes)
+    data = Data(str(root), 'real', files, labels, classes, None, None, image_size,
+                {'name': str(root.resolve()), 'resized': True})
+    if data.resident:
+        data.images = decode(files, image_size)
+    # Mean and standard deviation of at most 2,000 training images
+    base = data if split == 'train' else replace(data, images=list_images(train, classes)[0])
+    count = len(base.images)
+    sample = base.get(np.linspace(0, count - 1, min(count, 2000)).astype(int)) / 255
+    return replace(data, mean=sample.mean((0, 1, 2)).tolist(),
+                   std=np.maximum(sample.std((0, 1, 2)), 1 / 255).tolist())
+
+
+def list_images(folder, classes):
+    """(paths, int64 labels) of all images in the folders of the classes."""
     files, labels = [], []
     for k, name in enumerate(classes):
         found = sorted(p for p in (folder / name).rglob('*') if p.suffix.lower() in EXTENSIONS)
@@ -604,16 +616,7 @@ def read_folder(root, split, image_size):
                             f'some ({" ".join(sorted(EXTENSIONS))})')
         files += found
         labels += [k] * len(found)
-    data = Data(str(root), 'real', files, np.array(labels, np.int64), classes, None, None,
-                image_size, {'name': str(root.resolve()), 'resized': True}, split)
-    if data.resident:
-        data.images = decode(files, image_size)
-    train = data if split == 'train' else read_folder(root, 'train', image_size)
-    if split == 'test':
-        return replace(data, mean=train.mean, std=train.std)
-    sample = data.get(np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)) / 255
-    return replace(data, mean=sample.mean((0, 1, 2)).tolist(),
-                   std=np.maximum(sample.std((0, 1, 2)), 1 / 255).tolist())
+    return files, np.array(labels, np.int64)
 
 
 def class_names(folder):

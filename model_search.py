@@ -142,7 +142,8 @@ class Cell(nn.Module):
             if weights is not None:
                 w = weights[[EDGES.index(edge) for edge in leaving]]
             for edge, y in zip(leaving, mixed_op(x, w) if leaving else ()):
-                if self.training and drop_path_prob and self.edges[edge] != ('skip_connect',):
+                identity = self.edges[edge] == ('skip_connect',) and self.strides[state] == 1
+                if self.training and drop_path_prob and not identity:
                     y = drop_path(y, drop_path_prob)
                 arriving[edge[0]].append(y)
         states.append(self.node(1 + NODES, arriving, passing, shares))

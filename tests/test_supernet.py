@@ -205,17 +205,20 @@ def test_alphas_and_weights_are_apart():
     assert {'alphas.normal', 'alphas.beta_reduce'} <= set(network.state_dict())
 
 
-def test_drop_path_drops_whole_images_and_spares_skips():
+def test_drop_path_drops_whole_images_and_spares_identities(monkeypatch):
     torch.set_default_dtype(torch.float32)
     x = torch.ones(4000, 2, 1, 1)
     y = operations.drop_path(x, 0.3)
     assert set(y.unique().tolist()) == {0.0, y.max().item()} and abs(y.mean() - 1) < 0.05
     assert (y[:, 0] == y[:, 1]).all()
     skips = tuple(('skip_connect', state) for state in (0, 1) * 4)
-    network = Network(4, 10, 1, Genotype(skips, (2, 3, 4, 5), skips, (2, 3, 4, 5))).train()
-    images = torch.randn(8, 3, 8, 8)
-    network.drop_path_prob = 0.0
-    assert network(images).isfinite().all()
+    network = Network(4, 10, 3, Genotype(skips, (2, 3, 4, 5), skips, (2, 3, 4, 5)))
+    network.drop_path_prob, calls = 0.5, []
+    monkeypatch.setattr(model_search, 'drop_path', lambda x, p: calls.append(p) or x)
+    network(torch.randn(8, 3, 8, 8))
+    assert calls == [0.5] * 16              # one normal cell of identities, two reduction cells
+    network.eval()(torch.randn(8, 3, 8, 8))
+    assert len(calls) == 16
 
 
 def test_an_operation_is_added_in_one_place(monkeypatch):
