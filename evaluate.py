@@ -151,7 +151,6 @@ def add_run_flags(parser, data, schedule):
                        help='RandomCrop and flip; auto: on images, not on noise')
     group.add_argument('--workers', type=number(int, 0), default=2, help='of large data sets')
     add_label_flags(parser)
-    add_label_flags(parser)
     group = parser.add_argument_group('schedule')
     group.add_argument('--epochs', type=number(int, 1))
     group.add_argument('--steps_per_epoch', type=number(int, 1), help='fewer than the data give')

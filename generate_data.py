@@ -692,7 +692,11 @@ def find_or_make(args):
         make = functools.partial(write_random_labels, folder, source, args.data_seed,
                                  args.label_mode, args.label_noise)
     else:
-        return read(args.data, args.data_dir, 'train', args.image_size, args.download)
+        data = read(args.data, args.data_dir, 'train', args.image_size, args.download)
+        if data.image_size < 8:
+            raise UserError(f'{args.data}: images of {data.image_size} px are too small for the '
+                            'two reductions of a network: 8 px or more')
+        return data
     if not folder.exists():
         print(f'making {folder}', file=sys.stderr)
         try:

@@ -10,6 +10,7 @@ The last epoch's test error is the result. Recipe: DARTS (arXiv 1806.09055), wit
 1708.04552), an auxiliary head (arXiv 1409.4842) and drop-path (arXiv 1605.07648).
 """
 import math
+import shlex
 import sys
 import time
 
@@ -174,7 +175,7 @@ def main(argv=None):
             'has_test': test_data is not None, 'data_dir': args.data_dir}})
     if args.quick:
         print('this was --quick: the pipeline works, the result means little')
-    print(f'next: python evaluate.py {folder}')
+    print(f'next: python evaluate.py {shlex.quote(str(folder))}')
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ starts a run that has none and skips one that is done. Missing unreal data are m
 Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737); defaults in DEFAULTS below.
 """
 import math
+import shlex
 import sys
 import time
 from contextlib import contextmanager
@@ -163,7 +164,8 @@ def finish(folder, genotype, args):
         print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
     if args.quick:
         print('this was --quick: the pipeline works, the genotype means nothing')
-    print(f'next: python retrain.py --arch {folder} --data cifar10 --auxiliary --cutout --gpu 0')
+    print(f'next: python retrain.py --arch {shlex.quote(str(folder))} --data cifar10 --auxiliary '
+          '--cutout --gpu 0')
 
 
 # ---------------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ def cut(path, keep):
 def setup(name):
     if name == 'set':
         written()
+    elif name == 'small set':
+        written(4)
     elif name == 'cifar':
         fake_cifar()
     elif name == 'own':
@@ -107,6 +109,7 @@ TABLE = [
     ('drop set set/labels.npy', 'search', '--data set', 'labels.npy'),
     ('changed labels', 'search', '--data set', 'labels.npy'),
     ('set', 'search', '--data set --image_size 16', '8 px'),
+    ('small set', 'search', '--data set', '4 px'),
     ('cut cifar data/cifar-10-batches-py/data_batch_4 500', 'search', '--data cifar10',
      'data_batch_4'),
     ('cut cifar data/cifar-10-batches-py/data_batch_4 0', 'search', '--data cifar10',
