@@ -9,6 +9,7 @@ device, metrics and tables. A retrained network is tested anew from its weights.
 """
 import csv
 import ctypes
+import hashlib
 import io
 import json
 import math
@@ -103,7 +104,10 @@ def run_name(script, args, defaults):
              if name not in FREE | main and value != defaults.get(name)]
     parts = [script, word(args.data), word(getattr(args, 'method', None) or args.arch),
              f'seed{args.seed}', *other]
-    return str(Path('runs') / '-'.join(parts)[:200])
+    name = '-'.join(parts)
+    if len(name) > 200:                         # file systems end at 255
+        name = f'{name[:190]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}'
+    return str(Path('runs') / name)
 
 
 def open_run(args, device):
@@ -586,7 +590,7 @@ def main(argv=None):
     if not args.runs:
         raise UserError('nothing to evaluate: give run folders, or --arch NAME --cost')
     device = choose_device(args.gpu)
-    rows = [report(run, args.data_dir, device, args.batch_size) for run in args.runs]
+    rows = [report(run, args.data_dir, device, args.batch_size) for run in dict.fromkeys(args.runs)]
     for row in rows:
         if args.json:
             print(json.dumps(row))

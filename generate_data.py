@@ -89,6 +89,9 @@ def one_line_errors(main):
             message = 'the device is out of memory: take a smaller --batch_size'
         except MemoryError:
             message = 'out of memory: take fewer or smaller images, or a smaller --batch_size'
+        except BrokenPipeError:                 # the reader of a pipe has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except OSError as error:
             mends = {errno.ENOSPC: 'free some space', errno.EROFS: 'choose another folder',
                      errno.EACCES: 'check its permissions', errno.ENOENT: 'check the path'}
@@ -125,7 +128,7 @@ def new_folder(out, force=False):
     One process at a time; an `out` that exists, or came to be while this one waited, is refused
     without `force`. What killed runs left is removed.
     """
-    out = Path(out)
+    out = Path(os.path.abspath(out))
     lock, temporary = (out.with_name(f'.{out.name}.{end}') for end in ('lock', f'tmp{os.getpid()}'))
     if force or not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)

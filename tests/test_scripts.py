@@ -192,6 +192,9 @@ def test_default_names_tell_runs_apart():
     assert name() == 'runs/search-noise-darts-seed0'
     names = {name(*flags) for flags in SEARCH_FLAGS} | {name('--quick'), name()}
     assert len(names) == len(SEARCH_FLAGS) + 2
+    long = [f for flags in SEARCH_FLAGS for f in flags]
+    assert len(Path(name(*long)).name) < 210 and name(*long) != name(*long, '--seed', '8')
+    assert name(*long[1:], '--quick') != name(*long[1:], '--quick', '--amp', '--epochs', '4')
     assert name('--gpu', '-1', '--resume', '--workers', '3') == name()
 
 
@@ -303,7 +306,8 @@ def test_table_groups_runs(capsys):
     values = [row['skips_normal'] for row in rows]
     assert line['n'] == 3 and line['skips_normal'] == np.mean(values)
     assert abs(line['skips_normal_std'] - np.std(values, ddof=1)) < 1e-12
-    assert evaluate.main(['runs/s0', 'runs/s1', 'runs/s2']) == 0
+    assert evaluate.main(['runs/s0', 'runs/s1', 'runs/s2', 'runs/s0', '--csv', 't.csv']) == 0
+    assert ',3,' in Path('t.csv').read_text()                   # a run named twice counts once
     assert '±' in capsys.readouterr().out
 
 
