@@ -264,9 +264,9 @@ def random_states(device):
     return states + [torch.cuda.get_rng_state(device)] if device.type == 'cuda' else states
 
 
-def check_finite(sums, folder, step):
-    """Stop a run whose sums are no longer finite; its last checkpoint is from before."""
-    if not sums.isfinite().all():
+def check_finite(values, folder, step):
+    """Stop a run whose losses or alphas are not finite; its last checkpoint is from before."""
+    if not values.isfinite().all():
         raise UserError(f'the loss is not finite at step {step}: lower --learning_rate; the last '
                         f'good state is {folder / "checkpoint.pt"}')
 

@@ -271,7 +271,8 @@ def main(argv=None):
                 # A look at the sums makes a GPU wait: there it is not taken at every step.
                 due = stop or time.time() - saved > 60 * args.checkpoint_minutes
                 if due or device.type == 'cpu' or step % 50 == 49 or step + 1 == last:
-                    check_finite(sums, folder, epoch * steps + step)
+                    alphas = [a.detach().flatten() for a in network.architecture_parameters()]
+                    check_finite(torch.cat([sums, *alphas]), folder, epoch * steps + step)
                 if due and step + 1 < last:
                     saved, seconds = time.time(), seconds + time.time() - began
                     began = saved
