@@ -42,7 +42,6 @@ except ImportError:             # Windows: two runs at once may both make a miss
     fcntl = None
 
 RESIDENT = 2 << 30              # bytes: smaller sets live on the device, larger ones are streamed
-LABEL_MODES = ('uniform', 'balanced', 'permute')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -245,8 +244,7 @@ def write_noise(out, num_images, num_classes, image_size, seed, mode='uniform', 
                 form='array', force=False):
     """Gaussian noise with random labels, as a data set in the folder `out`."""
     if mode == 'permute':
-        raise UserError('--label_mode permute: noise has no true labels to permute; take uniform '
-                        'or balanced')
+        raise UserError('--label_mode permute: noise has no true labels; take balanced')
     if num_images < num_classes and not multilabel:
         raise UserError(f'--num_images {num_images} cannot hold {num_classes} classes: raise it')
     labels = draw_labels(seed, num_images, num_classes, mode, multilabel=multilabel)
@@ -391,16 +389,9 @@ class Data:
     def sha256(self):
         """Of the images, or of the names and sizes of their files where they are not in memory."""
         if isinstance(self.images, np.ndarray):
-            return array_sha256(self.images)
+            return hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()
         names = [f'{path.parent.name}/{path.name} {path.stat().st_size}' for path in self.images]
         return hashlib.sha256('\n'.join(names).encode()).hexdigest()
-
-
-def array_sha256(array):
-    digest = hashlib.sha256()
-    for start in range(0, len(array), 4096):
-        digest.update(np.ascontiguousarray(array[start:start + 4096]).tobytes())
-    return digest.hexdigest()
 
 
 def read(name, data_dir='data', split='train', image_size=None, download=False):
@@ -412,8 +403,7 @@ def read(name, data_dir='data', split='train', image_size=None, download=False):
     if name in ('cifar10', 'cifar100'):
         data = read_cifar(name, data_dir, split, download)
     elif not Path(name).is_dir():
-        raise UserError(f'{name}: no such data set: give cifar10, cifar100, noise, random_labels '
-                        'or a folder')
+        raise UserError(f'{name}: neither a folder nor cifar10, cifar100, noise, random_labels')
     elif (Path(name) / 'meta.json').exists():
         data = read_written(Path(name), data_dir, split)
     else:
@@ -438,18 +428,15 @@ def read_written(folder, data_dir, split):
     if meta['kind'] == 'random_labels':
         source = read_source(folder, meta, data_dir)
         if len(source) != len(labels):
-            raise UserError(f'{folder}: {len(labels)} labels for the {len(source)} images of '
-                            f'{source.name}: generate it again')
+            raise UserError(f'{folder}/labels.npy does not fit {source.name}: generate it again')
         return replace(source, name=str(folder), kind='random_labels', labels=labels,
                        origin={'name': str(folder.resolve())})
     images = load_array(folder / 'images.npy', mmap_mode='r')
     size = meta['image_size']
-    if images.shape != (len(labels), size, size, 3) or images.dtype != np.uint8:
-        raise UserError(f'{folder}/images.npy: expected uint8 {(len(labels), size, size, 3)}, '
-                        f'found {images.dtype} {images.shape}: generate it again')
     data = Data(str(folder), meta['kind'], images, labels, meta['classes'], meta['mean'],
                 meta['std'], size, {'name': str(folder.resolve())})
-    if data.resident and array_sha256(images) != meta['sha256']['images']:
+    sound = images.shape == (len(labels), size, size, 3) and images.dtype == np.uint8
+    if not sound or (data.resident and data.sha256() != meta['sha256']['images']):
         raise UserError(f'{folder}/images.npy is not what meta.json says: generate it again')
     return data
 
@@ -476,9 +463,8 @@ def read_source(folder, meta, data_dir):
                           meta['image_size'] if origin.get('resized') else None)
             if source.sha256() == meta['sha256']['images']:
                 return source
-    raise UserError(f'{folder}: its images, those of {origin.get("name")}, are not in '
-                    f'{" or ".join(str(place) for place in places)} as they were: give their '
-                    '--data_dir, or generate it again')
+    raise UserError(f'{folder}: its images ({origin.get("name")}) are not in {places[0]} as they '
+                    'were: give their --data_dir, or generate it again')
 
 
 def load_array(path, **kwargs):
@@ -511,8 +497,7 @@ def read_cifar(name, data_dir, split, download=False):
         try:
             official(data_dir, download=True)
         except Exception as error:
-            raise UserError(f'{name} could not be downloaded ({error}): put {inner}/ into '
-                            f'{data_dir} by hand') from None
+            raise UserError(f'no download ({error}): put {inner}/ into {data_dir}') from None
     if not folder.is_dir():
         raise UserError(f'{name}: no {inner}/ in {data_dir}: give its --data_dir, or --download')
     key = 'labels' if name == 'cifar10' else 'fine_labels'
@@ -531,8 +516,7 @@ def read_cifar(name, data_dir, split, download=False):
     names = load_pickle(folder / official.meta['filename']).get(official.meta['key'])
     names = [n.decode() if isinstance(n, bytes) else str(n) for n in names or ()]
     if len(names) != int(name[5:]):
-        raise UserError(f'{folder}/{official.meta["filename"]} holds no class names: unpack the '
-                        'archive again')
+        raise UserError(f'{folder}/{official.meta["filename"]} names no classes: unpack it again')
     return Data(name, 'real', images, labels, names, mean, std, 32,
                 {'name': name, 'data_dir': str(Path(data_dir).resolve())})
 
@@ -546,8 +530,7 @@ def read_cifar_batch(path, key, num_classes):
         raise UserError(f'{path}: "data" is not an array of bytes, n x 3072: not a CIFAR file')
     if not isinstance(labels, list) or len(labels) != len(data) \
             or not all(type(k) is int and 0 <= k < num_classes for k in labels):
-        raise UserError(f'{path}: "{key}" is not a list of {len(data)} classes from 0 to '
-                        f'{num_classes - 1}: not a CIFAR file')
+        raise UserError(f'{path}: "{key}" is not a list of {len(data)} classes: not a CIFAR file')
     images = np.ascontiguousarray(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return images, np.array(labels, np.int64), hashlib.md5(path.read_bytes()).hexdigest()
 
@@ -568,13 +551,11 @@ def load_pickle(path):
         with open(path, 'rb') as file:
             entries = PlainUnpickler(file, encoding='bytes').load()
         return {k.decode() if isinstance(k, bytes) else k: v for k, v in entries.items()}
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing: unpack the archive again') from None
     except OSError:
         raise
     except Exception as error:
-        raise UserError(f'{path} is not a CIFAR file ({error or "truncated"}): unpack the archive '
-                        'again') from None
+        raise UserError(f'{path} is no CIFAR file ({error or "truncated"}): unpack it again') \
+            from None
 
 
 EXTENSIONS = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm'}
@@ -615,8 +596,7 @@ def list_images(folder, classes):
     for k, name in enumerate(classes):
         found = sorted(p for p in (folder / name).rglob('*') if p.suffix.lower() in EXTENSIONS)
         if not found:
-            raise UserError(f'{folder / name}: no image in this class folder: remove it or add '
-                            f'some ({" ".join(sorted(EXTENSIONS))})')
+            raise UserError(f'{folder / name}: no image in this class folder: remove it')
         files += found
         labels += [k] * len(found)
     return files, np.array(labels, np.int64)
@@ -625,8 +605,7 @@ def list_images(folder, classes):
 def class_names(folder):
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
     if not names:
-        raise UserError(f'{folder}: no class folders in it: put the images of each class into a '
-                        'folder of its own')
+        raise UserError(f'{folder}: no class folders in it: give each class a folder of images')
     return names
 
 
@@ -638,7 +617,6 @@ def decode(files, image_size):
         for k, pixels in enumerate(pool.map(lambda f: read_image(f, image_size), files)):
             images[k] = pixels
             progress.update(k + 1)
-    progress.close()
     return images
 
 
@@ -675,10 +653,8 @@ def read_image(path, image_size):
 def find_or_make(args):
     """The training split of --data; an unreal set that is missing is generated first.
 
-    args: data, source, data_dir, image_size, num_images, num_classes, data_seed, multilabel,
-    label_mode, label_noise and download, as in search.py and retrain.py. What is made lies under
-    data/, in a folder whose name holds all that it depends on, and never in a folder of real
-    files. Of several runs that need it at once, one makes it and the others wait.
+    args: the data flags of search.py and retrain.py. What is made lies under data/, in a folder
+    whose name holds all that it depends on. Of several runs that need it, one makes it.
     """
     folder, size = Path('data'), args.image_size or 32
     if args.data == 'noise':
@@ -697,8 +673,7 @@ def find_or_make(args):
     else:
         data = read(args.data, args.data_dir, 'train', args.image_size, args.download)
         if data.image_size < 8:
-            raise UserError(f'{args.data}: images of {data.image_size} px are too small for the '
-                            'two reductions of a network: 8 px or more')
+            raise UserError(f'{args.data}: {data.image_size} px are too few: 8 or more needed')
         return data
     if not folder.exists():
         print(f'making {folder}', file=sys.stderr)
@@ -738,8 +713,8 @@ class Batches:
     def __init__(self, data, indices, batch_size, device, augment='none', cutout=0, seed=0,
                  shuffle=True, workers=2):
         if len(indices) < batch_size and shuffle:
-            raise UserError(f'--batch_size {batch_size} is larger than the {len(indices)} images '
-                            f'of its split of {data.name}: take a smaller one')
+            raise UserError(f'--batch_size {batch_size} is more than the {len(indices)} images of '
+                            f'its split of {data.name}: take a smaller one')
         self.data, self.indices, self.batch_size = data, np.asarray(indices), batch_size
         self.device, self.augment, self.cutout, self.seed = device, augment, cutout, seed
         self.shuffle, self.workers = shuffle, workers
@@ -763,9 +738,9 @@ class Batches:
         n, size, step = len(self.indices), self.data.image_size, self.batch_size
         order = self.indices[rng.permutation(n)] if self.shuffle else self.indices
         padding = size // 8
-        draws = [rng.integers(0, 2 * padding + 1, (n, 2)), rng.integers(0, 2, n),
-                 rng.integers(0, size, (n, 2))]
-        order, *draws = (torch.from_numpy(d).to(self.device) for d in (order, *draws))
+        draws = order, *(rng.integers(0, high, shape) for high, shape in (
+            (2 * padding + 1, (n, 2)), (2, n), (size, (n, 2))))
+        order, *draws = (torch.from_numpy(d).to(self.device) for d in draws)
         slices = [slice(k * step, (k + 1) * step) for k in range(start, len(self))]
         for part, x in zip(slices, self.pixels(order, slices)):
             offsets, flips, centres = (d[part] for d in draws)
@@ -819,8 +794,7 @@ def square_mask(centres, side, size):
 @one_line_errors
 def main(argv=None):
     parser = Parser(prog='generate_data.py', description=__doc__.split('\n')[0])
-    parser.add_argument('--kind', required=True, choices=['noise', 'random_labels'],
-                        help='what to write')
+    parser.add_argument('--kind', required=True, choices=['noise', 'random_labels'])
     parser.add_argument('--out', required=True, help='folder to write')
     parser.add_argument('--force', action='store_true', help='replace the folder if it exists')
     parser.add_argument('--format', default='array', choices=['array', 'folder'],
@@ -849,17 +823,14 @@ def add_label_flags(parser):
     group = parser.add_argument_group('unreal data')
     group.add_argument('--num_images', type=number(int, 1), default=50000, help='of noise')
     group.add_argument('--num_classes', type=number(int, 1), default=10, help='of noise')
-    group.add_argument('--multilabel', action='store_true',
-                       help='noise with --num_classes labels of 0 or 1 for each image')
-    group.add_argument('--source', default='cifar10',
-                       help='whose images get random labels: cifar10, cifar100, or a folder')
-    group.add_argument('--label_mode', choices=LABEL_MODES, default='uniform',
-                       help='how random labels are drawn')
+    group.add_argument('--multilabel', action='store_true', help='noise with labels of 0 or 1')
+    group.add_argument('--source', default='cifar10', help='whose images get random labels')
+    group.add_argument('--label_mode', choices=['uniform', 'balanced', 'permute'],
+                       default='uniform', help='how random labels are drawn')
     group.add_argument('--label_noise', type=number(float, 0, 1), default=1.0,
                        help='share of the true labels that is drawn anew')
     group.add_argument('--data_dir', default='data', help='folder of the real data sets')
-    group.add_argument('--download', action='store_true',
-                       help='let torchvision fetch cifar10 or cifar100')
+    group.add_argument('--download', action='store_true', help='let torchvision fetch CIFAR')
 
 
 if __name__ == '__main__':
