@@ -79,6 +79,7 @@ def mixed(results, shared, weights):
     for result, once, w in zip(results, shared, weights):
         if not once:
             x = result.x if isinstance(result, Unnormalised) else result
+            # contiguous: with one edge the stride is 0, and BatchNorm's backward silently wrong.
             scale = w.unsqueeze(1).expand(-1, x.shape[1] // edges).flatten().contiguous()
             y = result.norm(x, scale) if isinstance(result, Unnormalised) \
                 else x * scale.view(-1, 1, 1)
