@@ -15,8 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from genotypes import NODES, PRIMITIVES, Genotype
-from operations import (OPERATIONS, BatchNorm, FactorizedReduce, ReLUConvBN, Unnormalised,
-                        drop_path, rows)
+from operations import (OPERATIONS, BatchNorm, FactorizedReduce, Inputs, ReLUConvBN, Unnormalised,
+                        drop_path, from_grids)
 
 # The 14 edges of a cell as (node, input), in the order of the rows of the alphas.
 EDGES = [(node, state) for node in range(2, 2 + NODES) for state in range(node)]
@@ -27,75 +27,95 @@ EDGES = [(node, state) for node in range(2, 2 + NODES) for state in range(node)]
 
 
 class MixedOp(nn.Module):
-    """All candidate operations on all E edges that leave one state.
+    """All candidate operations on all E edges that leave one state (DARTS, equation 2).
 
     names: for each edge, the names of the operations that it has: all of them in a supernet, one
-    in a derived network, a shrinking set in P-DARTS. Operations with the same edges are mixed in
-    one go (DARTS, equation 2).
+    in a derived network, a shrinking set in P-DARTS. An operation without weights is computed
+    once for all edges, the others in blocks of adjacent edges that have them.
     """
     def __init__(self, channels, stride, names, affine):
         super().__init__()
-        self.operations, groups = nn.ModuleDict(), {}
+        self.names, self.shared, self.blocks = names, nn.ModuleDict(), nn.ModuleDict()
+        self.spans, self.own = [], []   # the edges of each block; names of what the blocks hold
+        # Up to 32 channels the products of a block are one dense convolution, which is faster.
+        width = max(1, 32 // channels) if channels < 32 else len(names) or 1
         for name, build in OPERATIONS.items():
-            edges = tuple(e for e, has in enumerate(names) if name in has)
-            if edges and build is not None:
-                self.operations[name] = build(channels, len(edges), stride, affine)
-                groups.setdefault(edges, []).append(name)
-        self.groups, self.edges = list(groups.items()), len(names)
+            for start, end in runs([name in has and build is not None for has in names], width):
+                operation = build(channels, end - start, stride, affine)
+                if operation.shared:
+                    self.shared[name] = operation
+                    break
+                block = f'edges{start}to{end}'
+                if block not in self.blocks:
+                    self.blocks[block] = nn.ModuleDict()
+                    self.spans.append((start, end))
+                self.blocks[block][name] = operation
+                self.own.append(name)
+        self.own = list(dict.fromkeys(self.own))
 
     def forward(self, state, weights=None):
         """state: (B, C, H, W); weights: (E, operations), or None where an edge has but one.
 
         Returns E maps (B, C, H', W').
         """
-        relu = F.relu(state)
-        out = [None] * self.edges
-        for edges, names in self.groups:
-            x = torch.cat([relu] * len(edges), 1) if len(edges) > 1 else relu
-            operations = [self.operations[name] for name in names]
-            results = [op(state if op.shared else x) for op in operations]
-            if weights is not None:
-                w = weights if len(edges) == self.edges else \
-                    torch.stack([weights[e] for e in edges])
-                columns = w.unbind(1)
-                columns = [columns[PRIMITIVES.index(name)] for name in names]
-                maps = mixed(results, [op.shared for op in operations], columns)
-            elif operations[0].shared:
-                maps = results * len(edges)
+        inputs, out, c = Inputs(state), [None] * len(self.names), state.shape[1]
+        columns = dict(zip(PRIMITIVES, weights.unbind(1))) if weights is not None else None
+        if self.shared:
+            maps = {name: operation(inputs) for name, operation in self.shared.items()}
+            out = [maps.get(name) for name, in self.names] if columns is None else \
+                mixed_maps(list(maps.values()), torch.stack([columns[name] for name in maps], 1))
+        if columns is not None:         # (operations, E*C): each edge's weight for its channels
+            scales = torch.stack([columns[name] for name in self.own]).unsqueeze(2)
+            scales = scales.expand(-1, -1, c).contiguous().flatten(1)
+        for (start, end), block in zip(self.spans, self.blocks.values()):
+            results = [operation(inputs) for operation in block.values()]
+            if columns is None:
+                total = finished(results[0])
             else:
-                maps = finished(results[0]).chunk(len(edges), 1)
-            for e, y in zip(edges, maps):
+                part = scales[:, start * c:end * c].unbind()
+                total = mixed_results(results, [part[self.own.index(name)] for name in block])
+            for e, y in zip(range(start, end), total.chunk(end - start, 1)):
                 out[e] = y if out[e] is None else out[e] + y
         return out
 
 
-def mixed(results, shared, weights):
-    """Sum of the results of O operations, each times its weight; weights: O vectors (E,).
+def runs(has, longest):
+    """[(start, end), ...] of the runs of True in a list, cut to `longest`."""
+    spans = []
+    for k in (k for k, yes in enumerate(has) if yes):
+        if spans and spans[-1][1] == k and k - spans[-1][0] < longest:
+            spans[-1] = (spans[-1][0], k + 1)
+        else:
+            spans.append((k, k + 1))
+    return spans
 
-    Results are maps of all edges (B, E*C, H, W), Unnormalised or not, or, where `shared`, one map
-    for every edge (B, C, H, W). Returns E maps (B, C, H, W).
-    """
-    edges, total, maps = len(weights[0]), None, None
-    for result, once, w in zip(results, shared, weights):
-        if not once:
-            x = result.x if isinstance(result, Unnormalised) else result
-            # contiguous: with one edge the stride is 0, and BatchNorm's backward silently wrong.
-            scale = w.unsqueeze(1).expand(-1, x.shape[1] // edges).flatten().contiguous()
-            y = result.norm(x, scale) if isinstance(result, Unnormalised) \
-                else x * scale.view(-1, 1, 1)
-            total = y if total is None else total.add_(y)
-    if any(shared):                       # a matrix product: (E, ops) times (ops, pixels and C)
-        maps = torch.stack([rows(y)[0] for y, once in zip(results, shared) if once]).flatten(1)
-        maps = torch.stack([w for w, once in zip(weights, shared) if once], 1) @ maps
-        b, _, h, w = results[shared.index(True)].shape
-        maps = [y.view(b, h, w, -1).permute(0, 3, 1, 2) for y in maps.unbind()]
-    if maps is None or total is None:
-        return total.chunk(edges, 1) if maps is None else maps
-    return [a + b for a, b in zip(maps, total.chunk(edges, 1))]
+
+def mixed_maps(maps, weights):
+    """Weighted sums of n maps (B, C, H, W): E of them for weights (E, n)."""
+    b, c, h, w = maps[0].shape
+    sums = weights @ torch.stack([y.permute(0, 2, 3, 1).flatten() for y in maps])
+    return [y.view(b, h, w, c).permute(0, 3, 1, 2) for y in sums.unbind()]
+
+
+def mixed_results(results, scales):
+    """Sum of results (B, E*C, H, W), Unnormalised or not, each times its scale (E*C,)."""
+    totals = {}                                     # on the sub-grids (True), and not
+    for result, scale in zip(results, scales):
+        if isinstance(result, Unnormalised):
+            on_grids, y = result.on_grids, result.norm(result.x, scale)
+        else:
+            on_grids, y = False, result * scale.view(-1, 1, 1)
+        totals[on_grids] = totals[on_grids].add_(y) if on_grids in totals else y
+    if True not in totals:
+        return totals[False]
+    return from_grids(totals[True], totals.get(False))
 
 
 def finished(result):
-    return result.norm(result.x) if isinstance(result, Unnormalised) else result
+    if not isinstance(result, Unnormalised):
+        return result
+    y = result.norm(result.x)
+    return from_grids(y) if result.on_grids else y
 
 
 # ---------------------------------------------------------------------------------------------
@@ -117,7 +137,8 @@ class Cell(nn.Module):
             before, channels, affine)
         self.preprocess1 = ReLUConvBN(last, channels, affine)
         self.edges, self.concat, self.partial = edges, concat, partial
-        self.leaving = [[edge for edge in edges if edge[1] == state] for state in range(1 + NODES)]
+        self.leaving = [sorted((edge for edge in edges if edge[1] == state), key=edges.get)
+                        for state in range(1 + NODES)]      # edges with the same operations adjoin
         self.strides = [2 if reduction and state < 2 else 1 for state in range(1 + NODES)]
         self.mixed_ops = nn.ModuleList(
             MixedOp(channels // partial, stride, [edges[edge] for edge in leaving], affine)
@@ -126,29 +147,36 @@ class Cell(nn.Module):
     def forward(self, s0, s1, weights=None, shares=None, drop_path_prob=0):
         """s0, s1: (B, C, H, W), the outputs of the two cells before.
 
-        weights: (14, operations) in the order of EDGES, or None in a derived cell; shares: (14,),
-        each edge's share of its node (beta of PC-DARTS), or None.
+        weights: what `leave` returns, or None in a derived cell; shares: for each node those of
+        its edges (beta of PC-DARTS), or None.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         arriving, passing = {node: [] for node in range(2, 2 + NODES)}, []
         for state, (leaving, mixed_op) in enumerate(zip(self.leaving, self.mixed_ops)):
             if state >= 2:
                 states.append(self.node(state, arriving, passing, shares))
-            x, w = states[state], None
+            x, w = states[state], weights and weights[state]
             if self.partial > 1:
-                x, rest = x.tensor_split([x.shape[1] // self.partial], 1)
+                x, rest = x.split([x.shape[1] // self.partial,
+                                   x.shape[1] - x.shape[1] // self.partial], 1)
                 if self.strides[state] == 2:
                     rest = F.max_pool2d(rest, 2, ceil_mode=True)
                 passing.append(rest)
-            if weights is not None:
-                w = weights[[EDGES.index(edge) for edge in leaving]]
             for edge, y in zip(leaving, mixed_op(x, w) if leaving else ()):
                 identity = self.edges[edge] == ('skip_connect',) and self.strides[state] == 1
                 if self.training and drop_path_prob and not identity:
                     y = drop_path(y, drop_path_prob)
                 arriving[edge[0]].append(y)
         states.append(self.node(1 + NODES, arriving, passing, shares))
+        if states[-1].requires_grad:    # else each edge would copy its slice of the gradient
+            states[-1].register_hook(
+                lambda grad: grad.contiguous(memory_format=torch.channels_last))
         return torch.cat([states[node] for node in self.concat], 1)
+
+    def leave(self, weights):
+        """(14, operations), in the order of EDGES -> for each state those of the edges it sends."""
+        by_edge = dict(zip(EDGES, weights.unbind()))
+        return [torch.stack([by_edge[edge] for edge in leaving]) for leaving in self.leaving]
 
     def node(self, node, arriving, passing, shares):
         """Sum of what arrives at a node; with partial channels, of what passes by as well."""
@@ -156,12 +184,9 @@ class Cell(nn.Module):
         if self.partial == 1:
             return total
         b, c, h, w = total.shape
-        share = shares[[EDGES.index((node, state)) for state in range(node)]]
-        rest = share @ torch.stack([rows(x)[0] for x in passing[:node]]).flatten(1)
+        rest, = mixed_maps(passing[:node], shares[node - 2].unsqueeze(0))
         # Channel shuffle, so that other channels come first in the next operation.
-        both = torch.cat([rows(total)[0], rest.view(b * h * w, -1)], 1)
-        both = both.view(b, h, w, self.partial, c).transpose(3, 4)
-        return both.reshape(b, h, w, -1).permute(0, 3, 1, 2)
+        return F.channel_shuffle(torch.cat([total, rest], 1), self.partial)
 
 
 class HalvingPreprocess(nn.Module):
@@ -171,7 +196,7 @@ class HalvingPreprocess(nn.Module):
         self.reduce = FactorizedReduce(channels_in, channels, 1, affine)
 
     def forward(self, x):
-        return finished(self.reduce(F.relu(x)))
+        return finished(self.reduce(Inputs(x)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -230,7 +255,11 @@ class Network(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
-        mixing = self.mixing() if hasattr(self, 'alphas') else {}
+        mixing = {}
+        for kind, (weights, shares) in (self.mixing() if hasattr(self, 'alphas') else {}).items():
+            cell = self.cells[self.reductions.index(kind == 'reduce')]
+            mixing[kind] = cell.leave(weights), \
+                None if shares is None else shares.split(list(range(2, 2 + NODES)))
         s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))
         auxiliary_logits = None
         for layer, (cell, reduction) in enumerate(zip(self.cells, self.reductions)):

@@ -21,20 +21,81 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-def rows(x, edges=1):
-    """(B, E*C, H, W), channels_last -> (E, B*H*W, C), a view: the unit of all matrix products."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    return x.permute(0, 2, 3, 1).reshape(-1, edges, x.shape[1] // edges).transpose(0, 1)
+# ---------------------------------------------------------------------------------------------
+# What leaves a state
+
+
+def sub_grids(x):
+    """(B, C, H, W) -> (4B, C, H/2, W/2): even and odd rows and columns as images of their own.
+
+    A convolution of dilation 2 is an ordinary one on each. An odd size is padded with zeros.
+    """
+    b, c, h, w = x.shape
+    if h % 2 or w % 2:
+        x = F.pad(x, (0, w % 2, 0, h % 2))
+        h, w = h + h % 2, w + w % 2
+    x = x.permute(0, 2, 3, 1).reshape(b, h // 2, 2, w // 2, 2, c).permute(2, 4, 0, 1, 3, 5)
+    return x.contiguous().view(4 * b, h // 2, w // 2, c).permute(0, 3, 1, 2)
+
+
+def from_grids(x, other=None):
+    """(4B, C, h, w) -> (B, C, 2h, 2w): undoes sub_grids of maps of even size, and adds `other`."""
+    b, c, h, w = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(2, 2, b // 4, h, w, c).permute(2, 3, 0, 4, 1, 5)
+    x = x.contiguous() if other is None else other.permute(0, 2, 3, 1).reshape(x.shape) + x
+    return x.view(b // 4, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+
+
+class Repeated(torch.autograd.Function):
+    """(B, C, H, W) -> (B, E*C, H, W), whose backward is one sum and not E slices to add up."""
+    @staticmethod
+    def forward(ctx, x, edges):
+        ctx.edges = edges
+        return torch.cat([x] * edges, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        b, c, h, w = grad.shape
+        grad = grad.permute(0, 2, 3, 1).reshape(b, h, w, ctx.edges, c // ctx.edges)
+        return grad.sum(3).permute(0, 3, 1, 2), None
+
+
+class Inputs:
+    """A state (B, C, H, W) in every form that operations take, each made once, when asked for.
+
+    edges: how many times its channels are repeated, once for each edge that they serve.
+    """
+    def __init__(self, state):
+        self.state, self.made = state, {}
+
+    def form(self, name, edges, make):
+        if (name, edges) not in self.made:
+            self.made[name, edges] = make() if edges == 1 else \
+                Repeated.apply(self.form(name, 1, make), edges)
+        return self.made[name, edges]
+
+    def relu(self, edges=1):
+        """After ReLU: (B, E*C, H, W)."""
+        return self.form('relu', edges, lambda: F.relu(self.state))
+
+    def grids(self, edges=1):
+        """After ReLU, its four sub-grids as images: (4B, E*C, H/2, W/2)."""
+        return self.form('grids', edges, lambda: sub_grids(self.relu()))
+
+    def grid(self, k, edges=1):
+        """After ReLU, sub-grid k: (B, E*C, H/2, W/2), the pixels (k // 2, k % 2) of every 2x2."""
+        return self.form(k, edges, lambda: self.grids().chunk(4)[k])
 
 
 # ---------------------------------------------------------------------------------------------
-# BatchNorm, and pointwise convolution by matrix products
+# BatchNorm
 
 
 class Unnormalised(NamedTuple):
     """A result whose last BatchNorm is still to be done, so that it can take the edge weights."""
     x: torch.Tensor         # (B, E*C, H, W)
     norm: nn.BatchNorm2d    # over E*C channels
+    on_grids: bool = False  # x is (4B, E*C, H/2, W/2), the sub-grids of the result
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -50,52 +111,75 @@ class BatchNorm(nn.BatchNorm2d):
         mean, var = self.running_mean, self.running_var
         if self.training and not self.track_running_stats:
             mean = var = None
-        if x.device.type == 'cpu' and x.shape[1] % 8:      # torch's channels_last path is slow then
+        if x.device.type == 'cpu' and x.shape[1] < 8:      # torch's channels_last path is slow then
             x = x.contiguous()
         y = F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
         return y.contiguous(memory_format=torch.channels_last)
 
 
-class Products(torch.autograd.Function):
-    """1x1 convolution with one group an edge, as one batched matrix product.
+# ---------------------------------------------------------------------------------------------
+# Convolutions
 
-    x: (B, E*C in, H, W); weight: (E*C out, C in, 1, 1). Equals F.conv2d(x, weight, groups=E).
+
+class ConvOnCPU(torch.autograd.Function):
+    """F.conv2d whose kernel's gradient is `kernel_gradient(grad, x, weight, stride)`.
+
+    oneDNN is slow at the gradients of grouped 1x1 and of wide depthwise kernels: those take up to
+    a half and up to nine tenths less this way.
     """
     @staticmethod
-    def forward(ctx, x, weight, edges):
+    def forward(ctx, x, weight, stride, groups, kernel_gradient):
         ctx.save_for_backward(x, weight)
-        ctx.edges = edges
-        return multiplied(x, blocks(weight, edges))
+        ctx.how = stride, groups, kernel_gradient
+        return F.conv2d(x, weight, None, stride, weight.shape[2] // 2, 1, groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        p, dx, dw = blocks(weight, ctx.edges), None, None
+        stride, groups, kernel_gradient = ctx.how
+        grad, dx, dw = grad.contiguous(memory_format=torch.channels_last), None, None
         if ctx.needs_input_grad[0]:
-            dx = multiplied(grad, p.transpose(1, 2))
+            padding = [weight.shape[2] // 2] * 2
+            dx = backward_of_conv(grad, x, weight, stride, padding, groups, (True, False, False))[0]
         if ctx.needs_input_grad[1]:
-            dw = torch.bmm(rows(grad, len(p)).transpose(1, 2), rows(x, len(p)))
-            if len(p) != ctx.edges:
-                dw = dw.view(ctx.edges, -1, ctx.edges, weight.shape[1]).diagonal(0, 0, 2)
-                dw = dw.permute(2, 0, 1)
-            dw = dw.reshape(weight.shape)
-        return dx, dw, None
+            dw = kernel_gradient(grad, x, weight, stride)
+        return dx, dw, None, None, None
 
 
-def blocks(weight, edges):
-    """(E*C out, C in, 1, 1) -> (E, C in, C out), or one block-diagonal matrix where C is small."""
-    p = weight.view(edges, -1, weight.shape[1]).transpose(1, 2)
-    return torch.block_diag(*p).unsqueeze(0) if edges > 1 and weight.shape[1] < 16 else p
+def backward_of_conv(grad, x, weight, stride, padding, groups, wanted):
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [stride] * 2, padding, [1, 1], False, [0, 0], groups, wanted)
 
 
-def multiplied(x, p):
-    """(B, E*C in, H, W), (E, C in, C out) -> (B, E*C out, H, W), channels_last."""
-    b, _, h, w = x.shape
-    out = torch.empty(b, p.shape[0] * p.shape[2], h, w, dtype=x.dtype, device=x.device,
-                      memory_format=torch.channels_last)
-    torch.bmm(rows(x, len(p)), p, out=rows(out, len(p)))
-    return out
+def depthwise_gradient(grad, x, weight, stride):
+    """Gradient (C, 1, 5, 5) of a 5x5 depthwise kernel, in parts of three and two columns."""
+    def part(x, height, width, top):
+        kernel = x.new_empty(x.shape[1], 1, height, width)
+        return backward_of_conv(grad, x, kernel, stride, [top, 0], len(kernel),
+                                (False, True, False))[1]
+
+    sides = (F.pad(x, (2, 0)), 3), (F.pad(x, (-1, 2)), 2)
+    if x.shape[3] > 4:
+        return torch.cat([part(side, 5, width, 2) for side, width in sides], 3)
+    # Maps narrower than the kernel: in parts of rows as well, or it would take ten times as long.
+    return torch.cat([torch.cat([part(F.pad(side, (0, 0, 2, 0)), 3, width, 0),
+                                 part(F.pad(side, (0, 0, -1, 2)), 2, width, 0)], 2)
+                      for side, width in sides], 3)
+
+
+def pointwise_gradient(grad, x, weight, stride):
+    """Gradient (E*C out, C in, 1, 1) of a 1x1 kernel of E groups, by matrix products."""
+    edges = x.shape[1] // weight.shape[1]
+    x, grad = (t.permute(0, 2, 3, 1).reshape(-1, edges, t.shape[1] // edges).transpose(0, 1)
+               for t in (x, grad))                          # (E, B*H*W, C), views
+    return torch.bmm(grad.transpose(1, 2), x).view(weight.shape)
+
+
+def plain(x):
+    """Whether torch's own backward is to be used: on a GPU, under autocast, without gradients."""
+    return x.device.type != 'cpu' or torch.is_autocast_enabled('cpu') \
+        or not torch.is_grad_enabled()
 
 
 class PointwiseConv(nn.Conv2d):
@@ -104,94 +188,26 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(channels_in, channels, 1, groups=edges, bias=False)
 
     def forward(self, x):
-        if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if self.groups > 1 and self.in_channels <= 32:          # one dense product is faster
+            blocks = torch.block_diag(*self.weight.flatten(1).chunk(self.groups))
+            return F.conv2d(x, blocks[:, :, None, None])
+        if plain(x):
             return super().forward(x)
-        return Products.apply(x, self.weight, self.groups)
-
-
-# ---------------------------------------------------------------------------------------------
-# Depthwise convolution
-
-
-class DepthwiseOnCPU(torch.autograd.Function):
-    """A depthwise convolution, 5x5 or dilated, whose backward avoids oneDNN's slow paths.
-
-    The gradient of a kernel wider than 3 is taken in two parts, that of a dilated one on the four
-    sub-grids, and the input's gradient of a dilated one is a convolution with the flipped kernel
-    (measured on two cores, C=64, 32 px: 5x5 7.4 ms -> 1.4, dilated 3x3 11 -> 1, 5x5 29 -> 2).
-    """
-    @staticmethod
-    def forward(ctx, x, weight, stride, dilation):
-        ctx.save_for_backward(x, weight)
-        padding = dilation * (weight.shape[-1] // 2)
-        ctx.how = stride, padding, dilation
-        return F.conv2d(x, weight, None, *ctx.how, x.shape[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad, dx, dw = grad.contiguous(memory_format=torch.channels_last), None, None
-        stride, padding, dilation = ctx.how
-        if ctx.needs_input_grad[0] and dilation == 1:
-            dx = backward_of_conv(grad, x, weight, stride, padding, (True, False, False))[0]
-        elif ctx.needs_input_grad[0]:
-            dx = F.conv2d(grad, weight.flip(2, 3), None, *ctx.how, x.shape[1])
-        if ctx.needs_input_grad[1]:
-            if dilation == 2:
-                x, grad = sub_grids(x), sub_grids(grad)
-            dw = depthwise_weight_gradient(x, grad, weight, stride)
-        return dx, dw, None, None
-
-
-def backward_of_conv(grad, x, weight, stride, padding, wanted):
-    padding = [padding] * 2 if isinstance(padding, int) else padding
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [stride] * 2, padding, [1, 1], False, [0, 0], x.shape[1], wanted)
-
-
-def sub_grids(x):
-    """(B, C, H, W) -> (4B, C, H/2, W/2): even and odd rows and columns as images of their own.
-
-    A kernel of dilation 2 is an ordinary one there; an odd size is padded with zeros.
-    """
-    b, c, h, w = x.shape
-    if h % 2 or w % 2:
-        x = F.pad(x, (0, w % 2, 0, h % 2)).contiguous(memory_format=torch.channels_last)
-        h, w = h + h % 2, w + w % 2
-    x = x.permute(0, 2, 3, 1).reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(4 * b, h // 2, w // 2, c).permute(0, 3, 1, 2)
-
-
-def depthwise_weight_gradient(x, grad, weight, stride):
-    """Gradient (C, 1, k, k) of an undilated depthwise kernel."""
-    def columns(x, width, padding):
-        part = weight.new_empty(weight.shape[:3] + (width,))
-        return backward_of_conv(grad, x, part, stride, [half, padding], (False, True, False))[1]
-
-    half = weight.shape[2] // 2
-    if half == 1:
-        return columns(x, 3, 1)
-    return torch.cat([columns(F.pad(x, (2, 0)), 3, 0), columns(F.pad(x, (-1, 2)), 2, 0)], 3)
+        return ConvOnCPU.apply(x, self.weight, 1, self.groups, pointwise_gradient)
 
 
 class DepthwiseConv(nn.Conv2d):
     """Depthwise convolution of `channels` channels, padded to keep the size (or halve it)."""
-    def __init__(self, channels, size, stride=1, dilation=1):
-        # On every second pixel a kernel of dilation 2 is an ordinary one.
-        self.every = 2 if dilation == stride == 2 else 1
-        stride, dilation = stride // self.every, dilation // self.every
-        super().__init__(channels, channels, size, stride, dilation * (size // 2), dilation,
-                         groups=channels, bias=False)
+    def __init__(self, channels, size, stride=1):
+        super().__init__(channels, channels, size, stride, size // 2, groups=channels, bias=False)
 
-    def forward(self, x):
-        if self.every == 2:
-            x = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
-        slow = self.dilation == (2, 2) or self.kernel_size == (5, 5)
-        if slow and x.device.type == 'cpu' and torch.is_grad_enabled() \
-                and not torch.is_autocast_enabled('cpu'):
-            return DepthwiseOnCPU.apply(x, self.weight, self.stride[0], self.dilation[0])
-        return super().forward(x)
+    def forward(self, x, dilation=1):
+        if dilation > 1:
+            padding = dilation * (self.kernel_size[0] // 2)
+            return F.conv2d(x, self.weight, None, 1, padding, dilation, self.groups)
+        if self.kernel_size != (5, 5) or plain(x):
+            return super().forward(x)
+        return ConvOnCPU.apply(x, self.weight, self.stride[0], self.groups, depthwise_gradient)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -207,17 +223,17 @@ class Pool(nn.Module):
         self.stride, self.kind = stride, kind
         self.norm = nn.Identity() if affine else BatchNorm(channels, affine=False)
 
-    def forward(self, x):
+    def forward(self, inputs):
         if self.kind == 'max':
-            return self.norm(F.max_pool2d(x, 3, self.stride, 1))
-        return self.norm(F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False))
+            return self.norm(F.max_pool2d(inputs.state, 3, self.stride, 1))
+        return self.norm(F.avg_pool2d(inputs.state, 3, self.stride, 1, count_include_pad=False))
 
 
 class Identity(nn.Module):
     shared = True
 
-    def forward(self, x):
-        return x
+    def forward(self, inputs):
+        return inputs.state
 
 
 class SepConv(nn.Module):
@@ -235,8 +251,9 @@ class SepConv(nn.Module):
         self.pointwise2 = PointwiseConv(c, c, edges)
         self.norm2 = BatchNorm(c, affine=affine)
 
-    def forward(self, x):
-        x = F.relu(self.norm1(self.pointwise1(self.depthwise1(x))), inplace=True)
+    def forward(self, inputs):
+        x = self.pointwise1(self.depthwise1(inputs.relu(self.edges)))
+        x = F.relu(self.norm1(x), inplace=True)
         return Unnormalised(self.pointwise2(self.depthwise2(x)), self.norm2)
 
 
@@ -247,33 +264,36 @@ class DilConv(nn.Module):
     def __init__(self, channels, edges, stride, affine, size):
         super().__init__()
         c = channels * edges
-        self.depthwise = DepthwiseConv(c, size, stride, dilation=2)
+        self.edges, self.stride = edges, stride
+        self.depthwise = DepthwiseConv(c, size)
         self.pointwise = PointwiseConv(c, c, edges)
         self.norm = BatchNorm(c, affine=affine)
 
-    def forward(self, x):
-        return Unnormalised(self.pointwise(self.depthwise(x)), self.norm)
+    def forward(self, inputs):
+        h, w = inputs.state.shape[2:]
+        on_grids = self.stride == 1 and inputs.state.device.type == 'cpu' and h % 2 == w % 2 == 0
+        if self.stride == 2:
+            x = self.depthwise(inputs.grid(0, self.edges))
+        elif on_grids:
+            x = self.depthwise(inputs.grids(self.edges))
+        else:
+            x = self.depthwise(inputs.relu(self.edges), dilation=2)
+        return Unnormalised(self.pointwise(x), self.norm, on_grids)
 
 
 class FactorizedReduce(nn.Module):
-    """Halves the size: two 1x1 convolutions on the even and on the odd pixels, then BatchNorm.
-
-    Takes maps after ReLU: (B, E*C in, H, W) -> (B, E*C out, ceil(H/2), ceil(W/2)).
-    """
+    """Halves the size: two 1x1 convolutions on the even and on the odd pixels, then BatchNorm."""
     shared = False
 
     def __init__(self, channels_in, channels, edges, affine):
         super().__init__()
         self.edges = edges
-        self.even = PointwiseConv(channels_in * edges, channels // 2 * edges, edges)
-        self.odd = PointwiseConv(channels_in * edges, (channels - channels // 2) * edges, edges)
+        self.even = PointwiseConv(channels_in, channels // 2 * edges, 1)
+        self.odd = PointwiseConv(channels_in, (channels - channels // 2) * edges, 1)
         self.norm = BatchNorm(channels * edges, affine=affine)
 
-    def forward(self, x):
-        if x.shape[2] % 2 or x.shape[3] % 2:      # else the odd grid would be smaller
-            x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        halves = [conv(x[:, :, i::2, i::2].contiguous(memory_format=torch.channels_last))
-                  for i, conv in enumerate((self.even, self.odd))]
+    def forward(self, inputs):
+        halves = self.even(inputs.grid(0)), self.odd(inputs.grid(3))
         halves = [half.unflatten(1, (self.edges, -1)) for half in halves]
         x = torch.cat(halves, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
         return Unnormalised(x, self.norm)

@@ -284,28 +284,29 @@ def pairs_of_weights(ours, book):
                 same(a.conv, b[1])
                 same(a.norm, b[2])
         for leaving, mixed_op in zip(cell.leaving, cell.mixed_ops):
-            for edges, names in mixed_op.groups:
-                for name in names:
-                    op = mixed_op.operations[name]
-                    for e, edge in enumerate(edges):
-                        node, state = leaving[edge]
-                        book_edge = book_cell.edges[f'{node},{state}']
-                        book_op = book_edge.ops[NAMES.index(name)] \
-                            if isinstance(book_edge, MixedOp) else book_edge.op
-                        if hasattr(op, 'even'):
-                            halves(op, book_op, e, len(edges))
-                        elif hasattr(op, 'kind'):
-                            if isinstance(book_op, nn.Sequential):
-                                same(op.norm, book_op[1])
-                        else:
-                            modules = list(op.children())
-                            books = [m for m in book_op if not isinstance(m, nn.ReLU)] \
-                                if isinstance(book_op, nn.Sequential) else []
-                            for a, b in zip(modules, books):
-                                c = a.weight.shape[0] if not isinstance(a, nn.BatchNorm2d) \
-                                    else a.num_features
-                                c //= len(edges)
-                                same(a, b, slice(e * c, e * c + c))
+            ops = [(name, op, range(len(leaving))) for name, op in mixed_op.shared.items()]
+            for span, block in zip(mixed_op.spans, mixed_op.blocks.values()):
+                ops += [(name, op, range(*span)) for name, op in block.items()]
+            for name, op, edges in ops:
+                for e, edge in enumerate(edges):
+                    node, state = leaving[edge]
+                    book_edge = book_cell.edges[f'{node},{state}']
+                    book_op = book_edge.ops[NAMES.index(name)] \
+                        if isinstance(book_edge, MixedOp) else book_edge.op
+                    if hasattr(op, 'even'):
+                        halves(op, book_op, e, len(edges))
+                    elif hasattr(op, 'kind'):
+                        if isinstance(book_op, nn.Sequential):
+                            same(op.norm, book_op[1])
+                    else:
+                        modules = list(op.children())
+                        books = [m for m in book_op if not isinstance(m, nn.ReLU)] \
+                            if isinstance(book_op, nn.Sequential) else []
+                        for a, b in zip(modules, books):
+                            c = a.weight.shape[0] if not isinstance(a, nn.BatchNorm2d) \
+                                else a.num_features
+                            c //= len(edges)
+                            same(a, b, slice(e * c, e * c + c))
     return out
 
 
