@@ -31,14 +31,12 @@ class MixedOp(nn.Module):
 
     names: for each edge, the names of the operations that it has: all of them in a supernet, one
     in a derived network, a shrinking set in P-DARTS. An operation without weights is computed
-    once for all edges, the others in blocks of adjacent edges that have them.
+    once for all edges, the others in blocks of at most `width` adjacent edges that have them.
     """
-    def __init__(self, channels, stride, names, affine):
+    def __init__(self, channels, stride, names, affine, width):
         super().__init__()
         self.names, self.shared, self.blocks = names, nn.ModuleDict(), nn.ModuleDict()
         self.spans, self.own = [], []   # the edges of each block; names of what the blocks hold
-        # Up to 32 channels the products of a block are one dense convolution, which is faster.
-        width = max(1, 32 // channels) if channels < 32 else len(names) or 1
         for name, build in OPERATIONS.items():
             for start, end in runs([name in has and build is not None for has in names], width):
                 operation = build(channels, end - start, stride, affine)
@@ -52,6 +50,9 @@ class MixedOp(nn.Module):
                 self.blocks[block][name] = operation
                 self.own.append(name)
         self.own = list(dict.fromkeys(self.own))
+        has = [[name in edge for name in self.shared] for edge in names]
+        self.register_buffer('has', None if all(map(all, has)) else torch.tensor(has),
+                             persistent=False)
 
     def forward(self, state, weights=None):
         """state: (B, C, H, W); weights: (E, operations), or None where an edge has but one.
@@ -62,8 +63,11 @@ class MixedOp(nn.Module):
         columns = dict(zip(PRIMITIVES, weights.unbind(1))) if weights is not None else None
         if self.shared:
             maps = {name: operation(inputs) for name, operation in self.shared.items()}
-            out = [maps.get(name) for name, in self.names] if columns is None else \
-                mixed_maps(list(maps.values()), torch.stack([columns[name] for name in maps], 1))
+            if columns is None:
+                out = [maps.get(name) for name, in self.names]
+            else:
+                w = torch.stack([columns[name] for name in maps], 1)
+                out = mixed_maps(list(maps.values()), w if self.has is None else w * self.has)
         if columns is not None:         # (operations, E*C): each edge's weight for its channels
             scales = torch.stack([columns[name] for name in self.own]).unsqueeze(2)
             scales = scales.expand(-1, -1, c).contiguous().flatten(1)
@@ -140,15 +144,18 @@ class Cell(nn.Module):
         self.leaving = [sorted((edge for edge in edges if edge[1] == state), key=edges.get)
                         for state in range(1 + NODES)]      # edges with the same operations adjoin
         self.strides = [2 if reduction and state < 2 else 1 for state in range(1 + NODES)]
+        # Where maps are largest, a block of 32 channels stays in a CPU's cache, and its products
+        # are one dense convolution.
+        width = max(1, 32 // (channels // partial)) if channels < 32 else len(edges)
         self.mixed_ops = nn.ModuleList(
-            MixedOp(channels // partial, stride, [edges[edge] for edge in leaving], affine)
+            MixedOp(channels // partial, stride, [edges[edge] for edge in leaving], affine, width)
             for stride, leaving in zip(self.strides, self.leaving))
 
     def forward(self, s0, s1, weights=None, shares=None, drop_path_prob=0):
         """s0, s1: (B, C, H, W), the outputs of the two cells before.
 
-        weights: what `leave` returns, or None in a derived cell; shares: for each node those of
-        its edges (beta of PC-DARTS), or None.
+        weights: what `leave` returns, or None in a derived cell; shares: (14,), each edge's share
+        of its node (beta of PC-DARTS), or None.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         arriving, passing = {node: [] for node in range(2, 2 + NODES)}, []
@@ -157,16 +164,15 @@ class Cell(nn.Module):
                 states.append(self.node(state, arriving, passing, shares))
             x, w = states[state], weights and weights[state]
             if self.partial > 1:
-                x, rest = x.split([x.shape[1] // self.partial,
-                                   x.shape[1] - x.shape[1] // self.partial], 1)
-                if self.strides[state] == 2:
-                    rest = F.max_pool2d(rest, 2, ceil_mode=True)
-                passing.append(rest)
+                part = x.shape[1] // self.partial
+                x, rest = (y.contiguous(memory_format=torch.channels_last)
+                           for y in x.split([part, x.shape[1] - part], 1))
+                passing.append(F.max_pool2d(rest, 2, ceil_mode=True)
+                               if self.strides[state] == 2 else rest)
             for edge, y in zip(leaving, mixed_op(x, w) if leaving else ()):
                 identity = self.edges[edge] == ('skip_connect',) and self.strides[state] == 1
-                if self.training and drop_path_prob and not identity:
-                    y = drop_path(y, drop_path_prob)
-                arriving[edge[0]].append(y)
+                drop = self.training and drop_path_prob and not identity
+                arriving[edge[0]].append((y, drop_path(y, drop_path_prob) if drop else None))
         states.append(self.node(1 + NODES, arriving, passing, shares))
         if states[-1].requires_grad:    # else each edge would copy its slice of the gradient
             states[-1].register_hook(
@@ -180,11 +186,16 @@ class Cell(nn.Module):
 
     def node(self, node, arriving, passing, shares):
         """Sum of what arrives at a node; with partial channels, of what passes by as well."""
-        total = sum(arriving[node][1:], arriving[node][0])
+        total = None
+        for y, keep in arriving[node]:
+            if total is None:
+                total = y if keep is None else y * keep
+            else:
+                total = total + y if keep is None else torch.addcmul(total, y, keep)
         if self.partial == 1:
             return total
-        b, c, h, w = total.shape
-        rest, = mixed_maps(passing[:node], shares[node - 2].unsqueeze(0))
+        share = shares.split(list(range(2, 2 + NODES)))[node - 2]
+        rest, = mixed_maps(passing[:node], share.unsqueeze(0))
         # Channel shuffle, so that other channels come first in the next operation.
         return F.channel_shuffle(torch.cat([total, rest], 1), self.partial)
 
@@ -255,16 +266,15 @@ class Network(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
-        mixing = {}
-        for kind, (weights, shares) in (self.mixing() if hasattr(self, 'alphas') else {}).items():
-            cell = self.cells[self.reductions.index(kind == 'reduce')]
-            mixing[kind] = cell.leave(weights), \
-                None if shares is None else shares.split(list(range(2, 2 + NODES)))
+        mixing = self.mixing() if hasattr(self, 'alphas') else {}
         s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))
-        auxiliary_logits = None
+        auxiliary_logits, leaving = None, {}
         for layer, (cell, reduction) in enumerate(zip(self.cells, self.reductions)):
-            weights, shares = mixing.get('reduce' if reduction else 'normal', (None, None))
-            s0, s1 = s1, cell(s0, s1, weights, shares, self.drop_path_prob)
+            kind = 'reduce' if reduction else 'normal'
+            weights, shares = mixing.get(kind, (None, None))
+            if weights is not None and kind not in leaving:         # once for each type of cell
+                leaving[kind] = cell.leave(weights)
+            s0, s1 = s1, cell(s0, s1, leaving.get(kind), shares, self.drop_path_prob)
             if layer == self.auxiliary_at and self.training:
                 auxiliary_logits = self.auxiliary_head(s1)
         logits = self.classifier(s1.mean((2, 3)))

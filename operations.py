@@ -191,7 +191,7 @@ class PointwiseConv(nn.Conv2d):
         if self.groups > 1 and self.in_channels <= 32:          # one dense product is faster
             blocks = torch.block_diag(*self.weight.flatten(1).chunk(self.groups))
             return F.conv2d(x, blocks[:, :, None, None])
-        if plain(x):
+        if self.groups == 1 or plain(x):
             return super().forward(x)
         return ConvOnCPU.apply(x, self.weight, 1, self.groups, pointwise_gradient)
 
@@ -311,9 +311,10 @@ class ReLUConvBN(nn.Module):
 
 
 def drop_path(x, probability):
-    """Zero whole images of (B, C, H, W) with `probability`, scaling the rest (arXiv 1605.07648)."""
+    """Factor (B, 1, 1, 1) that zeroes whole images of x with `probability` and scales the rest
+    (arXiv 1605.07648)."""
     keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= probability
-    return x * (keep / (1 - probability)).to(x.dtype)
+    return (keep / (1 - probability)).to(x.dtype)
 
 
 def skip_connect(channels, edges, stride, affine):

@@ -143,20 +143,30 @@ def test_derived_network_equals_the_textbook(genotype):
 
 
 def test_backwards_of_our_own():
-    x = torch.randn(2, 6, 5, 6).to(memory_format=torch.channels_last).requires_grad_()
-    for weight in (torch.randn(6, 3, 1, 1), torch.randn(6, 2, 1, 1)):
-        edges = 6 // weight.shape[1]
-        weight.requires_grad_()
-        assert torch.autograd.gradcheck(operations.Products.apply, (x, weight, edges))
-        close(operations.Products.apply(x, weight, edges),
-              nn.functional.conv2d(x, weight, groups=edges))
-    for size in (3, 5):
-        for stride, dilation in ((1, 1), (2, 1), (1, 2)):
-            weight = torch.randn(6, 1, size, size, requires_grad=True)
-            call = operations.DepthwiseOnCPU.apply
-            assert torch.autograd.gradcheck(call, (x, weight, stride, dilation))
-            close(call(x, weight, stride, dilation), nn.functional.conv2d(
-                x, weight, None, stride, dilation * (size // 2), dilation, 6))
+    """The gradients of kernels that are ours, beside torch's: also on maps narrower than a kernel."""
+    for height, width, groups, size, stride in ((5, 6, 2, 1, 1), (5, 6, 3, 1, 1), (5, 6, 6, 5, 1),
+                                                (6, 8, 6, 5, 2), (4, 4, 6, 5, 1), (3, 2, 6, 5, 2)):
+        x = torch.randn(2, 6, height, width).to(memory_format=torch.channels_last)
+        x.requires_grad_()
+        weight = torch.randn(6, 6 // groups, size, size, requires_grad=True)
+        gradient = operations.pointwise_gradient if size == 1 else operations.depthwise_gradient
+
+        def call(x, weight, stride=stride, groups=groups, gradient=gradient):
+            return operations.ConvOnCPU.apply(x, weight, stride, groups, gradient)
+        assert torch.autograd.gradcheck(call, (x, weight))
+        close(call(x, weight), nn.functional.conv2d(x, weight, None, stride, size // 2, 1, groups))
+    x = torch.randn(2, 3, 4, 2).to(memory_format=torch.channels_last).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: operations.Repeated.apply(x, 3), x)
+
+
+def test_sub_grids_and_back():
+    x = torch.randn(2, 3, 6, 4)
+    grids = operations.sub_grids(x)
+    assert torch.equal(grids.chunk(4)[2], x[:, :, 1::2, ::2])           # odd rows, even columns
+    assert torch.equal(operations.from_grids(grids), x)
+    assert torch.equal(operations.from_grids(grids, 2 * x), 3 * x)
+    odd = operations.sub_grids(torch.ones(1, 1, 3, 5))
+    assert odd.shape == (4, 1, 2, 3) and odd.sum() == 15                # padded with zeros
 
 
 def test_parameter_counts():
@@ -208,13 +218,13 @@ def test_alphas_and_weights_are_apart():
 def test_drop_path_drops_whole_images_and_spares_identities(monkeypatch):
     torch.set_default_dtype(torch.float32)
     x = torch.ones(4000, 2, 1, 1)
-    y = operations.drop_path(x, 0.3)
+    y = x * operations.drop_path(x, 0.3)
     assert set(y.unique().tolist()) == {0.0, y.max().item()} and abs(y.mean() - 1) < 0.05
     assert (y[:, 0] == y[:, 1]).all()
     skips = tuple(('skip_connect', state) for state in (0, 1) * 4)
     network = Network(4, 10, 3, Genotype(skips, (2, 3, 4, 5), skips, (2, 3, 4, 5)))
     network.drop_path_prob, calls = 0.5, []
-    monkeypatch.setattr(model_search, 'drop_path', lambda x, p: calls.append(p) or x)
+    monkeypatch.setattr(model_search, 'drop_path', lambda x, p: calls.append(p) or torch.ones(()))
     network(torch.randn(8, 3, 8, 8))
     assert calls == [0.5] * 16              # one normal cell of identities, two reduction cells
     network.eval()(torch.randn(8, 3, 8, 8))
@@ -228,12 +238,12 @@ def test_an_operation_is_added_in_one_place(monkeypatch):
 
         def __init__(self, channels, edges, stride, affine):
             super().__init__()
-            c = channels * edges
+            c, self.edges = channels * edges, edges
             self.conv = nn.Conv2d(c, c, 3, stride, 1, groups=edges, bias=False)
             self.norm = nn.BatchNorm2d(c, affine=affine)
 
-        def forward(self, x):
-            return self.norm(self.conv(x))
+        def forward(self, inputs):
+            return self.norm(self.conv(inputs.relu(self.edges)))
 
     monkeypatch.setitem(operations.OPERATIONS, 'conv_3x3', Conv3x3)
     for module in (genotypes, model_search):
@@ -257,7 +267,7 @@ def test_an_operation_is_added_in_one_place(monkeypatch):
 def test_operations_of_fewer_edges(affine):
     """An edge may keep any of the operations, as in P-DARTS; the others do not change."""
     names = [('sep_conv_3x3', 'skip_connect'), ('sep_conv_3x3',), ('avg_pool_3x3', 'skip_connect')]
-    mixed_op = model_search.MixedOp(4, 2, names, affine)
+    mixed_op = model_search.MixedOp(4, 2, names, affine, width=2)
     state, weights = torch.randn(3, 4, 8, 8), torch.rand(3, 8)
     whole = mixed_op(state, weights)
     for e in range(3):
@@ -266,6 +276,9 @@ def test_operations_of_fewer_edges(affine):
         got = mixed_op(state, alone)
         assert torch.allclose(got[e], whole[e])
         assert all(not got[other].any() for other in range(3) if other != e)
+    lacks = torch.zeros(3, 8)                           # a weight on what an edge has no more
+    lacks[0, 2] = lacks[1, 3] = lacks[2, 4] = 1
+    assert not any(y.any() for y in mixed_op(state, lacks))
 
 
 def test_autocast_and_evaluation_run():
