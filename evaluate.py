@@ -7,6 +7,7 @@
 This file owns everything about a run on disk: its folder, log and checkpoints, the choice of the
 device, metrics and tables. A retrained network is tested anew from its weights.pt.
 """
+import contextlib
 import csv
 import ctypes
 import hashlib
@@ -63,6 +64,108 @@ def choose_device(gpu, tf32=False):
 
 def set_tf32(on):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
+class GraphedStep:
+    """A training step that CUDA replays as one graph, where that gives what the eager step gives.
+
+    step(*batch) returns a tensor and changes the tensors in changed(), a dict of lists, in place.
+    On CUDA with `on` the first calls are eager, then the step is captured and compared with the
+    eager one from the same state on the same batch. Where capture fails, or a list changes by
+    something else than in the eager step beyond TOLERANCE (a share of the change's norm), one
+    line says why and the eager step goes on. Every call takes one step, whatever way it went.
+    """
+    WARM_UP, TOLERANCE = 3, 0.05
+
+    def __init__(self, step, changed, device, on=True):
+        self.step, self.changed, self.device = step, changed, device
+        self.on, self.calls, self.graph = on and device.type == 'cuda', 0, None
+        # One stream for eager steps and capture, as autograd keeps the stream it has met first.
+        self.stream = torch.cuda.Stream(device) if self.on else None
+
+    def __call__(self, *batch):
+        self.calls += 1
+        if self.graph is not None:
+            torch._foreach_copy_(self.batch, list(batch))
+            self.graph.replay()
+            return self.result.clone()
+        if not self.on:
+            return self.step(*batch)
+        with self.beside():
+            if self.calls <= self.WARM_UP:
+                return self.step(*batch)
+            self.on = False
+            return self.first_replay(batch)
+
+    @contextlib.contextmanager
+    def beside(self):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def capture(self, batch):
+        """(object with replay(), result): the step on `batch`, recorded but not run."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            result = self.step(*batch)
+        return graph, result
+
+    def first_replay(self, batch):
+        """Capture, compare, and leave the state one step further."""
+        before = {name: [t.detach().clone() for t in part] for name, part in self.changed().items()}
+        random = random_states(self.device)
+        expected = self.step(*batch)
+        after = {name: [t.detach().clone() for t in part] for name, part in self.changed().items()}
+        try:
+            self.put(before, random)
+            self.batch = [t.clone() for t in batch]
+            graph, self.result = self.capture(self.batch)
+            self.put(before, random)
+            graph.replay()
+            reason = self.difference(before, after)
+        except RuntimeError as error:
+            reason = f'capture failed ({str(error).splitlines()[0][:100]})'
+        if reason:
+            for t in (t for part in self.changed().values() for t in part):
+                t.grad = None                       # of a step that broke off
+            self.put(after, random_states(self.device))
+            print(f'no CUDA graph: {reason}; going on without', file=sys.stderr)
+            return expected
+        self.graph = graph
+        return self.result.clone()
+
+    @torch.no_grad()
+    def put(self, values, random):
+        for name, part in self.changed().items():
+            for t, value in zip(part, values[name]):
+                t.copy_(value)
+        torch.set_rng_state(random[0])
+        for state in random[1:]:
+            torch.cuda.set_rng_state(state, self.device)
+
+    @torch.no_grad()
+    def difference(self, before, after):
+        """What the replay changed otherwise than the eager step did, or None."""
+        def norm(pairs):
+            return math.sqrt(sum((a.double() - b.double()).square().sum().item()
+                                 for a, b in pairs))
+        for name, part in self.changed().items():
+            moved = norm(zip(after[name], before[name]))
+            off = norm((t.detach(), value) for t, value in zip(part, after[name]))
+            if not off <= self.TOLERANCE * moved:
+                return f'the {name} differ from the eager step\'s by {off:.2g} in {moved:.2g}'
+        return None
+
+
+def changed_by_a_step(network, *optimizers):
+    """What GraphedStep compares: {name: tensors}."""
+    states = [t for optimizer in optimizers for state in optimizer.state.values()
+              for t in state.values() if torch.is_tensor(t)]
+    lists = {'weights': network.weight_parameters(), 'alphas': network.architecture_parameters(),
+             'statistics': [b for b in network.buffers() if b.is_floating_point()],
+             'optimizers': states}
+    return {name: list(part) for name, part in lists.items() if part}
 
 
 def hardware(device):

@@ -151,7 +151,7 @@ class Cell(nn.Module):
             MixedOp(channels // partial, stride, [edges[edge] for edge in leaving], affine, width)
             for stride, leaving in zip(self.strides, self.leaving))
 
-    def forward(self, s0, s1, weights=None, shares=None, drop_path_prob=0):
+    def forward(self, s0, s1, weights=None, shares=None, drop_path_prob=None):
         """s0, s1: (B, C, H, W), the outputs of the two cells before.
 
         weights: what `leave` returns, or None in a derived cell; shares: (14,), each edge's share
@@ -171,7 +171,7 @@ class Cell(nn.Module):
                                if self.strides[state] == 2 else rest)
             for edge, y in zip(leaving, mixed_op(x, w) if leaving else ()):
                 identity = self.edges[edge] == ('skip_connect',) and self.strides[state] == 1
-                drop = self.training and drop_path_prob and not identity
+                drop = self.training and drop_path_prob is not None and not identity
                 arriving[edge[0]].append((y, drop_path(y, drop_path_prob) if drop else None))
         states.append(self.node(1 + NODES, arriving, passing, shares))
         if states[-1].requires_grad:    # else each edge would copy its slice of the gradient
@@ -233,13 +233,14 @@ class Network(nn.Module):
 
     genotype: None builds the supernet, with its alphas; a Genotype the derived network.
     forward(x): (B, 3, H, W) -> logits (B, num_classes); a training network with an auxiliary
-    head gives its logits too. drop_path_prob is an attribute, set from outside, as in DARTS.
+    head gives its logits too. drop_path_prob is an attribute, set from outside, as in DARTS: a
+    number, or a tensor on the device where a CUDA graph must see it change.
     """
     def __init__(self, init_channels, num_classes, layers, genotype=None, partial=1,
                  auxiliary=False):
         super().__init__()
         affine = genotype is not None
-        self.partial, self.drop_path_prob = partial, 0
+        self.partial, self.drop_path_prob = partial, None
         stem_channels = 3 * init_channels
         self.stem = nn.Sequential(nn.Conv2d(3, stem_channels, 3, padding=1, bias=False),
                                   BatchNorm(stem_channels))
@@ -295,7 +296,7 @@ class Network(nn.Module):
         return [p for name, p in self.named_parameters() if not name.startswith('alphas.')]
 
     def architecture_parameters(self):
-        return list(self.alphas.values())
+        return list(self.alphas.values()) if hasattr(self, 'alphas') else []
 
     @contextmanager
     def frozen_statistics(self):

@@ -34,7 +34,7 @@ EVALUATION_BATCH = 250      # changes no result: in evaluation mode images do no
 def train_step(network, batch, sgd, args):
     """One step of the weights; returns (loss without the auxiliary head's, right answers)."""
     x, y = batch
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
         logits = network(x)
     logits, auxiliary_logits = logits if args.auxiliary else (logits, None)
     loss = total = loss_of(logits.float(), y)
@@ -45,6 +45,14 @@ def train_step(network, batch, sgd, args):
     sgd.step()
     sgd.zero_grad()
     return loss.detach(), correct(logits.detach(), y)
+
+
+def optimizer(network, args):
+    """SGD whose learning rate is a tensor, so that a CUDA graph sees it change."""
+    device = next(network.parameters()).device
+    return torch.optim.SGD(network.parameters(), torch.tensor(args.learning_rate, device=device),
+                           momentum=args.momentum, weight_decay=args.weight_decay,
+                           fused=device.type == 'cuda', foreach=device.type != 'cuda')
 
 
 def parse(argv):

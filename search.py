@@ -50,15 +50,17 @@ def trained(network, weights=False, alphas=False):
         p.requires_grad_(weights)
     for p in network.architecture_parameters():
         p.requires_grad_(alphas)
-    yield
-    for p in network.parameters():
-        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in network.parameters():
+            p.requires_grad_(True)
 
 
 def forward(network, batch, amp=False):
     """(loss, right answers) of a batch, a tensor each."""
     x, y = batch
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
         logits = network(x)
     logits = logits.float() if amp else logits
     return loss_of(logits, y), correct(logits.detach(), y)
@@ -93,7 +95,8 @@ def second_order(network, train, valid, sgd, amp=False, tf32=False):
         if sgd.state:
             buffers = [sgd.state[w]['momentum_buffer'] for w in weights]
             torch._foreach_add_(step, buffers, alpha=group['momentum'])
-        torch._foreach_add_(values, step, alpha=-eta)
+        torch._foreach_mul_(step, -eta)
+        torch._foreach_add_(values, step)
         loss, right = forward(network, valid, amp)
         grads = torch.autograd.grad(loss, weights + alphas)
         dw, dalpha = list(grads[:len(weights)]), grads[len(weights):]
@@ -166,6 +169,32 @@ def finish(folder, genotype, args):
         print('this was --quick: the pipeline works, the genotype means nothing')
     print(f'next: python retrain.py --arch {shlex.quote(str(folder))} --data cifar10 --auxiliary '
           '--cutout --gpu 0')
+
+
+def bilevel_step(network, train, valid, sgd, adam, args, frozen=False):
+    """Step the alphas, unless `frozen`, then the weights.
+
+    Returns (4,): loss and right answers on the training batch, the same on the validation batch.
+    """
+    parts = () if frozen else architecture_step(network, train, valid, sgd, adam, args)
+    sums = torch.stack([*weight_step(network, train, sgd, args), *parts])
+    return torch.cat([sums, torch.zeros_like(sums)]) if frozen else sums
+
+
+def optimizers(network, args):
+    """SGD for the weights, Adam for the alphas and for nothing else.
+
+    The learning rate is a tensor, so that a CUDA graph sees it change.
+    """
+    device = next(network.parameters()).device
+    cuda = device.type == 'cuda'
+    sgd = torch.optim.SGD(network.weight_parameters(),
+                          torch.tensor(args.learning_rate, device=device), momentum=args.momentum,
+                          weight_decay=args.weight_decay, fused=cuda, foreach=not cuda)
+    adam = torch.optim.Adam(network.architecture_parameters(), args.arch_learning_rate,
+                            betas=(0.5, 0.999), weight_decay=args.arch_weight_decay,
+                            foreach=True, capturable=cuda)
+    return sgd, adam
 
 
 # ---------------------------------------------------------------------------------------------

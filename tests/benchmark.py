@@ -2,6 +2,8 @@
 
     python tests/benchmark.py                   # the table; some 15 minutes on two cores
     python tests/benchmark.py --only darts1_b16 --json
+    python tests/benchmark.py --curve           # seconds a step by batch, width and image size
+    python tests/benchmark.py --input           # what the data cost, beside the step
 
 A search step is one architecture and one weight step (C=16, 8 cells, 32 px); a retrain step one
 of DARTS_V2 (C=36, 20 cells, auxiliary head, drop-path). CPU seconds are those of the process, the
@@ -15,19 +17,23 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import evaluate
+import generate_data
 import retrain
 import search
 from genotypes import DARTS_V2
 from model_search import Network
 
+import numpy as np
 import textbook
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CASES = {                   # name: (partial, unrolled, batch, n); partial 0 is retraining
@@ -35,6 +41,7 @@ CASES = {                   # name: (partial, unrolled, batch, n); partial 0 is 
     'darts2_b16': (1, True, 16, 5), 'darts2_b64': (1, True, 64, 0),
     'pcdarts1_b32': (4, False, 32, 5), 'pcdarts2_b32': (4, True, 32, 5),
     'retrain_b96': (0, False, 96, 3)}
+CPU = torch.device('cpu')
 
 
 class Calls(TorchDispatchMode):
@@ -46,56 +53,74 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__
         if not function.is_view and not name.startswith(
-                ('empty', 'new_empty', 'detach', '_local_scalar_dense')):
+                ('empty', 'new_empty', 'detach', '_local_scalar_dense', '_unsafe_view')):
             self.count += 1
         return function(*args, **(kwargs or {}))
 
 
-def batch(n):
-    return torch.randn(n, 3, 32, 32), torch.randint(10, (n,))
+def batch(n, size=32, device=CPU):
+    return torch.randn(n, 3, size, size, device=device), torch.randint(10, (n,), device=device)
 
 
-def steps(case, sides=('ours', 'book')):
-    """{side: a function that takes one step}, the same weights on both sides."""
-    partial, unrolled, size, _ = CASES[case]
+def steps(partial, unrolled, size, sides=('ours', 'book'), width=16, pixels=32, device=CPU,
+          graph=False, flags=()):
+    """{side: a function that takes one step}, the same weights on both sides.
+
+    partial, unrolled: as in CASES; size: of the batch; flags: more of them for our side.
+    """
     torch.manual_seed(0)
-    shape = (36, 10, 20, DARTS_V2) if partial == 0 else (16, 10, 8)
+    shape = (36, 10, 20, DARTS_V2) if partial == 0 else (width, 10, 8)
     extra = {'auxiliary': True} if partial == 0 else {'partial': partial}
     networks = {'ours': Network(*shape, **extra)}
     if 'book' in sides:
         networks['book'] = textbook.Network(*shape, **extra)
         textbook.copy_weights(networks['ours'], networks['book'])
-    train, valid, out = batch(size), batch(size), {}
+    train, valid, out = batch(size, pixels, device), batch(size, pixels, device), {}
     for side in sides:
-        network = networks[side].train()
+        network = networks[side].to(device).train()
+        tensors = train if partial == 0 else (*train, *valid)
+        if side == 'book' and partial:
+            book = textbook.Step(network, unrolled)
+            out[side] = lambda step=book: step(train, valid)
+            continue
         if partial == 0:
-            network.drop_path_prob = 0.1
-            out[side] = retrain_step(network, train)
-        elif side == 'book':
-            step = textbook.Step(network, unrolled)
-            out[side] = lambda step=step: step(train, valid)
-        else:
-            out[side] = search_step(network, unrolled, train, valid)
+            network.drop_path_prob = torch.tensor(0.1, device=device)
+        step, changed = retrain_step(network, flags) if partial == 0 else \
+            search_step(network, unrolled, flags)
+        step = evaluate.GraphedStep(step, changed, device, graph and side == 'ours')
+        out[side] = lambda step=step, tensors=tensors: step(*tensors)
     return out
 
 
-def search_step(network, unrolled, train, valid):
-    args = search.parse(['--unrolled'] if unrolled else [])
-    sgd = torch.optim.SGD(network.weight_parameters(), 0.025, momentum=0.9, weight_decay=3e-4,
-                          foreach=True)
-    adam = torch.optim.Adam(network.architecture_parameters(), 3e-4, betas=(0.5, 0.999),
-                            weight_decay=1e-3, foreach=True)
-
-    def step():
-        search.architecture_step(network, train, valid, sgd, adam, args)
-        search.weight_step(network, train, sgd, args)
-    return step
+def search_step(network, unrolled, flags=()):
+    """(our step, what it changes), with search.py's own optimizers."""
+    args = search.parse([*flags, *(['--unrolled'] if unrolled else [])])
+    sgd, adam = search.optimizers(network, args)
+    return (lambda a, b, c, d: search.bilevel_step(network, (a, b), (c, d), sgd, adam, args),
+            lambda: evaluate.changed_by_a_step(network, sgd, adam))
 
 
-def retrain_step(network, train):
-    args = retrain.parse(['--arch', 'DARTS_V2', '--auxiliary'])
-    sgd = torch.optim.SGD(network.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
-    return lambda: retrain.train_step(network, train, sgd, args)
+def retrain_step(network, flags=()):
+    args = retrain.parse(['--arch', 'DARTS_V2', '--auxiliary', *flags])
+    sgd = retrain.optimizer(network, args)
+    return (lambda *batch: torch.stack(retrain.train_step(network, batch, sgd, args)),
+            lambda: evaluate.changed_by_a_step(network, sgd))
+
+
+def seconds(functions, n):
+    """{name: median CPU seconds of n calls}, the functions taking turns after one call each."""
+    taken = {name: [] for name in functions}
+    for turn in range(n + 1):
+        for name, function in functions.items():
+            began = time.process_time()
+            function()
+            if turn:
+                taken[name].append(time.process_time() - began)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
 
 
 def peak_mib(case, side):
@@ -105,19 +130,20 @@ def peak_mib(case, side):
     return float(out.stdout)
 
 
+def print_peak(case, side):
+    step = steps(*CASES[case][:3], ('ours', 'book') if side == 'book' else ('ours',))[side]
+    held = int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()
+    step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held) / 2 ** 20)
+
+
 def measure(case):
     """{'ratio', 'memory_ratio', 'launches', 'launches_textbook', 'cpu_seconds', ...}"""
-    out, n = {'n': CASES[case][3]}, CASES[case][3]
+    n = CASES[case][3]
+    out = {'n': n}
     if n:
-        pair = steps(case)
-        seconds = {side: [] for side in pair}
-        for turn in range(n + 1):
-            for side, step in pair.items():
-                began = time.process_time()
-                step()
-                if turn:                                    # the first one warms up
-                    seconds[side].append(time.process_time() - began)
-        medians = {side: statistics.median(values) for side, values in seconds.items()}
+        pair = steps(*CASES[case][:3])
+        medians = seconds(pair, n)
         out.update(ratio=medians['book'] / medians['ours'], cpu_seconds=medians['ours'],
                    cpu_seconds_textbook=medians['book'])
         for side, name in (('ours', 'launches'), ('book', 'launches_textbook')):
@@ -129,30 +155,79 @@ def measure(case):
     return {**out, 'memory_mib': ours, 'memory_mib_textbook': book, 'memory_ratio': ours / book}
 
 
+def show(name, row):
+    print(f'{name:<13}', '  '.join(
+        f'{key} {value:.3g}' if isinstance(value, float) else f'{key} {value}'
+        for key, value in row.items()), flush=True)
+
+
+def curve():
+    """{setting: CPU seconds of a first-order DARTS step, images/s, relative to the work}."""
+    rows, base = {}, None
+    for size, width, pixels in ((16, 16, 32), (64, 16, 32), (128, 16, 32), (16, 8, 32),
+                                (16, 32, 32), (16, 16, 16), (16, 16, 64)):
+        step = steps(1, False, size, ('ours',), width, pixels)['ours']
+        taken = seconds({'step': step}, 3)['step']
+        # Depthwise and pointwise work: by pixels, and by width once or twice.
+        work = size * pixels ** 2 * width
+        base = base or taken / work
+        rows[f'batch {size}, C={width}, {pixels} px'] = {
+            'cpu_seconds': taken, 'per_work': taken / work / base}
+    return rows
+
+
+def data_costs(steps_taken=20):
+    """Share of a step of PC-DARTS, batch 64, that resident data take; images/s of a folder."""
+    data = {'noise': generate_data.Data(
+        'noise', 'noise', generate_data.noise_images(0, 0, 4096, 32), np.arange(4096) % 10,
+        list('0123456789'), [.5] * 3, [.125] * 3, 32, {})}
+    rows, step = {}, steps(4, False, 64, ('ours',))['ours']
+    taken = seconds({'step': step}, 3)['step']
+    for name, augment, cutout in (('noise', 'none', 0), ('images', 'standard', 16)):
+        batches = generate_data.Batches(data['noise'], range(4096), 64, CPU, augment, cutout)
+        began = time.process_time()
+        pairs = zip(batches.epoch(), range(2 * steps_taken))
+        count = sum(1 for _ in pairs)
+        cost = 2 * (time.process_time() - began) / count        # a search step takes two batches
+        rows[f'{name}, resident'] = {'ms_a_step': 1000 * cost, 'share_of_a_step': cost / taken}
+    with tempfile.TemporaryDirectory() as folder:
+        image = Image.fromarray(generate_data.noise_images(0, 0, 1, 256)[0])
+        for k in range(512):
+            target = Path(folder, str(k % 2))
+            target.mkdir(exist_ok=True)
+            image.save(target / f'{k}.jpg')
+        data = generate_data.read_folder(Path(folder), 'train', 224)
+        data.images = generate_data.list_images(Path(folder), ['0', '1'])[0]
+        generate_data.RESIDENT = 0                              # decoded by the workers, streamed
+        batches = generate_data.Batches(data, range(512), 64, CPU, workers=2)
+        began = time.time()
+        count = sum(len(x) for x, _ in batches.epoch())
+        rows['folder, 224 px JPEG'] = {'images_per_second': count / (time.time() - began)}
+    return {**rows, 'step': {'cpu_seconds': taken, 'images_per_second': 128 / taken}}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--json', action='store_true', help='one JSON object')
     parser.add_argument('--only', choices=list(CASES), help='one case')
+    parser.add_argument('--curve', action='store_true', help='how a step grows with its sizes')
+    parser.add_argument('--input', action='store_true', help='what the data cost')
     parser.add_argument('--peak', choices=['ours', 'book'], help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = evaluate.choose_device(-1)
     if args.peak:
-        step = steps(args.only, ('ours', 'book') if args.peak == 'book' else ('ours',))[args.peak]
-        held = int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()
-        step()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held) / 2 ** 20)
-        return
-    results = {}
-    for case in [args.only] if args.only else CASES:
-        results[case] = row = measure(case)
+        return print_peak(args.only, args.peak)
+    results = curve() if args.curve else data_costs() if args.input else {}
+    for case in [args.only] if args.only else CASES if not results else ():
+        results[case] = measure(case)
         if not args.json:
-            print(f'{case:<13}', '  '.join(
-                f'{key} {value:.2f}' if isinstance(value, float) else f'{key} {value}'
-                for key, value in row.items()), flush=True)
+            show(case, results[case])
     if args.json:
         print(json.dumps(results))
-    else:
-        print(evaluate.hardware(device), 'torch', torch.__version__)
+        return
+    for name in results if args.curve or args.input else ():
+        show(name, results[name])
+    print(evaluate.hardware(device), 'torch', torch.__version__)
 
 
 if __name__ == '__main__':

@@ -143,7 +143,7 @@ def test_derived_network_equals_the_textbook(genotype):
 
 
 def test_backwards_of_our_own():
-    """The gradients of kernels that are ours, beside torch's: also on maps narrower than a kernel."""
+    """Gradients of kernels, ours beside torch's; also on maps narrower than a kernel."""
     for height, width, groups, size, stride in ((5, 6, 2, 1, 1), (5, 6, 3, 1, 1), (5, 6, 6, 5, 1),
                                                 (6, 8, 6, 5, 2), (4, 4, 6, 5, 1), (3, 2, 6, 5, 2)):
         x = torch.randn(2, 6, height, width).to(memory_format=torch.channels_last)

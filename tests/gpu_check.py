@@ -1,0 +1,147 @@
+"""Check and time everything on a CUDA device, in one table. Under 8 minutes.
+
+    python tests/gpu_check.py                   # on any machine with CUDA
+    python tests/gpu_check.py --json > gpu.json
+
+First equality with the textbook on the device, in float64 and float32, eager and as a CUDA graph.
+Then ms a step, calls of a step, peak memory and images/s of search and retrain steps: the
+textbook's, ours eager, as a graph, and as a graph in bf16. Last what these make of a whole search
+and of a whole retraining. Without CUDA it says so and does nothing.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+import benchmark
+import evaluate
+from model_search import Network
+
+import textbook
+import torch
+import torch.nn.functional as F
+
+# name: (partial, unrolled, batch, images a step, steps of the full published run)
+RUNS = {
+    'darts, first order': (1, False, 64, 128, 50 * (25000 // 64)),
+    'darts, second order': (1, True, 64, 128, 50 * (25000 // 64)),
+    'pcdarts': (4, False, 256, 512, 50 * (25000 // 256)),
+    'retrain DARTS_V2': (0, False, 96, 96, 600 * (50000 // 96))}
+WAYS = {                        # name: (side, graph, more flags)
+    'textbook': ('book', False, []), 'eager': ('ours', False, []), 'graph': ('ours', True, []),
+    'graph, TF32': ('ours', True, ['--tf32']), 'graph, bf16': ('ours', True, ['--amp'])}
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16):
+    """Largest relative difference to the textbook: logits, gradients of the alphas, and the
+    weights after five steps (a graph is captured at the fourth)."""
+    torch.manual_seed(0)
+    ours = Network(width, 10, layers, partial=partial)
+    book = textbook.Network(width, 10, layers, partial=partial)
+    textbook.copy_weights(ours, book)
+    ours, book = ours.to(device, dtype), book.to(device, dtype)
+    train, valid = (benchmark.batch(size, device=device) for _ in range(2))
+    train, valid = (train[0].to(dtype), train[1]), (valid[0].to(dtype), valid[1])
+    x, y = train
+    logits = ours(x), book(x)
+    out = {'logits': relative(*logits)}
+    grads = [torch.autograd.grad(F.cross_entropy(z, y), list(p)) for z, p in zip(
+        logits, (ours.alphas.values(), book.alphas))]
+    out['alpha gradients'] = max(relative(a, b) for a, b in zip(*grads))
+    textbook.copy_weights(ours, book)               # of the running statistics
+    step, changed = benchmark.search_step(ours, unrolled)
+    step = evaluate.GraphedStep(step, changed, device, graph)
+    book_step = textbook.Step(book, unrolled)
+    for _ in range(5):
+        step(*train, *valid)
+        book_step(train, valid)
+    pairs = textbook.pairs_of_weights(ours, book)
+    out['weights'] = max(relative(a[block], b) for a, block, b in pairs if a.requires_grad)
+    if graph:
+        out['captured'] = step.graph is not None
+    return out
+
+
+def timing(name, way, device, seconds=6.0):
+    """{'ms', 'calls', 'peak_mib', 'images_per_second', 'captured'} of one kind of step."""
+    partial, unrolled, size, images, _ = RUNS[name]
+    side, graph, flags = WAYS[way]
+    sides = ('ours',) if side == 'ours' else ('ours', 'book')
+    evaluate.set_tf32('--tf32' in flags)
+    step = benchmark.steps(partial, unrolled, size, sides, device=device, graph=graph,
+                           flags=flags)[side]
+    with benchmark.Calls() as calls:
+        step()
+    synchronize = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(evaluate.GraphedStep.WARM_UP + 2):
+        step()
+    synchronize()
+    began, count = time.perf_counter(), 0
+    while count < 3 or time.perf_counter() - began < seconds:
+        step()
+        count += 1
+        if count % 10 == 0:
+            synchronize()
+    synchronize()
+    ms = 1000 * (time.perf_counter() - began) / count
+    evaluate.set_tf32(False)
+    return {'ms': ms, 'calls': calls.count, 'peak_mib': evaluate.peak_memory_mib(device),
+            'images_per_second': 1000 * images / ms, 'n': count}
+
+
+def check(device, seconds=6.0):
+    """All rows: ({name: differences}, {name: {way: timing}})."""
+    differences, timings = {}, {}
+    for dtype in (torch.float64, torch.float32):
+        for partial, unrolled in ((1, False), (1, True), (4, False)):
+            for graph in (False, True):
+                if dtype == torch.float64 and graph:
+                    continue                        # the learning rate of a graph is float32
+                name = f'{str(dtype)[6:]}, {"pcdarts" if partial > 1 else "darts"}' \
+                       f'{", second order" * unrolled}{", graph" * graph}'
+                differences[name] = row = equality(device, dtype, partial, unrolled, graph)
+                benchmark.show(f'{name:<38}', row)
+    for name in RUNS:
+        timings[name] = {}
+        for way in WAYS:
+            timings[name][way] = row = timing(name, way, device, seconds)
+            benchmark.show(f'{name + ", " + way:<38}', row)
+            if device.type == 'cuda':
+                torch.cuda.empty_cache()
+        best = min(row['ms'] for way, row in timings[name].items() if way != 'textbook')
+        print(f'{name}: {RUNS[name][-1]:,} steps of the full run take '
+              f'{best * RUNS[name][-1] / 3.6e6:.2f} hours at best')
+    return differences, timings
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--json', action='store_true', help='one JSON object at the end')
+    parser.add_argument('--gpu', type=int, default=0)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print('no CUDA on this machine: nothing to check here')
+        return
+    device = evaluate.choose_device(args.gpu)
+    print(evaluate.hardware(device), 'torch', torch.__version__)
+    differences, timings = check(device)
+    if args.json:
+        print(json.dumps({'hardware': evaluate.hardware(device), 'equality': differences,
+                          'timing': timings}))
+    for name, row in differences.items():
+        limit = 1e-9 if name.startswith('float64') else 1e-2
+        if max(row['logits'], row['alpha gradients'] if 'second' not in name else 0) > limit:
+            sys.exit(f'{name} differs from the textbook: {row}')
+
+
+if __name__ == '__main__':
+    main()

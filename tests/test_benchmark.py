@@ -1,0 +1,140 @@
+"""The graphed step, its comparison with the eager one, and the scripts that measure."""
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from evaluate import GraphedStep, changed_by_a_step
+
+import benchmark
+import gpu_check
+import pytest
+import torch
+
+CPU = torch.device('cpu')
+TESTS = Path(__file__).parent
+
+
+class Emulated(GraphedStep):
+    """What CUDA does, on the CPU: capturing records the step, replaying runs it."""
+    spoil = None
+
+    def __init__(self, step, changed):
+        super().__init__(step, changed, CPU)
+        self.on = True
+
+    def beside(self):
+        return contextlib.nullcontext()
+
+    def capture(self, batch):
+        if self.spoil == 'capture':
+            raise RuntimeError('operation not permitted when stream is capturing\nmore')
+        result = torch.zeros(4)
+
+        class Graph:
+            def replay(graph):
+                result.copy_(self.step(*batch))
+                if self.spoil == 'alphas':
+                    with torch.no_grad():
+                        for alpha in self.changed()['alphas']:
+                            alpha.mul_(1.1)
+        return Graph(), result
+
+
+def search_step():
+    torch.manual_seed(0)
+    network = benchmark.Network(4, 10, 3)
+    step, changed = benchmark.search_step(network, False)
+    return network, step, changed
+
+
+def batches(count):
+    torch.manual_seed(1)
+    return [(*benchmark.batch(4, 8), *benchmark.batch(4, 8)) for _ in range(count)]
+
+
+@pytest.mark.parametrize('spoil, message', [
+    (None, ''), ('capture', 'capture failed (operation not permitted'), ('alphas', 'the alphas')])
+def test_graphed_step_takes_the_eager_steps(monkeypatch, capsys, spoil, message):
+    """Every call is one step on its own batch, whether the graph is taken or refused."""
+    monkeypatch.setattr(Emulated, 'spoil', spoil)
+    network, step, changed = search_step()
+    expected = [step(*b) for b in batches(6)]
+    again, step, changed = search_step()
+    graphed = Emulated(step, changed)
+    for b, value in zip(batches(6), expected):
+        assert torch.equal(graphed(*b), value)
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(),
+                                                 again.state_dict().values()))
+    assert (graphed.graph is not None) == (spoil is None)
+    error = capsys.readouterr().err
+    assert error.count('\n') == bool(spoil) and message in error
+
+
+def test_a_step_changes_what_is_compared():
+    network, step, changed = search_step()
+    step(*batches(1)[0])
+    before = {name: [t.clone() for t in part] for name, part in changed().items()}
+    step(*batches(1)[0])
+    assert list(before) == ['weights', 'alphas', 'statistics', 'optimizers']
+    for name, part in changed().items():
+        assert any(not torch.equal(a, b) for a, b in zip(part, before[name])), name
+    assert set(changed_by_a_step(benchmark.Network(4, 10, 3))) == {'weights', 'alphas',
+                                                                   'statistics'}
+
+
+def test_learning_rate_is_a_tensor_that_a_graph_sees():
+    network, step, changed = search_step()
+    args = benchmark.search.parse([])
+    sgd, _ = benchmark.search.optimizers(network, args)
+    assert torch.is_tensor(sgd.param_groups[0]['lr'])
+    before = [w.clone() for w in network.weight_parameters()]
+    sgd.param_groups[0]['lr'].fill_(0)
+    benchmark.search.weight_step(network, batches(1)[0][:2], sgd, args)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.weight_parameters()))
+
+
+def test_gpu_check_equality_on_the_cpu():
+    row = gpu_check.equality(CPU, torch.float64, 4, False, False, 4, 3, 4)
+    assert row['logits'] < 1e-12 and row['alpha gradients'] < 1e-11 and row['weights'] < 1e-6
+
+
+@pytest.mark.parametrize('run, ways', [((4, False, 2, 4, 9), ['textbook', 'graph']),
+                                       ((0, False, 2, 2, 9), ['graph'])])
+def test_gpu_check_times_a_step(monkeypatch, run, ways):
+    monkeypatch.setattr(gpu_check, 'RUNS', {'run': run})
+    for module in (benchmark, benchmark.textbook):
+        real = module.Network
+        monkeypatch.setattr(module, 'Network',
+                            lambda *a, real=real, **k: real(4, 10, 3, *a[3:], **k))
+    rows = [gpu_check.timing('run', way, CPU, 0.0) for way in ways]
+    assert all(row['ms'] > 0 and row['n'] == 3 and row['calls'] > 100 for row in rows)
+
+
+def test_gpu_check_without_cuda_says_so():
+    if torch.cuda.is_available():
+        pytest.skip('this machine has CUDA')
+    out = subprocess.run([sys.executable, TESTS / 'gpu_check.py'], capture_output=True, text=True)
+    assert out.returncode == 0 and 'no CUDA' in out.stdout
+
+
+def test_benchmark_counts_calls():
+    pair = benchmark.steps(4, False, 2, width=4, pixels=8)
+    counts = {}
+    for side, step in pair.items():
+        with benchmark.Calls() as calls:
+            step()
+        counts[side] = calls.count
+    assert 0 < counts['ours'] < counts['book'] / 2
+    with benchmark.Calls() as calls:
+        x = torch.empty(4).view(2, 2).detach()
+        (x + 1).sum()
+    assert calls.count == 2
+
+
+def test_benchmark_json(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--only', 'darts1_b16', '--json'])
+    monkeypatch.setattr(benchmark, 'measure', lambda case: {'ratio': 3.0})
+    benchmark.main()
+    assert json.loads(capsys.readouterr().out) == {'darts1_b16': {'ratio': 3.0}}
