@@ -193,7 +193,7 @@ def peak_memory_mib(device):
 # Run folder: args.json, log.jsonl, checkpoint.pt, scripts/, and the result of the run
 
 # Settings that do not change a result, so that they may differ when a run is resumed.
-FREE = {'save', 'resume', 'gpu', 'workers', 'checkpoint_minutes', 'data_dir', 'download'}
+FREE = {'save', 'resume', 'gpu', 'graph', 'workers', 'checkpoint_minutes', 'data_dir', 'download'}
 
 
 def run_name(script, args, defaults):
@@ -280,6 +280,8 @@ def add_run_flags(parser, data, schedule):
                        help='between checkpoints within an epoch')
     group.add_argument('--amp', action='store_true', help='bf16 autocast')
     group.add_argument('--tf32', action='store_true', help='TF32 products on CUDA')
+    group.add_argument('--graph', choices=['auto', 'off'], default='auto',
+                       help='replay the step as a CUDA graph, where that gives the same')
     group.add_argument('--quick', action='store_true',
                        help='a minute on two cores; the result means nothing')
 

@@ -14,9 +14,10 @@ import shlex
 import sys
 import time
 
-from evaluate import (Running, add_run_flags, check_finite, choose_device, correct, find_genotype,
-                      load_states, loss_of, open_run, peak_memory_mib, random_states, run_name,
-                      save_file, shortened, test, write_log)
+from evaluate import (GraphedStep, Running, add_run_flags, changed_by_a_step, check_finite,
+                      choose_device, correct, find_genotype, load_states, loss_of, open_run,
+                      peak_memory_mib, random_states, run_name, save_file, shortened, test,
+                      write_log)
 from generate_data import (Batches, Parser, Progress, UserError, find_or_make,
                            number, one_line_errors, read)
 from model_search import Network
@@ -109,8 +110,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     network = Network(args.init_channels, len(data.classes), args.layers, genotype,
                       auxiliary=args.auxiliary).to(device)
-    sgd = torch.optim.SGD(network.parameters(), args.learning_rate, foreach=True,
-                          momentum=args.momentum, weight_decay=args.weight_decay)
+    sgd = optimizer(network, args)
+    if args.drop_path_prob:
+        network.drop_path_prob = torch.zeros((), device=device)
     start, start_step, seconds, best = 0, 0, 0.0, math.inf
     sums = torch.zeros(2, device=device)                    # loss and right answers
     if checkpoint:
@@ -118,6 +120,9 @@ def main(argv=None):
         start, start_step, seconds, best = (
             checkpoint[k] for k in ('epoch', 'step', 'seconds', 'best'))
         sums = checkpoint['sums'].to(device)
+    rate = sgd.param_groups[0]['lr'] = sgd.param_groups[0]['lr'].to(device)
+    graphed = GraphedStep(lambda *batch: torch.stack(train_step(network, batch, sgd, args)),
+                          lambda: changed_by_a_step(network, sgd), device, args.graph == 'auto')
 
     def save(epoch, step):
         save_file(folder / 'checkpoint.pt', {
@@ -130,15 +135,18 @@ def main(argv=None):
     progress = Progress(total, 'steps', min(start * steps + start_step, total))
     with Running(folder) as stop:
         for epoch in range(start, epochs):
-            rate = args.learning_rate_min + (args.learning_rate - args.learning_rate_min) * (
-                1 + math.cos(math.pi * epoch / epochs)) / 2
-            sgd.param_groups[0]['lr'] = rate
-            network.drop_path_prob = args.drop_path_prob * epoch / epochs
+            learning_rate = args.learning_rate_min + (
+                args.learning_rate - args.learning_rate_min) * (
+                    1 + math.cos(math.pi * epoch / epochs)) / 2
+            rate.fill_(learning_rate)
+            drop_path_prob = args.drop_path_prob * epoch / epochs
+            if drop_path_prob:
+                network.drop_path_prob.fill_(drop_path_prob)
             network.train()
             last = min(steps, total - epoch * steps)
             began = saved = time.time()
             for step, batch in zip(range(start_step, last), batches.epoch(epoch, start_step)):
-                sums += torch.stack(train_step(network, batch, sgd, args))
+                sums += graphed(*batch)
                 progress.update(epoch * steps + step + 1, f'epoch {epoch + 1}/{epochs}')
                 # A look at the sums makes a GPU wait: there it is not taken at every step.
                 due = stop or time.time() - saved > 60 * args.checkpoint_minutes
@@ -153,8 +161,8 @@ def main(argv=None):
                         return 128 + stop.signal
             seconds += time.time() - began
             train_loss, right = (sums / last).tolist()
-            line = {'epoch': epoch, 'learning_rate': rate,
-                    'drop_path_prob': network.drop_path_prob, 'train_loss': train_loss,
+            line = {'epoch': epoch, 'learning_rate': learning_rate,
+                    'drop_path_prob': drop_path_prob, 'train_loss': train_loss,
                     'train_accuracy': right / args.batch_size, 'test_error': None,
                     'test_loss': None, 'best_test_error_selected_on_test': None}
             if test_batches:

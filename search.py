@@ -15,10 +15,11 @@ import shlex
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 
-from evaluate import (Running, add_run_flags, check_finite, choose_device, correct,
-                      load_states, loss_of, open_run, peak_memory_mib, random_states, run_name,
-                      save_file, set_tf32, shortened, write_log)
+from evaluate import (GraphedStep, Running, add_run_flags, changed_by_a_step, check_finite,
+                      choose_device, correct, load_states, loss_of, open_run, peak_memory_mib,
+                      random_states, run_name, save_file, set_tf32, shortened, write_log)
 from generate_data import (Batches, Parser, Progress, UserError, find_or_make,
                            number, one_line_errors, stratified_split, write_file)
 from genotypes import draw, random_genotype, to_json
@@ -253,20 +254,24 @@ def main(argv=None):
         return
     folder, checkpoint = run
 
-    # Network and optimizers: SGD for the weights, Adam for the alphas and for nothing else.
     torch.manual_seed(args.seed)
     network = Network(args.init_channels, len(data.classes), args.layers,
                       partial=args.partial).to(device)
-    sgd = torch.optim.SGD(network.weight_parameters(), args.learning_rate, foreach=True,
-                          momentum=args.momentum, weight_decay=args.weight_decay)
-    adam = torch.optim.Adam(network.architecture_parameters(), args.arch_learning_rate,
-                            betas=(0.5, 0.999), weight_decay=args.arch_weight_decay, foreach=True)
+    sgd, adam = optimizers(network, args)
     start, start_step, seconds = 0, 0, 0.0
     sums = torch.zeros(4, device=device)        # train loss and right answers, valid the same
     if checkpoint:
         load_states(checkpoint, folder / 'checkpoint.pt', network=network, sgd=sgd, adam=adam)
         start, start_step, seconds = (checkpoint[k] for k in ('epoch', 'step', 'seconds'))
         sums = checkpoint['sums'].to(device)
+    rate = sgd.param_groups[0]['lr'] = sgd.param_groups[0]['lr'].to(device)
+
+    def step(is_frozen, *batch):
+        return bilevel_step(network, batch[:2], batch[2:], sgd, adam, args, is_frozen)
+
+    steps_of = {is_frozen: GraphedStep(
+        partial(step, is_frozen), lambda: changed_by_a_step(network, sgd, adam), device,
+        args.graph == 'auto') for is_frozen in (True, False)}
 
     def save(epoch, step):
         save_file(folder / 'checkpoint.pt', {
@@ -282,20 +287,16 @@ def main(argv=None):
     with Running(folder) as stop:
         for epoch in range(start, epochs):
             # Cosine from learning_rate to learning_rate_min, constant within an epoch.
-            rate = args.learning_rate_min + (args.learning_rate - args.learning_rate_min) * (
-                1 + math.cos(math.pi * epoch / epochs)) / 2
-            sgd.param_groups[0]['lr'] = rate
+            learning_rate = args.learning_rate_min + (
+                args.learning_rate - args.learning_rate_min) * (
+                    1 + math.cos(math.pi * epoch / epochs)) / 2
+            rate.fill_(learning_rate)
             last = min(steps, total - epoch * steps)
             pairs = zip(*(b.epoch(epoch, start_step) for b in batches))
             began = saved = time.time()
             for step in range(start_step, last):
                 train, valid = next(pairs)
-                valid_sums = torch.zeros_like(sums[2:])
-                if epoch >= frozen:
-                    valid_sums = torch.stack(
-                        architecture_step(network, train, valid, sgd, adam, args))
-                sums += torch.cat([torch.stack(weight_step(network, train, sgd, args)),
-                                   valid_sums])
+                sums += steps_of[epoch < frozen](*train, *valid)
                 progress.update(epoch * steps + step + 1, f'epoch {epoch + 1}/{epochs}')
                 # A look at the sums makes a GPU wait: there it is not taken at every step.
                 due = stop or time.time() - saved > 60 * args.checkpoint_minutes
@@ -313,7 +314,7 @@ def main(argv=None):
             train_loss, train_right, valid_loss, valid_right = (sums / last).tolist()
             trained_alphas = epoch >= frozen
             write_log(folder, {
-                'epoch': epoch, 'learning_rate': rate, 'train_loss': train_loss,
+                'epoch': epoch, 'learning_rate': learning_rate, 'train_loss': train_loss,
                 'train_accuracy': train_right / args.batch_size,
                 'valid_loss': valid_loss if trained_alphas else None,
                 'valid_accuracy': valid_right / args.batch_size if trained_alphas else None,
