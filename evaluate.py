@@ -21,10 +21,11 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (Batches, Parser, UserError, add_label_flags, fcntl, number,
+from generate_data import (CIFAR, Batches, Parser, UserError, add_label_flags, fcntl, number,
                            one_line_errors, read, write_file)
 
 import torch
@@ -181,12 +182,14 @@ def hardware(device):
 def peak_memory_mib(device):
     if device.type == 'cuda':
         return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    status = Path('/proc/self/status')          # getrusage's peak would be the parent's, if higher
+    if status.exists():
+        return round(int(status.read_text().split('VmHWM:')[1].split()[0]) / 1024)
     try:
         import resource
     except ImportError:                                                             # Windows
         return None
-    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)      # macOS: bytes
 
 
 # ---------------------------------------------------------------------------------------------
@@ -200,7 +203,11 @@ def run_name(script, args, defaults):
     """Folder of a run under runs/: script, data, method or architecture, seed, and every other
     setting that is not its default."""
     def word(value):
-        return Path(str(value)).stem.replace(' ', '_')
+        if not isinstance(value, str) or os.sep not in value:
+            return f'{value:g}' if isinstance(value, float) else str(value).replace(' ', '_')
+        path = Path(value).resolve()            # two folders of one name are two runs
+        name = path.parent.name if path.name == 'genotype.json' else path.stem
+        return f'{name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}'.replace(' ', '_')
     main = {'data', 'method', 'arch', 'seed'}
     other = [name if value is True else f'{name}={word(value)}'
              for name, value in sorted(vars(args).items())
@@ -219,7 +226,7 @@ def open_run(args, device):
     if (folder / 'args.json').exists():
         if not args.resume:
             raise UserError(f'{folder} holds a run already: --resume it, or choose another --save')
-        before = read_json(folder / 'args.json').get('settings', {})
+        before = read_json(folder / 'args.json', 'settings')['settings']
         for name in sorted((settings.keys() | before.keys()) - FREE):
             if settings.get(name) != before.get(name):
                 raise UserError(f'{folder} was run with --{name} {before.get(name)}, not '
@@ -233,7 +240,8 @@ def open_run(args, device):
             raise UserError(f'{folder} holds something that is no run: choose another --save')
         about = {'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
                  'settings': settings, 'date': time.strftime('%Y-%m-%d'),
-                 'versions': {'python': platform.python_version(), 'torch': torch.__version__},
+                 'versions': {'python': platform.python_version(), 'torch': torch.__version__,
+                              **{k: version(k) for k in ('torchvision', 'numpy', 'pillow')}},
                  'git_commit': git_commit(), 'hardware': hardware(device)}
         write_file(folder / 'args.json', json.dumps(about, indent=1) + '\n')
     (folder / 'scripts').mkdir(exist_ok=True)
@@ -253,7 +261,8 @@ def add_run_flags(parser, data, schedule):
                        help='noise, random_labels, cifar10, cifar100, or a folder')
     group.add_argument('--image_size', type=number(int, 8, 4096),
                        help='pixels: 32 for noise; folders of images are resized to it')
-    group.add_argument('--data_seed', type=number(int, 0), default=0, help='of unreal data')
+    group.add_argument('--data_seed', type=number(int, 0, 2 ** 62), default=0,
+                       help='of unreal data')
     group.add_argument('--augment', choices=['auto', 'none', 'standard'], default='auto',
                        help='RandomCrop and flip; auto: on images, not on noise')
     group.add_argument('--workers', type=number(int, 0), default=2, help='of large data sets')
@@ -273,7 +282,7 @@ def add_run_flags(parser, data, schedule):
     parser.set_defaults(**schedule)
     group = parser.add_argument_group('run')
     group.add_argument('--gpu', type=number(int, -1), default=0, help='CUDA device, -1: CPU')
-    group.add_argument('--seed', type=number(int, 0), default=0)
+    group.add_argument('--seed', type=number(int, 0, 2 ** 62), default=0)
     group.add_argument('--save', help='run folder; by default named after the settings')
     group.add_argument('--resume', action='store_true', help='go on, or start if there is nothing')
     group.add_argument('--checkpoint_minutes', type=number(float, 0), default=10.0,
@@ -286,12 +295,23 @@ def add_run_flags(parser, data, schedule):
                        help='a minute on two cores; the result means nothing')
 
 
+def check_rates(args, given):
+    """A cosine falls: a default of its end gives way to --learning_rate, a given one does not."""
+    if args.learning_rate_min > args.learning_rate:
+        if any(word.split('=')[0] == '--learning_rate_min' for word in given):
+            raise UserError(f'--learning_rate_min {args.learning_rate_min} is more than '
+                            f'--learning_rate {args.learning_rate}: give one that is less')
+        args.learning_rate_min = args.learning_rate
+
+
 def shortened(args, full):
     """(epochs, steps per epoch, steps in all) of a run whose data give `full` steps an epoch.
 
     Without --steps_per_epoch, --max_steps shortens the epochs and not their number, so that
     everything that goes by epochs keeps its shape.
     """
+    if args.quick and args.steps_per_epoch:
+        args.steps_per_epoch = min(args.steps_per_epoch, full)
     if args.steps_per_epoch and args.steps_per_epoch > full:
         raise UserError(f'--steps_per_epoch {args.steps_per_epoch}: the data give {full} steps of '
                         f'--batch_size {args.batch_size}; take as many at most')
@@ -351,15 +371,20 @@ def load_file(path, mend):
         raise UserError(f'{path} is not readable ({reason}): {mend}') from None
 
 
-def load_states(checkpoint, path, **objects):
-    """Load a checkpoint into networks and optimizers, and torch's random state."""
+def load_states(checkpoint, path, counters, **objects):
+    """Load a checkpoint into networks and optimizers, and torch's random state.
+
+    Returns the values of `counters`, names of numbers in it.
+    """
     try:
         for name, target in objects.items():
             target.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint['random'][0])
         if torch.cuda.is_available() and len(checkpoint['random']) > 1:
             torch.cuda.set_rng_state(checkpoint['random'][1])
-    except (KeyError, RuntimeError, ValueError, TypeError, IndexError):
+        checkpoint['sums'].to('cpu')
+        return [checkpoint[name] + 0 for name in counters]
+    except (KeyError, RuntimeError, ValueError, TypeError, IndexError, AttributeError):
         raise UserError(f'{path} belongs to another network or method: delete it to start the run '
                         'again') from None
 
@@ -369,11 +394,13 @@ def random_states(device):
     return states + [torch.cuda.get_rng_state(device)] if device.type == 'cuda' else states
 
 
-def check_finite(values, folder, step):
-    """Stop a run whose losses or alphas are not finite; its last checkpoint is from before."""
-    if not values.isfinite().all():
-        raise UserError(f'the loss is not finite at step {step}: lower --learning_rate; the last '
-                        f'good state is {folder / "checkpoint.pt"}')
+def check_finite(tensors, folder, step):
+    """Stop a run whose losses, weights or alphas are not finite, before it is saved."""
+    norms = torch._foreach_norm([t.detach() for t in tensors])
+    if not torch.stack([n.float() for n in norms]).isfinite().all():
+        last = folder / 'checkpoint.pt'
+        raise UserError(f'the loss or a weight is not finite at step {step}: lower --learning_rate'
+                        + (f'; {last} is from before' if last.exists() else ''))
 
 
 class Running:
@@ -383,7 +410,7 @@ class Running:
         self.folder = folder
 
     def __enter__(self):
-        self.lock = open(self.folder / 'args.json')
+        self.lock = open(self.folder / '.lock', 'a')
         try:
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -391,6 +418,8 @@ class Running:
             self.lock.close()
             raise UserError(f'{self.folder} is being run by another process: wait for it, or '
                             'choose another --save') from None
+        for left in self.folder.glob('.*.tmp'):         # of runs that were killed as they wrote
+            left.unlink(missing_ok=True)
         drop_torn_line(self.folder / 'log.jsonl')
         self.signal, self.before = None, {}
         for number_ in (signal.SIGINT, signal.SIGTERM):
@@ -411,26 +440,31 @@ class Running:
         return self.signal is not None
 
 
-def read_json(path):
+def read_json(path, *keys):
+    """The object in a JSON file; each of the keys must hold an object of its own."""
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict) or not all(isinstance(content[k], dict) for k in keys):
+            raise ValueError
+        return content
     except FileNotFoundError:
         raise UserError(f'{path} is missing: not a run folder?') from None
-    except ValueError:
-        raise UserError(f'{path} is truncated or not JSON') from None
+    except (ValueError, KeyError):
+        raise UserError(f'{path} is truncated or not what it should be: take it from a copy, or '
+                        'run again') from None
 
 
-def read_log(folder):
-    path = Path(folder) / 'log.jsonl'
-    if not path.exists():
-        raise UserError(f'{path} is missing: not a run folder?')
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
+def read_log(folder, *keys):
+    """The lines of log.jsonl, objects with the keys; [] where there is none."""
+    path, lines = Path(folder) / 'log.jsonl', []
+    try:
+        for line in path.read_text().splitlines() if path.exists() else ():
             lines.append(json.loads(line))
-        except ValueError:
-            raise UserError(f'{path}: line {len(lines) + 1} is not JSON: --resume the run, which '
-                            'mends it') from None
+            for key in keys:
+                lines[-1][key]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{path}: line {max(1, len(lines))} is broken: --resume the run, which '
+                        'mends a torn end, or run it again') from None
     return lines
 
 
@@ -505,6 +539,9 @@ def find_genotype(arch):
         return PUBLISHED[arch], {'data': 'published', 'method': arch}
     path = Path(arch)
     if path.is_dir():
+        if (path / 'args.json').exists() and 'arch' in read_json(path / 'args.json',
+                                                                 'settings')['settings']:
+            raise UserError(f'--arch {arch} is a retrained network: give the search it came from')
         path = path / 'genotype.json'
         if not path.exists():
             raise UserError(f'{path} is missing: the search in {arch} has not ended; --resume it')
@@ -547,7 +584,9 @@ def load_weights(path):
         network = Network(meta['init_channels'], len(meta['classes']), meta['layers'], genotype,
                           auxiliary=meta['auxiliary'])
         network.load_state_dict(content['network'])
-    except (KeyError, RuntimeError, TypeError, ValueError):
+        assert meta['image_size'] + 0 and {'data', 'method'} <= meta['found_by'].keys()
+        assert {'arch', 'has_test', 'data_dir'} <= meta.keys()
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
         raise UserError(f'{path} holds no network of retrain.py: retrain again') from None
     return network.eval(), meta
 
@@ -561,38 +600,44 @@ def report(run, data_dir=None, device=None, batch_size=250):
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f'{run}: no such run folder')
-    about = read_json(folder / 'args.json')
+    about = read_json(folder / 'args.json', 'settings', 'hardware')
     settings = about['settings']
     if 'method' in settings:
         return report_search(folder, about)
     if not (folder / 'weights.pt').exists():
         raise UserError(f'{folder}/weights.pt is missing: the run has not ended; --resume it')
     network, meta = load_weights(folder / 'weights.pt')
-    last, found_by = read_log(folder)[-1], meta['found_by']
+    log, found_by = read_log(folder, 'seconds', 'train_loss', 'train_accuracy'), meta['found_by']
+    last = log[-1] if log else {}
     out = {'run': str(folder), 'type': 'retrain', 'arch': meta['arch'],
            'searched_on': found_by['data'], 'method': found_by['method'],
            'data': settings['data'], 'seed': settings['seed'],
-           'train_loss': last['train_loss'], 'train_accuracy': last['train_accuracy'],
-           'fit_loss': last['fit_loss'], 'fit_accuracy': last['fit_accuracy'],
+           **{key: last.get(key) for key in ('train_loss', 'train_accuracy', 'fit_loss',
+                                             'fit_accuracy')},
            'test_error': None, 'top1': None, 'top5': None, 'top1_interval': None,
+           'top5_interval': None,
            **cost(checked(Genotype(*meta['genotype'])), meta['init_channels'], meta['layers'],
                   len(meta['classes']), meta['image_size']),
-           'seconds': sum(line['seconds'] for line in read_log(folder))}
+           'seconds': sum(line['seconds'] for line in log)}
     data = None
     if meta['has_test']:
-        data = read(settings['data'], data_dir or meta['data_dir'], 'test', meta['image_size'])
+        moved = data_dir and settings['data'] not in CIFAR
+        data = read(data_dir if moved else meta.get('data', settings['data']),
+                    data_dir or meta['data_dir'], 'test', meta['image_size'])
     if data is not None:
         batches = Batches(data, range(len(data)), batch_size, device, shuffle=False)
         score = test(network.to(device), batches)
         out.update(test_error=100 * (1 - score['top1']), top1=100 * score['top1'],
-                   top5=100 * score['top5'], test_images=score['n'], top1_interval=[
-                       100 * bound for bound in wilson(score['top1'], score['n'])])
+                   top5=100 * score['top5'] if len(meta['classes']) > 4 else None,
+                   test_images=score['n'],
+                   **{f'{top}_interval': [100 * bound for bound in wilson(score[top], score['n'])]
+                      for top in (('top1', 'top5') if len(meta['classes']) > 4 else ('top1',))})
     return out
 
 
 def report_search(folder, about):
     genotype, _ = find_genotype(str(folder))
-    settings, log = about['settings'], read_log(folder)
+    settings, log = about['settings'], read_log(folder, 'seconds')
     skips = {cell: sum(op == 'skip_connect' for op, _ in getattr(genotype, cell))
              for cell in ('normal', 'reduce')}
     return {'run': str(folder), 'type': 'search', 'searched_on': settings['data'],
@@ -613,7 +658,7 @@ def show(row):
             text = f'{value:,.4g}' if isinstance(value, float) else value
             if key in ('test_error', 'top1', 'top5'):
                 text = f'{value:.2f}%'
-            elif key == 'top1_interval':
+            elif key.endswith('_interval'):
                 text = f'{value[0]:.2f}% to {value[1]:.2f}% (95%, Wilson, {row["test_images"]:,} ' \
                        'test images)'
             elif isinstance(value, int) and key != 'seed':
@@ -684,6 +729,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     if args.cost:
+        if args.runs:
+            raise UserError(f'--cost counts --arch alone: leave out {args.runs[0]}')
         if not args.arch:
             raise UserError('--cost needs --arch: a published name, a genotype.json or a run')
         genotype, _ = find_genotype(args.arch)
@@ -694,8 +741,11 @@ def main(argv=None):
         return
     if not args.runs:
         raise UserError('nothing to evaluate: give run folders, or --arch NAME --cost')
+    if args.csv and not Path(args.csv).resolve().parent.is_dir():
+        raise UserError(f'--csv {args.csv}: no such folder: make it first')
     device = choose_device(args.gpu)
-    rows = [report(run, args.data_dir, device, args.batch_size) for run in dict.fromkeys(args.runs)]
+    runs = {Path(run).resolve(): run for run in args.runs}
+    rows = [report(run, args.data_dir, device, args.batch_size) for run in runs.values()]
     for row in rows:
         if args.json:
             print(json.dumps(row))

@@ -34,7 +34,7 @@ import numpy as np
 # (two searches at once were 25 times as slow). It is read when torch is loaded.
 os.environ.setdefault('GOMP_SPINCOUNT', '0')
 import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
 
 try:
     import fcntl
@@ -120,6 +120,20 @@ def write_file(path, content):
         raise
 
 
+def locked(path):
+    """The file `path`, open and held by this process alone until it is closed."""
+    while True:
+        file = open(path, 'w')  # noqa: SIM115
+        if not fcntl:
+            return file
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Who held it before may have removed it: then another file of that name is the lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()
+
+
 @contextlib.contextmanager
 def new_folder(out, force=False):
     """Yields a hidden folder beside `out` that takes its name when the block ends well.
@@ -128,12 +142,13 @@ def new_folder(out, force=False):
     without `force`. What killed runs left is removed.
     """
     out = Path(os.path.abspath(out))
+    if force and out.exists() and not (out / 'meta.json').exists() and any(out.iterdir()):
+        raise UserError(f'{out} is no data set of ours: --force does not replace it')
     lock, temporary = (out.with_name(f'.{out.name}.{end}') for end in ('lock', f'tmp{os.getpid()}'))
     if force or not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock, 'w') as file:
+        with locked(lock):
             if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)
                 for left in out.parent.glob(f'.{out.name}.tmp*'):
                     shutil.rmtree(left, ignore_errors=True)
             try:
@@ -277,6 +292,10 @@ def write_set(out, meta, labels, chunks, form='array', force=False, reference=No
     """
     if form == 'folder' and labels.ndim == 2:
         raise UserError('--format folder has one class for each image: leave out --multilabel')
+    if form == 'folder':                # so that the order of the folders is that of the classes
+        width = len(str(len(meta['classes']) - 1))
+        meta['classes'] = [name.zfill(width) if name.isdigit() else name
+                           for name in meta['classes']]
     shape = (len(labels), meta['image_size'], meta['image_size'], 3)
     meta = {**meta, 'num_images': len(labels), 'multilabel': labels.ndim == 2, 'format': form}
     progress = Progress(len(labels), 'images')
@@ -294,6 +313,7 @@ def write_set(out, meta, labels, chunks, form='array', force=False, reference=No
                     images.write(chunk.tobytes())
                     digest.update(chunk.tobytes())
                 elif form == 'folder':
+                    digest.update(chunk.tobytes())
                     write_pngs(folder, chunk, labels, done, meta['classes'])
                 done += len(chunk)
                 progress.update(done)
@@ -302,9 +322,9 @@ def write_set(out, meta, labels, chunks, form='array', force=False, reference=No
         progress.close()
         if form == 'array':
             np.save(folder / 'labels.npy', labels)
-            meta['sha256'] = {
-                'images': digest.hexdigest() if reference is None else reference.sha256(),
-                'labels': hashlib.sha256(labels.tobytes()).hexdigest()}
+        by_reference = form == 'array' and reference is not None
+        meta['sha256'] = {'images': reference.sha256() if by_reference else digest.hexdigest(),
+                          'labels': hashlib.sha256(labels.tobytes()).hexdigest()}
         contact_sheet(np.stack(shown), labels[:len(shown)], meta).save(folder / 'sheet.png')
         meta['command'] = shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]])
         meta['versions'] = {'python': sys.version.split()[0], 'numpy': np.__version__,
@@ -339,7 +359,7 @@ def contact_sheet(images, labels, meta):
         resample = Image.NEAREST if images.shape[1] <= size else Image.LANCZOS
         sheet.paste(Image.fromarray(images[k]).resize((size, size), resample), (x, y))
         present = [labels[k]] if labels.ndim == 1 else np.flatnonzero(labels[k])
-        name = ' '.join(meta['classes'][c] for c in present)
+        name = ' '.join(' '.join(meta['classes'][c] for c in present).split())
         while pen.textlength(name, small) > size:
             name = name[:-1]
         pen.text((x + size / 2, y + size + 2), name, 'dimgray', small, anchor='ma')
@@ -397,10 +417,10 @@ class Data:
 def read(name, data_dir='data', split='train', image_size=None, download=False):
     """Data of one split, 'train' or 'test': `name` is cifar10, cifar100 or the path of a folder.
 
-    None where the set has no test split. image_size: resize a folder's images to it (32 if not
-    given); no other set is ever resized. Raises UserError for whatever is missing or broken.
+    None where the set has no test split. image_size: resize real images to it (those of a folder
+    to 32 if not given); a written set is never resized. UserError for what is missing or broken.
     """
-    if name in ('cifar10', 'cifar100'):
+    if name in CIFAR:
         data = read_cifar(name, data_dir, split, download)
     elif not Path(name).is_dir():
         raise UserError(f'{name}: neither a folder nor cifar10, cifar100, noise, random_labels')
@@ -409,8 +429,13 @@ def read(name, data_dir='data', split='train', image_size=None, download=False):
     else:
         data = read_folder(Path(name), split, image_size or 32)
     if data and image_size and data.image_size != image_size:
-        raise UserError(f'{name}: its images have {data.image_size} px, not --image_size '
-                        f'{image_size}: it is not resized; generate it at that size')
+        if name not in CIFAR:
+            raise UserError(f'{name}: its images have {data.image_size} px, not --image_size '
+                            f'{image_size}: leave that out, or generate it at that size')
+        images = [np.asarray(Image.fromarray(x).resize((image_size, image_size), Image.BICUBIC))
+                  for x in data.images]
+        data = replace(data, images=np.stack(images), image_size=image_size,
+                       origin={**data.origin, 'resized': True})
     return data
 
 
@@ -421,9 +446,14 @@ def read_written(folder, data_dir, split):
         return None
     if meta['format'] == 'folder':
         data = read_folder(folder, split, meta['image_size'])
-        return replace(data, kind=meta['kind'], mean=meta['mean'], std=meta['std'])
+        if not set(data.classes) <= set(meta['classes']):
+            raise UserError(f'{folder} has folders that meta.json does not name: remove them')
+        places = np.array([meta['classes'].index(name) for name in data.classes])
+        return replace(data, kind=meta['kind'], mean=meta['mean'], std=meta['std'],
+                       labels=places[data.labels], classes=meta['classes'])
     labels = load_array(folder / 'labels.npy')
-    if hashlib.sha256(labels.tobytes()).hexdigest() != meta['sha256']['labels']:
+    if hashlib.sha256(labels.tobytes()).hexdigest() != meta['sha256']['labels'] \
+            or (labels.ndim == 1 and labels.max() >= len(meta['classes'])):
         raise UserError(f'{folder}/labels.npy is not what meta.json says: generate it again')
     if meta['kind'] == 'random_labels':
         source = read_source(folder, meta, data_dir)
@@ -444,10 +474,16 @@ def read_written(folder, data_dir, split):
 def read_meta(folder):
     try:
         meta = json.loads((folder / 'meta.json').read_text())
-        for key in ('kind', 'classes', 'mean', 'std', 'image_size', 'format', 'num_images'):
-            meta[key]
+        sound = meta['kind'] in USED and meta['format'] in ('array', 'folder') \
+            and all(type(meta[k]) is int and meta[k] > 0 for k in ('image_size', 'num_images')) \
+            and all(isinstance(name, str) for name in meta['classes']) and len(meta['classes']) \
+            and all(len(meta[k]) == 3 and all(math.isfinite(v) for v in meta[k])
+                    for k in ('mean', 'std')) and min(meta['std']) > 0
         if meta['format'] == 'array':
             meta['sha256']['labels'], meta['sha256']['images']
+            sound = sound and (meta['kind'] == 'noise' or 'name' in meta['source'])
+        if not sound:
+            raise ValueError
         return meta
     except (ValueError, KeyError, TypeError):
         raise UserError(f'{folder}/meta.json is broken: generate the set again') from None
@@ -514,8 +550,9 @@ def read_cifar(name, data_dir, split, download=False):
         print(f'warning: {folder}: {len(images):,} {split} images; '
               f'{", ".join(unusual) or "no file"} not as officially published', file=sys.stderr)
     names = load_pickle(folder / official.meta['filename']).get(official.meta['key'])
-    names = [n.decode() if isinstance(n, bytes) else str(n) for n in names or ()]
-    if len(names) != int(name[5:]):
+    names = [n.decode(errors='replace') if isinstance(n, bytes) else n
+             for n in (names if isinstance(names, list) else ())]
+    if len(names) != int(name[5:]) or not all(isinstance(n, str) for n in names):
         raise UserError(f'{folder}/{official.meta["filename"]} names no classes: unpack it again')
     return Data(name, 'real', images, labels, names, mean, std, 32,
                 {'name': name, 'data_dir': str(Path(data_dir).resolve())})
@@ -550,7 +587,8 @@ def load_pickle(path):
     try:
         with open(path, 'rb') as file:
             entries = PlainUnpickler(file, encoding='bytes').load()
-        return {k.decode() if isinstance(k, bytes) else k: v for k, v in entries.items()}
+        return {k.decode(errors='replace') if isinstance(k, bytes) else k: v
+                for k, v in entries.items()}
     except OSError:
         raise
     except Exception as error:
@@ -582,12 +620,22 @@ def read_folder(root, split, image_size):
                 {'name': str(root.resolve()), 'resized': True})
     if data.resident:
         data.images = decode(files, image_size)
-    # Mean and standard deviation of at most 2,000 training images
-    base = data if split == 'train' else replace(data, images=list_images(train, classes)[0])
-    count = len(base.images)
-    sample = base.get(np.linspace(0, count - 1, min(count, 2000)).astype(int)) / 255
-    return replace(data, mean=sample.mean((0, 1, 2)).tolist(),
-                   std=np.maximum(sample.std((0, 1, 2)), 1 / 255).tolist())
+    mean, std = mean_and_std(tuple(list_images(train, classes)[0]), image_size)
+    return replace(data, mean=mean, std=std)
+
+
+@functools.lru_cache(4)
+def mean_and_std(files, image_size):
+    """Of pixels / 255, by channel, over at most 2,000 training images, few in memory at a time."""
+    chosen = [files[k] for k in np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)]
+    sums = np.zeros((2, 3))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(chosen), 32):
+            for pixels in pool.map(lambda f: read_image(f, image_size), chosen[start:start + 32]):
+                pixels = pixels / 255
+                sums += pixels.mean((0, 1)), (pixels ** 2).mean((0, 1))
+    mean, square = sums / len(chosen)
+    return mean.tolist(), np.sqrt(np.maximum(square - mean ** 2, 1 / 255 ** 2)).tolist()
 
 
 def list_images(folder, classes):
@@ -596,7 +644,8 @@ def list_images(folder, classes):
     for k, name in enumerate(classes):
         found = sorted(p for p in (folder / name).rglob('*') if p.suffix.lower() in EXTENSIONS)
         if not found:
-            raise UserError(f'{folder / name}: no image in this class folder: remove it')
+            raise UserError(f'{folder / name}: no image in this class folder: put some in, or '
+                            'remove the class from every split')
         files += found
         labels += [k] * len(found)
     return files, np.array(labels, np.int64)
@@ -629,9 +678,11 @@ def read_image(path, image_size):
     try:
         with Image.open(path) as image:
             image.draft('RGB', (2 * image_size, 2 * image_size))
+            image = ImageOps.exif_transpose(image)
             if image.mode.startswith('I') or image.mode == 'F':
                 pixels = np.asarray(image).astype(np.float64)
-                low, high = (0, 65535) if image.mode != 'F' else (pixels.min(), pixels.max())
+                low, high = (0, 65535) if image.mode != 'F' and pixels.max() < 65536 \
+                    else (pixels.min(), pixels.max())
                 image = Image.fromarray(np.uint8(np.rint(
                     np.clip((pixels - low) / max(high - low, 1e-12), 0, 1) * 255)))
             image = image.convert('RGB')
@@ -650,23 +701,32 @@ def read_image(path, image_size):
 # From a data set to batches
 
 
+def refuse_unused(args, kind):
+    """UserError for a setting of unreal data that `kind` would pass over in silence."""
+    for name in SETTINGS.keys() - USED.get(kind, set()):
+        by_quick = name == 'num_images' and getattr(args, 'quick', False)
+        if getattr(args, name) != SETTINGS[name] and not by_quick:
+            raise UserError(f'--{name} means nothing for {kind}: leave it out')
+
+
 def find_or_make(args):
     """The training split of --data; an unreal set that is missing is generated first.
 
     args: the data flags of search.py and retrain.py. What is made lies under data/, in a folder
     whose name holds all that it depends on. Of several runs that need it, one makes it.
     """
+    refuse_unused(args, args.data)
     folder, size = Path('data'), args.image_size or 32
     if args.data == 'noise':
-        folder /= (f'noise-{args.num_images}x{size}px-{args.num_classes}classes'
+        mode = '' if args.label_mode == 'uniform' else f'-{args.label_mode}'
+        folder /= (f'noise-{args.num_images}x{size}px-{args.num_classes}classes{mode}'
                    f'{"-multilabel" * args.multilabel}-seed{args.data_seed}')
         make = functools.partial(write_noise, folder, args.num_images, args.num_classes, size,
-                                 args.data_seed, multilabel=args.multilabel)
+                                 args.data_seed, args.label_mode, args.multilabel)
     elif args.data == 'random_labels':
         source = read(args.source, args.data_dir, 'train', args.image_size, args.download)
-        name = args.source if args.source in CIFAR else \
-            f'{Path(args.source).name}-{source.sha256()[:8]}-{source.image_size}px'
-        folder /= (f'random_labels-{name}-{args.label_mode}-{args.label_noise:g}'
+        folder /= (f'random_labels-{Path(args.source).name}-{source.sha256()[:8]}'
+                   f'-{source.image_size}px-{args.label_mode}-{args.label_noise:g}'
                    f'-seed{args.data_seed}')
         make = functools.partial(write_random_labels, folder, source, args.data_seed,
                                  args.label_mode, args.label_noise)
@@ -799,36 +859,48 @@ def main(argv=None):
     parser.add_argument('--force', action='store_true', help='replace the folder if it exists')
     parser.add_argument('--format', default='array', choices=['array', 'folder'],
                         help='two arrays, or a tree of PNG files')
-    parser.add_argument('--seed', type=number(int, 0), default=0, help='of pixels and labels')
+    parser.add_argument('--seed', type=number(int, 0, 2 ** 62), default=0,
+                        help='of pixels and labels')
     add_label_flags(parser)
     parser.add_argument('--image_size', type=number(int, 1, 4096),
                         help='pixels: 32 for noise; folders are resized to it')
     args = parser.parse_args(argv)
 
+    refuse_unused(args, args.kind)
     if args.kind == 'noise':
-        if args.label_noise != 1:
-            raise UserError('--label_noise: noise has no true labels to keep; leave it out')
         write_noise(args.out, args.num_images, args.num_classes, args.image_size or 32, args.seed,
                     args.label_mode, args.multilabel, args.format, args.force)
     elif args.kind == 'random_labels':
         source = read(args.source, args.data_dir, 'train', args.image_size, args.download)
+        inside = os.path.commonpath([os.path.abspath(p) for p in (args.out, args.source)])
+        if Path(args.source).is_dir() and inside in map(os.path.abspath, (args.out, args.source)):
+            raise UserError(f'--out {args.out} and --source {args.source}: one lies in the other; '
+                            'write elsewhere')
         write_random_labels(args.out, source, args.seed, args.label_mode, args.label_noise,
                             args.format, args.force)
     print(f'wrote {args.out}: look at {Path(args.out) / "sheet.png"}')
-    print(f'next: python search.py --data {args.out} --gpu 0')
+    print(f'next: python search.py --data {shlex.quote(args.out)} --gpu 0')
+
+
+# Settings of unreal data, with their defaults, and what each kind makes of them
+SETTINGS = dict(num_images=50000, num_classes=10, multilabel=False, source='cifar10',
+                label_mode='uniform', label_noise=1.0)
+USED = {'noise': {'num_images', 'num_classes', 'multilabel', 'label_mode'},
+        'random_labels': {'source', 'label_mode', 'label_noise'}}
 
 
 def add_label_flags(parser):
     """The flags of unreal data that generate_data.py, search.py and retrain.py share."""
     group = parser.add_argument_group('unreal data')
-    group.add_argument('--num_images', type=number(int, 1), default=50000, help='of noise')
-    group.add_argument('--num_classes', type=number(int, 1), default=10, help='of noise')
+    group.add_argument('--num_images', type=number(int, 1, 10 ** 9), help='of noise')
+    group.add_argument('--num_classes', type=number(int, 1, 10 ** 6), help='of noise')
     group.add_argument('--multilabel', action='store_true', help='noise with labels of 0 or 1')
-    group.add_argument('--source', default='cifar10', help='whose images get random labels')
+    group.add_argument('--source', help='whose images get random labels')
     group.add_argument('--label_mode', choices=['uniform', 'balanced', 'permute'],
-                       default='uniform', help='how random labels are drawn')
-    group.add_argument('--label_noise', type=number(float, 0, 1), default=1.0,
+                       help='how random labels are drawn')
+    group.add_argument('--label_noise', type=number(float, 0, 1),
                        help='share of the true labels that is drawn anew')
+    parser.set_defaults(**SETTINGS)
     group.add_argument('--data_dir', default='data', help='folder of the real data sets')
     group.add_argument('--download', action='store_true', help='let torchvision fetch CIFAR')
 

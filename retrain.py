@@ -13,12 +13,13 @@ import math
 import shlex
 import sys
 import time
+from pathlib import Path
 
 from evaluate import (GraphedStep, Running, add_run_flags, changed_by_a_step, check_finite,
-                      choose_device, correct, find_genotype, load_states, loss_of, open_run,
-                      peak_memory_mib, random_states, run_name, save_file, shortened, test,
-                      write_log)
-from generate_data import (Batches, Parser, Progress, UserError, find_or_make,
+                      check_rates, choose_device, correct, find_genotype, load_states, loss_of,
+                      open_run, peak_memory_mib, random_states, run_name, save_file, shortened,
+                      test, write_log)
+from generate_data import (CIFAR, Batches, Parser, Progress, UserError, find_or_make,
                            number, one_line_errors, read)
 from model_search import Network
 
@@ -74,6 +75,9 @@ def parse(argv):
     if parser.parse_args(argv).quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
+    if args.max_steps == 0:
+        raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
+    check_rates(args, sys.argv[1:] if argv is None else argv)
     defaults = vars(parser.parse_args(['--arch', args.arch]))
     args.save = args.save or run_name('retrain', args, defaults)
     return args
@@ -116,9 +120,9 @@ def main(argv=None):
     start, start_step, seconds, best = 0, 0, 0.0, math.inf
     sums = torch.zeros(2, device=device)                    # loss and right answers
     if checkpoint:
-        load_states(checkpoint, folder / 'checkpoint.pt', network=network, sgd=sgd)
-        start, start_step, seconds, best = (
-            checkpoint[k] for k in ('epoch', 'step', 'seconds', 'best'))
+        start, start_step, seconds, best = load_states(
+            checkpoint, folder / 'checkpoint.pt', ('epoch', 'step', 'seconds', 'best'),
+            network=network, sgd=sgd)
         sums = checkpoint['sums'].to(device)
     rate = sgd.param_groups[0]['lr'] = sgd.param_groups[0]['lr'].to(device)
     graphed = GraphedStep(lambda *batch: torch.stack(train_step(network, batch, sgd, args)),
@@ -151,13 +155,13 @@ def main(argv=None):
                 # A look at the sums makes a GPU wait: there it is not taken at every step.
                 due = stop or time.time() - saved > 60 * args.checkpoint_minutes
                 if due or device.type == 'cpu' or step % 50 == 49 or step + 1 == last:
-                    check_finite(sums, folder, epoch * steps + step)
+                    check_finite([sums, *network.parameters()], folder, epoch * steps + step)
                 if due and step + 1 < last:
                     saved, seconds = time.time(), seconds + time.time() - began
                     began = saved
                     save(epoch, step + 1)
                     if stop:
-                        print(f'stopped and saved: go on with --resume --save {folder}')
+                        print(f'stopped and saved in {folder}: run the same with --resume')
                         return 128 + stop.signal
             seconds += time.time() - began
             train_loss, right = (sums / last).tolist()
@@ -173,6 +177,8 @@ def main(argv=None):
             if epoch + 1 == epochs:             # without augmentation, in evaluation mode
                 fit = test(network, fit_batches)
                 line.update(fit_loss=fit['loss'], fit_accuracy=fit['top1'], fit_images=fit['n'])
+            measured = [line[k] for k in ('test_loss', 'fit_loss') if line.get(k) is not None]
+            check_finite([torch.tensor(measured or [0.0])], folder, epoch * steps + last)
             write_log(folder, {
                 **line, 'seconds': round(seconds, 3),
                 'images_per_second': round(last * args.batch_size / seconds, 1),
@@ -180,7 +186,7 @@ def main(argv=None):
             sums, start_step, seconds = torch.zeros_like(sums), 0, 0.0
             save(epoch + 1, 0)
             if stop and epoch + 1 < epochs:
-                print(f'stopped and saved: go on with --resume --save {folder}')
+                print(f'stopped and saved in {folder}: run the same with --resume')
                 return 128 + stop.signal
         progress.close()
         save_file(folder / 'weights.pt', {'network': network.state_dict(), 'meta': {
@@ -188,7 +194,9 @@ def main(argv=None):
             'found_by': found_by, 'init_channels': args.init_channels, 'layers': args.layers,
             'auxiliary': args.auxiliary, 'classes': data.classes, 'mean': data.mean,
             'std': data.std, 'image_size': data.image_size, 'multilabel': data.multilabel,
-            'has_test': test_data is not None, 'data_dir': args.data_dir}})
+            'has_test': test_data is not None,
+            'data_dir': str(Path(args.data_dir).resolve()),
+            'data': args.data if args.data in CIFAR else str(Path(args.data).resolve())}})
     if args.quick:
         print('this was --quick: the pipeline works, the result means little')
     print(f'next: python evaluate.py {shlex.quote(str(folder))}')

@@ -16,11 +16,13 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from evaluate import (GraphedStep, Running, add_run_flags, changed_by_a_step, check_finite,
-                      choose_device, correct, load_states, loss_of, open_run, peak_memory_mib,
-                      random_states, run_name, save_file, set_tf32, shortened, write_log)
-from generate_data import (Batches, Parser, Progress, UserError, find_or_make,
+                      check_rates, choose_device, correct, load_states, loss_of, open_run,
+                      peak_memory_mib, random_states, run_name, save_file, set_tf32, shortened,
+                      write_log)
+from generate_data import (CIFAR, USED, Batches, Parser, Progress, UserError, find_or_make,
                            number, one_line_errors, stratified_split, write_file)
 from genotypes import draw, random_genotype, to_json
 from model_search import Network
@@ -220,11 +222,21 @@ def parse(argv):
     parser.set_defaults(**DEFAULTS[first.method])
     if first.quick:
         parser.set_defaults(**QUICK)
+    defaults = parser.parse_args([])
+    # Without --frozen_epochs, their share is that of the published 50 epochs.
+    share = defaults.frozen_epochs / 50
+    parser.set_defaults(frozen_epochs=None)
     args = parser.parse_args(argv)
+    if args.frozen_epochs is None:
+        args.frozen_epochs = defaults.frozen_epochs = round(share * args.epochs)
+    if 0 < args.epochs <= args.frozen_epochs:
+        raise UserError(f'--frozen_epochs {args.frozen_epochs} leaves none of {args.epochs} '
+                        'epochs for the alphas: take fewer')
+    check_rates(args, sys.argv[1:] if argv is None else argv)
     if args.init_channels % args.partial:
         raise UserError(f'--init_channels {args.init_channels} does not divide into --partial '
                         f'{args.partial} parts: take a multiple')
-    args.save = args.save or run_name('search', args, vars(parser.parse_args([])))
+    args.save = args.save or run_name('search', args, vars(defaults))
     return args
 
 
@@ -234,6 +246,9 @@ def main(argv=None):
     device = choose_device(args.gpu, args.tf32)
 
     if args.method == 'random':                 # the control: no data, nothing to train
+        if args.data not in (*USED, *CIFAR) and not Path(args.data).is_dir():
+            raise UserError(f'--data {args.data}: neither a folder nor one of '
+                            f'{", ".join([*USED, *CIFAR])}')
         run = open_run(args, device)
         if run:
             genotype = random_genotype(args.seed)
@@ -261,8 +276,9 @@ def main(argv=None):
     start, start_step, seconds = 0, 0, 0.0
     sums = torch.zeros(4, device=device)        # train loss and right answers, valid the same
     if checkpoint:
-        load_states(checkpoint, folder / 'checkpoint.pt', network=network, sgd=sgd, adam=adam)
-        start, start_step, seconds = (checkpoint[k] for k in ('epoch', 'step', 'seconds'))
+        start, start_step, seconds = load_states(
+            checkpoint, folder / 'checkpoint.pt', ('epoch', 'step', 'seconds'), network=network,
+            sgd=sgd, adam=adam)
         sums = checkpoint['sums'].to(device)
     rate = sgd.param_groups[0]['lr'] = sgd.param_groups[0]['lr'].to(device)
 
@@ -301,14 +317,13 @@ def main(argv=None):
                 # A look at the sums makes a GPU wait: there it is not taken at every step.
                 due = stop or time.time() - saved > 60 * args.checkpoint_minutes
                 if due or device.type == 'cpu' or step % 50 == 49 or step + 1 == last:
-                    alphas = [a.detach().flatten() for a in network.architecture_parameters()]
-                    check_finite(torch.cat([sums, *alphas]), folder, epoch * steps + step)
+                    check_finite([sums, *network.parameters()], folder, epoch * steps + step)
                 if due and step + 1 < last:
                     saved, seconds = time.time(), seconds + time.time() - began
                     began = saved
                     save(epoch, step + 1)
                     if stop:
-                        print(f'stopped and saved: go on with --resume --save {folder}')
+                        print(f'stopped and saved in {folder}: run the same with --resume')
                         return 128 + stop.signal
             seconds += time.time() - began
             train_loss, train_right, valid_loss, valid_right = (sums / last).tolist()
@@ -324,7 +339,7 @@ def main(argv=None):
             sums, start_step, seconds = torch.zeros_like(sums), 0, 0.0
             save(epoch + 1, 0)
             if stop and epoch + 1 < epochs:
-                print(f'stopped and saved: go on with --resume --save {folder}')
+                print(f'stopped and saved in {folder}: run the same with --resume')
                 return 128 + stop.signal
         progress.close()
         finish(folder, network.genotype(), args)

@@ -13,7 +13,6 @@ process of its own. The allocator is set as every script of ours sets it, for bo
 """
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -132,9 +131,9 @@ def peak_mib(case, side):
 
 def print_peak(case, side):
     step = steps(*CASES[case][:3], ('ours', 'book') if side == 'book' else ('ours',))[side]
-    held = int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()
+    held = evaluate.peak_memory_mib(CPU)
     step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held) / 2 ** 20)
+    print(evaluate.peak_memory_mib(CPU) - held)
 
 
 def measure(case):

@@ -44,6 +44,21 @@ def setup(name):
         _, kind, file, keep = name.split()
         setup(kind)
         cut(file, int(keep))
+    elif name.startswith('put '):
+        _, kind, file, content = name.split(' ', 3)
+        setup(kind)
+        Path(file).write_bytes(content.encode('latin-1'))
+    elif name.startswith('meta '):              # changes of meta.json, as JSON
+        setup('set')
+        meta = json.loads(Path('set/meta.json').read_text())
+        Path('set/meta.json').write_text(json.dumps({**meta, **json.loads(name[5:])}))
+    elif name == 'unfinished':
+        setup('run')
+        Path('run/genotype.json').unlink()
+    elif name == 'counters':
+        setup('unfinished')
+        content = torch.load('run/checkpoint.pt', weights_only=True)
+        torch.save({**content, 'epoch': None}, 'run/checkpoint.pt')
     elif name.startswith('drop '):
         _, kind, file = name.split()
         setup(kind)
@@ -174,6 +189,29 @@ TABLE = [
     ('own', 'evaluate', 'own', 'args.json'),
     ('drop run run/genotype.json', 'evaluate', 'run', 'genotype.json'),
     ('cut run run/args.json 50', 'evaluate', 'run', 'args.json'),
+    ('put run run/args.json {}', 'evaluate', 'run', 'args.json'),
+    ('put run run/args.json [3]', 'search', '--save run --resume', 'args.json'),
+    ('put run run/log.jsonl {}\n', 'evaluate', 'run', 'log.jsonl'),
+    ('put run run/log.jsonl \xff\xfe', 'evaluate', 'run', 'log.jsonl'),
+    ('counters', 'search', '--save run --resume --max_steps 1', 'checkpoint.pt'),
+    ('meta {"std": [0, 1, 1]}', 'search', '--data set', 'meta.json'),
+    ('meta {"mean": [null, 1, 1]}', 'search', '--data set', 'meta.json'),
+    ('meta {"kind": "nose"}', 'search', '--data set', 'meta.json'),
+    ('meta {"classes": ["a"]}', 'search', '--data set', 'labels.npy'),
+    ('meta {"classes": 4}', 'search', '--data set', 'meta.json'),
+    ('', 'search', '--data noise --label_noise 0.5', 'label_noise'),
+    ('cifar', 'search', '--data cifar10 --num_classes 3', 'num_classes'),
+    ('cifar', 'generate', '--kind random_labels --out x --multilabel', 'multilabel'),
+    ('', 'generate', '--kind noise --out x --seed 99999999999999999999', 'seed'),
+    ('', 'search', '--method random --data nonsense', 'nonsense'),
+    ('', 'search', '--learning_rate_min 1', 'learning_rate_min'),
+    ('', 'search', '--method pcdarts --init_channels 8 --epochs 2 --frozen_epochs 2',
+     'frozen_epochs'),
+    ('', 'retrain', '--arch DARTS_V2 --data noise --max_steps 0', 'max_steps'),
+    ('own', 'generate', '--kind noise --out own --force --num_images 40', 'own'),
+    ('own', 'generate', '--kind random_labels --source own --out own/x', 'own/x'),
+    ('set', 'generate', '--kind random_labels --source set --out set --force', 'set'),
+    ('run', 'evaluate', 'run --arch DARTS_V2 --cost', 'run'),
 ]
 
 
@@ -266,3 +304,24 @@ def test_a_missing_stale_gpu_memory_error_is_one_line(capsys):
     def main(argv=None):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried ...')
     assert main() == 2 and '--batch_size' in capsys.readouterr().err
+
+
+def test_a_last_step_that_diverges_leaves_no_weights(capsys):
+    flags = [*RETRAIN, '--arch', 'DARTS_V2', '--data', 'noise', '--learning_rate', '1e30',
+             '--grad_clip', '1e30', '--epochs', '1', '--steps_per_epoch', '1', '--save', 'r']
+    check(capsys, retrain.main(flags), 'not finite')
+    assert not any(Path('r', name).exists() for name in ('weights.pt', 'checkpoint.pt'))
+
+
+def test_a_stopped_writers_leftovers_are_removed():
+    run_search('run', '--max_steps', '1')
+    Path('run/genotype.json').unlink()
+    Path('run/.log.jsonl.123.tmp').write_text('half')
+    run_search('run', '--max_steps', '1', '--resume')
+    assert not list(Path('run').glob('.*.tmp'))
+
+
+def test_retrain_names_a_retrained_network(capsys):
+    Path('r').mkdir()
+    Path('r/args.json').write_text('{"settings": {"arch": "DARTS_V2"}}')
+    check(capsys, retrain.main(['--arch', 'r', '--data', 'noise']), 'retrained network')

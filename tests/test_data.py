@@ -290,3 +290,57 @@ def test_nothing_is_left_when_writing_fails():
     with pytest.raises(OSError):
         g.write_set('half', meta, np.zeros(4, np.int64), broken())
     assert list(Path('.').iterdir()) == []
+
+
+def test_cifar_is_resized_when_asked():
+    fake_cifar()
+    data = g.read('cifar10', image_size=16)
+    whole = g.read('cifar10')
+    assert data.images.shape == (len(whole), 16, 16, 3) and data.images.dtype == np.uint8
+    assert abs(data.images.mean() - whole.images.mean()) < 3
+    g.write_random_labels('again', data, 0)
+    assert np.array_equal(g.read('again').images, data.images)
+
+
+def test_sets_of_other_sources_and_modes_have_folders_of_their_own(monkeypatch):
+    import search
+    fake_cifar()
+    Path('other').mkdir()
+    fake_cifar('other')
+    path = Path('other/cifar-10-batches-py/data_batch_1')
+    batch = pickle.loads(path.read_bytes())
+    batch['data' if 'data' in batch else b'data'][0] = 7
+    path.write_bytes(pickle.dumps(batch))
+    for flags in (['--data', 'random_labels'], ['--data', 'random_labels', '--data_dir', 'other'],
+                  ['--data', 'noise', '--num_images', '20'],
+                  ['--data', 'noise', '--num_images', '20', '--label_mode', 'balanced']):
+        g.find_or_make(search.parse(flags))
+    names = [p.name for p in Path('data').iterdir() if p.name != 'cifar-10-batches-py']
+    assert len(names) == 4
+
+
+def test_folder_format_keeps_the_classes():
+    g.write_noise('set', 40, 12, 8, 0, form='folder')
+    folders = sorted(p.name for p in Path('set').iterdir() if p.is_dir())
+    assert set(folders) <= {f'{k:02d}' for k in range(12)}
+    data = g.read('set')
+    labels = g.draw_labels(0, 40, 12)
+    assert data.classes == [f'{k:02d}' for k in range(12)]
+    assert sorted(data.labels) == sorted(labels)
+    assert json.loads(Path('set/meta.json').read_text())['sha256']['images']
+
+
+def test_images_of_32_bits_and_turned_ones():
+    wide = np.array([[0, 1 << 20], [1 << 19, 1 << 20]], np.int32)
+    Image.fromarray(wide).save('wide.tif')
+    assert g.read_image('wide.tif', 2)[:, :, 0].tolist() == [[0, 255], [128, 255]]
+    turned = Image.fromarray(np.uint8([[[0] * 3, [255] * 3]] * 2))
+    exif = turned.getexif()
+    exif[274] = 3                                       # by half a turn
+    turned.save('turned.png', exif=exif)
+    assert g.read_image('turned.png', 2)[0, :, 0].tolist() == [255, 0]
+
+
+def test_a_class_name_of_two_lines_is_drawn():
+    meta = {'kind': 'noise', 'num_images': 1, 'image_size': 8, 'classes': ['two\nlines'], 'seed': 0}
+    assert g.contact_sheet(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, int), meta)
