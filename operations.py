@@ -5,11 +5,11 @@ its maps are (B, E*C, H, W), channels_last, edge e in channels e*C to (e+1)*C. A
 where an edge has one operation left, uses the same classes with the edges that kept them.
 
 To add an operation, write a module and a line in OPERATIONS at the end; it is then searched, kept
-in genotypes, drawn, retrained and counted. `operation(C, edges, stride, affine)` builds it, its
-forward takes (B, E*C, H, W), after ReLU, and returns (B, E*C, H/stride, W/stride), or that with
-its last BatchNorm not yet done, as `Unnormalised`, which is faster. A module without weights whose
-result is the same for every edge sets `shared = True`: it takes the state itself, before ReLU, as
-(B, C, H, W), and is computed once.
+in genotypes, drawn, retrained and counted. `operation(C, edges, stride, affine)` builds it; its
+forward takes Inputs, the state in every form that may be wanted, and returns (B, E*C, H/stride,
+W/stride), or that with its last BatchNorm not yet done, as `Unnormalised`, which is faster. A
+module without weights, whose result is the same for every edge, sets `shared = True`: it returns
+(B, C, H/stride, W/stride) and is computed once.
 
 Sources: DARTS (arXiv 1806.09055) for the operations, BatchNorm (arXiv 1502.03167).
 """
