@@ -108,7 +108,8 @@ class GraphedStep:
     def capture(self, batch):
         """(object with replay(), result): the step on `batch`, recorded but not run."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        # thread_local: a DataLoader's thread that pins memory must not break it off.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode='thread_local'):
             result = self.step(*batch)
         return graph, result
 

@@ -30,9 +30,9 @@ from pathlib import Path
 
 import numpy as np
 
-# Idle threads of OpenMP wait asleep: spinning, they take the cores from other runs on the machine
-# (two searches at once were 25 times as slow). It is read when torch is loaded.
-os.environ.setdefault('GOMP_SPINCOUNT', '0')
+# Idle threads of OpenMP soon wait asleep: spinning on, they take the cores from other runs (two
+# searches at once were 25 times as slow). It is read when torch is loaded.
+os.environ.setdefault('GOMP_SPINCOUNT', '300')
 import torch  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
 
