@@ -1,9 +1,10 @@
 """Time, calls and memory of our steps against the textbook's, the same weights in both.
 
-    python tests/benchmark.py                   # the table; some 15 minutes on two cores
+    python tests/benchmark.py                   # the table; 15 to 25 minutes on two cores
     python tests/benchmark.py --only darts1_b16 --json
     python tests/benchmark.py --curve           # seconds a step by batch, width and image size
     python tests/benchmark.py --input           # what the data cost, beside the step
+    python tests/benchmark.py --floor           # what arithmetic and memory traffic must take
 
 A search step is one architecture and one weight step (C=16, 8 cells, 32 px); a retrain step one
 of DARTS_V2 (C=36, 20 cells, auxiliary head, drop-path). CPU seconds are those of the process, the
@@ -34,6 +35,8 @@ import textbook
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 CASES = {                   # name: (partial, unrolled, batch, n); partial 0 is retraining
     'darts1_b16': (1, False, 16, 5), 'darts1_b64': (1, False, 64, 3),
@@ -44,16 +47,20 @@ CPU = torch.device('cpu')
 
 
 class Calls(TorchDispatchMode):
-    """Counts what a GPU would launch."""
+    """Counts what a GPU would launch, and the bytes that it would read and write."""
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.count = self.bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__
         if not function.is_view and not name.startswith(
                 ('empty', 'new_empty', 'detach', '_local_scalar_dense', '_unsafe_view')):
             self.count += 1
+            out = function(*args, **(kwargs or {}))
+            self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves((args, out))
+                              if torch.is_tensor(t))
+            return out
         return function(*args, **(kwargs or {}))
 
 
@@ -160,6 +167,36 @@ def show(name, row):
         for key, value in row.items()), flush=True)
 
 
+def floor():
+    """{case: GFLOP and GB of our step, and the CPU seconds they take at the machine's best rates}.
+
+    A backward pass takes a forward's arithmetic for the maps, and again for the weights. Traffic
+    is what the calls of the step read and write: fewer passes over the maps would lower it.
+    """
+    a, b = torch.randn(2, 2048, 2048)
+    best = {'gflops': 0.0, 'gb_s': 0.0}             # of a matrix product and of a copy
+    for _ in range(5):
+        taken = seconds({'product': lambda: a @ a, 'copy': lambda: b.copy_(a)}, 1)
+        best['gflops'] = max(best['gflops'], 2 * 2048 ** 3 / taken['product'] / 1e9)
+        best['gb_s'] = max(best['gb_s'], 2 * 4 * 2048 ** 2 / taken['copy'] / 1e9)
+    rows = {'machine, a CPU second': best}
+    for case, (partial, unrolled, size, _) in CASES.items():
+        step = steps(partial, unrolled, size, ('ours',))['ours']
+        step()
+        with Calls() as calls:
+            step()
+        with torch.device('meta'):
+            network = Network(36, 10, 20, DARTS_V2, auxiliary=True) if partial == 0 else \
+                Network(16, 10, 8, partial=partial)
+            with FlopCounterMode(display=False) as flops:
+                network(torch.empty(size, 3, 32, 32))
+        passes = 3 if partial == 0 else 13 if unrolled else 5
+        work = {'gflop': passes * flops.get_total_flops() / 1e9, 'gb': calls.bytes / 1e9}
+        rows[case] = {**work, 'arithmetic_cpu_seconds': work['gflop'] / best['gflops'],
+                      'traffic_cpu_seconds': work['gb'] / best['gb_s']}
+    return rows
+
+
 def curve():
     """{setting: CPU seconds of a first-order DARTS step, images/s, relative to the work}."""
     rows, base = {}, None
@@ -211,12 +248,14 @@ def main():
     parser.add_argument('--only', choices=list(CASES), help='one case')
     parser.add_argument('--curve', action='store_true', help='how a step grows with its sizes')
     parser.add_argument('--input', action='store_true', help='what the data cost')
+    parser.add_argument('--floor', action='store_true', help='what a step must take')
     parser.add_argument('--peak', choices=['ours', 'book'], help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = evaluate.choose_device(-1)
     if args.peak:
         return print_peak(args.only, args.peak)
-    results = curve() if args.curve else data_costs() if args.input else {}
+    results = curve() if args.curve else data_costs() if args.input else \
+        floor() if args.floor else {}
     for case in [args.only] if args.only else CASES if not results else ():
         results[case] = measure(case)
         if not args.json:
@@ -224,7 +263,7 @@ def main():
     if args.json:
         print(json.dumps(results))
         return
-    for name in results if args.curve or args.input else ():
+    for name in results if args.curve or args.input or args.floor else ():
         show(name, results[name])
     print(evaluate.hardware(device), 'torch', torch.__version__)
 
