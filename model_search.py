@@ -35,7 +35,8 @@ class MixedOp(nn.Module):
     """
     def __init__(self, channels, stride, names, affine, width):
         super().__init__()
-        self.names, self.shared, self.blocks = names, nn.ModuleDict(), nn.ModuleDict()
+        self.names, self.channels = names, channels
+        self.shared, self.blocks = nn.ModuleDict(), nn.ModuleDict()
         self.spans, self.own = [], []   # the edges of each block; names of what the blocks hold
         for name, build in OPERATIONS.items():
             for start, end in runs([name in has and build is not None for has in names], width):
@@ -54,30 +55,40 @@ class MixedOp(nn.Module):
         self.register_buffer('has', None if all(map(all, has)) else torch.tensor(has),
                              persistent=False)
 
-    def forward(self, state, weights=None):
-        """state: (B, C, H, W); weights: (E, operations), or None where an edge has but one.
+    def mixing(self, weights):
+        """What `forward` mixes with, once for all cells of a type and width.
+
+        weights: (E, operations). Returns the weights of the shared operations, (E, n), and for
+        each block those of its operations, (edges * C,) each: every channel's factor.
+        """
+        columns = dict(zip(PRIMITIVES, weights.unbind(1)))
+        shared = [columns[name] for name in self.shared]
+        shared = torch.stack(shared, 1) if shared else None
+        if self.has is not None:
+            shared = shared * self.has
+        if not self.own:
+            return shared, []
+        scales = torch.stack([columns[name] for name in self.own]).unsqueeze(2)
+        scales = scales.expand(-1, -1, self.channels).contiguous().flatten(1)
+        parts = [scales[:, start * self.channels:end * self.channels].unbind()
+                 for start, end in self.spans]
+        return shared, [[part[self.own.index(name)] for name in block]
+                        for part, block in zip(parts, self.blocks.values())]
+
+    def forward(self, state, mixing=None):
+        """state: (B, C, H, W); mixing: from `mixing`, or None where an edge has one operation.
 
         Returns E maps (B, C, H', W').
         """
-        inputs, out, c = Inputs(state), [None] * len(self.names), state.shape[1]
-        columns = dict(zip(PRIMITIVES, weights.unbind(1))) if weights is not None else None
+        inputs, out = Inputs(state), [None] * len(self.names)
+        shared, scales = mixing or (None, self.spans)
         if self.shared:
             maps = {name: operation(inputs) for name, operation in self.shared.items()}
-            if columns is None:
-                out = [maps.get(name) for name, in self.names]
-            else:
-                w = torch.stack([columns[name] for name in maps], 1)
-                out = mixed_maps(list(maps.values()), w if self.has is None else w * self.has)
-        if columns is not None:         # (operations, E*C): each edge's weight for its channels
-            scales = torch.stack([columns[name] for name in self.own]).unsqueeze(2)
-            scales = scales.expand(-1, -1, c).contiguous().flatten(1)
-        for (start, end), block in zip(self.spans, self.blocks.values()):
+            out = [maps.get(name) for name, in self.names] if mixing is None else \
+                mixed_maps(list(maps.values()), shared)
+        for (start, end), scale, block in zip(self.spans, scales, self.blocks.values()):
             results = [operation(inputs) for operation in block.values()]
-            if columns is None:
-                total = finished(results[0])
-            else:
-                part = scales[:, start * c:end * c].unbind()
-                total = mixed_results(results, [part[self.own.index(name)] for name in block])
+            total = finished(results[0]) if mixing is None else mixed_results(results, scale)
             for e, y in zip(range(start, end), total.chunk(end - start, 1)):
                 out[e] = y if out[e] is None else out[e] + y
         return out
@@ -140,7 +151,7 @@ class Cell(nn.Module):
         self.preprocess0 = (HalvingPreprocess if reduction_before else ReLUConvBN)(
             before, channels, affine)
         self.preprocess1 = ReLUConvBN(last, channels, affine)
-        self.edges, self.concat, self.partial = edges, concat, partial
+        self.channels, self.edges, self.concat, self.partial = channels, edges, concat, partial
         self.leaving = [sorted((edge for edge in edges if edge[1] == state), key=edges.get)
                         for state in range(1 + NODES)]      # edges with the same operations adjoin
         self.strides = [2 if reduction and state < 2 else 1 for state in range(1 + NODES)]
@@ -180,9 +191,10 @@ class Cell(nn.Module):
         return torch.cat([states[node] for node in self.concat], 1)
 
     def leave(self, weights):
-        """(14, operations), in the order of EDGES -> for each state those of the edges it sends."""
+        """(14, operations), in the order of EDGES -> what each state's MixedOp mixes with."""
         by_edge = dict(zip(EDGES, weights.unbind()))
-        return [torch.stack([by_edge[edge] for edge in leaving]) for leaving in self.leaving]
+        return [mixed_op.mixing(torch.stack([by_edge[edge] for edge in leaving]))
+                for leaving, mixed_op in zip(self.leaving, self.mixed_ops)]
 
     def node(self, node, arriving, passing, shares):
         """Sum of what arrives at a node; with partial channels, of what passes by as well."""
@@ -273,9 +285,10 @@ class Network(nn.Module):
         for layer, (cell, reduction) in enumerate(zip(self.cells, self.reductions)):
             kind = 'reduce' if reduction else 'normal'
             weights, shares = mixing.get(kind, (None, None))
-            if weights is not None and kind not in leaving:         # once for each type of cell
-                leaving[kind] = cell.leave(weights)
-            s0, s1 = s1, cell(s0, s1, leaving.get(kind), shares, self.drop_path_prob)
+            if weights is not None and (kind, cell.channels) not in leaving:
+                leaving[kind, cell.channels] = cell.leave(weights)
+            s0, s1 = s1, cell(s0, s1, leaving.get((kind, cell.channels)), shares,
+                              self.drop_path_prob)
             if layer == self.auxiliary_at and self.training:
                 auxiliary_logits = self.auxiliary_head(s1)
         logits = self.classifier(s1.mean((2, 3)))

@@ -91,8 +91,7 @@ def second_order(network, train, valid, sgd, amp=False, tf32=False):
     eta, values = group['lr'], [w.data for w in weights]
     with network.frozen_statistics():
         with trained(network, weights=True):
-            loss, _ = forward(network, train, amp)
-            step = torch.autograd.grad(loss, weights)
+            step = torch.autograd.grad(forward(network, train, amp)[0], weights)
         before = [v.clone() for v in values]
         step = torch._foreach_add(step, before, alpha=group['weight_decay'])
         if sgd.state:
@@ -102,6 +101,7 @@ def second_order(network, train, valid, sgd, amp=False, tf32=False):
         torch._foreach_add_(values, step)
         loss, right = forward(network, valid, amp)
         grads = torch.autograd.grad(loss, weights + alphas)
+        loss = loss.detach()                    # lets go of what its graph held
         dw, dalpha = list(grads[:len(weights)]), grads[len(weights):]
         # Equation 8 by finite differences along dw; none where dw is zero or not finite. The two
         # losses differ in their last digits only, so neither autocast nor TF32 may round them.

@@ -1,6 +1,6 @@
 """Time, calls and memory of our steps against the textbook's, the same weights in both.
 
-    python tests/benchmark.py                   # the table; 15 to 25 minutes on two cores
+    python tests/benchmark.py                   # the table; about 15 minutes on two cores
     python tests/benchmark.py --only darts1_b16 --json
     python tests/benchmark.py --curve           # seconds a step by batch, width and image size
     python tests/benchmark.py --input           # what the data cost, beside the step
@@ -129,14 +129,26 @@ def seconds(functions, n):
 # The table
 
 
-def peak_mib(case, side):
-    """Peak memory of one step above what the process held before it, in a process of its own."""
-    out = subprocess.run([sys.executable, __file__, '--only', case, '--peak', side],
-                         capture_output=True, text=True, check=True)
-    return float(out.stdout)
+def launches(partial, unrolled, _):
+    """{side: calls to torch in one step}: the same for every size of batch, so a small one."""
+    counts = {}
+    for side, step in steps(partial, unrolled, 2).items():
+        step()                          # the optimizers' first step makes their buffers
+        with Calls() as calls:
+            step()
+        counts[side] = calls.count
+    return counts
+
+
+def peaks(case):
+    """Peak MiB of one step above what was held before it, (ours, book's), each in a process."""
+    runs = [subprocess.Popen([sys.executable, __file__, '--only', case, '--peak', side],
+                             stdout=subprocess.PIPE, text=True) for side in ('ours', 'book')]
+    return [float(run.communicate()[0]) for run in runs]
 
 
 def print_peak(case, side):
+    torch.set_num_threads(1)            # both sides run at once
     step = steps(*CASES[case][:3], ('ours', 'book') if side == 'book' else ('ours',))[side]
     held = evaluate.peak_memory_mib(CPU)
     step()
@@ -145,19 +157,14 @@ def print_peak(case, side):
 
 def measure(case):
     """{'ratio', 'memory_ratio', 'launches', 'launches_textbook', 'cpu_seconds', ...}"""
-    n = CASES[case][3]
+    *what, n = CASES[case]
+    ours, book = peaks(case)                # before this process holds maps of its own
     out = {'n': n}
     if n:
-        pair = steps(*CASES[case][:3])
-        medians = seconds(pair, n)
-        out.update(ratio=medians['book'] / medians['ours'], cpu_seconds=medians['ours'],
+        medians, calls = seconds(steps(*what), n), launches(*what)
+        out.update(ratio=medians['book'] / medians['ours'], launches=calls['ours'],
+                   launches_textbook=calls['book'], cpu_seconds=medians['ours'],
                    cpu_seconds_textbook=medians['book'])
-        for side, name in (('ours', 'launches'), ('book', 'launches_textbook')):
-            with Calls() as calls:
-                pair[side]()
-            out[name] = calls.count
-        del pair
-    ours, book = (peak_mib(case, side) for side in ('ours', 'book'))
     return {**out, 'memory_mib': ours, 'memory_mib_textbook': book, 'memory_ratio': ours / book}
 
 

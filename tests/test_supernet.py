@@ -269,16 +269,16 @@ def test_operations_of_fewer_edges(affine):
     names = [('sep_conv_3x3', 'skip_connect'), ('sep_conv_3x3',), ('avg_pool_3x3', 'skip_connect')]
     mixed_op = model_search.MixedOp(4, 2, names, affine, width=2)
     state, weights = torch.randn(3, 4, 8, 8), torch.rand(3, 8)
-    whole = mixed_op(state, weights)
+    whole = mixed_op(state, mixed_op.mixing(weights))
     for e in range(3):
         alone = torch.zeros(3, 8)
         alone[e] = weights[e]
-        got = mixed_op(state, alone)
+        got = mixed_op(state, mixed_op.mixing(alone))
         assert torch.allclose(got[e], whole[e])
         assert all(not got[other].any() for other in range(3) if other != e)
     lacks = torch.zeros(3, 8)                           # a weight on what an edge has no more
     lacks[0, 2] = lacks[1, 3] = lacks[2, 4] = 1
-    assert not any(y.any() for y in mixed_op(state, lacks))
+    assert not any(y.any() for y in mixed_op(state, mixed_op.mixing(lacks)))
 
 
 def test_autocast_and_evaluation_run():
