@@ -9,7 +9,6 @@ device, metrics and tables. A retrained network is tested anew from its weights.
 """
 import contextlib
 import csv
-import ctypes
 import hashlib
 import io
 import json
@@ -25,8 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CIFAR, Batches, Parser, UserError, add_label_flags, fcntl, number,
-                           one_line_errors, read, write_file)
+from generate_data import (CIFAR, Batches, Parser, UserError, add_label_flags, choose_device, fcntl,
+                           number, one_line_errors, read, write_file)
 
 import torch
 import torch.nn.functional as F
@@ -37,34 +36,6 @@ from model_search import Network
 
 # ---------------------------------------------------------------------------------------------
 # Device
-
-
-def choose_device(gpu, tf32=False):
-    """torch.device for --gpu: a CUDA device, or the CPU for -1 and on a machine without CUDA."""
-    # glibc would give large blocks back to the system at once and fault them in again on the next
-    # step: keeping them saves up to a half of the time of memory-bound calls on a CPU.
-    if platform.system() == 'Linux':
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, 'mallopt'):
-            libc.mallopt(-3, 1 << 30)               # M_MMAP_THRESHOLD
-            libc.mallopt(-1, (1 << 31) - 1)         # M_TRIM_THRESHOLD
-    set_tf32(tf32)
-    if gpu < 0:
-        return torch.device('cpu')
-    if not torch.cuda.is_available():
-        print(f'no CUDA on this machine: --gpu {gpu} runs on the CPU '
-              f'({torch.get_num_threads()} threads)', file=sys.stderr)
-        return torch.device('cpu')
-    if gpu >= torch.cuda.device_count():
-        raise UserError(f'--gpu {gpu}: this machine has CUDA devices 0 to '
-                        f'{torch.cuda.device_count() - 1}; take one of them, or -1 for the CPU')
-    torch.backends.cudnn.deterministic = True
-    torch.cuda.set_device(gpu)
-    return torch.device('cuda', gpu)
-
-
-def set_tf32(on):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 class GraphedStep:
@@ -259,7 +230,7 @@ def add_run_flags(parser, data, schedule):
     """The flags that search.py and retrain.py share; data, schedule: defaults."""
     group = parser.add_argument_group('data')
     group.add_argument('--data', default=data,
-                       help='noise, random_labels, cifar10, cifar100, or a folder')
+                       help='noise, random_labels, generated, cifar10, cifar100, or a folder')
     group.add_argument('--image_size', type=number(int, 8, 4096),
                        help='pixels: 32 for noise; folders of images are resized to it')
     group.add_argument('--data_seed', type=number(int, 0, 2 ** 62), default=0,

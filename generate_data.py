@@ -11,13 +11,19 @@ written set, or a folder with a folder of images for each class (train/ and val/
 """
 import argparse
 import contextlib
+import copy
+import ctypes
 import errno
 import functools
 import hashlib
+import importlib.util
+import io
 import json
+import logging
 import math
 import os
 import pickle
+import platform
 import shlex
 import shutil
 import statistics
@@ -35,6 +41,7 @@ import numpy as np
 os.environ.setdefault('GOMP_SPINCOUNT', '300')
 import torch  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
+from torch import nn  # noqa: E402
 
 try:
     import fcntl
@@ -192,6 +199,34 @@ class Progress:
             print(' ' * 118, end='\r', file=sys.stderr, flush=True)
 
 
+def choose_device(gpu, tf32=False):
+    """torch.device for --gpu: a CUDA device, or the CPU for -1 and on a machine without CUDA."""
+    # glibc would give large blocks back to the system at once and fault them in again on the next
+    # step: keeping them saves up to a half of the time of memory-bound calls on a CPU.
+    if platform.system() == 'Linux':
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, 'mallopt'):
+            libc.mallopt(-3, 1 << 30)               # M_MMAP_THRESHOLD
+            libc.mallopt(-1, (1 << 31) - 1)         # M_TRIM_THRESHOLD
+    set_tf32(tf32)
+    if gpu < 0:
+        return torch.device('cpu')
+    if not torch.cuda.is_available():
+        print(f'no CUDA on this machine: --gpu {gpu} runs on the CPU '
+              f'({torch.get_num_threads()} threads)', file=sys.stderr)
+        return torch.device('cpu')
+    if gpu >= torch.cuda.device_count():
+        raise UserError(f'--gpu {gpu}: this machine has CUDA devices 0 to '
+                        f'{torch.cuda.device_count() - 1}; take one of them, or -1 for the CPU')
+    torch.backends.cudnn.deterministic = True
+    torch.cuda.set_device(gpu)
+    return torch.device('cuda', gpu)
+
+
+def set_tf32(on):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
 # ---------------------------------------------------------------------------------------------
 # Noise and random labels. Only integers of Philox (Salmon et al., SC 2011) and a fixed table are
 # used, so that a seed gives the same bytes on every machine and with every chunk size.
@@ -252,11 +287,649 @@ def redraw_labels(true, num_classes, seed, mode, label_noise):
 
 
 # ---------------------------------------------------------------------------------------------
+# Generated images, procedural. All that is drawn at random comes from Philox, by the place of an
+# image in the set; torch does the drawing, always in the same chunks, so that any slice can be
+# made by itself: the same bytes on machines of one type with one version of torch.
+
+BANK, DRAWS, FIELD, ROLLS = 3, 4, 5, 6      # more streams of a seed; glyph j adds 10 (j + 1)
+FAMILIES = ['fractal', 'spectrum', 'deadleaves']
+# How far images stray from their class (1: as published) and their background's deviation
+DIFFICULTY = {'easy': (0.5, 0.08), 'medium': (1.0, 0.15), 'hard': (1.3, 0.17)}
+SETTLE, ROUNDS = 16, 48                     # moves of a point before it counts, and in all
+LEAVES = 128
+# Labels of CheXpert, and the share of its training images that have them (arXiv 1901.07031)
+CHEXPERT = {'No Finding': .0886, 'Enlarged Cardiomediastinum': .0481, 'Cardiomegaly': .1226,
+            'Lung Opacity': .4939, 'Lung Lesion': .0365, 'Edema': .2606, 'Consolidation': .0678,
+            'Pneumonia': .0244, 'Atelectasis': .1563, 'Pneumothorax': .0923,
+            'Pleural Effusion': .4034, 'Pleural Other': .013, 'Fracture': .0387,
+            'Support Devices': .564}
+
+
+def halves(seed, stream, start, count, n):
+    """int32 (count, n): n numbers of 16 bits for each image from `start` on."""
+    blocks = -(-n // 16)
+    raw = philox(seed, stream, start * blocks, count * blocks * 4).astype('<u8', copy=False)
+    return torch.from_numpy(raw.view('<u2').reshape(count, -1)[:, :n].astype(np.int32))
+
+
+def uniforms(seed, stream, start, count, n):
+    """float64 (count, n) between 0 and 1: n numbers for each image from `start` on."""
+    raw = philox(seed, stream, start * -(-n // 4), count * -(-n // 4) * 4).reshape(count, -1)
+    return ((raw[:, :n] >> np.uint64(40)) + 0.5) / 2 ** 24
+
+
+class Procedural:
+    """Images of one of FAMILIES, or of `mixed`, where each image draws its family.
+
+    labels: int64 (N,); or uint8 (N, classes), and then the images are grey and every label that
+    is present adds a fractal of its own.
+    """
+    def __init__(self, family, labels, num_classes, size, seed, difficulty='medium', systems=8,
+                 device='cpu'):
+        self.labels, self.size, self.seed = labels, size, seed
+        self.device = torch.device(device)
+        self.names = FAMILIES if family == 'mixed' else [family]
+        self.jitter, self.contrast = DIFFICULTY[difficulty]
+        self.chunk, self.systems = max(8, 2 ** 15 // size ** 2), systems
+        self.maps, self.table = (t.to(device) for t in fractal_bank(seed, num_classes * systems))
+        self.spectra, leaves = torch.from_numpy(spread(seed, num_classes, 8)).float().to(
+            device).split([3, 5], 1)
+        mix = leaves[:, 1:].log().abs() ** 1.5
+        self.leaves = torch.cat([leaves[:, :1], mix / mix.sum(1, keepdim=True)], 1)
+
+    def images(self, start, count):
+        """uint8 (count, size, size, 3)."""
+        ks = range(start // self.chunk, -(-(start + count) // self.chunk))
+        if self.device.type == 'cuda':
+            chunks = [self.draw(k) for k in ks]
+        else:       # a thread for each chunk: within one, their number would show in last digits
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
+                chunks = list(pool.map(self.draw, ks))
+            torch.set_num_threads(threads)
+        return np.concatenate(chunks)[start - ks[0] * self.chunk:][:count]
+
+    def draw(self, k):
+        """uint8 (B, size, size, 3): the k-th chunk."""
+        start, s = k * self.chunk, self.size
+        labels = torch.from_numpy(self.labels[start:start + self.chunk]).to(self.device)
+        u, rolls = self.random(start, len(labels))
+        normal = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
+        noise = halves(self.seed, FIELD, start, len(labels), 2 * s * s)
+        noise = normal.float()[noise].view(-1, 2, s, s).to(self.device)
+        if labels.ndim == 2:
+            x = self.glyphs(labels, background(u, noise, self.contrast), start)
+        else:
+            x, which = torch.empty_like(noise[:, :1].expand(-1, 3, -1, -1)), u[:, 31]
+            for f, name in enumerate(self.names):
+                rows = ((which * len(self.names)).long() == f).nonzero()[:, 0]
+                if len(rows):
+                    x[rows] = getattr(self, name)(*(t[rows] for t in (labels, u, rolls, noise)))
+        return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    def random(self, start, count, stream=0):
+        """(B, 32) numbers between 0 and 1 and (B, n) of 16 bits."""
+        u = torch.from_numpy(uniforms(self.seed, DRAWS + stream, start, count, 32)).float()
+        rolls = halves(self.seed, ROLLS + stream, start, count,
+                       max(8 * LEAVES, ROUNDS * 8 * self.size))
+        return u.to(self.device), rolls.to(self.device)
+
+    def fractal(self, labels, u, rolls, noise, x=None, centre=0.5, reach=0.45):
+        """A fractal of each label over x, or over a background of its own."""
+        x = background(u, noise, self.contrast) if x is None else x
+        system = labels * self.systems + (u[:, 0] * self.systems).long()
+        opacity = fractal_opacity(self.maps[system], self.table[system], u, rolls, self.size,
+                                  self.jitter, centre, reach)
+        colour = hsv(u[:, 8], 0.2 + 0.7 * u[:, 9], 0.8 + 0.2 * u[:, 10])
+        return x + opacity * (colour[:, :, None, None] - x)
+
+    def glyphs(self, labels, x, start):
+        """Small fractals of all labels that are present over the grey background x."""
+        x = x.mean(1, keepdim=True).expand(-1, 3, -1, -1).clone()
+        for j in range(labels.sum(1).max()):            # the j-th label of those that have it
+            u, rolls = self.random(start, len(labels), 10 * (j + 1))
+            rows = (labels.sum(1) > j).nonzero()[:, 0]
+            label = (labels[rows].cumsum(1) <= j).sum(1)
+            u, rolls = u[rows], rolls[rows]
+            u[:, 9] = -0.2 / 0.7                        # no saturation: white
+            x[rows] = self.fractal(label, u, rolls, None, x[rows], 0.2 + 0.6 * u[:, 11:13], 0.18)
+        return x
+
+    def spectrum(self, labels, u, rolls, noise):
+        """Gaussian fields with power 1/f^slope, stretched along an angle, between two colours."""
+        strays = torch.tensor([0.14, 0.14, 0.07], device=u.device) * self.jitter
+        slope, stretch, turn = (self.spectra[labels] + strays * (2 * u[:, :3] - 1)).unbind(1)
+        angle = math.pi / 2 * turn * (1 - 2 * (u[:, 10] < 0.5).float())     # flips keep the class
+        x = smooth_field(noise[:, :1], 0.8 + 2.7 * slope, 8 ** (0.1 + stretch), angle)
+        x = x + 4 * self.contrast * smooth_field(noise[:, 1:], 2 + u[:, 3])
+        x = torch.sigmoid(1.7 * x / x.std((2, 3), keepdim=True))
+        dark = hsv(u[:, 4], u[:, 5], 0.35 * u[:, 6])[:, :, None, None]
+        light = hsv(u[:, 7], 0.6 * u[:, 8], 0.7 + 0.3 * u[:, 9])[:, :, None, None]
+        return dark + x * (light - dark)
+
+    def deadleaves(self, labels, u, rolls, noise):
+        """Shapes that cover one another (arXiv 2106.05963), more small ones than large ones."""
+        exponent, *shares = self.leaves[labels].unbind(1)
+        exponent = 2 + 2.5 * (exponent + 0.1 * self.jitter * (2 * u[:, 0] - 1))
+        draws = ((rolls[:, :8 * LEAVES].view(-1, 8, LEAVES) + 0.5) / 65536).unbind(1)
+        which = (draws[1][..., None] > torch.stack(shares, 1).cumsum(1)[:, None, :3]).sum(-1)
+        low, high, power = 0.05, 0.45, (1 - exponent)[:, None]      # radius / size of the image
+        radius = (low ** power + draws[0] * (high ** power - low ** power)) ** (1 / power)
+        fine = 2 * self.size if self.size < 128 else 3 * self.size // 2
+        front = front_leaves(which, radius, *draws[2:5], fine)
+        hue = (u[:, 1:2] + 0.35 * (draws[5] - 0.5)) % 1             # a palette for each image
+        colours = hsv(hue, u[:, 2:3] * draws[6], 0.15 + 0.8 * draws[7])
+        x = torch.stack([c.gather(1, front.flatten(1)) for c in colours.unbind(-1)], 1)
+        x = nn.functional.adaptive_avg_pool2d(x.view(-1, 3, fine, fine), self.size)
+        return x + self.contrast / 2 * smooth_field(noise[:, :1], 2 + u[:, 3])
+
+
+def fractal_bank(seed, n):
+    """n iterated function systems of 2 to 4 contractive maps (Anderson and Farrell, WACV 2022).
+
+    A map is rotation x diag(s1, s2) x rotation, 0 < s2 <= s1 < 1 with signs, and a translation.
+    Returns maps (n, 4, 7): a row of the matrix and its translation, twice, and s1; and table
+    (n, 256): the map that a random byte picks, more often the larger its determinant.
+    """
+    u = uniforms(seed, BANK, 0, n, 32 + 8 * 256)
+    count = 2 + (3 * u[:, :1]).astype(int)
+    live = np.arange(4) < count
+    tries = np.sort(u[:, 32:].reshape(n, 256, 4, 2))[..., ::-1]     # the first try that fits
+    total = ((tries[..., 0] + 2 * tries[..., 1]) * live[:, None]).sum(-1)
+    fits = (total >= (5 + count) / 2) & (total <= (6 + count) / 2)
+    s = tries[np.arange(n), fits.argmax(1)]
+    angles, signs, shift = (2 * u[:, 1:25].reshape(3, n, 4, 2) - 1)
+    (c1, c2), (s1, s2) = (np.moveaxis(f(np.pi * angles), -1, 0) for f in (np.cos, np.sin))
+    d1, d2 = np.moveaxis(s * np.sign(signs), -1, 0)
+    maps = np.stack([c1 * d1 * c2 - s1 * d2 * s2, -c1 * d1 * s2 - s1 * d2 * c2, shift[..., 0],
+                     s1 * d1 * c2 + c1 * d2 * s2, c1 * d2 * c2 - s1 * d1 * s2, shift[..., 1],
+                     s[..., 0]], -1)
+    weight = np.maximum(s.prod(-1), 0.03) * live
+    edges = 256 * np.cumsum(weight, 1) / weight.sum(1, keepdims=True)
+    table = (edges[:, None, :3] <= np.arange(256)[:, None]).sum(-1)
+    return torch.from_numpy(maps).float(), torch.from_numpy(table)
+
+
+def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
+    """(B, 1, size, size): logarithm of the density of points that hop by maps drawn at random.
+
+    centre, in shares of the image, and reach, half a side, say where it lies, before jitter. One
+    of the maps, the window and the direction change from image to image. Drawn at twice the size.
+    """
+    maps, b, points = maps.clone(), len(maps), 16 * size
+    rows = torch.arange(b, device=maps.device)
+    which = table[rows, (256 * u[:, 1]).long()]
+    grow = 1 - jitter * (0.2 - 0.3 * u[:, 2])                       # U(0.8, 1.1) at jitter 1
+    grow = torch.minimum(grow, 0.98 / maps[rows, which, 6])
+    maps[rows, which] *= grow[:, None] * torch.tensor([1., 1, 0, 1, 1, 0, 1], device=u.device) \
+        + torch.tensor([0., 0, 1, 0, 0, 1, 0], device=u.device)
+    rolls = rolls[:, :ROUNDS * points // 2]
+    chosen = table.gather(1, torch.cat([rolls & 255, rolls >> 8], 1).long()) + 4 * rows[:, None]
+    maps, path = maps.flatten(0, 1)[:, :6].contiguous(), []
+    x = y = torch.zeros(b, points, device=u.device)
+    for t, hop in enumerate(chosen.view(b, ROUNDS, points).unbind(1)):
+        m = nn.functional.embedding(hop, maps).unbind(-1)
+        x, y = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
+        if t >= SETTLE:
+            path.append(torch.stack([x, y], 1))
+    path = torch.cat(path, 2) * torch.where(u[:, 3:5] < 0.5, -1, 1)[:, :, None]      # flips
+    low, high = path.amin(2, keepdim=True), path.amax(2, keepdim=True)
+    zoom = 2 * reach * (1 + 0.3 * jitter * (u[:, 5] - 0.6))
+    shift = centre + 0.3 * reach * jitter * (u[:, 6:8] - 0.5)
+    path = (path - (low + high) / 2) * (zoom[:, None] / (high - low).amax(1))[:, None] \
+        + shift[:, :, None]
+    at = (path * (2 * size)).floor()
+    inside = ((at >= 0) & (at < 2 * size)).all(1)
+    at = torch.where(inside, at[:, 1] * (2 * size) + at[:, 0], 0).long()
+    at += rows[:, None] * (2 * size) ** 2
+    counts = torch.bincount(torch.where(inside, at, b * (2 * size) ** 2).flatten(),
+                            minlength=b * (2 * size) ** 2 + 1)[:-1]
+    tone = nn.functional.avg_pool2d(counts.view(b, 1, 2 * size, 2 * size).float().log1p(), 2)
+    return tone / tone.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
+
+
+def in_shape(shape, x, y):
+    """Whether (x, y) lies in shape 0 disc, 1 square, 2 triangle or 3 bar, all of radius 1."""
+    if shape == 0:
+        return x * x + y * y < 1
+    if shape == 1:
+        return torch.maximum(x.abs(), y.abs()) < 0.7
+    if shape == 2:
+        return (y > -0.5) & (3 ** 0.5 * x.abs() + y < 1)
+    return (x.abs() < 0.95) & (y.abs() < 0.25)
+
+
+def front_leaves(which, radius, turn, x, y, size):
+    """int64 (B, size, size): which of the leaves is the front one, the last where there is none.
+
+    which: 0 to 3, as in in_shape; radius, x, y in shares of the image, turn of a circle; (B, n).
+    """
+    b, n = which.shape
+    front = torch.full((b * size * size,), n - 1, device=which.device)
+    image, order = torch.meshgrid(torch.arange(b, device=which.device),
+                                  torch.arange(n, device=which.device), indexing='ij')
+    radius, x, y = radius * size, (1.2 * x - 0.1) * size, (1.2 * y - 0.1) * size
+    side, smaller = 2, 0
+    while smaller < radius.max():               # leaves of one shape and about one size at a time
+        at, width = torch.arange(-side, side + 1, device=which.device), 2 * side + 1
+        for shape in range(4):
+            some = ((which == shape) & (radius > smaller) & (radius <= side)).nonzero(as_tuple=True)
+            columns, lines = (c[some].long()[:, None] + at for c in (x, y))
+            dx, dy = (torch.where((cells < 0) | (cells >= size), math.inf,
+                                  (cells + 0.5 - c[some][:, None]) / radius[some][:, None])
+                      for cells, c in ((columns, x), (lines, y)))
+            c, s = (f(2 * math.pi * turn[some])[:, None] for f in (torch.cos, torch.sin))
+            px = (c * dx)[:, None, :] + (s * dy)[:, :, None]        # not finite: out of the image
+            py = (c * dy)[:, :, None] - (s * dx)[:, None, :]
+            hit = in_shape(shape, px, py).flatten().nonzero()[:, 0]
+            leaf, cell = hit // width ** 2, hit % width ** 2
+            corner = (image[some] * size + lines[:, 0]) * size + columns[:, 0]
+            front.scatter_reduce_(0, corner[leaf] + cell // width * size + cell % width,
+                                  order[some][leaf], 'amin')
+        smaller, side = side, math.ceil(1.4 * side)
+    return front.view(b, size, size)
+
+
+def spread(seed, n, k):
+    """float64 (n, k): n points of the unit cube far from one another (Roberts's R sequence)."""
+    phi = 2.0
+    for _ in range(64):
+        phi = (1 + phi) ** (1 / (k + 1))
+    steps = np.outer(np.arange(1, n + 1), phi ** -np.arange(1.0, k + 1))
+    return (uniforms(seed, BANK, 0, 1, k) + steps) % 1
+
+
+def smooth_field(noise, slope, stretch=None, angle=None):
+    """Gaussian fields with power 1/f^slope and deviation 1: noise (B, 1, S, S), the rest (B,)."""
+    size = noise.shape[-1]
+    fy = torch.fft.fftfreq(size, device=noise.device)[:, None]
+    fx = torch.fft.rfftfreq(size, device=noise.device)
+    if angle is not None:
+        c, s, stretch = (v[:, None, None] for v in (angle.cos(), angle.sin(), stretch))
+        fx, fy = (c * fx + s * fy) * stretch ** 0.5, (c * fy - s * fx) / stretch ** 0.5
+    square = (fx ** 2 + fy ** 2).expand(len(noise), -1, -1).clone()
+    square[:, 0, 0] = math.inf                  # no mean
+    x = torch.fft.rfft2(noise) * (square ** (-slope[:, None, None] / 4))[:, None]
+    x = torch.fft.irfft2(x, s=(size, size))
+    return x / x.std((2, 3), keepdim=True)
+
+
+def hsv(hue, saturation, value):
+    """(..., 3) red, green and blue, all between 0 and 1."""
+    sixth = (6 * hue[..., None] + torch.tensor([0., 4, 2], device=hue.device)) % 6
+    pure = ((sixth - 3).abs() - 1).clamp(0, 1)
+    return value[..., None] * (1 - saturation[..., None] * (1 - pure))
+
+
+def background(u, noise, contrast):
+    """(B, 3, S, S): a smooth field in a faint colour, with a weaker one in another colour."""
+    one = torch.ones_like(u[:, 0])
+    tint = hsv(u[:, 20], 0.5 * u[:, 21], one)[:, :, None, None]
+    other = (hsv(u[:, 22], one, one) - 0.5)[:, :, None, None]
+    level, slope = 0.15 + 0.3 * u[:, 23, None, None, None], 2 + u[:, 24]
+    contrast = contrast * (0.8 + 0.4 * u[:, 25, None, None, None])
+    return tint * (level + contrast * smooth_field(noise[:, :1], slope)) \
+        + contrast / 2 * other * smooth_field(noise[:, 1:], slope)
+
+
+# ---------------------------------------------------------------------------------------------
+# Generated images from a network: one trained here, or the user's
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions that the condition scales and shifts, then attention if asked for."""
+    def __init__(self, c_in, c_out, emb, attention):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(16, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(16, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.condition = nn.Linear(emb, 2 * c_out)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.norm3 = nn.GroupNorm(16, c_out) if attention else None
+        self.attention = nn.MultiheadAttention(c_out, 4, batch_first=True) if attention else None
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x, e):
+        scale, shift = self.condition(e)[:, :, None, None].chunk(2, 1)
+        y = self.norm2(self.conv1(nn.functional.silu(self.norm1(x)))) * (1 + scale) + shift
+        x = self.skip(x) + self.conv2(nn.functional.silu(y))
+        if self.attention is not None:
+            tokens = self.norm3(x).flatten(2).transpose(1, 2)
+            tokens, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+            x = x + tokens.transpose(1, 2).reshape(x.shape)
+        return x
+
+
+class UNet(nn.Module):
+    """Velocity of a rectified flow: images (B, 3, S, S), time (B,), condition (B, classes + 1)."""
+    def __init__(self, size, num_classes, emb=256):
+        super().__init__()
+        if size % 8:
+            raise UserError(f'{size} px: the generator that is trained here needs a multiple of 8')
+        levels = 2
+        while size % 2 ** levels == 0 and size >> levels >= 4:
+            levels += 1
+        widths = ([64] * levels + [128, 192, 240])[-levels:]
+        small = [size >> k <= 8 for k in range(levels)]             # where there is attention
+        self.frequencies = nn.Parameter(torch.randn(64) * 8, requires_grad=False)
+        self.embed = nn.Sequential(nn.Linear(128 + num_classes + 1, emb), nn.SiLU(),
+                                   nn.Linear(emb, emb), nn.SiLU())
+        self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(ResBlock(widths[max(k - 1, 0)], widths[k], emb, small[k])
+                                  for k in range(levels))
+        self.middle = ResBlock(widths[-1], widths[-1], emb, True)
+        self.up = nn.ModuleList(ResBlock(widths[min(k + 1, levels - 1)] + widths[k], widths[k],
+                                         emb, small[k]) for k in reversed(range(levels)))
+        self.head = nn.Sequential(nn.GroupNorm(16, widths[0]), nn.SiLU(),
+                                  nn.Conv2d(widths[0], 3, 3, padding=1))
+
+    def forward(self, x, t, y):
+        phase = 2 * math.pi * t[:, None] * self.frequencies
+        e = self.embed(torch.cat([phase.cos(), phase.sin(), y], 1))
+        x, kept = self.stem(x), []
+        for block in self.down:
+            x = block(nn.functional.avg_pool2d(x, 2) if kept else x, e)
+            kept.append(x)
+        x = self.middle(x, e)
+        for block in self.up:
+            if x.shape != kept[-1].shape:
+                x = nn.functional.interpolate(x, scale_factor=2.0)
+            x = block(torch.cat([x, kept.pop()], 1), e)
+        return self.head(x)
+
+
+def conditions(labels, num_classes):
+    """float (B, classes + 1) of labels (B,) or (B, classes); the last column stands for "any"."""
+    rows = labels if labels.ndim == 2 else nn.functional.one_hot(labels, num_classes)
+    return nn.functional.pad(rows.float(), (0, 1))
+
+
+def flow_loss(network, x, y, seed, device):
+    """Of a rectified flow from noise to images x (arXiv 2209.03003), a tenth without labels y."""
+    rng = torch.Generator(device).manual_seed(seed)
+    t = torch.sigmoid(torch.randn(len(x), generator=rng, device=device))
+    noise = torch.randn(x.shape, generator=rng, device=device)
+    drop = (torch.rand(len(x), 1, generator=rng, device=device) < 0.1).float()
+    y = torch.cat([y[:, :-1] * (1 - drop), drop], 1)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
+        velocity = network(torch.lerp(noise, x, t[:, None, None, None]), t, y)
+    return (velocity.float() - (x - noise)).square().mean()
+
+
+def train_generator(source, folder, steps, minutes, seed, device):
+    """Train a flow on a Data, going on where `folder` left off; saves its generator.pt.
+
+    log.jsonl gets the mean loss of every 20 steps. All draws of a step come from its number.
+    """
+    about = {'classes': source.classes, 'size': source.image_size, 'mean': source.mean,
+             'std': source.std, 'labels': torch.from_numpy(source.labels), 'seed': seed,
+             'images': source.sha256()}
+    torch.manual_seed(seed)
+    network = UNet(source.image_size, len(source.classes)).to(device)
+    average = copy.deepcopy(network)                    # of the weights: what draws images
+    weights = [p for p in network.parameters() if p.requires_grad]
+    averages = [p for p in average.parameters() if p.requires_grad]
+    adam = torch.optim.Adam(weights, 3e-4)
+    batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
+    step, seconds, lines = 0, 0.0, []
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / 'checkpoint.pt').exists():
+        state = load_generator(folder / 'checkpoint.pt')
+        if any(state[key] != about[key] for key in ('images', 'seed', 'classes')):
+            raise UserError(f'{folder} is of other images or another seed: remove it, or choose '
+                            'another --out')
+        for key, item in (('network', network), ('average', average), ('adam', adam)):
+            item.load_state_dict(state[key])
+        step, seconds, lines = state['step'], state['seconds'], state['lines']
+    progress, began, saved = Progress(steps, 'steps', step), time.time() - seconds, time.time()
+    losses, late = [], seconds > 60 * minutes
+    while step < steps and not late:
+        for x, y in batches.epoch(*divmod(step, len(batches))):
+            loss = flow_loss(network, x, conditions(y, len(source.classes)),
+                             (seed * 10 ** 9 + step) % 2 ** 63, device)
+            loss.backward()
+            adam.param_groups[0]['lr'] = 3e-4 * min(1, (step + 1) / 200)
+            torch.nn.utils.clip_grad_norm_(weights, 1)
+            adam.step()
+            adam.zero_grad()
+            step += 1
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, weights, 1 - min(0.999, step / (step + 10)))
+            losses.append(loss.detach())
+            if step % 20 and step < steps:
+                continue
+            mean, seconds, losses = torch.stack(losses).mean().item(), time.time() - began, []
+            if not math.isfinite(mean):
+                raise UserError(f'{folder}: the loss is not finite at step {step}: another --seed')
+            lines.append({'step': step, 'loss': mean, 'seconds': round(seconds, 1)})
+            progress.update(step, f'loss {mean:.3f}')
+            late = seconds > 60 * minutes
+            if late or step == steps or time.time() - saved > 60:
+                saved = time.time()
+                save_generator(folder / 'checkpoint.pt', {
+                    **about, 'network': network.state_dict(), 'average': average.state_dict(),
+                    'adam': adam.state_dict(), 'step': step, 'seconds': seconds, 'lines': lines})
+                write_file(folder / 'log.jsonl', ''.join(json.dumps(x) + '\n' for x in lines))
+            if late or step == steps:
+                break
+    progress.close()
+    save_generator(folder / 'generator.pt', {**about, 'average': average.state_dict(),
+                                             'step': step})
+
+
+def save_generator(path, content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load_generator(path):
+    """What save_generator wrote."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        if not {'average', 'labels', 'classes', 'size', 'mean', 'std'} <= set(state):
+            raise ValueError('other contents')
+        return state
+    except OSError:
+        raise
+    except Exception as error:
+        raise UserError(f'{path} is no generator that was trained here ({first_line(error)}); for '
+                        'one of yours give a .pt2, or --generator_code as well') from None
+
+
+def trained_flow(state, device, guidance=1.5, steps=30):
+    """f(z, y) -> images between 0 and 1, of load_generator's state: Euler steps with guidance."""
+    classes, size = len(state['classes']), state['size']
+    network = UNet(size, classes).to(device).eval()
+    network.load_state_dict(state['average'])
+    mean, std = (torch.tensor(state[key], device=device)[:, None, None] for key in ('mean', 'std'))
+
+    def f(z, y):
+        x, y = z.view(-1, 3, size, size), conditions(y, classes)
+        y = torch.cat([y, conditions(torch.zeros_like(y[:, 1:]), classes)])
+        y[len(x):, -1] = 1
+        for k in range(steps):
+            t = torch.full((2 * len(x),), k / steps, device=device)
+            given, free = network(torch.cat([x, x]), t, y).chunk(2)
+            x = x + (free + guidance * (given - free)) / steps
+        return x * std + mean
+    return f
+
+
+def users_generator(args, device):
+    """f(z, y) -> images, from a program of torch.export or from code and a state dict."""
+    path, code = Path(args.generator), args.generator_code
+    if not path.is_file():
+        raise UserError(f'--generator {path}: neither one of {", ".join(FAMILIES)}, mixed and '
+                        'train nor a file: check its path')
+    if not args.trust_generator:
+        raise UserError(f'{code or path} is a program, and opening it can run any code: check '
+                        'where it comes from, then add --trust_generator')
+    logging.getLogger('torch.export').setLevel(logging.CRITICAL)    # what fails is said below
+    try:
+        if code:
+            file, _, factory = code.partition(':')
+            spec = importlib.util.spec_from_file_location('generator_code', file)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            network = getattr(module, factory)()
+            network.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
+            network.eval()
+        else:
+            network = torch.export.load(path).module()
+        network = network.to(device)
+    except Exception as error:
+        raise UserError(f'{code or path}: cannot be loaded ({first_line(error)}): give a '
+                        'torch.export program, or file.py:factory and its state dict') from None
+    if args.label_input == 'index':
+        return network
+    return lambda z, y: network(z, nn.functional.one_hot(y, args.num_classes).float())
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def latents(seed, start, count, z_dim, dist='normal', truncation=1.0):
+    """float (count, z_dim); truncnorm is cut at 2 before it is scaled, uniform is from -1 to 1."""
+    u = torch.from_numpy(uniforms(seed, DRAWS, start, count, z_dim))
+    cut = torch.special.ndtr(torch.tensor(-2.0, dtype=u.dtype))
+    z = {'normal': lambda: torch.special.ndtri(u), 'uniform': lambda: 2 * u - 1,
+         'truncnorm': lambda: torch.special.ndtri(cut + u * (1 - 2 * cut))}[dist]()
+    return (truncation * z).float()
+
+
+@torch.no_grad()
+def network_images(f, z, labels, low, high, size, device):
+    """uint8 (B, size, size, 3) of f(z, y), whose values are from low to high."""
+    try:
+        x = f(z.to(device), torch.from_numpy(labels).to(device))
+        shape = tuple(x.shape)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f'the generator fails on z {tuple(z.shape)} and {len(labels)} labels '
+                        f'({first_line(error)}): check --z_dim, --num_classes, --label_input') \
+            from None
+    if len(shape) != 4 or shape[0] != len(labels) or shape[1] not in (1, 3):
+        raise UserError(f'the generator gives {shape} for {len(labels)} images: N x C x H x W with '
+                        '1 or 3 channels is needed')
+    x = x.float()
+    if not x.isfinite().all():
+        raise UserError('the generator gives values that are not finite: check --truncation and z')
+    x = (x - low) / (high - low)
+    if min(shape[2:]) != size or shape[2] != shape[3]:
+        sides = [max(size, round(side * size / min(shape[2:]))) for side in shape[2:]]
+        x = nn.functional.interpolate(x, sides, mode='bicubic', antialias=True)
+        top, left = ((side - size) // 2 for side in sides)
+        x = x[:, :, top:top + size, left:left + size]
+    x = (x.clamp(0, 1) * 255).round().byte().expand(-1, 3, -1, -1)
+    return x.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def check_generator(f, z, labels, num_classes, low, high, device):
+    """UserError where the values of a user's f(z, y) are of another range, or y changes nothing."""
+    x, other = (network_images(f, z, y, low, high, 16, device) for y in (
+        labels, (labels + 1) % num_classes))
+    with torch.no_grad():
+        values = f(z.to(device), torch.from_numpy(labels).to(device)).float()
+    outside = ((values < low) | (values > high)).float().mean()
+    if outside > 0.25 or values.min() > (low + high) / 2 or values.max() < (low + high) / 2:
+        raise UserError(f'the generator gives values from {values.min():.3g} to '
+                        f'{values.max():.3g}: that is not --output_range={low:g},{high:g}')
+    if (x == other).all():
+        raise UserError('the generator gives the same images whatever the label: take one that is '
+                        'conditional, or check --label_input')
+
+
+# ---------------------------------------------------------------------------------------------
+# How learnable a set is: a fixed small network, and the nearest neighbour
+
+
+def fit_probe(data, rows, device, epochs=10):
+    """Train four convolutions on some images of a Data: 10 epochs, batch 128, Adam 1e-3.
+
+    Images above 64 px are averaged down to about that.
+    """
+    torch.manual_seed(0)
+    layers = [nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)]
+    for c_in, c_out in ((3, 32), (32, 64), (64, 128), (128, 128)):
+        layers += [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out),
+                   nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                            nn.Linear(128, len(data.classes))).to(
+        device, memory_format=torch.channels_last)
+    adam = torch.optim.Adam(network.parameters(), 1e-3)
+    loss_of = nn.functional.binary_cross_entropy_with_logits if data.multilabel \
+        else nn.functional.cross_entropy
+    batches = Batches(data, rows, min(128, len(rows)), device)
+    progress = Progress(epochs * len(batches), 'steps of the probe')
+    for epoch in range(epochs):
+        for step, (x, y) in enumerate(batches.epoch(epoch)):
+            loss_of(network(x), y).backward()
+            adam.step()
+            adam.zero_grad()
+            progress.update(epoch * len(batches) + step)
+    progress.close()
+    return network.eval()
+
+
+@torch.no_grad()
+def grade(predict, data, rows, device):
+    """Per cent right of predict(x) -> scores (B, classes); with several labels the mean AUC."""
+    batches = Batches(data, rows, 200, device, shuffle=False)
+    scores = torch.cat([predict(x).float() for x, _ in batches.epoch()]).cpu().numpy()
+    labels = data.labels[np.asarray(rows)]
+    if not data.multilabel:
+        return 100 * (scores.argmax(1) == labels).mean().item()
+    areas = []
+    for score, label in zip(scores.T, labels.T.astype(bool)):
+        if label.any() and not label.all():             # Mann and Whitney's statistic; ties half
+            below, upto = (np.searchsorted(np.sort(score[~label]), score[label], side)
+                           for side in ('left', 'right'))
+            areas.append((below + upto).mean() / 2 / (~label).sum())
+    return 100 * float(np.mean(areas))
+
+
+@torch.no_grad()
+def nearest_neighbour(data, rows, device):
+    """predict(x): the labels of the nearest of some images of a Data, by pixels."""
+    pool = nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)
+    batches = Batches(data, rows, 200, device, shuffle=False)
+    known = torch.cat([pool(x).flatten(1) for x, _ in batches.epoch()])
+    labels = conditions(torch.from_numpy(data.labels[rows]).to(device), len(data.classes))
+    return lambda x: labels[torch.cdist(pool(x).flatten(1), known).argmin(1)]
+
+
+def probe(data, device):
+    """Train on nine tenths of a Data, test on the rest: what --probe writes into meta.json."""
+    train, test = stratified_split(data.labels, 0.9, 0)
+    if not len(test):
+        raise UserError(f'--probe: {len(data)} images of {len(data.classes)} classes are too few')
+    return {'network': grade(fit_probe(data, train, device), data, test, device),
+            'nearest_neighbour': grade(nearest_neighbour(data, train, device), data, test, device),
+            'measure': 'mean AUC' if data.multilabel else 'accuracy', 'n_train': len(train),
+            'n_test': len(test)}
+
+
+def probe_against(data, args, device):
+    """Probes of a Data and of the real images that its generator learned, each on the other."""
+    real = read(args.source, args.data_dir, 'train', data.image_size, args.download)
+    test = read(args.source, args.data_dir, 'test', data.image_size) or real
+    some = np.sort(np.argsort(philox(0, CHOICE, count=len(real)))[:len(data)])
+    made_network = fit_probe(data, range(len(data)), device)
+    real_network = fit_probe(real, some, device)
+    return {'generated_to_real': grade(made_network, test, range(len(test)), device),
+            'real_to_generated': grade(real_network, data, range(len(data)), device),
+            'real_to_real': grade(real_network, test, range(len(test)), device)}
+
+
+# ---------------------------------------------------------------------------------------------
 # Writing a data set
 
 
 def write_noise(out, num_images, num_classes, image_size, seed, mode='uniform', multilabel=False,
-                form='array', force=False):
+                form='array', force=False, test=None):
     """Gaussian noise with random labels, as a data set in the folder `out`."""
     if mode == 'permute':
         raise UserError('--label_mode permute: noise has no true labels; take balanced')
@@ -268,11 +941,11 @@ def write_noise(out, num_images, num_classes, image_size, seed, mode='uniform', 
               for start in range(0, num_images, chunk))
     meta = {'kind': 'noise', 'seed': seed, 'mean': [127.5 / 255] * 3, 'std': [32 / 255] * 3,
             'classes': [str(k) for k in range(num_classes)], 'image_size': image_size}
-    write_set(out, meta, labels, chunks, form, force)
+    return write_set(out, meta, labels, chunks, form, force, test=test)
 
 
 def write_random_labels(out, source, seed, mode='uniform', label_noise=1.0, form='array',
-                        force=False):
+                        force=False, test=None):
     """New labels for the images of `source`, a Data, and a reference to those images."""
     labels = redraw_labels(source.labels, len(source.classes), seed, mode, label_noise)
     meta = {'kind': 'random_labels', 'seed': seed, 'mean': source.mean, 'std': source.std,
@@ -280,15 +953,77 @@ def write_random_labels(out, source, seed, mode='uniform', label_noise=1.0, form
             'label_noise': label_noise, 'source': source.origin}
     chunks = (source.get(range(start, min(start + 256, len(labels))))
               for start in range(0, len(labels), 256))
-    write_set(out, meta, labels, chunks, form, force, reference=source)
+    return write_set(out, meta, labels, chunks, form, force, source, test)
 
 
-def write_set(out, meta, labels, chunks, form='array', force=False, reference=None):
+def generated_set(args, device):
+    """What --generator makes: (labels, class names, size, images to make at once, make).
+
+    make(start, count) gives the images of a slice, uint8 (count, size, size, 3).
+    """
+    n, classes, size, seed = args.num_images, args.num_classes, args.image_size or 32, args.seed
+    labels, names = draw_labels(seed, n, classes, 'balanced'), [str(k) for k in range(classes)]
+    if args.generator in (*FAMILIES, 'mixed'):
+        if args.multilabel:
+            shares = np.resize(list(CHEXPERT.values()), classes)
+            labels = (uniforms(seed, LABELS, 0, n, classes) < shares).astype(np.uint8)
+            names = list(CHEXPERT) if classes == len(CHEXPERT) else names
+        images = Procedural(args.generator, labels, classes, size, seed, args.difficulty,
+                            args.systems_per_class or (8 if classes < 1000 else 1), device)
+        return labels, names, size, images.chunk * torch.get_num_threads(), images.images
+    low, high, z = 0, 1, ('normal', 1)
+    path = Path(args.generator)
+    if args.generator == 'train':
+        source = read(args.source, args.data_dir, 'train', args.image_size, args.download)
+        path = Path(f'{args.out}.generator')
+        train_generator(source, path, args.generator_steps, args.time_limit, seed, device)
+        path /= 'generator.pt'
+    if path.suffix == '.pt' and not args.generator_code:
+        state = load_generator(path)
+        names, size, rows = state['classes'], state['size'], state['labels'].numpy()
+        f, z_dim = trained_flow(state, device), 3 * size * size
+        labels = draw_labels(seed, n, len(names), 'balanced')
+        if rows.ndim == 2:              # vectors of labels that the source has
+            labels = rows[(philox(seed, LABELS, count=n) % np.uint64(len(rows))).astype(np.int64)]
+    else:
+        f, z_dim, z = users_generator(args, device), args.z_dim, (args.z_dist, args.truncation)
+        low, high = map(float, args.output_range.split(','))
+
+        # A program may know no other number of images than 64.
+        labels_64, z_64 = np.resize(labels, 64), latents(seed, 0, 64, z_dim, *z)
+        check_generator(f, z_64, labels_64, classes, low, high, device)
+
+    def make(start, count):
+        b = count if path.suffix == '.pt' and not args.generator_code else 64
+        y = np.resize(labels[start:start + count], (b, *labels.shape[1:]))
+        return network_images(f, latents(seed, start, b, z_dim, *z), y, low, high, size,
+                              device)[:count]
+
+    return labels, names, size, 64, make
+
+
+def write_generated(out, args, device, form='array', force=False, test=None):
+    """Generated images and the labels that they were made for, as a data set in the folder."""
+    learned = args.generator == 'train' or args.generator.endswith('.pt')     # its own classes
+    if args.num_images < args.num_classes and not args.multilabel and not learned:
+        raise UserError(f'--num_images {args.num_images} cannot hold {args.num_classes} classes: '
+                        'raise it')
+    if os.path.exists(out) and not force:
+        raise UserError(f'{out} exists already: choose another --out, or --force to replace it')
+    labels, names, size, chunk, make = generated_set(args, device)
+    meta = {'kind': 'generated', 'seed': args.seed, 'classes': names, 'image_size': size,
+            'generator': args.generator, 'difficulty': args.difficulty, 'device': device.type}
+    chunks = (make(start, min(chunk, len(labels) - start))
+              for start in range(0, len(labels), chunk))
+    return write_set(out, meta, labels, chunks, form, force, test=test)
+
+
+def write_set(out, meta, labels, chunks, form='array', force=False, reference=None, test=None):
     """Stream chunks of images (uint8, n x H x W x 3) and their labels into the folder `out`.
 
     form: 'array' writes images.npy (none where `reference` is a Data that has the images) and
     labels.npy; 'folder' a tree of PNG files, a folder for each class. meta.json and sheet.png
-    are written beside them.
+    are written beside them; meta['probe'] is what test(Data) makes of the set. Returns images/s.
     """
     if form == 'folder' and labels.ndim == 2:
         raise UserError('--format folder has one class for each image: leave out --multilabel')
@@ -298,9 +1033,10 @@ def write_set(out, meta, labels, chunks, form='array', force=False, reference=No
                            for name in meta['classes']]
     shape = (len(labels), meta['image_size'], meta['image_size'], 3)
     meta = {**meta, 'num_images': len(labels), 'multilabel': labels.ndim == 2, 'format': form}
-    progress = Progress(len(labels), 'images')
+    progress, began = Progress(len(labels), 'images'), time.time()
     with new_folder(out, force) as folder:
         digest, shown, done = hashlib.sha256(), [], 0
+        counts = np.zeros((3, 256), np.int64)
         images = None
         if form == 'array' and reference is None:
             images = open(folder / 'images.npy', 'wb')  # noqa: SIM115
@@ -309,6 +1045,7 @@ def write_set(out, meta, labels, chunks, form='array', force=False, reference=No
         with images or contextlib.nullcontext():
             for chunk in chunks:
                 shown += list(chunk[:max(0, 100 - len(shown))])
+                counts += [np.bincount(c, minlength=256) for c in chunk.reshape(-1, 3).T]
                 if images:
                     images.write(chunk.tobytes())
                     digest.update(chunk.tobytes())
@@ -320,16 +1057,26 @@ def write_set(out, meta, labels, chunks, form='array', force=False, reference=No
                 if form == 'array' and reference is not None and done >= 100:
                     break
         progress.close()
+        rate = done / (time.time() - began)
         if form == 'array':
             np.save(folder / 'labels.npy', labels)
         by_reference = form == 'array' and reference is not None
         meta['sha256'] = {'images': reference.sha256() if by_reference else digest.hexdigest(),
                           'labels': hashlib.sha256(labels.tobytes()).hexdigest()}
+        if 'mean' not in meta:
+            mean = counts @ np.arange(256) / counts.sum(1)
+            variance = counts @ np.arange(256) ** 2 / counts.sum(1) - mean ** 2
+            meta['mean'] = (mean / 255).tolist()
+            meta['std'] = (np.sqrt(np.maximum(variance, 1)) / 255).tolist()
         contact_sheet(np.stack(shown), labels[:len(shown)], meta).save(folder / 'sheet.png')
         meta['command'] = shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]])
         meta['versions'] = {'python': sys.version.split()[0], 'numpy': np.__version__,
                             'pillow': Image.__version__, 'torch': torch.__version__}
         write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
+        if test:
+            meta['probe'] = test(read_written(folder, None, 'train'))
+            write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
+    return rate
 
 
 def write_pngs(folder, chunk, labels, start, classes):
@@ -374,7 +1121,7 @@ def contact_sheet(images, labels, meta):
 class Data:
     """One split of a data set. Images are uint8 arrays (N, H, W, 3), or files read when needed."""
     name: str                   # what the user called it
-    kind: str                   # 'real', 'noise', 'random_labels'
+    kind: str                   # 'real', 'noise', 'random_labels', 'generated'
     images: object              # array, or list of paths
     labels: np.ndarray          # int64 (N,), or uint8 (N, classes) where several labels hold
     classes: list
@@ -423,7 +1170,8 @@ def read(name, data_dir='data', split='train', image_size=None, download=False):
     if name in CIFAR:
         data = read_cifar(name, data_dir, split, download)
     elif not Path(name).is_dir():
-        raise UserError(f'{name}: neither a folder nor cifar10, cifar100, noise, random_labels')
+        raise UserError(f'{name}: neither a folder nor cifar10, cifar100, noise, random_labels, '
+                        'generated')
     elif (Path(name) / 'meta.json').exists():
         data = read_written(Path(name), data_dir, split)
     else:
@@ -481,7 +1229,8 @@ def read_meta(folder):
                     for k in ('mean', 'std')) and min(meta['std']) > 0
         if meta['format'] == 'array':
             meta['sha256']['labels'], meta['sha256']['images']
-            sound = sound and (meta['kind'] == 'noise' or 'name' in meta['source'])
+            sound = sound and (
+                meta['kind'] != 'random_labels' or 'name' in meta['source'])
         if not sound:
             raise ValueError
         return meta
@@ -703,9 +1452,14 @@ def read_image(path, image_size):
 
 def refuse_unused(args, kind):
     """UserError for a setting of unreal data that `kind` would pass over in silence."""
-    for name in SETTINGS.keys() - USED.get(kind, set()):
+    used = USED.get(kind, set())
+    if kind == 'generated':
+        kind = args.generator
+        ours = kind.endswith('.pt') and not getattr(args, 'generator_code', None)
+        used = used | USED_BY.get(kind, set() if ours else USED_BY['FILE'])
+    for name in SETTINGS.keys() - used:
         by_quick = name == 'num_images' and getattr(args, 'quick', False)
-        if getattr(args, name) != SETTINGS[name] and not by_quick:
+        if getattr(args, name, SETTINGS[name]) != SETTINGS[name] and not by_quick:
             raise UserError(f'--{name} means nothing for {kind}: leave it out')
 
 
@@ -730,6 +1484,16 @@ def find_or_make(args):
                    f'-seed{args.data_seed}')
         make = functools.partial(write_random_labels, folder, source, args.data_seed,
                                  args.label_mode, args.label_noise)
+    elif args.data == 'generated':
+        if args.generator not in (*FAMILIES, 'mixed'):
+            raise UserError(f'--generator {args.generator}: make this set with generate_data.py, '
+                            'and give its folder as --data')
+        folder /= (f'generated-{args.generator}-{args.difficulty}-{args.num_images}x{size}px-'
+                   f'{args.num_classes}classes'
+                   + f'-systems{args.systems_per_class}' * (args.systems_per_class is not None)
+                   + f'{"-multilabel" * args.multilabel}-seed{args.data_seed}')
+        settings = argparse.Namespace(**{**vars(args), 'seed': args.data_seed})
+        make = functools.partial(write_generated, folder, settings, torch.device('cpu'))
     else:
         data = read(args.data, args.data_dir, 'train', args.image_size, args.download)
         if data.image_size < 8:
@@ -854,53 +1618,113 @@ def square_mask(centres, side, size):
 @one_line_errors
 def main(argv=None):
     parser = Parser(prog='generate_data.py', description=__doc__.split('\n')[0])
-    parser.add_argument('--kind', required=True, choices=['noise', 'random_labels'])
+    parser.add_argument('--kind', required=True, choices=list(USED))
     parser.add_argument('--out', required=True, help='folder to write')
     parser.add_argument('--force', action='store_true', help='replace the folder if it exists')
     parser.add_argument('--format', default='array', choices=['array', 'folder'],
                         help='two arrays, or a tree of PNG files')
     parser.add_argument('--seed', type=number(int, 0, 2 ** 62), default=0,
                         help='of pixels and labels')
+    parser.add_argument('--like', choices=list(LIKE), help='number, classes and size of a target')
+    parser.add_argument('--probe', action='store_true',
+                        help='train a small network on the set, and write how well it did')
+    parser.add_argument('--gpu', type=number(int, -1), default=-1,
+                        help='CUDA device of generators and --probe, -1: the CPU')
     add_label_flags(parser)
     parser.add_argument('--image_size', type=number(int, 1, 4096),
                         help='pixels: 32 for noise; folders are resized to it')
+    group = parser.add_argument_group('--generator train, or a file')
+    group.add_argument('--generator_steps', type=number(int, 1))
+    group.add_argument('--time_limit', type=number(float, 0, open_low=True),
+                       help='minutes of training')
+    group.add_argument('--generator_code', help='file.py:factory, whose state dict the file is')
+    group.add_argument('--trust_generator', action='store_true', help='open a program of others')
+    group.add_argument('--z_dim', type=number(int, 1))
+    group.add_argument('--z_dist', choices=['normal', 'truncnorm', 'uniform'])
+    group.add_argument('--truncation', type=number(float, 0, open_low=True))
+    group.add_argument('--label_input', choices=['index', 'onehot'])
+    group.add_argument('--output_range', choices=['-1,1', '0,1', '0,255'],
+                       help='written --output_range=-1,1')
+    parser.set_defaults(**SETTINGS)
+    parser.set_defaults(**LIKE.get(parser.parse_args(argv).like, {}))
     args = parser.parse_args(argv)
 
     refuse_unused(args, args.kind)
+    device = choose_device(args.gpu)
+
+    def test(data):
+        print('probing')
+        return {**probe(data, device), **(probe_against(data, args, device)
+                                          if args.generator == 'train' else {})}
+
+    common = args.format, args.force, test if args.probe else None
     if args.kind == 'noise':
-        write_noise(args.out, args.num_images, args.num_classes, args.image_size or 32, args.seed,
-                    args.label_mode, args.multilabel, args.format, args.force)
+        rate = write_noise(args.out, args.num_images, args.num_classes, args.image_size or 32,
+                           args.seed, args.label_mode, args.multilabel, *common)
     elif args.kind == 'random_labels':
         source = read(args.source, args.data_dir, 'train', args.image_size, args.download)
         inside = os.path.commonpath([os.path.abspath(p) for p in (args.out, args.source)])
         if Path(args.source).is_dir() and inside in map(os.path.abspath, (args.out, args.source)):
             raise UserError(f'--out {args.out} and --source {args.source}: one lies in the other; '
                             'write elsewhere')
-        write_random_labels(args.out, source, args.seed, args.label_mode, args.label_noise,
-                            args.format, args.force)
-    print(f'wrote {args.out}: look at {Path(args.out) / "sheet.png"}')
+        rate = write_random_labels(args.out, source, args.seed, args.label_mode, args.label_noise,
+                                   *common)
+    else:
+        rate = write_generated(args.out, args, device, *common)
+    found = read_meta(Path(args.out)).get('probe', {})
+    print(f'wrote {args.out}, {rate:,.0f} images/s: look at {Path(args.out) / "sheet.png"}')
+    if found:
+        print(f'probe {found["network"]:.1f}%, nearest neighbour {found["nearest_neighbour"]:.1f}% '
+              f'({found["measure"]}, {found["n_train"]:,} to train, {found["n_test"]:,} to test)')
+    if 'generated_to_real' in found:
+        print(f'train on generated, test on real: {found["generated_to_real"]:.1f}%\n'
+              f'train on real, test on generated: {found["real_to_generated"]:.1f}%\n'
+              f'train on as many real, test on real: {found["real_to_real"]:.1f}%')
     print(f'next: python search.py --data {shlex.quote(args.out)} --gpu 0')
 
 
-# Settings of unreal data, with their defaults, and what each kind makes of them
+# Settings of unreal data, with their defaults, and what each kind and generator makes of them
 SETTINGS = dict(num_images=50000, num_classes=10, multilabel=False, source='cifar10',
-                label_mode='uniform', label_noise=1.0)
+                label_mode='uniform', label_noise=1.0, generator='fractal', difficulty='medium',
+                systems_per_class=None, generator_steps=50000, time_limit=math.inf,
+                generator_code=None, trust_generator=False, z_dim=128, z_dist='normal',
+                truncation=1.0, label_input='index', output_range='-1,1')
 USED = {'noise': {'num_images', 'num_classes', 'multilabel', 'label_mode'},
-        'random_labels': {'source', 'label_mode', 'label_noise'}}
+        'random_labels': {'source', 'label_mode', 'label_noise'},
+        'generated': {'num_images', 'generator'}}
+USED_BY = {
+    'fractal': {'num_classes', 'difficulty', 'systems_per_class', 'multilabel'},
+    'spectrum': {'num_classes', 'difficulty'}, 'deadleaves': {'num_classes', 'difficulty'},
+    'mixed': {'num_classes', 'difficulty', 'systems_per_class'},
+    'train': {'source', 'generator_steps', 'time_limit'},
+    'FILE': {'num_classes', 'generator_code', 'trust_generator', 'z_dim', 'z_dist', 'truncation',
+             'label_input', 'output_range'}}
+LIKE = {'cifar10': dict(num_images=50000, num_classes=10, image_size=32),
+        'cifar100': dict(num_images=50000, num_classes=100, image_size=32),
+        'imagenet': dict(num_images=128000, num_classes=1000, image_size=224),
+        'chexpert': dict(num_images=20000, num_classes=14, image_size=224, multilabel=True)}
 
 
 def add_label_flags(parser):
     """The flags of unreal data that generate_data.py, search.py and retrain.py share."""
     group = parser.add_argument_group('unreal data')
-    group.add_argument('--num_images', type=number(int, 1, 10 ** 9), help='of noise')
-    group.add_argument('--num_classes', type=number(int, 1, 10 ** 6), help='of noise')
-    group.add_argument('--multilabel', action='store_true', help='noise with labels of 0 or 1')
-    group.add_argument('--source', help='whose images get random labels')
+    group.add_argument('--num_images', type=number(int, 1, 10 ** 9), help='of an unreal set')
+    group.add_argument('--num_classes', type=number(int, 1, 10 ** 6), help='of an unreal set')
+    group.add_argument('--multilabel', action='store_true',
+                       help='labels of 0 or 1: of noise and fractals')
+    group.add_argument('--source', help='whose images get random labels, or train a generator')
     group.add_argument('--label_mode', choices=['uniform', 'balanced', 'permute'],
                        help='how random labels are drawn')
     group.add_argument('--label_noise', type=number(float, 0, 1),
                        help='share of the true labels that is drawn anew')
-    parser.set_defaults(**SETTINGS)
+    group.add_argument('--generator', metavar='{fractal,spectrum,deadleaves,mixed,train,FILE}',
+                       help='of generated images')
+    group.add_argument('--difficulty', choices=list(DIFFICULTY), help='of generated images')
+    group.add_argument('--systems_per_class', type=number(int, 1, 10 ** 4),
+                       help='fractals of a class: 8, or 1 for 1,000 classes and more')
+    parser.set_defaults(**{name: SETTINGS[name] for name in (
+        'num_images', 'num_classes', 'multilabel', 'source', 'label_mode', 'label_noise',
+        'generator', 'difficulty', 'systems_per_class')})
     group.add_argument('--data_dir', default='data', help='folder of the real data sets')
     group.add_argument('--download', action='store_true', help='let torchvision fetch CIFAR')
 

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 from evaluate import (GraphedStep, Running, add_run_flags, changed_by_a_step, check_finite,
-                      check_rates, choose_device, correct, find_genotype, load_states, loss_of,
-                      open_run, peak_memory_mib, random_states, run_name, save_file, shortened,
-                      test, write_log)
-from generate_data import (CIFAR, Batches, Parser, Progress, UserError, find_or_make,
-                           number, one_line_errors, read)
+                      check_rates, correct, find_genotype, load_states, loss_of, open_run,
+                      peak_memory_mib, random_states, run_name, save_file, shortened, test,
+                      write_log)
+from generate_data import (CIFAR, Batches, Parser, Progress, UserError, choose_device,
+                           find_or_make, number, one_line_errors, read)
 from model_search import Network
 
 import numpy as np

@@ -19,11 +19,11 @@ from functools import partial
 from pathlib import Path
 
 from evaluate import (GraphedStep, Running, add_run_flags, changed_by_a_step, check_finite,
-                      check_rates, choose_device, correct, load_states, loss_of, open_run,
-                      peak_memory_mib, random_states, run_name, save_file, set_tf32, shortened,
-                      write_log)
-from generate_data import (CIFAR, USED, Batches, Parser, Progress, UserError, find_or_make,
-                           number, one_line_errors, stratified_split, write_file)
+                      check_rates, correct, load_states, loss_of, open_run, peak_memory_mib,
+                      random_states, run_name, save_file, shortened, write_log)
+from generate_data import (CIFAR, USED, Batches, Parser, Progress, UserError, choose_device,
+                           find_or_make, number, one_line_errors, set_tf32, stratified_split,
+                           write_file)
 from genotypes import draw, random_genotype, to_json
 from model_search import Network
 

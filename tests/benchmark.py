@@ -1,6 +1,6 @@
 """Time, calls and memory of our steps against the textbook's, the same weights in both.
 
-    python tests/benchmark.py                   # the table; about 15 minutes on two cores
+    python tests/benchmark.py                   # the table; about 20 minutes on two cores
     python tests/benchmark.py --only darts1_b16 --json
     python tests/benchmark.py --curve           # seconds a step by batch, width and image size
     python tests/benchmark.py --input           # what the data cost, beside the step
@@ -142,13 +142,12 @@ def launches(partial, unrolled, _):
 
 def peaks(case):
     """Peak MiB of one step above what was held before it, (ours, book's), each in a process."""
-    runs = [subprocess.Popen([sys.executable, __file__, '--only', case, '--peak', side],
-                             stdout=subprocess.PIPE, text=True) for side in ('ours', 'book')]
-    return [float(run.communicate()[0]) for run in runs]
+    command = [sys.executable, __file__, '--only', case, '--peak']
+    return [float(subprocess.run([*command, side], stdout=subprocess.PIPE, text=True,
+                                 check=True).stdout) for side in ('ours', 'book')]
 
 
 def print_peak(case, side):
-    torch.set_num_threads(1)            # both sides run at once
     step = steps(*CASES[case][:3], ('ours', 'book') if side == 'book' else ('ours',))[side]
     held = evaluate.peak_memory_mib(CPU)
     step()

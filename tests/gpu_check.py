@@ -18,6 +18,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import benchmark
 import evaluate
+import generate_data
 from model_search import Network
 
 import textbook
@@ -74,7 +75,7 @@ def timing(name, way, device, seconds=6.0):
     partial, unrolled, size, images, _ = RUNS[name]
     side, graph, flags = WAYS[way]
     sides = ('ours',) if side == 'ours' else ('ours', 'book')
-    evaluate.set_tf32('--tf32' in flags)
+    generate_data.set_tf32('--tf32' in flags)
     step = benchmark.steps(partial, unrolled, size, sides, device=device, graph=graph,
                            flags=flags)[side]
     with benchmark.Calls() as calls:
@@ -93,7 +94,7 @@ def timing(name, way, device, seconds=6.0):
             synchronize()
     synchronize()
     ms = 1000 * (time.perf_counter() - began) / count
-    evaluate.set_tf32(False)
+    generate_data.set_tf32(False)
     return {'ms': ms, 'calls': calls.count, 'peak_mib': evaluate.peak_memory_mib(device),
             'images_per_second': 1000 * images / ms, 'n': count}
 
@@ -131,7 +132,7 @@ def main(argv=None):
     if not torch.cuda.is_available():
         print('no CUDA on this machine: nothing to check here')
         return
-    device = evaluate.choose_device(args.gpu)
+    device = generate_data.choose_device(args.gpu)
     print(evaluate.hardware(device), 'torch', torch.__version__)
     differences, timings = check(device)
     if args.json:
