@@ -2,12 +2,18 @@
 
     python generate_data.py --kind noise --out data/noise             # 50,000 x 32 px, seconds
     python generate_data.py --kind random_labels --source cifar10 --out data/random_labels
-    python generate_data.py --kind noise --out data/small --num_images 1000        # one second
+    python generate_data.py --kind generated --out data/generated     # fractals, about a minute
+    python generate_data.py --kind generated --generator mixed --like imagenet --out data/mixed
+    python generate_data.py --kind generated --generator train --source cifar10 --out data/learned
+    python generate_data.py --kind generated --num_images 2000 --probe --out data/small   # a minute
 
 A set is made in a hidden folder and renamed when whole, so a run that was stopped is simply run
-again. `noise` is Gaussian pixels with random labels; `random_labels` is new labels for a source's
-images, which stay where they are: cifar10 or cifar100 in their python layout under --data_dir, a
-written set, or a folder with a folder of images for each class (train/ and val/, or one tree).
+again; `--generator train` keeps its training in OUT.generator/ and goes on from there. `noise` is
+Gaussian pixels with random labels; `random_labels` is new labels for a source's images, which stay
+where they are: cifar10 or cifar100 in their python layout under --data_dir, a written set, or a
+folder with a folder of images for each class (train/ and val/, or one tree). `generated` draws
+images for labels: by formula (fractal, spectrum, deadleaves, mixed), by a generator that is trained
+on a source's images, or by FILE, a generator of yours.
 """
 import argparse
 import contextlib
@@ -334,7 +340,7 @@ class Procedural:
         self.maps, self.table = (t.to(device) for t in fractal_bank(seed, num_classes * systems))
         self.spectra, leaves = torch.from_numpy(spread(seed, num_classes, 8)).float().to(
             device).split([3, 5], 1)
-        mix = leaves[:, 1:].log().abs() ** 1.5
+        mix = leaves[:, 1:].log().abs() ** 3         # one or two shapes prevail
         self.leaves = torch.cat([leaves[:, :1], mix / mix.sum(1, keepdim=True)], 1)
 
     def images(self, start, count):
@@ -398,7 +404,7 @@ class Procedural:
 
     def spectrum(self, labels, u, rolls, noise):
         """Gaussian fields with power 1/f^slope, stretched along an angle, between two colours."""
-        strays = torch.tensor([0.14, 0.14, 0.07], device=u.device) * self.jitter
+        strays = torch.tensor([0.17, 0.17, 0.085], device=u.device) * self.jitter
         slope, stretch, turn = (self.spectra[labels] + strays * (2 * u[:, :3] - 1)).unbind(1)
         angle = math.pi / 2 * turn * (1 - 2 * (u[:, 10] < 0.5).float())     # flips keep the class
         x = smooth_field(noise[:, :1], 0.8 + 2.7 * slope, 8 ** (0.1 + stretch), angle)
@@ -411,10 +417,11 @@ class Procedural:
     def deadleaves(self, labels, u, rolls, noise):
         """Shapes that cover one another (arXiv 2106.05963), more small ones than large ones."""
         exponent, *shares = self.leaves[labels].unbind(1)
-        exponent = 2 + 2.5 * (exponent + 0.1 * self.jitter * (2 * u[:, 0] - 1))
+        exponent = 8 * exponent + 0.2 * self.jitter * (2 * u[:, 0] - 1)      # published: 3
+        exponent = torch.where((exponent - 1).abs() < 0.01, 1.01, exponent)
         draws = ((rolls[:, :8 * LEAVES].view(-1, 8, LEAVES) + 0.5) / 65536).unbind(1)
         which = (draws[1][..., None] > torch.stack(shares, 1).cumsum(1)[:, None, :3]).sum(-1)
-        low, high, power = 0.05, 0.45, (1 - exponent)[:, None]      # radius / size of the image
+        low, high, power = 0.03, 0.5, (1 - exponent)[:, None]      # radius / size of the image
         radius = (low ** power + draws[0] * (high ** power - low ** power)) ** (1 / power)
         fine = 2 * self.size if self.size < 128 else 3 * self.size // 2
         front = front_leaves(which, radius, *draws[2:5], fine)
@@ -422,7 +429,7 @@ class Procedural:
         colours = hsv(hue, u[:, 2:3] * draws[6], 0.15 + 0.8 * draws[7])
         x = torch.stack([c.gather(1, front.flatten(1)) for c in colours.unbind(-1)], 1)
         x = nn.functional.adaptive_avg_pool2d(x.view(-1, 3, fine, fine), self.size)
-        return x + self.contrast / 2 * smooth_field(noise[:, :1], 2 + u[:, 3])
+        return x + self.contrast / 3 * smooth_field(noise[:, :1], 2 + u[:, 3])
 
 
 def fractal_bank(seed, n):
@@ -490,14 +497,14 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
 
 
 def in_shape(shape, x, y):
-    """Whether (x, y) lies in shape 0 disc, 1 square, 2 triangle or 3 bar, all of radius 1."""
+    """Whether (x, y) lies in shape 0 disc, 1 ring, 2 triangle or 3 bar, all of radius 1."""
     if shape == 0:
         return x * x + y * y < 1
     if shape == 1:
-        return torch.maximum(x.abs(), y.abs()) < 0.7
+        return (x * x + y * y - 0.72).abs() < 0.28
     if shape == 2:
         return (y > -0.5) & (3 ** 0.5 * x.abs() + y < 1)
-    return (x.abs() < 0.95) & (y.abs() < 0.25)
+    return (x.abs() < 0.98) & (y.abs() < 0.14)
 
 
 def front_leaves(which, radius, turn, x, y, size):
