@@ -3,6 +3,7 @@
     network = Network(16, 10, 8)                                  # supernet of DARTS
     network = Network(16, 10, 8, partial=4)                       # supernet of PC-DARTS
     network = Network(36, 10, 20, DARTS_V2, auxiliary=True)       # derived network, as retrained
+    network = Network(48, 1000, 14, DARTS_V2, stem='imagenet')    # for images of 224 px
 
 A derived cell is a supernet cell with one operation left per edge, affine BatchNorm and nothing to
 mix. Work is done state by state, not edge by edge: see MixedOp.
@@ -227,38 +228,52 @@ class HalvingPreprocess(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """A classifier at two thirds of the depth that helps training; maps of 8 px or more."""
-    def __init__(self, channels, num_classes):
+    """A classifier at two thirds of the depth that helps training.
+
+    Maps of 8 px or more; with the ImageNet stem 7 or more, and then, as in DARTS's code, without
+    BatchNorm after the last convolution.
+    """
+    def __init__(self, channels, num_classes, stem):
         super().__init__()
+        last = nn.BatchNorm2d(768) if stem == 'cifar' else nn.Identity()
         self.features = nn.Sequential(
-            nn.ReLU(), nn.AvgPool2d(5, stride=3, count_include_pad=False),
+            nn.ReLU(), nn.AvgPool2d(5, 3 if stem == 'cifar' else 2, count_include_pad=False),
             nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(inplace=True),
-            nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(inplace=True))
+            nn.Conv2d(128, 768, 2, bias=False), last, nn.ReLU(inplace=True))
         self.classifier = nn.Linear(768, num_classes)
 
     def forward(self, x):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
+def image_stem(channels):
+    """Two modules for images of many pixels: to a quarter of the size, and on to an eighth."""
+    def halving(c_in, c_out):
+        return nn.Conv2d(c_in, c_out, 3, 2, 1, bias=False), BatchNorm(c_out)
+    return (nn.Sequential(*halving(3, channels // 2), nn.ReLU(inplace=True),
+                          *halving(channels // 2, channels)),
+            nn.Sequential(nn.ReLU(), *halving(channels, channels)))
+
+
 class Network(nn.Module):
     """Stem, cells with a reduction at one and at two thirds of the depth, pooling, classifier.
 
-    genotype: None builds the supernet, with its alphas; a Genotype the derived network.
+    stem: 'cifar', one convolution, or 'imagenet', three of stride 2. genotype: None builds the supernet, with its alphas; a Genotype the derived network.
     forward(x): (B, 3, H, W) -> logits (B, num_classes); a training network with an auxiliary
     head gives its logits too. drop_path_prob is an attribute, set from outside, as in DARTS: a
     number, or a tensor on the device where a CUDA graph must see it change.
     """
     def __init__(self, init_channels, num_classes, layers, genotype=None, partial=1,
-                 auxiliary=False):
+                 auxiliary=False, stem='cifar'):
         super().__init__()
         affine = genotype is not None
         self.partial, self.drop_path_prob = partial, None
-        stem_channels = 3 * init_channels
-        self.stem = nn.Sequential(nn.Conv2d(3, stem_channels, 3, padding=1, bias=False),
-                                  BatchNorm(stem_channels))
+        channels, reduction_before = init_channels, stem == 'imagenet'
+        self.stem, self.stem1 = image_stem(channels) if stem == 'imagenet' else (
+            nn.Sequential(nn.Conv2d(3, 3 * channels, 3, padding=1, bias=False),
+                          BatchNorm(3 * channels)), None)
         self.cells, self.auxiliary_at = nn.ModuleList(), None
-        before = last = stem_channels
-        channels, reduction_before = init_channels, False
+        before = last = channels if stem == 'imagenet' else 3 * channels
         for layer in range(layers):
             reduction = layer in (layers // 3, 2 * layers // 3)
             channels *= 2 if reduction else 1
@@ -267,7 +282,8 @@ class Network(nn.Module):
                                    concat, affine, partial))
             before, last, reduction_before = last, len(concat) * channels, reduction
             if auxiliary and layer == 2 * layers // 3:
-                self.auxiliary_at, self.auxiliary_head = layer, AuxiliaryHead(last, num_classes)
+                self.auxiliary_at = layer
+                self.auxiliary_head = AuxiliaryHead(last, num_classes, stem)
         self.reductions = [layer in (layers // 3, 2 * layers // 3) for layer in range(layers)]
         self.classifier = nn.Linear(last, num_classes)
         if genotype is None:
@@ -281,6 +297,8 @@ class Network(nn.Module):
     def forward(self, x):
         mixing = self.mixing() if hasattr(self, 'alphas') else {}
         s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))
+        if self.stem1:
+            s1 = self.stem1(s0)
         auxiliary_logits, leaving = None, {}
         for layer, (cell, reduction) in enumerate(zip(self.cells, self.reductions)):
             kind = 'reduce' if reduction else 'normal'
