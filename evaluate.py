@@ -24,10 +24,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CIFAR, Batches, Parser, UserError, add_label_flags, choose_device, fcntl,
-                           number, one_line_errors, read, write_file)
+from generate_data import (CHEXPERT, REAL, SETTINGS, Batches, Parser, UserError,
+                           add_label_flags, auroc, choose_device, fcntl, number, one_line_errors,
+                           read, read_chexpert, used_settings, world, write_file)
 
+import numpy as np
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,7 +38,42 @@ from genotypes import PUBLISHED, Genotype, checked, from_json
 from model_search import Network
 
 # ---------------------------------------------------------------------------------------------
-# Device
+# Device, and the processes of torchrun
+
+
+def averaged(tensors):
+    """The mean over all processes of each of some tensors of one type, in one all_reduce."""
+    if world()[1] == 1:
+        return list(tensors)
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    torch.distributed.all_reduce(flat)
+    parts = (flat / world()[1]).split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors)]
+
+
+def gathered(value):
+    """[value of each process], of plain types and tensors on the CPU."""
+    values = [None] * world()[1]
+    if len(values) == 1:
+        return [value]
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def start_alike(network):
+    """Every process takes the weights, alphas and statistics of the first."""
+    if world()[1] > 1:
+        for t in network.state_dict().values():
+            torch.distributed.broadcast(t, 0)
+
+
+def check_alike(tensors, what):
+    """UserError where processes that do the same sums have come apart."""
+    mine = torch.cat([t.detach().double().flatten() for t in tensors]).cpu()
+    for rank, other in enumerate(gathered(mine)):
+        if not torch.equal(other, mine):
+            raise UserError(f'the {what} of process {rank} differ from those of {world()[0]}: use '
+                            'one kind of GPU and one version of torch')
 
 
 class GraphedStep:
@@ -193,8 +231,27 @@ def run_name(script, args, defaults):
 
 
 def open_run(args, device):
-    """(folder, checkpoint or None) of a run that starts or goes on; None for one that is done."""
-    folder, settings = Path(args.save), vars(args)
+    """(folder, checkpoint or None) of a run that starts or goes on; None for one that is done.
+
+    Of several processes the first makes the folder, and the others wait for it.
+    """
+    folder = Path(args.save)
+    if not world()[0]:
+        make_run(folder, args, device)
+    if world()[1] > 1:
+        torch.distributed.barrier()
+    if any((folder / name).exists() for name in ('genotype.json', 'weights.pt')):
+        print(f'{folder} is finished')
+        return None
+    checkpoint = None
+    if (folder / 'checkpoint.pt').exists():
+        checkpoint = load_file(folder / 'checkpoint.pt', 'delete it to start the run again')
+    return folder, checkpoint
+
+
+def make_run(folder, args, device):
+    """The folder with args.json and the scripts; UserError for one that is not of these args."""
+    settings = vars(args)
     if (folder / 'args.json').exists():
         if not args.resume:
             raise UserError(f'{folder} holds a run already: --resume it, or choose another --save')
@@ -203,9 +260,6 @@ def open_run(args, device):
             if settings.get(name) != before.get(name):
                 raise UserError(f'{folder} was run with --{name} {before.get(name)}, not '
                                 f'{settings.get(name)}: give the same, or choose another --save')
-        if any((folder / name).exists() for name in ('genotype.json', 'weights.pt')):
-            print(f'{folder} is finished')
-            return None
     else:
         folder.mkdir(parents=True, exist_ok=True)
         if any(not path.name.startswith('.') for path in folder.iterdir()):
@@ -214,29 +268,30 @@ def open_run(args, device):
                  'settings': settings, 'date': time.strftime('%Y-%m-%d'),
                  'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                               **{k: version(k) for k in ('torchvision', 'numpy', 'pillow')}},
-                 'git_commit': git_commit(), 'hardware': hardware(device)}
+                 'git_commit': git_commit(), 'hardware': hardware(device),
+                 'world_size': world()[1]}
         write_file(folder / 'args.json', json.dumps(about, indent=1) + '\n')
     (folder / 'scripts').mkdir(exist_ok=True)
     for script in Path(__file__).resolve().parent.glob('*.py'):
         if not (folder / 'scripts' / script.name).exists():
             write_file(folder / 'scripts' / script.name, script.read_bytes())
-    checkpoint = None
-    if (folder / 'checkpoint.pt').exists():
-        checkpoint = load_file(folder / 'checkpoint.pt', 'delete it to start the run again')
-    return folder, checkpoint
 
 
 def add_run_flags(parser, data, schedule):
     """The flags that search.py and retrain.py share; data, schedule: defaults."""
     group = parser.add_argument_group('data')
     group.add_argument('--data', default=data,
-                       help='noise, random_labels, generated, cifar10, cifar100, or a folder')
+                       help=f'noise, random_labels, generated, {", ".join(REAL)}, or a folder')
     group.add_argument('--image_size', type=number(int, 8, 4096),
-                       help='pixels: 32 for noise; folders of images are resized to it')
+                       help='pixels: 32 for noise; real images are resized to it')
+    group.add_argument('--preset', choices=['auto', 'cifar', 'imagenet', 'chexpert'],
+                       default='auto', help='defaults of all settings; auto: by --data')
+    group.add_argument('--stem', choices=['auto', 'cifar', 'imagenet'], default='auto',
+                       help='one convolution, or three of stride 2; auto: these above 64 px')
     group.add_argument('--data_seed', type=number(int, 0, 2 ** 62), default=0,
                        help='of unreal data')
-    group.add_argument('--augment', choices=['auto', 'none', 'standard'], default='auto',
-                       help='RandomCrop and flip; auto: on images, not on noise')
+    group.add_argument('--augment', default='auto', help='auto: by the images, none for noise',
+                       choices=['auto', 'none', 'standard', 'imagenet', 'affine', 'affine_flip'])
     group.add_argument('--workers', type=number(int, 0), default=2, help='of large data sets')
     add_label_flags(parser)
     group = parser.add_argument_group('schedule')
@@ -244,9 +299,15 @@ def add_run_flags(parser, data, schedule):
     group.add_argument('--steps_per_epoch', type=number(int, 1), help='fewer than the data give')
     group.add_argument('--max_steps', type=number(int, 0),
                        help='steps in all; every schedule is scaled to them')
-    group.add_argument('--batch_size', type=number(int, 2))
+    group.add_argument('--batch_size', type=number(int, 2), help='of all processes together')
+    group.add_argument('--grad_accum', type=number(int, 1), default=1,
+                       help='parts in which a batch is computed, one at a time, to save memory')
     group.add_argument('--learning_rate', type=number(float, 0), help='of the weights')
-    group.add_argument('--learning_rate_min', type=number(float, 0), help='at the end, cosine')
+    group.add_argument('--learning_rate_min', type=number(float, 0), help='at the end')
+    group.add_argument('--schedule', choices=['cosine', 'linear'], default='cosine',
+                       help='of the learning rate')
+    group.add_argument('--warmup_epochs', type=number(int, 0), default=0,
+                       help='in which the learning rate rises linearly')
     group.add_argument('--momentum', type=number(float, 0, 1, open_high=True), default=0.9)
     group.add_argument('--weight_decay', type=number(float, 0), default=3e-4)
     group.add_argument('--grad_clip', type=number(float, 0, open_low=True), default=5.0,
@@ -267,8 +328,55 @@ def add_run_flags(parser, data, schedule):
                        help='a minute on two cores; the result means nothing')
 
 
-def check_rates(args, given):
-    """A cosine falls: a default of its end gives way to --learning_rate, a given one does not."""
+def preset_of(args, presets):
+    """The settings of --preset that the data of these args take."""
+    name = args.preset
+    if name == 'auto':
+        data = args.source if args.data == 'random_labels' else args.data
+        name = data if data in presets else 'cifar'
+    used = used_settings(args, args.data)
+    return {key: value for key, value in presets[name].items()
+            if key not in SETTINGS or key in used}
+
+
+def learning_rate_at(args, epoch, epochs):
+    """Of an epoch: a linear rise, then a fall to learning_rate_min; constant within an epoch."""
+    rise = round(args.warmup_epochs * epochs / args.epochs)
+    if epoch < rise:
+        return args.learning_rate * (epoch + 1) / rise
+    done = (epoch - rise) / (epochs - rise)
+    left = 1 - done if args.schedule == 'linear' else (1 + math.cos(math.pi * done)) / 2
+    return args.learning_rate_min + (args.learning_rate - args.learning_rate_min) * left
+
+
+def stem_of(args, image_size):
+    """'cifar' or 'imagenet' for --stem; UserError where it leaves too few pixels."""
+    stem = args.stem if args.stem != 'auto' else 'imagenet' if image_size > 64 else 'cifar'
+    least = 32 if stem == 'imagenet' else 8
+    if getattr(args, 'auxiliary', False):
+        least = 193 if stem == 'imagenet' else 29
+    if image_size < least:
+        raise UserError(f'{image_size} px are too few for --stem {stem}'
+                        f'{" with --auxiliary" * (least > 28 and least != 32)}: {least} or more '
+                        'are needed')
+    return stem
+
+
+def check_rates(args, given, rate_for=None):
+    """Bring batches and learning rates into order, or say what cannot be.
+
+    rate_for: the batch for which a default learning rate is published, and with which it scales. A
+    default of its end gives way to a lower start, a given one does not.
+    """
+    if rate_for and not any(word.split('=')[0] == '--learning_rate' for word in given):
+        args.learning_rate *= args.batch_size / rate_for
+    parts = args.grad_accum * int(os.environ.get('WORLD_SIZE', 1))
+    if args.batch_size % parts or args.batch_size // parts < 2:
+        raise UserError(f'--batch_size {args.batch_size} makes no {parts} parts of two images or '
+                        'more (--grad_accum times the processes): take a multiple')
+    if args.warmup_epochs >= args.epochs:
+        raise UserError(f'--warmup_epochs {args.warmup_epochs} leaves none of {args.epochs} '
+                        'epochs: take fewer')
     if args.learning_rate_min > args.learning_rate:
         if any(word.split('=')[0] == '--learning_rate_min' for word in given):
             raise UserError(f'--learning_rate_min {args.learning_rate_min} is more than '
@@ -315,6 +423,8 @@ def drop_torn_line(path):
 def write_log(folder, line):
     """Append a line, a dict with 'epoch', to log.jsonl; an epoch that is there already stays."""
     path = folder / 'log.jsonl'
+    if world()[0]:
+        return
     if path.exists():
         lines = path.read_text().splitlines()
         if lines and json.loads(lines[-1])['epoch'] >= line['epoch']:
@@ -326,10 +436,11 @@ def write_log(folder, line):
 
 
 def save_file(path, content):
-    """torch.save of plain types and tensors, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_file(path, buffer.getvalue())
+    """torch.save of plain types and tensors, whole or not at all; by the first process."""
+    if not world()[0]:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_file(path, buffer.getvalue())
 
 
 def load_file(path, mend):
@@ -351,14 +462,21 @@ def load_states(checkpoint, path, counters, **objects):
     try:
         for name, target in objects.items():
             target.load_state_dict(checkpoint[name])
-        torch.set_rng_state(checkpoint['random'][0])
-        if torch.cuda.is_available() and len(checkpoint['random']) > 1:
-            torch.cuda.set_rng_state(checkpoint['random'][1])
+        random = checkpoint['random'][world()[0] % len(checkpoint['random'])]
+        torch.set_rng_state(random[0])
+        if torch.cuda.is_available() and len(random) > 1:
+            torch.cuda.set_rng_state(random[1])
         checkpoint['sums'].to('cpu')
         return [checkpoint[name] + 0 for name in counters]
     except (KeyError, RuntimeError, ValueError, TypeError, IndexError, AttributeError):
         raise UserError(f'{path} belongs to another network or method: delete it to start the run '
                         'again') from None
+
+
+def own_sums(sums):
+    """This process's row of those in a checkpoint; their mean where there were more or fewer."""
+    rank, processes = world()
+    return sums[rank] if len(sums) == processes else sums.mean(0)
 
 
 def random_states(device):
@@ -376,24 +494,28 @@ def check_finite(tensors, folder, step):
 
 
 class Running:
-    """Holds a run folder for this process, and turns Ctrl-C and SIGTERM into a flag (`if running:`
-    they came) that the loop reads after each step, so as to save first."""
-    def __init__(self, folder):
-        self.folder = folder
+    """Holds a run folder for this run, keeps its time, and says when the loop is to save.
+
+    Ctrl-C and SIGTERM become a flag (`if running:` one came), so as to save before the end. With
+    several processes all of them save and stop at the same step.
+    """
+    def __init__(self, folder, device, minutes=10.0):
+        self.folder, self.device, self.minutes = folder, device, minutes
 
     def __enter__(self):
-        self.lock = open(self.folder / '.lock', 'a')
-        try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.lock.close()
-            raise UserError(f'{self.folder} is being run by another process: wait for it, or '
-                            'choose another --save') from None
-        for left in self.folder.glob('.*.tmp'):         # of runs that were killed as they wrote
-            left.unlink(missing_ok=True)
-        drop_torn_line(self.folder / 'log.jsonl')
-        self.signal, self.before = None, {}
+        if not world()[0]:
+            self.lock = open(self.folder / '.lock', 'a')
+            try:
+                if fcntl:
+                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self.lock.close()
+                raise UserError(f'{self.folder} is being run by another process: wait for it, or '
+                                'choose another --save') from None
+            for left in self.folder.glob('.*.tmp'):     # of runs that were killed as they wrote
+                left.unlink(missing_ok=True)
+            drop_torn_line(self.folder / 'log.jsonl')
+        self.signal, self.heard, self.before = None, None, {}
         for number_ in (signal.SIGINT, signal.SIGTERM):
             self.before[number_] = signal.signal(number_, self.catch)
         return self
@@ -406,10 +528,46 @@ class Running:
     def __exit__(self, *_):
         for number_, handler in self.before.items():
             signal.signal(number_, handler)
-        self.lock.close()
+        if not world()[0]:
+            self.lock.close()
 
     def __bool__(self):
-        return self.signal is not None
+        return (self.signal if world()[1] == 1 else self.heard) is not None
+
+    def epoch(self, seconds=0.0):
+        """An epoch begins, or goes on after `seconds` of it."""
+        self.saved = time.time()
+        self.began = self.saved - seconds
+
+    @property
+    def seconds(self):
+        """Of the epoch so far."""
+        return time.time() - self.began
+
+    def is_to_save(self, tensors, step, last):
+        """Whether to save after this step, the `last` of its epoch apart; tensors: what to check.
+
+        A look at tensors makes a GPU wait: there it is not taken at every step.
+        """
+        alone = world()[1] == 1
+        due = alone and (self or time.time() - self.saved > 60 * self.minutes)
+        if not (due or self.device.type == 'cpu' or step % 50 == 49 or step + 1 == last):
+            return False
+        check_finite(tensors, self.folder, step)
+        if not alone:
+            flags = torch.tensor([self.signal or 0, time.time() - self.saved], device=self.device)
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+            received, waited = flags.tolist()
+            self.heard = int(received) or None      # by any process, and now by all
+            due = self or waited > 60 * self.minutes
+        if due:
+            self.saved = time.time()
+        return due and step + 1 < last
+
+    def stopped(self):
+        """Say that the run stopped; returns its exit status."""
+        print(f'stopped and saved in {self.folder}: run the same with --resume')
+        return 128 + (self.signal or self.heard)
 
 
 def read_json(path, *keys):
@@ -444,11 +602,15 @@ def read_log(folder, *keys):
 # Loss and metrics
 
 
-def loss_of(logits, y):
-    """Cross-entropy for classes y (B,), binary cross-entropy for labels y (B, classes)."""
+def loss_of(logits, y, smoothing=0.0):
+    """Cross-entropy for classes y (B,), binary cross-entropy for labels y (B, classes).
+
+    Labels below 0 are unknown and add nothing; the sum is still divided by all B * classes, so
+    that the mean over parts of a batch is that of the batch.
+    """
     if y.dim() == 1:
-        return F.cross_entropy(logits, y)
-    return F.binary_cross_entropy_with_logits(logits, y)
+        return F.cross_entropy(logits, y, label_smoothing=smoothing)
+    return F.binary_cross_entropy_with_logits(logits, y.clamp(min=0), (y >= 0).to(logits.dtype))
 
 
 def correct(logits, y, k=1):
@@ -464,17 +626,79 @@ def correct(logits, y, k=1):
 
 @torch.no_grad()
 def test(network, batches, amp=False):
-    """{'loss', 'top1', 'top5', 'n'} of a network in evaluation mode; shares from 0 to 1."""
+    """{'loss', 'top1', 'top5', 'n'} of a network in evaluation mode; shares from 0 to 1.
+
+    For several labels instead of top1 and top5 `scores`: float64 (n, classes), and `rows`, the
+    images that they are of. Every process tests a share of the images, each image once.
+    """
     network.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums, scores = torch.zeros(4, dtype=torch.float64), []
     for x, y in batches.epoch():
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits = network(x)
         logits = logits.float()
         sums += torch.tensor([loss_of(logits, y) * len(y), correct(logits, y),
                               correct(logits, y, 5), len(y)])
+        if y.dim() == 2:
+            scores.append(logits.double().cpu())
+    sums = torch.stack(gathered(sums)).sum(0)
     loss, top1, top5 = (sums[:3] / sums[3]).tolist()
-    return {'loss': loss, 'top1': top1, 'top5': top5, 'n': int(sums[3])}
+    if not batches.data.multilabel:
+        return {'loss': loss, 'top1': top1, 'top5': top5, 'n': int(sums[3])}
+    scores, rows = (np.concatenate(gathered(part)) for part in (
+        torch.cat(scores).numpy(), batches.indices))
+    return {'loss': loss, 'scores': scores, 'rows': rows, 'n': int(sums[3])}
+
+
+# The five observations of CheXpert's competition (arXiv 1901.07031)
+TASKS = ['Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Pleural Effusion']
+
+
+def by_study(scores, labels, studies, pooling='max'):
+    """(scores, labels) of studies: the largest, or mean, score over a study's views, and any label.
+
+    scores, labels: (n, classes), studies: (n,) or None, where each image is one.
+    """
+    if studies is None:
+        return scores, labels
+    _, whose = np.unique(studies, return_inverse=True)
+    out, known = np.full((whose.max() + 1, scores.shape[1]), -np.inf), np.bincount(whose)[:, None]
+    if pooling == 'max':
+        np.maximum.at(out, whose, scores)
+    else:
+        out = np.zeros_like(out)
+        np.add.at(out, whose, scores)
+        out /= known
+    any_label = np.full(out.shape, -1)
+    np.maximum.at(any_label, whose, labels)
+    return out, any_label
+
+
+def areas(scores, labels, names, draws=0):
+    """AUROC by label, their means, and what is not defined: where all or no images have a label.
+
+    Returns {'auroc': {name: value}, 'auroc_mean', 'auroc_tasks': mean over TASKS where there are
+    such, 'undefined': names}; with `draws`, '..._interval' of both means, 95%, by bootstrap over
+    the rows, which are studies. Labels below 0 are unknown.
+    """
+    def means(rows):
+        values = {name: auroc(scores[rows, k][labels[rows, k] >= 0],
+                              labels[rows, k][labels[rows, k] >= 0] == 1)
+                  for k, name in enumerate(names)}
+        known = {name: value for name, value in values.items() if value is not None}
+        tasks = [known[name] for name in TASKS if name in known] or list(known.values())
+        return known, (float(np.mean(list(known.values()))) if known else None,
+                       float(np.mean(tasks)) if known else None)
+    known, (mean, tasks) = means(np.arange(len(labels)))
+    out = {'auroc': known, 'auroc_mean': mean, 'auroc_tasks': tasks,
+           'undefined': [name for name in names if name not in known]}
+    if draws and known:
+        rng = np.random.Generator(np.random.Philox(0))
+        drawn = [means(rng.integers(0, len(labels), len(labels)))[1] for _ in range(draws)]
+        for k, name in enumerate(('auroc_mean', 'auroc_tasks')):
+            values = [pair[k] for pair in drawn if pair[k] is not None]
+            out[name + '_interval'] = np.percentile(values, [2.5, 97.5]).tolist()
+    return out
 
 
 def wilson(share, n):
@@ -528,13 +752,14 @@ def find_genotype(arch):
     return genotype, {key: fields.get(key) for key in ('data', 'method', 'seed')}
 
 
-def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32):
+def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32, stem='cifar'):
     """Parameters without and with the auxiliary head, and multiply-adds of one image.
 
     Multiply-adds are those of convolutions and linear layers, without the auxiliary head.
     """
     with torch.device('meta'):
-        network = Network(init_channels, num_classes, layers, genotype, auxiliary=True).eval()
+        network = Network(init_channels, num_classes, layers, genotype, auxiliary=True,
+                          stem=stem).eval()
         image = torch.empty(1, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(image)
@@ -542,6 +767,22 @@ def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32):
     head = sum(p.numel() for p in network.auxiliary_head.parameters())
     return {'params': params - head, 'params_auxiliary': params,
             'multiply_adds': counter.get_total_flops() // 2}
+
+
+def widest(genotype, limit, layers, num_classes, image_size, stem):
+    """The most channels C with which a derived network has at most `limit` multiply-adds."""
+    def fits(channels):
+        return cost(genotype, channels, layers, num_classes, image_size,
+                    stem)['multiply_adds'] <= limit
+    if not fits(2):
+        raise UserError(f'--max_multiply_adds {limit:g} is less than two channels need: raise it')
+    low, high = 2, 4
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def load_weights(path):
@@ -554,7 +795,7 @@ def load_weights(path):
         meta = content['meta']
         genotype = checked(Genotype(*meta['genotype']), str(path))
         network = Network(meta['init_channels'], len(meta['classes']), meta['layers'], genotype,
-                          auxiliary=meta['auxiliary'])
+                          auxiliary=meta['auxiliary'], stem=meta['stem'])
         network.load_state_dict(content['network'])
         assert meta['image_size'] + 0 and {'data', 'method'} <= meta['found_by'].keys()
         assert {'arch', 'has_test', 'data_dir'} <= meta.keys()
@@ -567,8 +808,12 @@ def load_weights(path):
 # Reports
 
 
-def report(run, data_dir=None, device=None, batch_size=250):
-    """What there is to say of one run, as a dict; a retrained network is tested."""
+def report(run, data_dir=None, device=None, batch_size=250, test_labels=None, pooling='max'):
+    """What there is to say of one run, as a dict; a retrained network is tested.
+
+    test_labels: a CSV of CheXpert's test set, which then takes the place of valid.csv; pooling:
+    how the scores of a study's views become one.
+    """
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f'{run}: no such run folder')
@@ -589,16 +834,27 @@ def report(run, data_dir=None, device=None, batch_size=250):
            'test_error': None, 'top1': None, 'top5': None, 'top1_interval': None,
            'top5_interval': None,
            **cost(checked(Genotype(*meta['genotype'])), meta['init_channels'], meta['layers'],
-                  len(meta['classes']), meta['image_size']),
+                  len(meta['classes']), meta['image_size'], meta['stem']),
            'seconds': sum(line['seconds'] for line in log)}
     data = None
-    if meta['has_test']:
-        moved = data_dir and settings['data'] not in CIFAR
+    if meta['has_test'] and not test_labels:
+        moved = data_dir and settings['data'] not in REAL
         data = read(data_dir if moved else meta.get('data', settings['data']),
-                    data_dir or meta['data_dir'], 'test', meta['image_size'])
+                    data_dir or meta['data_dir'], 'test', meta['image_size'], **meta['chexpert'])
+    if test_labels:
+        if meta['classes'] != list(CHEXPERT):
+            raise UserError(f'--test_labels {test_labels}: {folder} was not trained on chexpert: '
+                            'leave it out')
+        data = read_chexpert(data_dir or meta['data_dir'], 'test', meta['image_size'],
+                             **meta['chexpert'], table=test_labels)
     if data is not None:
         batches = Batches(data, range(len(data)), batch_size, device, shuffle=False)
         score = test(network.to(device), batches)
+    if data is not None and data.multilabel:
+        pooled = by_study(score['scores'], data.labels[score['rows']], data.studies, pooling)
+        out.update(tested_on=test_labels or 'valid.csv', test_images=score['n'],
+                   test_studies=len(pooled[0]), **areas(*pooled, meta['classes'], 1000))
+    elif data is not None:
         out.update(test_error=100 * (1 - score['top1']), top1=100 * score['top1'],
                    top5=100 * score['top5'] if len(meta['classes']) > 4 else None,
                    test_images=score['n'],
@@ -630,6 +886,13 @@ def show(row):
             text = f'{value:,.4g}' if isinstance(value, float) else value
             if key in ('test_error', 'top1', 'top5'):
                 text = f'{value:.2f}%'
+            elif key == 'auroc':
+                text = '  '.join(f'{name} {area:.3f}' for name, area in value.items())
+            elif key.startswith('auroc_'):
+                text = f'{value[0]:.3f} to {value[1]:.3f} (95%, bootstrap over studies)' \
+                    if isinstance(value, list) else f'{value:.3f}'
+            elif isinstance(value, list) and not key.endswith('_interval'):
+                text = ', '.join(value) or '-'
             elif key.endswith('_interval'):
                 text = f'{value[0]:.2f}% to {value[1]:.2f}% (95%, Wilson, {row["test_images"]:,} ' \
                        'test images)'
@@ -648,9 +911,10 @@ def table(rows):
     for (kind, searched_on, method, data), members in groups.items():
         line = {'type': kind, 'searched_on': searched_on, 'method': method, 'trained_on': data,
                 'n': len(members)}
-        measures = ('test_error', 'fit_accuracy') if kind == 'retrain' else ('skips_normal',)
+        measures = ('test_error', 'auroc_tasks', 'fit_accuracy') if kind == 'retrain' \
+            else ('skips_normal',)
         for measure in (*measures, 'params', 'seconds'):
-            values = [row[measure] for row in members if row[measure] is not None]
+            values = [row[measure] for row in members if row.get(measure) is not None]
             mean, std, interval = mean_std_interval(values) if values else (None, None, None)
             line.update({measure: mean, measure + '_std': std,
                          measure + '_low': interval and interval[0],
@@ -670,12 +934,13 @@ def show_table(lines):
             text += f' ± {line[name + "_std"] * scale:.{digits}f} [{low:.{digits}f}, ' \
                     f'{high:.{digits}f}]'
         return text
-    header = ['run', 'searched on', 'method', 'trained on', 'n', 'test error %',
+    header = ['run', 'searched on', 'method', 'trained on', 'n', 'test error %', 'AUROC',
               'fit accuracy %', 'skips (normal)', 'params (M)', 'seconds']
     body = [[line['type'], str(line['searched_on']), str(line['method']),
              str(line['trained_on'] or '-'), str(line['n']), cell(line, 'test_error', 1, 2),
-             cell(line, 'fit_accuracy', 100, 2), cell(line, 'skips_normal', 1, 2),
-             cell(line, 'params', 1e-6, 3), cell(line, 'seconds', 1, 0)] for line in lines]
+             cell(line, 'auroc_tasks', 1, 3), cell(line, 'fit_accuracy', 100, 2),
+             cell(line, 'skips_normal', 1, 2), cell(line, 'params', 1e-6, 3),
+             cell(line, 'seconds', 1, 0)] for line in lines]
     widths = [max(len(row[k]) for row in [header, *body]) for k in range(len(header))]
     for row in [header, *body]:
         print('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
@@ -689,8 +954,11 @@ def main(argv=None):
     parser.add_argument('--csv', metavar='FILE', help='write the table of the groups')
     parser.add_argument('--data_dir', help='where the real data are now')
     parser.add_argument('--gpu', type=number(int, -1), default=0, help='CUDA device, -1: CPU')
-    parser.add_argument('--batch_size', type=number(int, 1), default=250,
+    parser.add_argument('--batch_size', type=number(int, 1), default=50,
                         help='of the test; changes no result')
+    parser.add_argument('--test_labels', metavar='FILE', help="CSV of CheXpert's test set")
+    parser.add_argument('--view_pooling', choices=['max', 'mean'], default='max',
+                        help="of the scores of a study's views")
     group = parser.add_argument_group('cost without training')
     group.add_argument('--cost', action='store_true', help='count the network of --arch')
     group.add_argument('--arch', help='a published name, a genotype.json or a search run')
@@ -698,6 +966,7 @@ def main(argv=None):
     group.add_argument('--layers', type=number(int, 1, 200), default=20)
     group.add_argument('--num_classes', type=number(int, 1), default=10)
     group.add_argument('--image_size', type=number(int, 8, 4096), default=32)
+    group.add_argument('--stem', choices=['auto', 'cifar', 'imagenet'], default='auto')
     args = parser.parse_args(argv)
 
     if args.cost:
@@ -707,7 +976,7 @@ def main(argv=None):
             raise UserError('--cost needs --arch: a published name, a genotype.json or a run')
         genotype, _ = find_genotype(args.arch)
         counts = cost(genotype, args.init_channels, args.layers, args.num_classes,
-                      args.image_size)
+                      args.image_size, stem_of(args, args.image_size))
         print(json.dumps(counts) if args.json else '\n'.join(
             f'{name:<18} {count:>15,}' for name, count in counts.items()))
         return
@@ -717,7 +986,8 @@ def main(argv=None):
         raise UserError(f'--csv {args.csv}: no such folder: make it first')
     device = choose_device(args.gpu)
     runs = {Path(run).resolve(): run for run in args.runs}
-    rows = [report(run, args.data_dir, device, args.batch_size) for run in runs.values()]
+    rows = [report(run, args.data_dir, device, args.batch_size, args.test_labels,
+                   args.view_pooling) for run in runs.values()]
     for row in rows:
         if args.json:
             print(json.dumps(row))

@@ -18,6 +18,7 @@ on a source's images, or by FILE, a generator of yours.
 import argparse
 import contextlib
 import copy
+import csv
 import ctypes
 import errno
 import functools
@@ -30,6 +31,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import shlex
 import shutil
 import statistics
@@ -182,6 +184,12 @@ def new_folder(out, force=False):
     raise UserError(f'{out} exists already: choose another --out, or --force to replace it')
 
 
+def world():
+    """(rank, number) of the processes that share this run, torchrun's; (0, 1) without it."""
+    group = torch.distributed
+    return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
+
+
 class Progress:
     """One line with what is done, the rate and the time left; in a log file one every 30 s."""
     def __init__(self, total, unit, done=0):
@@ -192,7 +200,7 @@ class Progress:
     def update(self, done, text=''):
         """done: units in all, counted from the very start; text: shown at the end of the line."""
         now = time.monotonic()
-        if now - self.last < (0.2 if self.terminal else 30):
+        if world()[0] or now - self.last < (0.2 if self.terminal else 30):
             return
         self.last = now
         rate = (done - self.first) / max(now - self.start, 1e-9)
@@ -201,12 +209,15 @@ class Progress:
         print(line.ljust(78)[:118], end='\r' if self.terminal else '\n', file=sys.stderr)
 
     def close(self):
-        if self.terminal:
+        if self.terminal and not world()[0]:
             print(' ' * 118, end='\r', file=sys.stderr, flush=True)
 
 
 def choose_device(gpu, tf32=False):
-    """torch.device for --gpu: a CUDA device, or the CPU for -1 and on a machine without CUDA."""
+    """torch.device for --gpu: a CUDA device, or the CPU for -1 and on a machine without CUDA.
+
+    Under torchrun each process takes the device of its local rank, and joins the others.
+    """
     # glibc would give large blocks back to the system at once and fault them in again on the next
     # step: keeping them saves up to a half of the time of memory-bound calls on a CPU.
     if platform.system() == 'Linux':
@@ -215,18 +226,24 @@ def choose_device(gpu, tf32=False):
             libc.mallopt(-3, 1 << 30)               # M_MMAP_THRESHOLD
             libc.mallopt(-1, (1 << 31) - 1)         # M_TRIM_THRESHOLD
     set_tf32(tf32)
-    if gpu < 0:
-        return torch.device('cpu')
-    if not torch.cuda.is_available():
-        print(f'no CUDA on this machine: --gpu {gpu} runs on the CPU '
-              f'({torch.get_num_threads()} threads)', file=sys.stderr)
-        return torch.device('cpu')
-    if gpu >= torch.cuda.device_count():
+    shared = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.distributed.is_initialized()
+    cuda = gpu >= 0 and torch.cuda.is_available()
+    if shared and gpu >= 0:
+        gpu = int(os.environ['LOCAL_RANK'])
+    if cuda and gpu >= torch.cuda.device_count():
         raise UserError(f'--gpu {gpu}: this machine has CUDA devices 0 to '
                         f'{torch.cuda.device_count() - 1}; take one of them, or -1 for the CPU')
-    torch.backends.cudnn.deterministic = True
-    torch.cuda.set_device(gpu)
-    return torch.device('cuda', gpu)
+    if shared:              # the time is for a rank that makes a data set while the others wait
+        torch.distributed.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=6))
+        if world()[0]:                          # one process speaks
+            sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+    if cuda:
+        torch.backends.cudnn.deterministic = True
+        torch.cuda.set_device(gpu)
+    elif gpu >= 0 and not world()[0]:
+        print(f'no CUDA on this machine: --gpu {gpu} runs on the CPU '
+              f'({torch.get_num_threads()} threads)', file=sys.stderr)
+    return torch.device('cuda', gpu) if cuda else torch.device('cpu')
 
 
 def set_tf32(on):
@@ -881,6 +898,18 @@ def fit_probe(data, rows, device, epochs=10):
     return network.eval()
 
 
+def auroc(scores, labels):
+    """Area under the ROC curve by Mann and Whitney's statistic, ties counted half, in float64.
+
+    scores (n,), labels (n,) of bool; None where all labels are the same.
+    """
+    if not labels.any() or labels.all():
+        return None
+    negative, positive = np.sort(scores[~labels].astype(np.float64)), scores[labels]
+    below, upto = (np.searchsorted(negative, positive, side) for side in ('left', 'right'))
+    return float((below + upto).mean() / 2 / len(negative))
+
+
 @torch.no_grad()
 def grade(predict, data, rows, device):
     """Per cent right of predict(x) -> scores (B, classes); with several labels the mean AUC."""
@@ -889,13 +918,9 @@ def grade(predict, data, rows, device):
     labels = data.labels[np.asarray(rows)]
     if not data.multilabel:
         return 100 * (scores.argmax(1) == labels).mean().item()
-    areas = []
-    for score, label in zip(scores.T, labels.T.astype(bool)):
-        if label.any() and not label.all():             # Mann and Whitney's statistic; ties half
-            below, upto = (np.searchsorted(np.sort(score[~label]), score[label], side)
-                           for side in ('left', 'right'))
-            areas.append((below + upto).mean() / 2 / (~label).sum())
-    return 100 * float(np.mean(areas))
+    areas = [auroc(score[label >= 0], label[label >= 0] == 1)
+             for score, label in zip(scores.T, labels.T)]
+    return 100 * float(np.mean([area for area in areas if area is not None]))
 
 
 @torch.no_grad()
@@ -921,8 +946,9 @@ def probe(data, device):
 
 def probe_against(data, args, device):
     """Probes of a Data and of the real images that its generator learned, each on the other."""
-    real = read(args.source, args.data_dir, 'train', data.image_size, args.download)
-    test = read(args.source, args.data_dir, 'test', data.image_size) or real
+    how = {'uncertain': args.uncertain, 'views': args.views}
+    real = read(args.source, args.data_dir, 'train', data.image_size, args.download, **how)
+    test = read(args.source, args.data_dir, 'test', data.image_size, **how) or real
     some = np.sort(np.argsort(philox(0, CHOICE, count=len(real)))[:len(data)])
     made_network = fit_probe(data, range(len(data)), device)
     real_network = fit_probe(real, some, device)
@@ -981,7 +1007,8 @@ def generated_set(args, device):
     low, high, z = 0, 1, ('normal', 1)
     path = Path(args.generator)
     if args.generator == 'train':
-        source = read(args.source, args.data_dir, 'train', args.image_size, args.download)
+        source = read(args.source, args.data_dir, 'train', args.image_size, args.download,
+                      uncertain=args.uncertain, views=args.views)
         path = Path(f'{args.out}.generator')
         train_generator(source, path, args.generator_steps, args.time_limit, seed, device)
         path /= 'generator.pt'
@@ -1136,6 +1163,8 @@ class Data:
     std: list
     image_size: int
     origin: dict                # where it came from: enough to find it again
+    studies: np.ndarray = None  # of chest X-rays: 'patient00001/study1' of each image
+    zoom: float = 1.0           # shorter side of a file to the side that is cut out of it
     on_device: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -1143,22 +1172,35 @@ class Data:
         return self.labels.ndim == 2
 
     @property
-    def resident(self):
-        """Whether it is small enough to live on the device."""
+    def small(self):
         return len(self.labels) * self.image_size ** 2 * 3 <= RESIDENT
+
+    @property
+    def resident(self):
+        """Whether its images live on the device."""
+        return self.small and isinstance(self.images, np.ndarray)
 
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, index):
-        """uint8 (H, W, 3): for torch's DataLoader."""
-        return torch.from_numpy(self.get([index])[0])
+    @property
+    def patients(self):
+        """Of each image the patient, who is in one half of a split only; None without studies."""
+        return None if self.studies is None else np.array([s.split('/')[0] for s in self.studies])
+
+    def __getitem__(self, item):
+        """uint8 (H, W, 3), for torch's DataLoader; item: (index, what crop_box takes or None)."""
+        index, crop = item
+        if isinstance(self.images, np.ndarray):
+            return torch.from_numpy(self.images[index].copy())
+        return torch.from_numpy(read_image(self.images[index], self.image_size, self.zoom,
+                                           crop).copy())
 
     def get(self, indices):
         """uint8 (len(indices), H, W, 3)."""
         if isinstance(self.images, np.ndarray):
             return self.images[np.asarray(indices)]
-        return np.stack([read_image(self.images[i], self.image_size) for i in indices])
+        return np.stack([read_image(self.images[i], self.image_size, self.zoom) for i in indices])
 
     def sha256(self):
         """Of the images, or of the names and sizes of their files where they are not in memory."""
@@ -1168,16 +1210,21 @@ class Data:
         return hashlib.sha256('\n'.join(names).encode()).hexdigest()
 
 
-def read(name, data_dir='data', split='train', image_size=None, download=False):
-    """Data of one split, 'train' or 'test': `name` is cifar10, cifar100 or the path of a folder.
+def read(name, data_dir='data', split='train', image_size=None, download=False, **chexpert):
+    """Data of one split, 'train' or 'test': `name` is one of REAL or the path of a folder.
 
     None where the set has no test split. image_size: resize real images to it (those of a folder
-    to 32 if not given); a written set is never resized. UserError for what is missing or broken.
+    to 32 if not given); a written set is never resized. chexpert: `uncertain` and `views`, see
+    read_chexpert. UserError for what is missing or broken.
     """
     if name in CIFAR:
         data = read_cifar(name, data_dir, split, download)
+    elif name == 'chexpert':
+        return read_chexpert(data_dir, split, image_size or 320, **chexpert)
+    elif name == 'imagenet':
+        return read_imagenet(data_dir, split, image_size or 224)
     elif not Path(name).is_dir():
-        raise UserError(f'{name}: neither a folder nor cifar10, cifar100, noise, random_labels, '
+        raise UserError(f'{name}: neither a folder nor {", ".join(REAL)}, noise, random_labels, '
                         'generated')
     elif (Path(name) / 'meta.json').exists():
         data = read_written(Path(name), data_dir, split)
@@ -1252,7 +1299,8 @@ def read_source(folder, meta, data_dir):
     for place in places:
         with contextlib.suppress(UserError):
             source = read(origin['name'], place, 'train',
-                          meta['image_size'] if origin.get('resized') else None)
+                          meta['image_size'] if origin.get('resized') else None,
+                          **origin.get('chexpert', {}))
             if source.sha256() == meta['sha256']['images']:
                 return source
     raise UserError(f'{folder}: its images ({origin.get("name")}) are not in {places[0]} as they '
@@ -1352,32 +1400,152 @@ def load_pickle(path):
             from None
 
 
+REAL = [*CIFAR, 'imagenet', 'chexpert']
+
+
+def read_imagenet(data_dir, split, image_size):
+    """ImageNet as train/<synset>/ and val/<synset>/ in data_dir, or in its folder imagenet/."""
+    places = [Path(data_dir), Path(data_dir) / 'imagenet']
+    found = [place for place in places if all((place / part).is_dir() for part in ('train', 'val'))]
+    if not found:
+        raise UserError(f'imagenet: no train/ and val/ in {places[0]} or {places[1]}: give its '
+                        '--data_dir')
+    data = read_folder(found[0], split, image_size, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    origin = {'name': 'imagenet', 'data_dir': str(Path(data_dir).resolve()), 'resized': True}
+    return replace(data, name='imagenet', origin=origin)
+
+
+def read_chexpert(data_dir, split, image_size, uncertain='mixed', views='frontal', table=None):
+    """Chest X-rays in CheXpert's layouts (arXiv 1901.07031): train.csv, or valid.csv for 'test'.
+
+    uncertain: what -1.0 becomes: ones, zeros, ignore (-1: left out of the loss and of metrics), or
+    mixed, the later practice: ones for Atelectasis and Edema, zeros else. Blank cells are zeros.
+    views: frontal, or all. table: another CSV, that of the test set, with a column Study.
+    """
+    root = next((Path(data_dir) / place for place in CHEXPERT_FOLDERS
+                 if (Path(data_dir) / place / 'train.csv').is_file()), None)
+    if root is None and table is None:
+        raise UserError(f'chexpert: no train.csv in {data_dir}, nor in its '
+                        f'{", ".join(CHEXPERT_FOLDERS[1:])}: give its --data_dir')
+    path = Path(table) if table else root / ('train.csv' if split == 'train' else 'valid.csv')
+    paths, labels = read_chexpert_table(path, uncertain)
+    files, kept = chexpert_files(root or Path(data_dir), path, paths, views)
+    labels, studies = labels[kept], np.array(['/'.join(f.parts[-3:-1]) for f in files])
+    if not files:
+        raise UserError(f'{path}: no {views} view in it: take --views all')
+    data = Data('chexpert', 'real', files, labels, list(CHEXPERT), None, None, image_size,
+                {'name': 'chexpert', 'data_dir': str(Path(data_dir).resolve()), 'resized': True,
+                 'chexpert': {'uncertain': uncertain, 'views': views}}, studies)
+    if split == 'train' and (root / 'valid.csv').is_file():
+        others = read_chexpert_table(root / 'valid.csv', uncertain)[0]
+        both = set(data.patients) & {p for path in others for p in path.split('/')}
+        if both:
+            print(f'warning: {root}: patients in train.csv and in valid.csv: '
+                  f'{", ".join(sorted(both)[:5])}', file=sys.stderr)
+    if data.small:
+        data.images = decode(files, image_size)
+    data.mean, data.std = mean_and_std(tuple(files), image_size)
+    return data
+
+
+CHEXPERT_FOLDERS = ['.', 'CheXpert-v1.0-small', 'CheXpert-v1.0',
+                    'CheXpert-v1.0 batch 1 (validate & csv)']
+
+
+def read_chexpert_table(path, uncertain):
+    """(column Path or Study, int8 labels (N, 14)) of a CSV, its columns found by their names."""
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing: unpack CheXpert\'s CSV files again') from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f'{path} is no CSV file ({error}): unpack it again') from None
+    where = next((name for name in ('Path', 'Study') if rows and name in rows[0]), None)
+    missing = [name for name in CHEXPERT if rows and name not in rows[0]]
+    if not where or missing:
+        raise UserError(f'{path}: no column {", ".join(missing) or "Path"}: CheXpert\'s names are '
+                        'needed' if rows else f'{path}: no rows in it: unpack it again')
+    one = {'ones': 1, 'zeros': 0, 'ignore': -1}
+    labels = np.zeros((len(rows), len(CHEXPERT)), np.int8)
+    for n, row in enumerate(rows):
+        for k, name in enumerate(CHEXPERT):
+            try:
+                value = float(row[name] or 0)
+                if value not in (0, 1, -1) or not row[where]:
+                    raise ValueError
+            except (TypeError, ValueError):
+                raise UserError(f'{path}, line {n + 2}: {where} {row[where]!r}, {name} '
+                                f'{row[name]!r}: labels are 1.0, 0.0, -1.0 or blank') from None
+            if value == -1:
+                value = one[uncertain] if uncertain != 'mixed' else name in ('Atelectasis', 'Edema')
+            labels[n, k] = value
+    return [row[where] for row in rows], labels
+
+
+def chexpert_files(root, table, paths, views):
+    """(files, rows) of the wanted views that a CSV names, a Study standing for all of its views.
+
+    What precedes train/, valid/ or test/ in a path is of another machine. In the full download
+    the patients of train/ are spread over the folders of the other batches.
+    """
+    inside = [re.sub(r'^.*?(?=(train|valid|test)/)', '', path) for path in paths]
+    owners = {patient.name: folder for folder in root.parent.glob('CheXpert-v1.0 batch *')
+              for patient in folder.iterdir() if patient.name.startswith('patient')} \
+        if root.name.startswith('CheXpert-v1.0 batch') else {}
+    studies = not any(Path(path).suffix for path in inside[:3])
+    places = [root, table.parent, root.parent]
+
+    def of_batch(path):
+        patient = path.split('/')[1] if path.startswith('train/') else None
+        return owners[patient] / path[6:] if patient in owners else None
+
+    tried = [of_batch(path) or place / path for path in inside[:3] for place in places]
+    place = next((place for place in places for path in inside[:3]
+                  if (of_batch(path) or place / path).exists()), None)
+    if place is None:
+        raise UserError(f'{table}: none of its first files is there; looked at '
+                        f'{", ".join(dict.fromkeys(map(str, tried)))}: give the right --data_dir')
+    files, rows = [], []
+    for row, path in enumerate(inside):
+        file = of_batch(path) or place / path
+        for view in sorted(file.glob('view*')) if studies else [file]:
+            if views == 'all' or 'frontal' in view.name:
+                files.append(view)
+                rows.append(row)
+    return files, np.array(rows, int)
+
+
 EXTENSIONS = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm'}
 
 
-def read_folder(root, split, image_size):
+def read_folder(root, split, image_size, mean=None, std=None):
     """A tree with a folder for each class: root/train and root/val (or test), or root alone.
 
-    A tree without val/ has no test split. Resident sets are decoded at once.
+    A tree without val/ has no test split. Resident sets are decoded at once. Above 64 px images
+    are resized to 8/7 of the size and their middle is cut out, as 256 and 224 px of ImageNet's.
     """
     train = root / 'train' if (root / 'train').is_dir() else root
     tests = [root / name for name in ('val', 'test') if (root / name).is_dir()]
     classes, folder = class_names(train), train
+    if train != root and tests:
+        differ = sorted(set(classes) ^ set(class_names(tests[0])))
+        if differ:
+            raise UserError(f'{tests[0]} and {train} differ in their classes: '
+                            f'{", ".join(differ[:5])}: give both the same folders')
     if split == 'test':
         if train == root or not tests:
             return None
         folder = tests[0]
-        differ = sorted(set(classes) ^ set(class_names(folder)))
-        if differ:
-            raise UserError(f'{folder} and {train} differ in their classes: '
-                            f'{", ".join(differ[:5])}: give both the same folders')
     files, labels = list_images(folder, classes)
-    data = Data(str(root), 'real', files, labels, classes, None, None, image_size,
-                {'name': str(root.resolve()), 'resized': True})
-    if data.resident:
-        data.images = decode(files, image_size)
-    mean, std = mean_and_std(tuple(list_images(train, classes)[0]), image_size)
-    return replace(data, mean=mean, std=std)
+    data = Data(str(root), 'real', files, labels, classes, mean, std, image_size,
+                {'name': str(root.resolve()), 'resized': True},
+                zoom=8 / 7 if image_size > 64 else 1)
+    if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
+        data.images = decode(files, image_size, data.zoom)
+    if mean is None:
+        data.mean, data.std = mean_and_std(tuple(list_images(train, classes)[0]), image_size)
+    return data
 
 
 @functools.lru_cache(4)
@@ -1414,26 +1582,33 @@ def class_names(folder):
     return names
 
 
-def decode(files, image_size):
+def decode(files, image_size, zoom=1):
     """All files as uint8 (N, H, W, 3), several at a time."""
     images = np.empty((len(files), image_size, image_size, 3), np.uint8)
     progress = Progress(len(files), 'images')
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for k, pixels in enumerate(pool.map(lambda f: read_image(f, image_size), files)):
+        for k, pixels in enumerate(pool.map(lambda f: read_image(f, image_size, zoom), files)):
             images[k] = pixels
             progress.update(k + 1)
     return images
 
 
-def read_image(path, image_size):
-    """uint8 (image_size, image_size, 3): shorter side resized, antialiased, centre cropped.
+def read_image(path, image_size, zoom=1, crop=None):
+    """uint8 (image_size, image_size, 3): the middle, or what `crop_box` makes of `crop`, resized.
 
-    Grey becomes RGB; 16-bit images are scaled by the range of their type, floating-point ones by
-    their own range.
+    zoom: how much longer than the middle that is cut out the shorter side is. Grey becomes RGB;
+    16-bit images are scaled by the range of their type, floating-point ones by their own range.
     """
     try:
         with Image.open(path) as image:
-            image.draft('RGB', (2 * image_size, 2 * image_size))
+            w, h = image.size
+            part = 1 / zoom
+            if crop is not None:
+                left, top, width, height = crop_box(torch.tensor([crop]), w / h)[0].tolist()
+                part = min(width * w, height * h) / min(w, h)
+            # A JPEG is decoded at a half, a quarter or an eighth where that leaves enough.
+            image.draft('RGB', [math.ceil(2 * image_size / part * side / min(w, h))
+                                for side in (w, h)])
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith('I') or image.mode == 'F':
                 pixels = np.asarray(image).astype(np.float64)
@@ -1442,13 +1617,16 @@ def read_image(path, image_size):
                 image = Image.fromarray(np.uint8(np.rint(
                     np.clip((pixels - low) / max(high - low, 1e-12), 0, 1) * 255)))
             image = image.convert('RGB')
-            if image.size != (image_size, image_size):
-                scale = image_size / min(image.size)
-                w, h = (max(image_size, round(side * scale)) for side in image.size)
-                left, top = (w - image_size) // 2, (h - image_size) // 2
-                image = image.resize((w, h), Image.BICUBIC).crop(
-                    (left, top, left + image_size, top + image_size))
-            return np.asarray(image)
+            w, h = image.size
+            if crop is not None:
+                box = left * w, top * h, (left + width) * w, (top + height) * h
+            else:                   # whole pixels, as if the resized image had been cut
+                scale = round(image_size * zoom) / min(w, h)
+                wide, high = (max(image_size, round(side * scale)) for side in (w, h))
+                left, top = (wide - image_size) // 2, (high - image_size) // 2
+                box = (left * w / wide, top * h / high, (left + image_size) * w / wide,
+                       (top + image_size) * h / high)
+            return np.asarray(image.resize((image_size, image_size), Image.BICUBIC, box))
     except Exception as error:
         raise UserError(f'{path}: not a readable image ({error}): mend or remove it') from None
 
@@ -1457,14 +1635,21 @@ def read_image(path, image_size):
 # From a data set to batches
 
 
-def refuse_unused(args, kind):
-    """UserError for a setting of unreal data that `kind` would pass over in silence."""
+def used_settings(args, kind):
+    """Names of the SETTINGS that `kind` makes something of."""
     used = USED.get(kind, set())
     if kind == 'generated':
         kind = args.generator
         ours = kind.endswith('.pt') and not getattr(args, 'generator_code', None)
         used = used | USED_BY.get(kind, set() if ours else USED_BY['FILE'])
-    for name in SETTINGS.keys() - used:
+    if kind == 'chexpert' or ('source' in used and args.source == 'chexpert'):
+        used = used | {'uncertain', 'views'}
+    return used
+
+
+def refuse_unused(args, kind):
+    """UserError for a setting of unreal data that `kind` would pass over in silence."""
+    for name in SETTINGS.keys() - used_settings(args, kind):
         by_quick = name == 'num_images' and getattr(args, 'quick', False)
         if getattr(args, name, SETTINGS[name]) != SETTINGS[name] and not by_quick:
             raise UserError(f'--{name} means nothing for {kind}: leave it out')
@@ -1485,7 +1670,8 @@ def find_or_make(args):
         make = functools.partial(write_noise, folder, args.num_images, args.num_classes, size,
                                  args.data_seed, args.label_mode, args.multilabel)
     elif args.data == 'random_labels':
-        source = read(args.source, args.data_dir, 'train', args.image_size, args.download)
+        source = read(args.source, args.data_dir, 'train', args.image_size, args.download,
+                      uncertain=args.uncertain, views=args.views)
         folder /= (f'random_labels-{Path(args.source).name}-{source.sha256()[:8]}'
                    f'-{source.image_size}px-{args.label_mode}-{args.label_noise:g}'
                    f'-seed{args.data_seed}')
@@ -1502,26 +1688,34 @@ def find_or_make(args):
         settings = argparse.Namespace(**{**vars(args), 'seed': args.data_seed})
         make = functools.partial(write_generated, folder, settings, torch.device('cpu'))
     else:
-        data = read(args.data, args.data_dir, 'train', args.image_size, args.download)
+        data = read(args.data, args.data_dir, 'train', args.image_size, args.download,
+                    uncertain=args.uncertain, views=args.views)
         if data.image_size < 8:
             raise UserError(f'{args.data}: {data.image_size} px are too few: 8 or more needed')
         return data
-    if not folder.exists():
+    if not folder.exists() and not world()[0]:
         print(f'making {folder}', file=sys.stderr)
         try:
             make()
         except UserError:
             if not folder.exists():             # else another run has just made it
                 raise
+    if world()[1] > 1:
+        torch.distributed.barrier()
     return read(str(folder), args.data_dir)
 
 
-def stratified_split(labels, fraction, seed):
+def stratified_split(labels, fraction, seed, patients=None):
     """Two sorted index arrays: a share `fraction` of every class, drawn by seed, and the rest.
 
     A class with one image gives it to the first; with two or more, both halves have some. Images
-    with several labels are split without regard to them.
+    with several labels are split without regard to them. patients (N,): all images of one are in
+    one of the two, and the share is of patients.
     """
+    if patients is not None:
+        names, whose = np.unique(patients, return_inverse=True)
+        first = np.isin(whose, stratified_split(np.zeros(len(names), int), fraction, seed)[0])
+        return np.flatnonzero(first), np.flatnonzero(~first)
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(labels)])))
     groups = labels if labels.ndim == 1 else np.zeros(len(labels), np.int64)
     order = np.lexsort((rng.random(len(labels)), groups))
@@ -1535,22 +1729,35 @@ class Batches:
     """Normalised batches of some images of a Data, every epoch in an order of its own.
 
     Yields x (B, 3, H, W) float32, channels_last, and y, int64 (B,) or float32 (B, classes). All
-    random draws depend on (seed, epoch) alone, so an epoch can be entered at any step.
-    augment: 'standard' is RandomCrop(padding 4 at 32 px) and flip, 'auto' that for images and
-    nothing for noise; cutout: side of a square that is blanked (arXiv 1708.04552), 0 for none.
+    random draws depend on (seed, epoch) alone, so an epoch can be entered at any step. Of several
+    processes each gets its share of every batch of `batch_size`.
+    augment: 'standard' is RandomCrop (padding 4 at 32 px) and flip; 'imagenet' a crop of random
+    size, flip and colours; 'affine' a slight turn, shift and zoom; 'affine_flip' that and a flip;
+    'auto' what suits the images, and nothing for noise. cutout: side of a square that is blanked
+    (arXiv 1708.04552), 0 for none.
     Training drops the last incomplete batch, so that shapes never change; with shuffle=False
-    every image comes once, in order.
+    every image comes once, in order, in batches of `batch_size` in each process.
     """
     def __init__(self, data, indices, batch_size, device, augment='none', cutout=0, seed=0,
                  shuffle=True, workers=2):
+        rank, processes = world()
         if len(indices) < batch_size and shuffle:
             raise UserError(f'--batch_size {batch_size} is more than the {len(indices)} images of '
                             f'its split of {data.name}: take a smaller one')
+        if batch_size % processes and shuffle:
+            raise UserError(f'--batch_size {batch_size} is no multiple of the {processes} '
+                            'processes: take one')
         self.data, self.indices, self.batch_size = data, np.asarray(indices), batch_size
+        self.part = slice(0, batch_size)
+        if shuffle:
+            self.part = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
+        else:
+            self.indices = self.indices[rank::processes]
         self.device, self.augment, self.cutout, self.seed = device, augment, cutout, seed
         self.shuffle, self.workers = shuffle, workers
         if augment == 'auto':
-            self.augment = 'none' if data.kind == 'noise' else 'standard'
+            self.augment = 'none' if data.kind == 'noise' else 'affine' if data.multilabel \
+                else 'imagenet' if data.image_size > 64 else 'standard'
         self.mean = torch.tensor(data.mean, device=device) * 255
         self.scale = 1 / (torch.tensor(data.std, device=device) * 255)
         labels = torch.from_numpy(np.ascontiguousarray(data.labels))
@@ -1566,30 +1773,55 @@ class Batches:
     def epoch(self, epoch=0, start=0):
         """Batches start, start + 1, ... of an epoch."""
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-        n, size, step = len(self.indices), self.data.image_size, self.batch_size
-        order = self.indices[rng.permutation(n)] if self.shuffle else self.indices
-        padding = size // 8
-        draws = order, *(rng.integers(0, high, shape) for high, shape in (
-            (2 * padding + 1, (n, 2)), (2, n), (size, (n, 2))))
-        order, *draws = (torch.from_numpy(d).to(self.device) for d in draws)
-        slices = [slice(k * step, (k + 1) * step) for k in range(start, len(self))]
-        for part, x in zip(slices, self.pixels(order, slices)):
-            offsets, flips, centres = (d[part] for d in draws)
-            if self.augment == 'standard':
-                x = crop_and_flip(x, offsets, flips, padding)
-            x = ((x.float() - self.mean) * self.scale).permute(0, 3, 1, 2)
-            if self.cutout:
-                x = x * square_mask(centres, self.cutout, size).unsqueeze(1)
-            yield x, self.labels[order[part]]
+        n, step = len(self.indices), self.batch_size
+        order = torch.from_numpy(self.indices[rng.permutation(n)] if self.shuffle
+                                 else self.indices)
+        random = self.augment != 'none' or self.cutout
+        u = torch.from_numpy(rng.random((n if random else 0, 11), np.float32))
+        order, draws = order.to(self.device), u.to(self.device)
+        slices = [slice(k * step + self.part.start, k * step + self.part.stop)
+                  for k in range(start, len(self))]
+        crops = u[:, 3:7] if self.augment == 'imagenet' else None
+        for part, x in zip(slices, self.pixels(order, slices, crops)):
+            yield self.prepared(x, draws[part]), self.labels[order[part]]
 
-    def pixels(self, order, slices):
+    def prepared(self, x, u):
+        """x: uint8 (B, H, W, 3), u: (B, 11) from 0 to 1, whose columns are a flip, the place of
+        cutout (2), a shift or crop (4) and colours (4). Returns (B, 3, H, W), normalised."""
+        size, augment = self.data.image_size, self.augment
+        if augment == 'standard':
+            x = crop_and_flip(x, (u[:, 3:5] * (2 * (size // 8) + 1)).long(), u[:, 0] < 0.5,
+                              size // 8)
+        elif augment != 'none':
+            x = x.permute(0, 3, 1, 2).float()
+            if augment == 'imagenet' and isinstance(self.data.images, np.ndarray):
+                left, top, width, height = crop_box(u[:, 3:7]).unbind(1)
+                x = warped(x, width, 0 * width, 2 * left + width - 1,
+                           0 * width, height, 2 * top + height - 1)
+            elif augment != 'imagenet':     # 5 degrees, 5% of the side, 5% of the size: our choice
+                turn, dx, dy, zoom = (2 * u[:, 3:7] - 1).unbind(1)
+                c, s = (f(math.pi / 36 * turn) * (1 + zoom / 20) for f in (torch.cos, torch.sin))
+                x = warped(x, c, -s, dx / 10, s, c, dy / 10)
+            if augment in ('imagenet', 'affine_flip'):
+                x = torch.where((u[:, 0] < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
+            if augment == 'imagenet':
+                x = recoloured(x, *u[:, 7:11].unbind(1))
+            x = x.permute(0, 2, 3, 1)
+        x = ((x.float() - self.mean) * self.scale).permute(0, 3, 1, 2)
+        if self.cutout:
+            x = x * square_mask((u[:, 1:3] * size).long(), self.cutout, size).unsqueeze(1)
+        return x
+
+    def pixels(self, order, slices, crops):
         """uint8 (B, H, W, 3) on the device for each slice of `order`."""
         if self.data.resident:
             images = self.data.on_device[str(self.device)]
             for part in slices:
                 yield images[order[part]]
             return
-        batches = [order[part].tolist() for part in slices]
+        order = order.tolist()
+        batches = [[(order[k], None if crops is None else crops[k].tolist())
+                    for k in range(len(order))[part]] for part in slices]
         loader = torch.utils.data.DataLoader(
             self.data, batch_sampler=batches, num_workers=self.workers,
             pin_memory=self.device.type == 'cuda')
@@ -1610,6 +1842,41 @@ def crop_and_flip(x, offsets, flips, padding):
     columns = torch.where(flips.unsqueeze(1) == 1, w - 1 - columns, columns) + offsets[:, 1:]
     images = torch.arange(b, device=x.device)
     return x[images[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def crop_box(u, aspect=1.0):
+    """(B, 4): left, top, width, height in shares of an image whose width / height is `aspect`.
+
+    8 to 100% of its area in a shape of 3:4 to 4:3 (arXiv 1409.4842); what would stick out is cut
+    off, where torchvision's RandomResizedCrop draws again. u: (B, 4) from 0 to 1.
+    """
+    area, shape = 0.08 + 0.92 * u[:, 0], (4 / 3) ** (2 * u[:, 1] - 1)
+    width = (area * shape / aspect).sqrt().clamp(max=1)
+    height = (area / shape * aspect).sqrt().clamp(max=1)
+    return torch.stack([u[:, 2] * (1 - width), u[:, 3] * (1 - height), width, height], 1)
+
+
+def warped(x, *rows):
+    """x (B, C, H, W) by a matrix of two rows, (B,) each, from output to input, -1 to 1; bilinear,
+    and black outside."""
+    theta = torch.stack(rows, 1).view(-1, 2, 3)
+    grid = nn.functional.affine_grid(theta, x.shape, align_corners=False)
+    return nn.functional.grid_sample(x, grid, align_corners=False)
+
+
+def recoloured(x, brightness, contrast, saturation, hue):
+    """x (B, 3, H, W) from 0 to 255 with factors 0.6 to 1.4 and the hue turned by up to 0.2 of the
+    circle, in this order, as ColorJitter(.4, .4, .4, .2). Arguments: (B,) from 0 to 1.
+
+    All but the contrast are one matrix for each image: the hue turns about the grey axis.
+    """
+    eye, grey = torch.eye(3, device=x.device), torch.tensor([0.299, 0.587, 0.114], device=x.device)
+    b, k, s = ((0.6 + 0.8 * u)[:, None, None] for u in (brightness, contrast, saturation))
+    c, d = (f(0.4 * math.pi * (2 * hue - 1))[:, None, None] for f in (torch.cos, torch.sin))
+    turn = c * eye + (1 - c) / 3 + d / 3 ** 0.5 * (eye.roll(1, 0) - eye.roll(2, 0))
+    matrix = turn @ (s * eye + (1 - s) * grey) * b * k
+    mean = (x.mean((2, 3)) @ grey)[:, None, None] * b * (1 - k)
+    return (matrix @ x.flatten(2) + mean).clamp(0, 255).view(x.shape)
 
 
 def square_mask(centres, side, size):
@@ -1669,7 +1936,8 @@ def main(argv=None):
         rate = write_noise(args.out, args.num_images, args.num_classes, args.image_size or 32,
                            args.seed, args.label_mode, args.multilabel, *common)
     elif args.kind == 'random_labels':
-        source = read(args.source, args.data_dir, 'train', args.image_size, args.download)
+        source = read(args.source, args.data_dir, 'train', args.image_size, args.download,
+                      uncertain=args.uncertain, views=args.views)
         inside = os.path.commonpath([os.path.abspath(p) for p in (args.out, args.source)])
         if Path(args.source).is_dir() and inside in map(os.path.abspath, (args.out, args.source)):
             raise UserError(f'--out {args.out} and --source {args.source}: one lies in the other; '
@@ -1692,10 +1960,11 @@ def main(argv=None):
 
 # Settings of unreal data, with their defaults, and what each kind and generator makes of them
 SETTINGS = dict(num_images=50000, num_classes=10, multilabel=False, source='cifar10',
-                label_mode='uniform', label_noise=1.0, generator='fractal', difficulty='medium',
-                systems_per_class=None, generator_steps=50000, time_limit=math.inf,
-                generator_code=None, trust_generator=False, z_dim=128, z_dist='normal',
-                truncation=1.0, label_input='index', output_range='-1,1')
+                label_mode='uniform', label_noise=1.0, uncertain='mixed', views='frontal',
+                generator='fractal', difficulty='medium', systems_per_class=None,
+                generator_steps=50000, time_limit=math.inf, generator_code=None,
+                trust_generator=False, z_dim=128, z_dist='normal', truncation=1.0,
+                label_input='index', output_range='-1,1')
 USED = {'noise': {'num_images', 'num_classes', 'multilabel', 'label_mode'},
         'random_labels': {'source', 'label_mode', 'label_noise'},
         'generated': {'num_images', 'generator'}}
@@ -1724,6 +1993,9 @@ def add_label_flags(parser):
                        help='how random labels are drawn')
     group.add_argument('--label_noise', type=number(float, 0, 1),
                        help='share of the true labels that is drawn anew')
+    group.add_argument('--uncertain', choices=['mixed', 'ones', 'zeros', 'ignore'],
+                       help='what -1.0 of CheXpert becomes; mixed: ones for Atelectasis and Edema')
+    group.add_argument('--views', choices=['frontal', 'all'], help='of CheXpert')
     group.add_argument('--generator', metavar='{fractal,spectrum,deadleaves,mixed,train,FILE}',
                        help='of generated images')
     group.add_argument('--difficulty', choices=list(DIFFICULTY), help='of generated images')
@@ -1731,7 +2003,7 @@ def add_label_flags(parser):
                        help='fractals of a class: 8, or 1 for 1,000 classes and more')
     parser.set_defaults(**{name: SETTINGS[name] for name in (
         'num_images', 'num_classes', 'multilabel', 'source', 'label_mode', 'label_noise',
-        'generator', 'difficulty', 'systems_per_class')})
+        'uncertain', 'views', 'generator', 'difficulty', 'systems_per_class')})
     group.add_argument('--data_dir', default='data', help='folder of the real data sets')
     group.add_argument('--download', action='store_true', help='let torchvision fetch CIFAR')
 

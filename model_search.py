@@ -250,15 +250,16 @@ def image_stem(channels):
     """Two modules for images of many pixels: to a quarter of the size, and on to an eighth."""
     def halving(c_in, c_out):
         return nn.Conv2d(c_in, c_out, 3, 2, 1, bias=False), BatchNorm(c_out)
-    return (nn.Sequential(*halving(3, channels // 2), nn.ReLU(inplace=True),
-                          *halving(channels // 2, channels)),
+    half = max(1, channels // 2)
+    return (nn.Sequential(*halving(3, half), nn.ReLU(inplace=True), *halving(half, channels)),
             nn.Sequential(nn.ReLU(), *halving(channels, channels)))
 
 
 class Network(nn.Module):
     """Stem, cells with a reduction at one and at two thirds of the depth, pooling, classifier.
 
-    stem: 'cifar', one convolution, or 'imagenet', three of stride 2. genotype: None builds the supernet, with its alphas; a Genotype the derived network.
+    stem: 'cifar', one convolution, or 'imagenet', three of stride 2. genotype: None builds the
+    supernet, with its alphas; a Genotype the derived network.
     forward(x): (B, 3, H, W) -> logits (B, num_classes); a training network with an auxiliary
     head gives its logits too. drop_path_prob is an attribute, set from outside, as in DARTS: a
     number, or a tensor on the device where a CUDA graph must see it change.

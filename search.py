@@ -4,26 +4,28 @@
     python search.py --data noise --method pcdarts --gpu 0
     python search.py --data random_labels --unrolled --gpu 0       # second order
     python search.py --data noise --quick                          # a minute on a CPU, meaningless
+    python search.py --data imagenet --data_dir DIR --method pcdarts --gpu 0     # 224 px
+    python search.py --data chexpert --data_dir DIR --gpu 0
+    torchrun --nproc_per_node 8 search.py --data imagenet --data_dir DIR --method pcdarts --resume
     for s in 0 1 2 3; do python search.py --data noise --seed $s --gpu 0 --resume; done
 
 The last line can be stopped and started again at will: --resume goes on from the last checkpoint,
 starts a run that has none and skips one that is done. Missing unreal data are made first.
 Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737); defaults in DEFAULTS below.
 """
-import math
 import shlex
 import sys
-import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from evaluate import (GraphedStep, Running, add_run_flags, changed_by_a_step, check_finite,
-                      check_rates, correct, load_states, loss_of, open_run, peak_memory_mib,
-                      random_states, run_name, save_file, shortened, write_log)
-from generate_data import (CIFAR, USED, Batches, Parser, Progress, UserError, choose_device,
+from evaluate import (GraphedStep, Running, add_run_flags, averaged, changed_by_a_step,
+                      check_alike, check_rates, correct, gathered, learning_rate_at, load_states,
+                      loss_of, open_run, own_sums, peak_memory_mib, preset_of, random_states,
+                      run_name, save_file, shortened, start_alike, stem_of, write_log)
+from generate_data import (REAL, USED, Batches, Parser, Progress, UserError, choose_device,
                            find_or_make, number, one_line_errors, set_tf32, stratified_split,
-                           write_file)
+                           world, write_file)
 from genotypes import draw, random_genotype, to_json
 from model_search import Network
 
@@ -37,9 +39,21 @@ DEFAULTS = {
                     arch_learning_rate=6e-4, frozen_epochs=15, partial=4),
     'random': dict(batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
                    arch_learning_rate=3e-4, frozen_epochs=0, partial=1)}
+# Defaults of a target, over those of the method. ImageNet: as PC-DARTS searched on it (section
+# 4.3 of its paper), of the images 10% for the weights and 2.5% for the alphas, the learning rate
+# for 1,024 images. CheXpert: our own choice, 10% of the patients for each.
+PRESETS = {
+    'cifar': {},
+    'imagenet': dict(image_size=224, num_classes=1000, num_images=128000, source='imagenet',
+                     batch_size=1024, rate_for=1024, learning_rate=0.5, learning_rate_min=0.0,
+                     warmup_epochs=5, arch_learning_rate=6e-3, frozen_epochs=35, partial=2,
+                     train_fraction=0.1, valid_fraction=0.025),
+    'chexpert': dict(image_size=224, num_classes=14, num_images=20000, multilabel=True,
+                     source='chexpert', train_fraction=0.1, valid_fraction=0.1)}
 # --quick: the whole pipeline within a minute on two cores; what it finds means nothing.
-QUICK = dict(num_images=1000, layers=5, init_channels=8, batch_size=32, epochs=3,
-             steps_per_epoch=4, frozen_epochs=0, arch_learning_rate=3e-3)
+QUICK = dict(num_images=1000, layers=5, init_channels=8, batch_size=32, epochs=3, warmup_epochs=0,
+             steps_per_epoch=4, frozen_epochs=0, arch_learning_rate=3e-3, train_fraction=0.5,
+             valid_fraction=0.5)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -69,17 +83,35 @@ def forward(network, batch, amp=False):
     return loss_of(logits, y), correct(logits.detach(), y)
 
 
-def first_order(network, valid, amp=False):
+def gradients(network, batch, wanted, args, exact=False):
+    """(gradients of the loss of a batch, loss, right answers).
+
+    Over --grad_accum parts of it, one at a time, and over the batches of all processes; loss and
+    right answers are of this process. exact: without autocast.
+    """
+    parts = list(zip(*(t.chunk(args.grad_accum) for t in batch)))
+    total, sums = None, 0
+    for part in parts:
+        loss, right = forward(network, part, args.amp and not exact)
+        grads = torch.autograd.grad(loss, wanted)
+        sums = sums + torch.stack([loss.detach() / len(parts), right])
+        total = list(grads) if total is None else torch._foreach_add(total, grads)
+        del loss, grads                         # lets go of what the graph held
+    if len(parts) > 1:
+        torch._foreach_div_(total, len(parts))
+    return averaged(total), *sums.unbind()
+
+
+def first_order(network, valid, args):
     """Gradients of the alphas with the weights as they are (DARTS, equation 6).
 
     Returns (gradients, loss, right answers) on the validation batch.
     """
     with trained(network, alphas=True), network.frozen_statistics():
-        loss, right = forward(network, valid, amp)
-        return torch.autograd.grad(loss, network.architecture_parameters()), loss, right
+        return gradients(network, valid, network.architecture_parameters(), args)
 
 
-def second_order(network, train, valid, sgd, amp=False, tf32=False):
+def second_order(network, train, valid, sgd, args):
     """Gradients of the alphas through one virtual step of the weights (DARTS, equations 7, 8).
 
     The virtual step w' = w - eta (gradient + weight decay + momentum) is that which sgd would
@@ -91,7 +123,7 @@ def second_order(network, train, valid, sgd, amp=False, tf32=False):
     eta, values = group['lr'], [w.data for w in weights]
     with network.frozen_statistics():
         with trained(network, weights=True):
-            step = torch.autograd.grad(forward(network, train, amp)[0], weights)
+            step, *_ = gradients(network, train, weights, args)
         before = [v.clone() for v in values]
         step = torch._foreach_add(step, before, alpha=group['weight_decay'])
         if sgd.state:
@@ -99,10 +131,8 @@ def second_order(network, train, valid, sgd, amp=False, tf32=False):
             torch._foreach_add_(step, buffers, alpha=group['momentum'])
         torch._foreach_mul_(step, -eta)
         torch._foreach_add_(values, step)
-        loss, right = forward(network, valid, amp)
-        grads = torch.autograd.grad(loss, weights + alphas)
-        loss = loss.detach()                    # lets go of what its graph held
-        dw, dalpha = list(grads[:len(weights)]), grads[len(weights):]
+        grads, loss, right = gradients(network, valid, weights + alphas, args)
+        dw, dalpha = grads[:len(weights)], grads[len(weights):]
         # Equation 8 by finite differences along dw; none where dw is zero or not finite. The two
         # losses differ in their last digits only, so neither autocast nor TF32 may round them.
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dw)))
@@ -115,8 +145,8 @@ def second_order(network, train, valid, sgd, amp=False, tf32=False):
             torch._foreach_copy_(values, before)
             torch._foreach_add_(values, dw, alpha=sign)
             with trained(network, alphas=True):
-                sides.append(torch.autograd.grad(forward(network, train)[0], alphas))
-        set_tf32(tf32)
+                sides.append(gradients(network, train, alphas, args, exact=True)[0])
+        set_tf32(args.tf32)
         torch._foreach_copy_(values, before)
     return [a - eta * (p - n) / (2 * eps) for a, p, n in zip(dalpha, *sides)], loss, right
 
@@ -124,25 +154,27 @@ def second_order(network, train, valid, sgd, amp=False, tf32=False):
 def architecture_step(network, train, valid, sgd, adam, args):
     """Step the alphas; returns (loss, right answers) on the validation batch before it."""
     if args.unrolled:
-        grads, loss, right = second_order(network, train, valid, sgd, args.amp, args.tf32)
+        grads, loss, right = second_order(network, train, valid, sgd, args)
     else:
-        grads, loss, right = first_order(network, valid, args.amp)
+        grads, loss, right = first_order(network, valid, args)
     for alpha, grad in zip(network.architecture_parameters(), grads):
         alpha.grad = grad
     adam.step()
     adam.zero_grad()
-    return loss.detach(), right
+    return loss, right
 
 
 def weight_step(network, train, sgd, args):
     """Step the weights; returns (loss, right answers) on the training batch before it."""
+    weights = network.weight_parameters()
     with trained(network, weights=True):
-        loss, right = forward(network, train, args.amp)
-        loss.backward()
-    torch.nn.utils.clip_grad_norm_(network.weight_parameters(), args.grad_clip, foreach=True)
+        grads, loss, right = gradients(network, train, weights, args)
+    for weight, grad in zip(weights, grads):
+        weight.grad = grad
+    torch.nn.utils.clip_grad_norm_(weights, args.grad_clip, foreach=True)
     sgd.step()
     sgd.zero_grad()
-    return loss.detach(), right
+    return loss, right
 
 
 # ---------------------------------------------------------------------------------------------
@@ -170,8 +202,10 @@ def finish(folder, genotype, args):
         print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
     if args.quick:
         print('this was --quick: the pipeline works, the genotype means nothing')
-    print(f'next: python retrain.py --arch {shlex.quote(str(folder))} --data cifar10 --auxiliary '
-          '--cutout --gpu 0')
+    target = args.preset if args.preset in ('imagenet', 'chexpert') else \
+        'cifar10' if args.data in USED else args.data
+    print(f'next: python retrain.py --arch {shlex.quote(str(folder))} --data {shlex.quote(target)}'
+          f'{" --auxiliary --cutout" * target.startswith("cifar")} --gpu 0')
 
 
 def bilevel_step(network, train, valid, sgd, adam, args, frozen=False):
@@ -200,6 +234,24 @@ def optimizers(network, args):
     return sgd, adam
 
 
+def fractions(args):
+    """Shares of the images for the weights and for the alphas."""
+    train = args.train_fraction or args.train_portion
+    return train, args.valid_fraction or 1 - train
+
+
+def two_parts(data, args):
+    """Indices of the images for the weights and of those for the alphas: no image in both, and no
+    patient."""
+    train, valid = fractions(args)
+    first, rest = stratified_split(data.labels, train, args.seed, data.patients)
+    share = valid / (1 - train)
+    if share > 1 - 1e-9:
+        return first, rest
+    patients = None if data.patients is None else data.patients[rest]
+    return first, rest[stratified_split(data.labels[rest], share, args.seed, patients)[0]]
+
+
 # ---------------------------------------------------------------------------------------------
 
 
@@ -214,14 +266,24 @@ def parse(argv):
     group.add_argument('--layers', type=number(int, 3, 200), default=8, help='cells')
     group.add_argument('--train_portion', type=number(float, 0, 1, True, True), default=0.5,
                        help='of the images, for the weights; the others are for the alphas')
+    group.add_argument('--train_fraction', type=number(float, 0, 1, True, True),
+                       help='the same; with --valid_fraction the rest of the images is not used')
+    group.add_argument('--valid_fraction', type=number(float, 0, 1, True, True),
+                       help='of the images, for the alphas')
     group.add_argument('--arch_learning_rate', type=number(float, 0), help='of the alphas')
     group.add_argument('--arch_weight_decay', type=number(float, 0), default=1e-3)
     group.add_argument('--frozen_epochs', type=number(int, 0), help='first epochs without alphas')
     add_run_flags(parser, 'noise', dict(epochs=50))
     first = parser.parse_args(argv)
-    parser.set_defaults(**DEFAULTS[first.method])
+    preset = preset_of(first, PRESETS)
+    rate_for = preset.pop('rate_for', None)
+    parser.set_defaults(**{**DEFAULTS[first.method], **preset})
+    if first.method != 'pcdarts':
+        parser.set_defaults(partial=1)
+    if first.data in ('noise', 'generated') and 'train_fraction' in preset:
+        parser.set_defaults(train_fraction=0.8, valid_fraction=0.2)     # as many, of fewer images
     if first.quick:
-        parser.set_defaults(**QUICK)
+        parser.set_defaults(**QUICK, **{'num_classes': 10} if 'num_classes' in preset else {})
     defaults = parser.parse_args([])
     # Without --frozen_epochs, their share is that of the published 50 epochs.
     share = defaults.frozen_epochs / 50
@@ -232,7 +294,10 @@ def parse(argv):
     if 0 < args.epochs <= args.frozen_epochs:
         raise UserError(f'--frozen_epochs {args.frozen_epochs} leaves none of {args.epochs} '
                         'epochs for the alphas: take fewer')
-    check_rates(args, sys.argv[1:] if argv is None else argv)
+    check_rates(args, sys.argv[1:] if argv is None else argv, rate_for)
+    if sum(fractions(args)) > 1 + 1e-9:
+        raise UserError('--train_fraction {:g} and --valid_fraction {:g} are more than all images:'
+                        ' lower one'.format(*fractions(args)))
     if args.init_channels % args.partial:
         raise UserError(f'--init_channels {args.init_channels} does not divide into --partial '
                         f'{args.partial} parts: take a multiple')
@@ -246,11 +311,11 @@ def main(argv=None):
     device = choose_device(args.gpu, args.tf32)
 
     if args.method == 'random':                 # the control: no data, nothing to train
-        if args.data not in (*USED, *CIFAR) and not Path(args.data).is_dir():
+        if args.data not in (*USED, *REAL) and not Path(args.data).is_dir():
             raise UserError(f'--data {args.data}: neither a folder nor one of '
-                            f'{", ".join([*USED, *CIFAR])}')
+                            f'{", ".join([*USED, *REAL])}')
         run = open_run(args, device)
-        if run:
+        if run and not world()[0]:
             genotype = random_genotype(args.seed)
             write_log(run[0], {'epoch': 0, 'genotype': genotype._asdict(), 'seconds': 0})
             finish(run[0], genotype, args)
@@ -258,7 +323,8 @@ def main(argv=None):
 
     # Data: half of the images for the weights, half for the alphas, no image in both.
     data = find_or_make(args)
-    halves = stratified_split(data.labels, args.train_portion, args.seed)
+    stem = stem_of(args, data.image_size)
+    halves = two_parts(data, args)
     batches = [Batches(data, half, args.batch_size, device, args.augment, seed=2 * args.seed + k,
                        workers=args.workers) for k, half in enumerate(halves)]
     epochs, steps, total = shortened(args, min(len(b) for b in batches))
@@ -270,8 +336,9 @@ def main(argv=None):
     folder, checkpoint = run
 
     torch.manual_seed(args.seed)
-    network = Network(args.init_channels, len(data.classes), args.layers,
-                      partial=args.partial).to(device)
+    network = Network(args.init_channels, len(data.classes), args.layers, partial=args.partial,
+                      stem=stem).to(device)
+    start_alike(network)
     sgd, adam = optimizers(network, args)
     start, start_step, seconds = 0, 0, 0.0
     sums = torch.zeros(4, device=device)        # train loss and right answers, valid the same
@@ -279,7 +346,7 @@ def main(argv=None):
         start, start_step, seconds = load_states(
             checkpoint, folder / 'checkpoint.pt', ('epoch', 'step', 'seconds'), network=network,
             sgd=sgd, adam=adam)
-        sums = checkpoint['sums'].to(device)
+        sums = own_sums(checkpoint['sums']).to(device)
     rate = sgd.param_groups[0]['lr'] = sgd.param_groups[0]['lr'].to(device)
 
     def step(is_frozen, *batch):
@@ -287,62 +354,54 @@ def main(argv=None):
 
     steps_of = {is_frozen: GraphedStep(
         partial(step, is_frozen), lambda: changed_by_a_step(network, sgd, adam), device,
-        args.graph == 'auto') for is_frozen in (True, False)}
+        args.graph == 'auto' and world()[1] == 1) for is_frozen in (True, False)}
 
     def save(epoch, step):
         save_file(folder / 'checkpoint.pt', {
             'network': network.state_dict(), 'sgd': sgd.state_dict(), 'adam': adam.state_dict(),
-            'epoch': epoch, 'step': step, 'sums': sums, 'seconds': seconds,
-            'random': random_states(device)})
+            'epoch': epoch, 'step': step, 'sums': torch.stack(gathered(sums.cpu())),
+            'seconds': running.seconds if step else 0.0,
+            'random': gathered(random_states(device))})
 
     print(f'{args.method}{", second order" * args.unrolled} on {data.name} '
           f'({len(data):,} images of {data.image_size} px, {len(data.classes)} classes), '
-          f'{total:,} steps on {device}, in {folder}')
+          f'{total:,} steps on {world()[1]} x {device.type}, in {folder}')
     progress = Progress(total, 'steps', min(start * steps + start_step, total))
     network.train()
-    with Running(folder) as stop:
+    with Running(folder, device, args.checkpoint_minutes) as running:
         for epoch in range(start, epochs):
-            # Cosine from learning_rate to learning_rate_min, constant within an epoch.
-            learning_rate = args.learning_rate_min + (
-                args.learning_rate - args.learning_rate_min) * (
-                    1 + math.cos(math.pi * epoch / epochs)) / 2
+            learning_rate = learning_rate_at(args, epoch, epochs)
             rate.fill_(learning_rate)
             last = min(steps, total - epoch * steps)
             pairs = zip(*(b.epoch(epoch, start_step) for b in batches))
-            began = saved = time.time()
+            running.epoch(seconds)
             for step in range(start_step, last):
                 train, valid = next(pairs)
                 sums += steps_of[epoch < frozen](*train, *valid)
                 progress.update(epoch * steps + step + 1, f'epoch {epoch + 1}/{epochs}')
-                # A look at the sums makes a GPU wait: there it is not taken at every step.
-                due = stop or time.time() - saved > 60 * args.checkpoint_minutes
-                if due or device.type == 'cpu' or step % 50 == 49 or step + 1 == last:
-                    check_finite([sums, *network.parameters()], folder, epoch * steps + step)
-                if due and step + 1 < last:
-                    saved, seconds = time.time(), seconds + time.time() - began
-                    began = saved
+                if running.is_to_save([sums, *network.parameters()], step, last):
                     save(epoch, step + 1)
-                    if stop:
-                        print(f'stopped and saved in {folder}: run the same with --resume')
-                        return 128 + stop.signal
-            seconds += time.time() - began
-            train_loss, train_right, valid_loss, valid_right = (sums / last).tolist()
-            trained_alphas = epoch >= frozen
+                    if running:
+                        return running.stopped()
+            train_loss, train_right, valid_loss, valid_right = averaged([sums])[0].div(
+                last).tolist()
+            images, trained_alphas = args.batch_size / world()[1], epoch >= frozen
+            check_alike(network.architecture_parameters(), 'alphas')
             write_log(folder, {
                 'epoch': epoch, 'learning_rate': learning_rate, 'train_loss': train_loss,
-                'train_accuracy': train_right / args.batch_size,
+                'train_accuracy': train_right / images,
                 'valid_loss': valid_loss if trained_alphas else None,
-                'valid_accuracy': valid_right / args.batch_size if trained_alphas else None,
-                **describe(network), 'seconds': round(seconds, 3),
-                'images_per_second': round(2 * last * args.batch_size / seconds, 1),
+                'valid_accuracy': valid_right / images if trained_alphas else None,
+                **describe(network), 'seconds': round(running.seconds, 3),
+                'images_per_second': round(2 * last * args.batch_size / running.seconds, 1),
                 'peak_memory_mib': peak_memory_mib(device)})
             sums, start_step, seconds = torch.zeros_like(sums), 0, 0.0
             save(epoch + 1, 0)
-            if stop and epoch + 1 < epochs:
-                print(f'stopped and saved in {folder}: run the same with --resume')
-                return 128 + stop.signal
+            if running and epoch + 1 < epochs:
+                return running.stopped()
         progress.close()
-        finish(folder, network.genotype(), args)
+        if not world()[0]:
+            finish(folder, network.genotype(), args)
 
 
 if __name__ == '__main__':

@@ -294,7 +294,7 @@ def test_no_cuda_runs_on_the_cpu_and_says_so(capsys):
 def test_a_run_that_another_process_holds(capsys):
     run_search('run', '--max_steps', '1')
     Path('run/genotype.json').unlink()
-    with evaluate.Running(Path('run')):
+    with evaluate.Running(Path('run'), torch.device('cpu')):
         check(capsys, search.main([*TINY, '--max_steps', '1', '--save', 'run', '--resume']),
               'another process')
 

@@ -106,8 +106,8 @@ def test_second_order_gradient_is_that_through_the_virtual_step(monkeypatch):
     sgd = torch.optim.SGD(weights, 0.025, momentum=0.9, weight_decay=3e-4)
     search.weight_step(ours, train, sgd, arguments(True))               # momentum is not zero
     textbook.copy_weights(ours, book)
-    got = search.second_order(ours, train, valid, sgd)[0]
-    first = search.first_order(ours, valid)[0]
+    got = search.second_order(ours, train, valid, sgd, arguments(True))[0]
+    first = search.first_order(ours, valid, arguments(False))[0]
 
     names = [n for n, _ in book.named_parameters() if not n.startswith('alphas')]
     loss = textbook.loss(book, train)
