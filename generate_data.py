@@ -1819,9 +1819,10 @@ class Batches:
             for part in slices:
                 yield images[order[part]]
             return
-        order = order.tolist()
-        batches = [[(order[k], None if crops is None else crops[k].tolist())
-                    for k in range(len(order))[part]] for part in slices]
+        order = order.cpu()
+        none = [None] * self.batch_size
+        batches = (list(zip(order[part].tolist(), none if crops is None else crops[part].tolist()))
+                   for part in slices)
         loader = torch.utils.data.DataLoader(
             self.data, batch_sampler=batches, num_workers=self.workers,
             pin_memory=self.device.type == 'cuda')

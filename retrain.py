@@ -131,7 +131,7 @@ def parse(argv):
     parser.set_defaults(**preset)
     if first.quick:
         rate = {'learning_rate': 0.05} if parser.parse_args(argv).optimizer == 'sgd' else {}
-        parser.set_defaults(**QUICK, **rate, **{k: 10 for k in preset if k == 'num_classes'})
+        parser.set_defaults(**QUICK, **rate, num_classes=min(preset.get('num_classes', 10), 20))
         rate_for = None
     args = parser.parse_args(argv)
     if args.max_steps == 0:

@@ -202,8 +202,8 @@ def finish(folder, genotype, args):
         print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
     if args.quick:
         print('this was --quick: the pipeline works, the genotype means nothing')
-    target = args.preset if args.preset in ('imagenet', 'chexpert') else \
-        'cifar10' if args.data in USED else args.data
+    target = args.source if args.data == 'random_labels' else args.data
+    target = args.preset if args.preset in REAL else 'cifar10' if target in USED else target
     print(f'next: python retrain.py --arch {shlex.quote(str(folder))} --data {shlex.quote(target)}'
           f'{" --auxiliary --cutout" * target.startswith("cifar")} --gpu 0')
 
@@ -283,7 +283,7 @@ def parse(argv):
     if first.data in ('noise', 'generated') and 'train_fraction' in preset:
         parser.set_defaults(train_fraction=0.8, valid_fraction=0.2)     # as many, of fewer images
     if first.quick:
-        parser.set_defaults(**QUICK, **{'num_classes': 10} if 'num_classes' in preset else {})
+        parser.set_defaults(**QUICK, num_classes=min(preset.get('num_classes', 10), 20))
     defaults = parser.parse_args([])
     # Without --frozen_epochs, their share is that of the published 50 epochs.
     share = defaults.frozen_epochs / 50

@@ -5,6 +5,7 @@
     python tests/benchmark.py --curve           # seconds a step by batch, width and image size
     python tests/benchmark.py --input           # what the data cost, beside the step
     python tests/benchmark.py --floor           # what arithmetic and memory traffic must take
+    python tests/benchmark.py --imagenet        # steps at 224 px, and the batches that fit a GPU
 
 A search step is one architecture and one weight step (C=16, 8 cells, 32 px); a retrain step one
 of DARTS_V2 (C=36, 20 cells, auxiliary head, drop-path). CPU seconds are those of the process, the
@@ -43,6 +44,9 @@ CASES = {                   # name: (partial, unrolled, batch, n); partial 0 is 
     'darts2_b16': (1, True, 16, 5), 'darts2_b64': (1, True, 64, 0),
     'pcdarts1_b32': (4, False, 32, 5), 'pcdarts2_b32': (4, True, 32, 5),
     'retrain_b96': (0, False, 96, 3)}
+# At 224 px with the ImageNet stem, 8 cells, or retraining 14 of C=48, by images a step
+IMAGENET = {'darts1_224_b8': (1, False, 8, 3, 224), 'darts2_224_b8': (1, True, 8, 0, 224),
+            'pcdarts1_224_b8': (2, False, 8, 3, 224), 'retrain_224_b8': (0, False, 8, 3, 224)}
 CPU = torch.device('cpu')
 
 
@@ -72,11 +76,16 @@ def steps(partial, unrolled, size, sides=('ours', 'book'), width=16, pixels=32, 
           graph=False, flags=()):
     """{side: a function that takes one step}, the same weights on both sides.
 
-    partial, unrolled: as in CASES; size: of the batch; flags: more of them for our side.
+    partial, unrolled: as in CASES; size: of the batch; flags: more of them for our side. Above 64
+    pixels the networks are ImageNet's.
     """
     torch.manual_seed(0)
-    shape = (36, 10, 20, DARTS_V2) if partial == 0 else (width, 10, 8)
+    large = pixels > 64
+    shape = (width, 1000 if large else 10, 8)
+    if partial == 0:
+        shape = (48, 1000, 14, DARTS_V2) if large else (36, 10, 20, DARTS_V2)
     extra = {'auxiliary': True} if partial == 0 else {'partial': partial}
+    extra['stem'] = 'imagenet' if large else 'cifar'
     networks = {'ours': Network(*shape, **extra)}
     if 'book' in sides:
         networks['book'] = textbook.Network(*shape, **extra)
@@ -148,7 +157,9 @@ def peaks(case):
 
 
 def print_peak(case, side):
-    step = steps(*CASES[case][:3], ('ours', 'book') if side == 'book' else ('ours',))[side]
+    *what, _, pixels = (*CASES[case], 32) if case in CASES else IMAGENET[case]
+    sides = ('ours', 'book') if side == 'book' else ('ours',)
+    step = steps(*what, sides, pixels=pixels)[side]
     held = evaluate.peak_memory_mib(CPU)
     step()
     print(evaluate.peak_memory_mib(CPU) - held)
@@ -156,14 +167,18 @@ def print_peak(case, side):
 
 def measure(case):
     """{'ratio', 'memory_ratio', 'launches', 'launches_textbook', 'cpu_seconds', ...}"""
-    *what, n = CASES[case]
+    *what, n, pixels = (*CASES[case], 32) if case in CASES else IMAGENET[case]
     ours, book = peaks(case)                # before this process holds maps of its own
     out = {'n': n}
     if n:
-        medians, calls = seconds(steps(*what), n), launches(*what)
+        medians = seconds(steps(*what, pixels=pixels), n)
+        calls = launches(*what)
         out.update(ratio=medians['book'] / medians['ours'], launches=calls['ours'],
                    launches_textbook=calls['book'], cpu_seconds=medians['ours'],
                    cpu_seconds_textbook=medians['book'])
+    if case in IMAGENET:                    # computed: memory grows with the images
+        out.update({f'batch_in_{gib}_gib': int(0.9 * gib * 1024 / (ours / what[2]))
+                    for gib in (11, 24, 80)})
     return {**out, 'memory_mib': ours, 'memory_mib_textbook': book, 'memory_ratio': ours / book}
 
 
@@ -239,9 +254,7 @@ def data_costs(steps_taken=20):
             target.mkdir(exist_ok=True)
             image.save(target / f'{k}.jpg')
         data = generate_data.read_folder(Path(folder), 'train', 224)
-        data.images = generate_data.list_images(Path(folder), ['0', '1'])[0]
-        generate_data.RESIDENT = 0                              # decoded by the workers, streamed
-        batches = generate_data.Batches(data, range(512), 64, CPU, workers=2)
+        batches = generate_data.Batches(data, range(512), 64, CPU, 'imagenet', workers=2)
         began = time.time()
         count = sum(len(x) for x, _ in batches.epoch())
         rows['folder, 224 px JPEG'] = {'images_per_second': count / (time.time() - began)}
@@ -251,7 +264,8 @@ def data_costs(steps_taken=20):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--json', action='store_true', help='one JSON object')
-    parser.add_argument('--only', choices=list(CASES), help='one case')
+    parser.add_argument('--only', choices=[*CASES, *IMAGENET], help='one case')
+    parser.add_argument('--imagenet', action='store_true', help='steps at 224 px')
     parser.add_argument('--curve', action='store_true', help='how a step grows with its sizes')
     parser.add_argument('--input', action='store_true', help='what the data cost')
     parser.add_argument('--floor', action='store_true', help='what a step must take')
@@ -262,7 +276,8 @@ def main():
         return print_peak(args.only, args.peak)
     results = curve() if args.curve else data_costs() if args.input else \
         floor() if args.floor else {}
-    for case in [args.only] if args.only else CASES if not results else ():
+    cases = IMAGENET if args.imagenet else () if results else CASES
+    for case in [args.only] if args.only else cases:
         results[case] = measure(case)
         if not args.json:
             show(case, results[case])

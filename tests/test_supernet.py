@@ -289,3 +289,21 @@ def test_autocast_and_evaluation_run():
     with torch.autocast('cpu', torch.bfloat16):
         half = network(x)
     assert half.dtype == torch.bfloat16 and (full - half.float()).abs().max() < 0.3
+
+
+@pytest.mark.parametrize('shape, more, size', [
+    ((8, 5, 3), {'partial': 2}, 45), ((4, 5, 3, PUBLISHED['DARTS_V2']), {'auxiliary': True}, 193)])
+def test_imagenet_stem_and_head_equal_the_textbook(shape, more, size):
+    ours = Network(*shape, **more, stem='imagenet')
+    book = textbook.Network(*shape, **more, stem='imagenet')
+    textbook.copy_weights(ours, book)
+    x, y = torch.randn(3, 3, size, size), torch.randint(5, (3,))
+    logits = [z if isinstance(z, tuple) else (z,) for z in (ours(x), book(x))]
+    for a, b in zip(*logits):
+        close(a, b)
+        nn.functional.cross_entropy(a, y).backward(retain_graph=True)
+        nn.functional.cross_entropy(b, y).backward(retain_graph=True)
+    for p, block, q in textbook.pairs_of_weights(ours, book):
+        if p.requires_grad:
+            close(p.grad[block], q.grad)
+    assert all(p.grad is not None for p in ours.parameters())

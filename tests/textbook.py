@@ -131,12 +131,20 @@ class Cell(nn.Module):
 
 class Network(nn.Module):
     """Supernet, or the derived network of a genotype (auxiliary logits beside, when training)."""
-    def __init__(self, c, num_classes, layers, genotype=None, partial=1, auxiliary=False):
+    def __init__(self, c, num_classes, layers, genotype=None, partial=1, auxiliary=False,
+                 stem='cifar'):
         super().__init__()
         self.partial, self.drop_path_prob = partial, 0
         self.stem = nn.Sequential(nn.Conv2d(3, 3 * c, 3, padding=1, bias=False),
                                   nn.BatchNorm2d(3 * c))
-        before, last, reduction_before = 3 * c, 3 * c, False
+        self.stem1, before, last, reduction_before = None, 3 * c, 3 * c, False
+        if stem == 'imagenet':
+            self.stem = nn.Sequential(
+                nn.Conv2d(3, c // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(c // 2), nn.ReLU(),
+                nn.Conv2d(c // 2, c, 3, 2, 1, bias=False), nn.BatchNorm2d(c))
+            self.stem1 = nn.Sequential(nn.ReLU(), nn.Conv2d(c, c, 3, 2, 1, bias=False),
+                                       nn.BatchNorm2d(c))
+            before, last, reduction_before = c, c, True
         self.cells, self.reductions = nn.ModuleList(), []
         self.auxiliary_at = 2 * layers // 3 if auxiliary else None
         for layer in range(layers):
@@ -151,10 +159,12 @@ class Network(nn.Module):
             self.reductions.append(reduction)
             before, last, reduction_before = last, len(concat) * c, reduction
             if layer == self.auxiliary_at:
+                small = stem == 'cifar'
                 self.auxiliary = nn.Sequential(
-                    nn.ReLU(), nn.AvgPool2d(5, 3, count_include_pad=False),
+                    nn.ReLU(), nn.AvgPool2d(5, 3 if small else 2, count_include_pad=False),
                     nn.Conv2d(last, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
-                    nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(),
+                    nn.Conv2d(128, 768, 2, bias=False),
+                    nn.BatchNorm2d(768) if small else nn.Identity(), nn.ReLU(),
                     nn.Flatten(), nn.Linear(768, num_classes))
         self.classifier = nn.Linear(last, num_classes)
         self.alphas = nn.ParameterList()
@@ -165,6 +175,8 @@ class Network(nn.Module):
 
     def forward(self, x):
         s0 = s1 = self.stem(x)
+        if self.stem1 is not None:
+            s1 = self.stem1(s0)
         auxiliary = None
         for layer, (cell, reduction) in enumerate(zip(self.cells, self.reductions)):
             weights = shares = None
@@ -269,7 +281,7 @@ def pairs_of_weights(ours, book):
         c = reduce.norm.num_features // edges
         same(reduce.norm, book_reduce.bn, slice(e * c, e * c + c))
 
-    for a, b in zip(ours.stem, book.stem):
+    for a, b in [*zip(ours.stem, book.stem), *zip(ours.stem1 or (), book.stem1 or ())]:
         same(a, b)
     same(ours.classifier, book.classifier)
     if hasattr(book, 'auxiliary'):
