@@ -101,6 +101,10 @@ def one_line_errors(main):
             message = str(error)
         except torch.OutOfMemoryError:
             message = 'the device is out of memory: take a smaller --batch_size'
+        except RuntimeError as error:           # gloo's or NCCL's, of a process that is gone
+            if world()[1] == 1 or not re.search('peer|gloo|NCCL', str(error)):
+                raise
+            message = 'another process of this run has ended: see what it says; --resume goes on'
         except MemoryError:
             message = 'out of memory: take fewer or smaller images, or a smaller --batch_size'
         except BrokenPipeError:                 # the reader of a pipe has gone, as `head` does

@@ -99,8 +99,9 @@ def without_times(folder):
 def test_a_process_killed_under_torchrun_goes_on_from_the_last_checkpoint(script, more):
     flags = [str(ROOT / script), *TINY, *more, '--epochs', '6', '--checkpoint_minutes', '0']
     subprocess.run([*TORCHRUN, *flags, '--save', 'whole'], check=True, timeout=240)
-    with subprocess.Popen([*TORCHRUN, '--max_restarts', '1', *flags, '--save', 'broken',
-                           '--resume']) as run:
+    with open('said', 'w') as said, subprocess.Popen(
+            [*TORCHRUN, '--max_restarts', '1', *flags, '--save', 'broken', '--resume'],
+            stderr=said) as run:
         while not (Path('broken/log.jsonl').exists() and without_times('broken')):
             assert run.poll() is None
             time.sleep(0.01)
@@ -113,6 +114,7 @@ def test_a_process_killed_under_torchrun_goes_on_from_the_last_checkpoint(script
                 os.kill(int(status.parent.name), signal.SIGKILL)
         before = len(without_times('broken'))
         assert run.wait(240) == 0
+    assert f'File "{ROOT / script}"' not in Path('said').read_text()
     assert before < 6 and without_times('broken') == without_times('whole')
     assert json.loads(Path('broken/args.json').read_text())['world_size'] == 2
 

@@ -269,6 +269,13 @@ def test_unknown_labels_add_nothing_to_the_loss():
     assert (logits.grad[:, 2] == 0).all() and (logits.grad[:, [0, 1, 3]] != 0).all()
 
 
+def test_label_smoothing():
+    logits, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    smooth = 0.9 * torch.eye(4)[y] + 0.1 / 4
+    wanted = -(smooth * logits.log_softmax(1)).sum(1).mean()
+    assert torch.allclose(evaluate.loss_of(logits, y, 0.1), wanted)
+
+
 def test_no_patient_is_in_both_halves():
     chest('d', patients=20)
     data = g.read('chexpert', 'd', 'train', 16, views='all')
