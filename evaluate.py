@@ -534,9 +534,9 @@ class Running:
     def __bool__(self):
         return (self.signal if world()[1] == 1 else self.heard) is not None
 
-    def epoch(self, seconds=0.0):
-        """An epoch begins, or goes on after `seconds` of it."""
-        self.saved = time.time()
+    def epoch(self, seconds, steps_before):
+        """An epoch begins, after `steps_before` of the run, or goes on after `seconds` of it."""
+        self.saved, self.steps_before = time.time(), steps_before
         self.began = self.saved - seconds
 
     @property
@@ -553,7 +553,7 @@ class Running:
         due = alone and (self or time.time() - self.saved > 60 * self.minutes)
         if not (due or self.device.type == 'cpu' or step % 50 == 49 or step + 1 == last):
             return False
-        check_finite(tensors, self.folder, step)
+        check_finite(tensors, self.folder, self.steps_before + step)
         if not alone:
             flags = torch.tensor([self.signal or 0, time.time() - self.saved], device=self.device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)

@@ -233,7 +233,7 @@ def main(argv=None):
                 network.drop_path_prob.fill_(drop_path_prob)
             network.train()
             last = min(steps, total - epoch * steps)
-            running.epoch(seconds)
+            running.epoch(seconds, epoch * steps)
             for step, batch in zip(range(start_step, last), batches.epoch(epoch, start_step)):
                 sums += graphed(*batch)
                 if average:

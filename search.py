@@ -374,7 +374,7 @@ def main(argv=None):
             rate.fill_(learning_rate)
             last = min(steps, total - epoch * steps)
             pairs = zip(*(b.epoch(epoch, start_step) for b in batches))
-            running.epoch(seconds)
+            running.epoch(seconds, epoch * steps)
             for step in range(start_step, last):
                 train, valid = next(pairs)
                 sums += steps_of[epoch < frozen](*train, *valid)
