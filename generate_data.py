@@ -653,7 +653,7 @@ class UNet(nn.Module):
 
     def forward(self, x, t, y):
         phase = 2 * math.pi * t[:, None] * self.frequencies
-        e = self.embed(torch.cat([phase.cos(), phase.sin(), y], 1))
+        e = self.embed(torch.cat([phase.cos(), phase.sin(), 8 * y], 1))     # 8: as much as time
         x, kept = self.stem(x), []
         for block in self.down:
             x = block(nn.functional.avg_pool2d(x, 2) if kept else x, e)
@@ -716,7 +716,7 @@ def train_generator(source, folder, steps, minutes, seed, device):
             loss = flow_loss(network, x, conditions(y, len(source.classes)),
                              (seed * 10 ** 9 + step) % 2 ** 63, device)
             loss.backward()
-            adam.param_groups[0]['lr'] = 3e-4 * min(1, (step + 1) / 200)
+            adam.param_groups[0]['lr'] = 5e-4 * min(1, (step + 1) / 100)
             torch.nn.utils.clip_grad_norm_(weights, 1)
             adam.step()
             adam.zero_grad()
