@@ -352,17 +352,15 @@ def learning_rate_at(args, epoch, epochs):
 def stem_of(args, image_size):
     """'cifar' or 'imagenet' for --stem; UserError where it leaves too few pixels."""
     stem = args.stem if args.stem != 'auto' else 'imagenet' if image_size > 64 else 'cifar'
-    least = 32 if stem == 'imagenet' else 8
-    if getattr(args, 'auxiliary', False):
-        least = 193 if stem == 'imagenet' else 29
+    auxiliary = getattr(args, 'auxiliary', False)
+    least = {'cifar': (8, 29), 'imagenet': (32, 193)}[stem][auxiliary]
     if image_size < least:
         raise UserError(f'{image_size} px are too few for --stem {stem}'
-                        f'{" with --auxiliary" * (least > 28 and least != 32)}: {least} or more '
-                        'are needed')
+                        f'{" with --auxiliary" * auxiliary}: {least} or more are needed')
     return stem
 
 
-def check_rates(args, given, rate_for=None):
+def check_schedule(args, given, rate_for=None):
     """Bring batches and learning rates into order, or say what cannot be.
 
     rate_for: the batch for which a default learning rate is published, and with which it scales. A
@@ -433,14 +431,6 @@ def write_log(folder, line):
         file.write(json.dumps(line) + '\n')
         file.flush()
         os.fsync(file.fileno())
-
-
-def save_file(path, content):
-    """torch.save of plain types and tensors, whole or not at all; by the first process."""
-    if not world()[0]:
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_file(path, buffer.getvalue())
 
 
 def load_file(path, mend):

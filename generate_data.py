@@ -139,6 +139,14 @@ def write_file(path, content):
         raise
 
 
+def save_file(path, content):
+    """torch.save of plain types and tensors, whole or not at all; by the first process alone."""
+    if not world()[0]:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_file(path, buffer.getvalue())
+
+
 def locked(path):
     """The file `path`, open and held by this process alone until it is closed."""
     while True:
@@ -191,7 +199,8 @@ def new_folder(out, force=False):
 def world():
     """(rank, number) of the processes that share this run, torchrun's; (0, 1) without it."""
     group = torch.distributed
-    return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
+    shared = group.is_available() and group.is_initialized()
+    return (group.get_rank(), group.get_world_size()) if shared else (0, 1)
 
 
 class Progress:
@@ -230,7 +239,7 @@ def choose_device(gpu, tf32=False):
             libc.mallopt(-3, 1 << 30)               # M_MMAP_THRESHOLD
             libc.mallopt(-1, (1 << 31) - 1)         # M_TRIM_THRESHOLD
     set_tf32(tf32)
-    shared = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.distributed.is_initialized()
+    shared = int(os.environ.get('WORLD_SIZE', 1)) > 1 and world()[1] == 1
     cuda = gpu >= 0 and torch.cuda.is_available()
     if shared and gpu >= 0:
         gpu = int(os.environ['LOCAL_RANK'])
@@ -734,25 +743,19 @@ def train_generator(source, folder, steps, minutes, seed, device):
             late = seconds > 60 * minutes
             if late or step == steps or time.time() - saved > 60:
                 saved = time.time()
-                save_generator(folder / 'checkpoint.pt', {
+                save_file(folder / 'checkpoint.pt', {
                     **about, 'network': network.state_dict(), 'average': average.state_dict(),
                     'adam': adam.state_dict(), 'step': step, 'seconds': seconds, 'lines': lines})
                 write_file(folder / 'log.jsonl', ''.join(json.dumps(x) + '\n' for x in lines))
             if late or step == steps:
                 break
     progress.close()
-    save_generator(folder / 'generator.pt', {**about, 'average': average.state_dict(),
+    save_file(folder / 'generator.pt', {**about, 'average': average.state_dict(),
                                              'step': step})
 
 
-def save_generator(path, content):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_file(path, buffer.getvalue())
-
-
 def load_generator(path):
-    """What save_generator wrote."""
+    """The state of a generator that was trained here; UserError where it is not one."""
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         if not {'average', 'labels', 'classes', 'size', 'mean', 'std'} <= set(state):
@@ -950,9 +953,8 @@ def probe(data, device):
 
 def probe_against(data, args, device):
     """Probes of a Data and of the real images that its generator learned, each on the other."""
-    how = {'uncertain': args.uncertain, 'views': args.views}
-    real = read(args.source, args.data_dir, 'train', data.image_size, args.download, **how)
-    test = read(args.source, args.data_dir, 'test', data.image_size, **how) or real
+    real = read_by(args, args.source)
+    test = read_by(args, args.source, 'test') or real
     some = np.sort(np.argsort(philox(0, CHOICE, count=len(real)))[:len(data)])
     made_network = fit_probe(data, range(len(data)), device)
     real_network = fit_probe(real, some, device)
@@ -1011,8 +1013,7 @@ def generated_set(args, device):
     low, high, z = 0, 1, ('normal', 1)
     path = Path(args.generator)
     if args.generator == 'train':
-        source = read(args.source, args.data_dir, 'train', args.image_size, args.download,
-                      uncertain=args.uncertain, views=args.views)
+        source = read_by(args, args.source)
         path = Path(f'{args.out}.generator')
         train_generator(source, path, args.generator_steps, args.time_limit, seed, device)
         path /= 'generator.pt'
@@ -1245,6 +1246,12 @@ def read(name, data_dir='data', split='train', image_size=None, download=False, 
     return data
 
 
+def read_by(args, name, split='train'):
+    """`read` with the flags that the scripts share."""
+    return read(name, args.data_dir, split, args.image_size, args.download,
+                uncertain=args.uncertain, views=args.views)
+
+
 def read_written(folder, data_dir, split):
     """A set of write_set; 'test' is None, since unreal data have no test split."""
     meta = read_meta(folder)
@@ -1424,7 +1431,9 @@ def read_chexpert(data_dir, split, image_size, uncertain='mixed', views='frontal
 
     uncertain: what -1.0 becomes: ones, zeros, ignore (-1: left out of the loss and of metrics), or
     mixed, the later practice: ones for Atelectasis and Edema, zeros else. Blank cells are zeros.
-    views: frontal, or all. table: another CSV, that of the test set, with a column Study.
+    views: frontal, or all. table: another CSV, that of the test set, with a column Study. Pixels
+    are normalised with mean 0.5 and deviation 0.25 in every split, our own choice. UserError names
+    the file, line or column that is not as it should be.
     """
     root = next((Path(data_dir) / place for place in CHEXPERT_FOLDERS
                  if (Path(data_dir) / place / 'train.csv').is_file()), None)
@@ -1437,9 +1446,10 @@ def read_chexpert(data_dir, split, image_size, uncertain='mixed', views='frontal
     labels, studies = labels[kept], np.array(['/'.join(f.parts[-3:-1]) for f in files])
     if not files:
         raise UserError(f'{path}: no {views} view in it: take --views all')
-    data = Data('chexpert', 'real', files, labels, list(CHEXPERT), None, None, image_size,
-                {'name': 'chexpert', 'data_dir': str(Path(data_dir).resolve()), 'resized': True,
-                 'chexpert': {'uncertain': uncertain, 'views': views}}, studies)
+    origin = {'name': 'chexpert', 'data_dir': str(Path(data_dir).resolve()), 'resized': True,
+              'chexpert': {'uncertain': uncertain, 'views': views}}
+    data = Data('chexpert', 'real', files, labels, list(CHEXPERT), [0.5] * 3, [0.25] * 3,
+                image_size, origin, studies)
     if split == 'train' and (root / 'valid.csv').is_file():
         others = read_chexpert_table(root / 'valid.csv', uncertain)[0]
         both = set(data.patients) & {p for path in others for p in path.split('/')}
@@ -1448,7 +1458,6 @@ def read_chexpert(data_dir, split, image_size, uncertain='mixed', views='frontal
                   f'{", ".join(sorted(both)[:5])}', file=sys.stderr)
     if data.small:
         data.images = decode(files, image_size)
-    data.mean, data.std = mean_and_std(tuple(files), image_size)
     return data
 
 
@@ -1674,8 +1683,7 @@ def find_or_make(args):
         make = functools.partial(write_noise, folder, args.num_images, args.num_classes, size,
                                  args.data_seed, args.label_mode, args.multilabel)
     elif args.data == 'random_labels':
-        source = read(args.source, args.data_dir, 'train', args.image_size, args.download,
-                      uncertain=args.uncertain, views=args.views)
+        source = read_by(args, args.source)
         folder /= (f'random_labels-{Path(args.source).name}-{source.sha256()[:8]}'
                    f'-{source.image_size}px-{args.label_mode}-{args.label_noise:g}'
                    f'-seed{args.data_seed}')
@@ -1692,8 +1700,7 @@ def find_or_make(args):
         settings = argparse.Namespace(**{**vars(args), 'seed': args.data_seed})
         make = functools.partial(write_generated, folder, settings, torch.device('cpu'))
     else:
-        data = read(args.data, args.data_dir, 'train', args.image_size, args.download,
-                    uncertain=args.uncertain, views=args.views)
+        data = read_by(args, args.data)
         if data.image_size < 8:
             raise UserError(f'{args.data}: {data.image_size} px are too few: 8 or more needed')
         return data
@@ -1941,8 +1948,7 @@ def main(argv=None):
         rate = write_noise(args.out, args.num_images, args.num_classes, args.image_size or 32,
                            args.seed, args.label_mode, args.multilabel, *common)
     elif args.kind == 'random_labels':
-        source = read(args.source, args.data_dir, 'train', args.image_size, args.download,
-                      uncertain=args.uncertain, views=args.views)
+        source = read_by(args, args.source)
         inside = os.path.commonpath([os.path.abspath(p) for p in (args.out, args.source)])
         if Path(args.source).is_dir() and inside in map(os.path.abspath, (args.out, args.source)):
             raise UserError(f'--out {args.out} and --source {args.source}: one lies in the other; '

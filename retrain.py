@@ -21,12 +21,13 @@ import warnings
 from pathlib import Path
 
 from evaluate import (GraphedStep, Running, add_run_flags, areas, averaged, by_study,
-                      changed_by_a_step, check_finite, check_rates, correct, find_genotype,
+                      changed_by_a_step, check_finite, check_schedule, correct, find_genotype,
                       gathered, learning_rate_at, load_states, loss_of, open_run, own_sums,
-                      peak_memory_mib, preset_of, random_states, run_name, save_file, shortened,
+                      peak_memory_mib, preset_of, random_states, run_name, shortened,
                       start_alike, stem_of, test, widest, write_log)
 from generate_data import (REAL, Batches, Parser, Progress, UserError, choose_device,
-                           find_or_make, number, one_line_errors, read, stratified_split, world)
+                           find_or_make, number, one_line_errors, read_by, save_file,
+                           stratified_split, world)
 from model_search import Network
 
 import numpy as np
@@ -136,7 +137,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.max_steps == 0:
         raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
-    check_rates(args, sys.argv[1:] if argv is None else argv, rate_for)
+    check_schedule(args, sys.argv[1:] if argv is None else argv, rate_for)
     defaults = vars(parser.parse_args(['--arch', args.arch]))
     args.save = args.save or run_name('retrain', args, defaults)
     return args
@@ -170,8 +171,7 @@ def main(argv=None):
     fit_batches, held_batches = whole(data, rows[chosen]), whole(data, held)
     test_data, test_batches = None, None
     if data.kind == 'real':
-        test_data = read(args.data, args.data_dir, 'test', args.image_size,
-                         uncertain=args.uncertain, views=args.views)
+        test_data = read_by(args, args.data, 'test')
     if test_data:
         test_batches = whole(test_data, range(len(test_data)))
     epochs, steps, total = shortened(args, len(batches))
@@ -244,7 +244,8 @@ def main(argv=None):
                     if running:
                         return running.stopped()
             seconds = running.seconds
-            start_alike(network)
+            start_alike(network)                # with the running statistics of the first process
+            start_alike(tested)
             train_loss, right = averaged([sums])[0].div(last).tolist()
             line = {'epoch': epoch, 'learning_rate': learning_rate,
                     'drop_path_prob': drop_path_prob, 'train_loss': train_loss,

@@ -20,12 +20,12 @@ from functools import partial
 from pathlib import Path
 
 from evaluate import (GraphedStep, Running, add_run_flags, averaged, changed_by_a_step,
-                      check_alike, check_rates, correct, gathered, learning_rate_at, load_states,
+                      check_alike, check_schedule, correct, gathered, learning_rate_at, load_states,
                       loss_of, open_run, own_sums, peak_memory_mib, preset_of, random_states,
-                      run_name, save_file, shortened, start_alike, stem_of, write_log)
+                      run_name, shortened, start_alike, stem_of, write_log)
 from generate_data import (REAL, USED, Batches, Parser, Progress, UserError, choose_device,
-                           find_or_make, number, one_line_errors, set_tf32, stratified_split,
-                           world, write_file)
+                           find_or_make, number, one_line_errors, save_file, set_tf32,
+                           stratified_split, world, write_file)
 from genotypes import draw, random_genotype, to_json
 from model_search import Network
 
@@ -47,13 +47,13 @@ PRESETS = {
     'imagenet': dict(image_size=224, num_classes=1000, num_images=128000, source='imagenet',
                      batch_size=1024, rate_for=1024, learning_rate=0.5, learning_rate_min=0.0,
                      warmup_epochs=5, arch_learning_rate=6e-3, frozen_epochs=35, partial=2,
-                     train_fraction=0.1, valid_fraction=0.025),
+                     train_portion=0.1, valid_fraction=0.025),
     'chexpert': dict(image_size=224, num_classes=14, num_images=20000, multilabel=True,
-                     source='chexpert', train_fraction=0.1, valid_fraction=0.1)}
+                     source='chexpert', train_portion=0.1, valid_fraction=0.1)}
 # --quick: the whole pipeline within a minute on two cores; what it finds means nothing.
 QUICK = dict(num_images=1000, layers=5, init_channels=8, batch_size=32, epochs=3, warmup_epochs=0,
-             steps_per_epoch=4, frozen_epochs=0, arch_learning_rate=3e-3, train_fraction=0.5,
-             valid_fraction=0.5)
+             steps_per_epoch=4, frozen_epochs=0, arch_learning_rate=3e-3, train_portion=0.5,
+             valid_fraction=None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -234,18 +234,10 @@ def optimizers(network, args):
     return sgd, adam
 
 
-def fractions(args):
-    """Shares of the images for the weights and for the alphas."""
-    train = args.train_fraction or args.train_portion
-    return train, args.valid_fraction or 1 - train
-
-
 def two_parts(data, args):
-    """Indices of the images for the weights and of those for the alphas: no image in both, and no
-    patient."""
-    train, valid = fractions(args)
-    first, rest = stratified_split(data.labels, train, args.seed, data.patients)
-    share = valid / (1 - train)
+    """int (n,), int (m,): images for the weights and for the alphas, none in both, no patient."""
+    first, rest = stratified_split(data.labels, args.train_portion, args.seed, data.patients)
+    share = (args.valid_fraction or 1) / (1 - args.train_portion)
     if share > 1 - 1e-9:
         return first, rest
     patients = None if data.patients is None else data.patients[rest]
@@ -264,12 +256,10 @@ def parse(argv):
     group.add_argument('--partial', type=number(int, 1), help='1/partial of the channels')
     group.add_argument('--init_channels', type=number(int, 1), default=16)
     group.add_argument('--layers', type=number(int, 3, 200), default=8, help='cells')
-    group.add_argument('--train_portion', type=number(float, 0, 1, True, True), default=0.5,
-                       help='of the images, for the weights; the others are for the alphas')
-    group.add_argument('--train_fraction', type=number(float, 0, 1, True, True),
-                       help='the same; with --valid_fraction the rest of the images is not used')
+    group.add_argument('--train_portion', '--train_fraction', default=0.5,
+                       type=number(float, 0, 1, True, True), help='of the images, for the weights')
     group.add_argument('--valid_fraction', type=number(float, 0, 1, True, True),
-                       help='of the images, for the alphas')
+                       help='of the images, for the alphas; without it all others')
     group.add_argument('--arch_learning_rate', type=number(float, 0), help='of the alphas')
     group.add_argument('--arch_weight_decay', type=number(float, 0), default=1e-3)
     group.add_argument('--frozen_epochs', type=number(int, 0), help='first epochs without alphas')
@@ -280,8 +270,8 @@ def parse(argv):
     parser.set_defaults(**{**DEFAULTS[first.method], **preset})
     if first.method != 'pcdarts':
         parser.set_defaults(partial=1)
-    if first.data in ('noise', 'generated') and 'train_fraction' in preset:
-        parser.set_defaults(train_fraction=0.8, valid_fraction=0.2)     # as many, of fewer images
+    if first.data in ('noise', 'generated') and 'train_portion' in preset:
+        parser.set_defaults(train_portion=0.8, valid_fraction=0.2)      # as many, of fewer images
     if first.quick:
         parser.set_defaults(**QUICK, num_classes=min(preset.get('num_classes', 10), 20))
     defaults = parser.parse_args([])
@@ -294,10 +284,10 @@ def parse(argv):
     if 0 < args.epochs <= args.frozen_epochs:
         raise UserError(f'--frozen_epochs {args.frozen_epochs} leaves none of {args.epochs} '
                         'epochs for the alphas: take fewer')
-    check_rates(args, sys.argv[1:] if argv is None else argv, rate_for)
-    if sum(fractions(args)) > 1 + 1e-9:
-        raise UserError('--train_fraction {:g} and --valid_fraction {:g} are more than all images:'
-                        ' lower one'.format(*fractions(args)))
+    check_schedule(args, sys.argv[1:] if argv is None else argv, rate_for)
+    if args.train_portion + (args.valid_fraction or 0) > 1 + 1e-9:
+        raise UserError(f'--train_portion {args.train_portion:g} and --valid_fraction '
+                        f'{args.valid_fraction:g} are more than all images: lower one')
     if args.init_channels % args.partial:
         raise UserError(f'--init_channels {args.init_channels} does not divide into --partial '
                         f'{args.partial} parts: take a multiple')

@@ -92,7 +92,7 @@ def test_random_labels_of_a_tree_and_unreal_data_at_that_size():
     for name in ('noise', 'generated'):
         assert search.main([*flags, '--data', name, '--preset', 'imagenet', '--num_classes', '3',
                             '--num_images', '60', '--save', name]) == 0
-        assert json.loads(Path(name, 'args.json').read_text())['settings']['train_fraction'] == 0.8
+        assert json.loads(Path(name, 'args.json').read_text())['settings']['train_portion'] == 0.8
 
 
 def test_published_counts(capsys):
@@ -118,13 +118,13 @@ def test_the_most_channels_that_fit():
 def test_presets():
     args = search.parse(['--data', 'imagenet', '--method', 'pcdarts'])
     assert (args.batch_size, args.learning_rate, args.arch_learning_rate, args.warmup_epochs,
-            args.frozen_epochs, args.partial, args.train_fraction, args.valid_fraction,
+            args.frozen_epochs, args.partial, args.train_portion, args.valid_fraction,
             args.image_size) == (1024, 0.5, 6e-3, 5, 35, 2, 0.1, 0.025, 224)
     assert search.parse(['--data', 'imagenet', '--batch_size', '512']).learning_rate == 0.25
     assert search.parse(['--data', 'imagenet', '--learning_rate', '0.3', '--batch_size',
                          '512']).learning_rate == 0.3
     noise = search.parse(['--preset', 'imagenet'])
-    assert (noise.num_classes, noise.image_size, noise.train_fraction) == (1000, 224, 0.8)
+    assert (noise.num_classes, noise.image_size, noise.train_portion) == (1000, 224, 0.8)
     assert search.parse(['--data', 'random_labels', '--source', 'chexpert']).image_size == 224
     args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet'])
     assert (args.epochs, args.batch_size, args.learning_rate, args.schedule, args.warmup_epochs,
@@ -133,6 +133,14 @@ def test_presets():
     args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'chexpert'])
     assert (args.optimizer, args.learning_rate, args.image_size, args.holdout_patients) == (
         'adam', 1e-4, 320, 0.02)
+
+
+def test_shares_that_are_given_win_over_quick_and_presets(capsys):
+    assert search.parse(['--quick', '--train_portion', '0.3']).train_portion == 0.3
+    args = search.parse(['--data', 'imagenet', '--train_fraction', '0.3'])
+    assert (args.train_portion, args.valid_fraction) == (0.3, 0.025)
+    assert 'more than all' in message(capsys, search.main([
+        '--train_fraction', '0.8', '--valid_fraction', '0.3']))
 
 
 def test_learning_rate_rises_then_falls():
@@ -248,6 +256,7 @@ def test_chexpert_layouts(layout, prefix, inside):
     assert len(train) == 12 and len(valid) == 6 and train.classes == list(g.CHEXPERT)
     assert train.images.shape == (12, 16, 16, 3) and train.studies[3] == 'patient00003/study1'
     assert len(g.read('chexpert', Path('d', inside), 'train', 16, views='all')) == 24
+    assert (train.mean, train.std) == (valid.mean, valid.std)
 
 
 @pytest.mark.parametrize('policy, other, atelectasis', [
@@ -387,4 +396,5 @@ def test_real_files(capsys):
         assert search.main([*flags, '--data', *more, '--save', f's{k}']) == 0
         assert retrain.main([*flags, '--data', *more, '--arch', f's{k}', '--save', f'n{k}']) == 0
         assert evaluate.main([f'n{k}', '--gpu', '-1']) == 0
-    assert '.' in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert ('auroc_tasks' in said) == bool(k) and ('test_error' in said) != bool(k)
