@@ -358,7 +358,9 @@ class Procedural:
     """Images of one of FAMILIES, or of `mixed`, where each image draws its family.
 
     labels: int64 (N,); or uint8 (N, classes), and then the images are grey and every label that
-    is present adds a fractal of its own.
+    is present adds a fractal of its own. A method named as a family draws float (B, 3, size,
+    size), from about 0 to 1, of labels (B,), u (B, 32) uniform numbers, rolls (B, n) numbers of 16
+    bits and noise (B, 2, size, size) normal.
     """
     def __init__(self, family, labels, num_classes, size, seed, difficulty='medium', systems=8,
                  device='cpu'):
@@ -1051,7 +1053,9 @@ def write_generated(out, args, device, form='array', force=False, test=None):
         raise UserError(f'{out} exists already: choose another --out, or --force to replace it')
     labels, names, size, chunk, make = generated_set(args, device)
     meta = {'kind': 'generated', 'seed': args.seed, 'classes': names, 'image_size': size,
-            'generator': args.generator, 'difficulty': args.difficulty, 'device': device.type}
+            'generator': args.generator, 'device': device.type}
+    if args.generator in (*FAMILIES, 'mixed'):
+        meta['difficulty'] = args.difficulty
     chunks = (make(start, min(chunk, len(labels) - start))
               for start in range(0, len(labels), chunk))
     return write_set(out, meta, labels, chunks, form, force, test=test)
@@ -1135,7 +1139,9 @@ def contact_sheet(images, labels, meta):
     sheet = Image.new('RGB', (10 * (size + gap) + gap, rows * (size + text + gap) + gap + 34),
                       'white')
     pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    title = f'{meta["kind"]}: {meta["num_images"]:,} images of {meta["image_size"]} px, ' \
+    what = ', '.join(Path(meta[key]).name for key in ('kind', 'generator', 'difficulty')
+                     if key in meta)
+    title = f'{what}: {meta["num_images"]:,} images of {meta["image_size"]} px, ' \
             f'{len(meta["classes"])} {"labels" if labels.ndim == 2 else "classes"}, ' \
             f'seed {meta["seed"]}'
     pen.text((gap, 8), title, 'black', ImageFont.load_default(15))
