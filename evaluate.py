@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import BooleanOptionalAction
 from importlib.metadata import version
 from pathlib import Path
 
@@ -277,15 +278,15 @@ def make_run(folder, args, device):
             write_file(folder / 'scripts' / script.name, script.read_bytes())
 
 
-def add_run_flags(parser, data, schedule):
+def add_run_flags(parser, data, schedule, presets):
     """The flags that search.py and retrain.py share; data, schedule: defaults."""
     group = parser.add_argument_group('data')
     group.add_argument('--data', default=data,
                        help=f'noise, random_labels, generated, {", ".join(REAL)}, or a folder')
     group.add_argument('--image_size', type=number(int, 8, 4096),
                        help='pixels: 32 for noise; real images are resized to it')
-    group.add_argument('--preset', choices=['auto', 'cifar', 'imagenet', 'chexpert'],
-                       default='auto', help='defaults of all settings; auto: by --data')
+    group.add_argument('--preset', choices=['auto', *presets], default='auto',
+                       help='defaults of all settings; auto: by --data')
     group.add_argument('--stem', choices=['auto', 'cifar', 'imagenet'], default='auto',
                        help='one convolution, or three of stride 2; auto: these above 64 px')
     group.add_argument('--data_seed', type=number(int, 0, 2 ** 62), default=0,
@@ -309,6 +310,8 @@ def add_run_flags(parser, data, schedule):
     group.add_argument('--warmup_epochs', type=number(int, 0), default=0,
                        help='in which the learning rate rises linearly')
     group.add_argument('--momentum', type=number(float, 0, 1, open_high=True), default=0.9)
+    group.add_argument('--nesterov', action=BooleanOptionalAction, default=False,
+                       help="Nesterov's momentum; in nb201 by default")
     group.add_argument('--weight_decay', type=number(float, 0), default=3e-4)
     group.add_argument('--grad_clip', type=number(float, 0, open_low=True), default=5.0,
                        help='largest norm of the gradient of the weights')

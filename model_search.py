@@ -2,25 +2,45 @@
 
     network = Network(16, 10, 8)                                  # supernet of DARTS
     network = Network(16, 10, 8, partial=4)                       # supernet of PC-DARTS
+    network = Network(16, 10, 17, space=NB201)                    # supernet of NAS-Bench-201
     network = Network(36, 10, 20, DARTS_V2, auxiliary=True)       # derived network, as retrained
     network = Network(48, 1000, 14, DARTS_V2, stem='imagenet')    # for images of 224 px
 
 A derived cell is a supernet cell with one operation left per edge, affine BatchNorm and nothing to
 mix. Work is done state by state, not edge by edge: see MixedOp.
-Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737).
+Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737), NAS-Bench-201 (arXiv 2001.00326).
 """
+import math
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from genotypes import NODES, PRIMITIVES, Genotype
-from operations import (OPERATIONS, BatchNorm, FactorizedReduce, Inputs, ReLUConvBN, Unnormalised,
-                        drop_path, from_grids)
+from genotypes import NODES, PRIMITIVES, Genotype, from_string, to_string
+from operations import (NB201_OPERATIONS, OPERATIONS, BatchNorm, FactorizedReduce, Inputs,
+                        ReLUConvBN, Unnormalised, drop_path, from_grids)
 
-# The 14 edges of a cell as (node, input), in the order of the rows of the alphas.
-EDGES = [(node, state) for node in range(2, 2 + NODES) for state in range(node)]
+
+class Space(NamedTuple):
+    """What the cells of a search space are like, and what their edges choose from."""
+    name: str
+    operations: dict
+    kinds: tuple            # the cells that are searched
+    inputs: int             # states that a cell gets from the cells before it
+    nodes: int
+
+    @property
+    def edges(self):
+        """(node, input state), in the order of the rows of the alphas."""
+        return [(node, state) for node in range(self.inputs, self.inputs + self.nodes)
+                for state in range(node)]
+
+
+DARTS = Space('darts', OPERATIONS, ('normal', 'reduce'), 2, NODES)
+NB201 = Space('nb201', NB201_OPERATIONS, ('cell',), 1, 3)
+EDGES = DARTS.edges
 
 
 # ---------------------------------------------------------------------------------------------
@@ -34,12 +54,13 @@ class MixedOp(nn.Module):
     in a derived network, a shrinking set in P-DARTS. An operation without weights is computed
     once for all edges, the others in blocks of at most `width` adjacent edges that have them.
     """
-    def __init__(self, channels, stride, names, affine, width):
+    def __init__(self, operations, channels, stride, names, affine, width):
         super().__init__()
-        self.names, self.channels = names, channels
+        self.names, self.channels, self.stride = names, channels, stride
+        self.columns = list(operations)
         self.shared, self.blocks = nn.ModuleDict(), nn.ModuleDict()
         self.spans, self.own = [], []   # the edges of each block; names of what the blocks hold
-        for name, build in OPERATIONS.items():
+        for name, build in operations.items():
             for start, end in runs([name in has and build is not None for has in names], width):
                 operation = build(channels, end - start, stride, affine)
                 if operation.shared:
@@ -62,7 +83,7 @@ class MixedOp(nn.Module):
         weights: (E, operations). Returns the weights of the shared operations, (E, n), and for
         each block those of its operations, (edges * C,) each: every channel's factor.
         """
-        columns = dict(zip(PRIMITIVES, weights.unbind(1)))
+        columns = dict(zip(self.columns, weights.unbind(1)))
         shared = [columns[name] for name in self.shared]
         shared = torch.stack(shared, 1) if shared else None
         if self.has is not None:
@@ -81,6 +102,8 @@ class MixedOp(nn.Module):
 
         Returns E maps (B, C, H', W').
         """
+        if isinstance(mixing, list):
+            return self.forward_drawn(state, mixing)
         inputs, out = Inputs(state), [None] * len(self.names)
         shared, scales = mixing or (None, self.spans)
         if self.shared:
@@ -92,6 +115,36 @@ class MixedOp(nn.Module):
             total = finished(results[0]) if mixing is None else mixed_results(results, scale)
             for e, y in zip(range(start, end), total.chunk(end - start, 1)):
                 out[e] = y if out[e] is None else out[e] + y
+        return out
+
+    def drawn(self, weights, others):
+        """Like `mixing`, for one operation an edge, that of the largest weight (GDAS).
+
+        weights: (E, operations), 1 for the operation drawn and 0 for the others. Returns [(name,
+        its weight, sum of the other weights or None)]. others: whether these are added to the map
+        as numbers, so that each gets a gradient.
+        """
+        rows = weights.unbind()
+        best = [row.argmax().item() for row in weights.detach().cpu()]
+        return [(self.columns[k], row[k], row.sum() - row[k] if others else None)
+                for k, row in zip(best, rows)]
+
+    def forward_drawn(self, state, drawn):
+        """Only what was drawn is computed; every block has one edge."""
+        inputs, maps, out = Inputs(state), {}, []
+        for e, (name, weight, others) in enumerate(drawn):
+            if name == 'none':
+                size = [math.ceil(side / self.stride) for side in state.shape[2:]]
+                y = state.new_zeros(*state.shape[:2], *size)
+            elif name in self.shared:
+                if name not in maps:
+                    maps[name] = self.shared[name](inputs)
+                y = maps[name] * weight
+            else:
+                result = self.blocks[f'edges{e}to{e + 1}'][name](inputs)
+                scale = weight.expand(self.channels).contiguous()   # BatchNorm takes no strides
+                y = mixed_results([result], [scale])
+            out.append(y if others is None else y + others)
         return out
 
 
@@ -139,41 +192,50 @@ def finished(result):
 
 
 class Cell(nn.Module):
-    """Two preprocessed inputs, four nodes that sum their edges, the nodes concatenated.
+    """Inputs, brought to one size and width, and nodes that sum their edges.
 
-    edges: {(node, input): names of its operations}: all 14 edges with all operations in a
-    supernet, two a node with one operation each in a derived network. concat: the nodes that make
-    the output. partial: operations see the first 1/partial of the channels (PC-DARTS).
+    DARTS: two inputs, four nodes, concatenated. NAS-Bench-201: the input as it is, and the last of
+    three nodes is the output. edges: {(node, input): names of its operations}: all edges with all
+    operations in a supernet, one operation each in a derived network. concat: the nodes that make
+    the output. partial: operations see the first 1/partial of the channels (PC-DARTS). width: the
+    most edges that one call serves.
     """
-    def __init__(self, channels_in, channels, reduction, reduction_before, edges, concat, affine,
-                 partial=1):
+    def __init__(self, space, channels_in, channels, reduction, reduction_before, edges, concat,
+                 affine, partial=1, width=None):
         super().__init__()
-        before, last = channels_in
-        self.preprocess0 = (HalvingPreprocess if reduction_before else ReLUConvBN)(
-            before, channels, affine)
-        self.preprocess1 = ReLUConvBN(last, channels, affine)
-        self.channels, self.edges, self.concat, self.partial = channels, edges, concat, partial
+        if space.inputs == 2:
+            before, last = channels_in
+            self.preprocess0 = (HalvingPreprocess if reduction_before else ReLUConvBN)(
+                before, channels, affine)
+            self.preprocess1 = ReLUConvBN(last, channels, affine)
+        self.space, self.channels, self.edges = space, channels, edges
+        self.concat, self.partial = concat, partial
+        states = range(space.inputs + space.nodes - 1)
         self.leaving = [sorted((edge for edge in edges if edge[1] == state), key=edges.get)
-                        for state in range(1 + NODES)]      # edges with the same operations adjoin
-        self.strides = [2 if reduction and state < 2 else 1 for state in range(1 + NODES)]
+                        for state in states]                # edges with the same operations adjoin
+        self.strides = [2 if reduction and state < 2 else 1 for state in states]
         # Where maps are largest, a block of 32 channels stays in a CPU's cache, and its products
         # are one dense convolution.
-        width = max(1, 32 // (channels // partial)) if channels < 32 else len(edges)
+        if width is None:
+            width = max(1, 32 // (channels // partial)) if channels < 32 and space.inputs == 2 \
+                else len(space.edges)
         self.mixed_ops = nn.ModuleList(
-            MixedOp(channels // partial, stride, [edges[edge] for edge in leaving], affine, width)
+            MixedOp(space.operations, channels // partial, stride,
+                    [edges[edge] for edge in leaving], affine, width)
             for stride, leaving in zip(self.strides, self.leaving))
 
     def forward(self, s0, s1, weights=None, shares=None, drop_path_prob=None):
         """s0, s1: (B, C, H, W), the outputs of the two cells before.
 
-        weights: what `leave` returns, or None in a derived cell; shares: (14,), each edge's share
-        of its node (beta of PC-DARTS), or None.
+        weights: what `leave` returns, or None in a derived cell; shares: (edges,), each edge's
+        share of its node (beta of PC-DARTS), or None.
         """
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
-        arriving, passing = {node: [] for node in range(2, 2 + NODES)}, []
+        first = self.space.inputs
+        states = [self.preprocess0(s0), self.preprocess1(s1)] if first == 2 else [s1]
+        arriving, passing = {node: [] for node in range(first, first + self.space.nodes)}, []
         for state, (leaving, mixed_op) in enumerate(zip(self.leaving, self.mixed_ops)):
-            if state >= 2:
-                states.append(self.node(state, arriving, passing, shares))
+            if state >= first:
+                states.append(self.node(state, arriving, passing, shares, states[0]))
             x, w = states[state], weights and weights[state]
             if self.partial > 1:
                 part = x.shape[1] // self.partial
@@ -185,20 +247,30 @@ class Cell(nn.Module):
                 identity = self.edges[edge] == ('skip_connect',) and self.strides[state] == 1
                 drop = self.training and drop_path_prob is not None and not identity
                 arriving[edge[0]].append((y, drop_path(y, drop_path_prob) if drop else None))
-        states.append(self.node(1 + NODES, arriving, passing, shares))
+        states.append(self.node(len(states), arriving, passing, shares, states[0]))
         if states[-1].requires_grad:    # else each edge would copy its slice of the gradient
             states[-1].register_hook(
                 lambda grad: grad.contiguous(memory_format=torch.channels_last))
-        return torch.cat([states[node] for node in self.concat], 1)
+        outputs = [states[node] for node in self.concat]
+        return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
-    def leave(self, weights):
-        """(14, operations), in the order of EDGES -> what each state's MixedOp mixes with."""
-        by_edge = dict(zip(EDGES, weights.unbind()))
-        return [mixed_op.mixing(torch.stack([by_edge[edge] for edge in leaving]))
-                for leaving, mixed_op in zip(self.leaving, self.mixed_ops)]
+    def leave(self, weights, drawn=False):
+        """(edges, operations), in the order of space.edges -> what each state's MixedOp mixes with.
 
-    def node(self, node, arriving, passing, shares):
-        """Sum of what arrives at a node; with partial channels, of what passes by as well."""
+        drawn: one operation an edge, see MixedOp.drawn.
+        """
+        by_edge = dict(zip(self.space.edges, weights.unbind()))
+        rows = [torch.stack([by_edge[edge] for edge in leaving]) for leaving in self.leaving]
+        if drawn:
+            return [mixed_op.drawn(row, self.space.inputs == 1)
+                    for mixed_op, row in zip(self.mixed_ops, rows)]
+        return [mixed_op.mixing(row) for mixed_op, row in zip(self.mixed_ops, rows)]
+
+    def node(self, node, arriving, passing, shares, like):
+        """Sum of what arrives at a node; with partial channels, of what passes by as well.
+
+        like: a map of the shape that a node of NAS-Bench-201 has where nothing arrives.
+        """
         total = None
         for y, keep in arriving[node]:
             if total is None:
@@ -206,8 +278,9 @@ class Cell(nn.Module):
             else:
                 total = total + y if keep is None else torch.addcmul(total, y, keep)
         if self.partial == 1:
-            return total
-        share = shares.split(list(range(2, 2 + NODES)))[node - 2]
+            return torch.zeros_like(like) if total is None else total
+        first = self.space.inputs
+        share = shares.split(list(range(first, first + self.space.nodes)))[node - first]
         rest, = mixed_maps(passing[:node], share.unsqueeze(0))
         # Channel shuffle, so that other channels come first in the next operation.
         return F.channel_shuffle(torch.cat([total, rest], 1), self.partial)
@@ -255,44 +328,78 @@ def image_stem(channels):
             nn.Sequential(nn.ReLU(), *halving(channels, channels)))
 
 
+class ResidualBlock(nn.Module):
+    """Halves the size and doubles the width between the stages of NAS-Bench-201."""
+    def __init__(self, channels):
+        super().__init__()
+        self.convs = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=False),
+            BatchNorm(2 * channels),
+            nn.ReLU(), nn.Conv2d(2 * channels, 2 * channels, 3, 1, 1, bias=False),
+            BatchNorm(2 * channels))
+        self.shortcut = nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True),
+                                      nn.Conv2d(channels, 2 * channels, 1, bias=False))
+
+    def forward(self, _, s1, *__):
+        return self.convs(s1) + self.shortcut(s1)
+
+
 class Network(nn.Module):
     """Stem, cells with a reduction at one and at two thirds of the depth, pooling, classifier.
 
     stem: 'cifar', one convolution, or 'imagenet', three of stride 2. genotype: None builds the
-    supernet, with its alphas; a Genotype the derived network.
+    supernet of `space`, with its alphas; a Genotype, or a string of NAS-Bench-201, the derived
+    network. In NAS-Bench-201, `layers` is 3 N + 2: three stages of N cells and two ResidualBlocks.
+    kept: {kind: names of each edge's operations}, where they are not all (P-DARTS). drawn: one
+    operation an edge is computed, that which `change` draws (GDAS).
     forward(x): (B, 3, H, W) -> logits (B, num_classes); a training network with an auxiliary
     head gives its logits too. drop_path_prob is an attribute, set from outside, as in DARTS: a
-    number, or a tensor on the device where a CUDA graph must see it change.
+    number, or a tensor on the device where a CUDA graph must see it change. So are, of methods
+    that change what edges mix with, change(kind, p), which gives weights for probabilities p
+    (edges, operations), and `strength`, what it goes by.
     """
     def __init__(self, init_channels, num_classes, layers, genotype=None, partial=1,
-                 auxiliary=False, stem='cifar'):
+                 auxiliary=False, stem='cifar', space=DARTS, kept=None, drawn=False):
         super().__init__()
         affine = genotype is not None
+        self.space = space = NB201 if isinstance(genotype, str) else space
         self.partial, self.drop_path_prob = partial, None
+        self.kept, self.drawn, self.change, self.strength = kept, drawn, None, None
         channels, reduction_before = init_channels, stem == 'imagenet'
+        before = last = channels if stem == 'imagenet' or space is NB201 else 3 * channels
         self.stem, self.stem1 = image_stem(channels) if stem == 'imagenet' else (
-            nn.Sequential(nn.Conv2d(3, 3 * channels, 3, padding=1, bias=False),
-                          BatchNorm(3 * channels)), None)
+            nn.Sequential(nn.Conv2d(3, last, 3, padding=1, bias=False), BatchNorm(last)), None)
         self.cells, self.auxiliary_at = nn.ModuleList(), None
-        before = last = channels if stem == 'imagenet' else 3 * channels
-        for layer in range(layers):
+        self.kinds = [space.kinds[-1 if layer in (layers // 3, 2 * layers // 3) else 0]
+                      for layer in range(layers)]
+        for layer, kind in enumerate(self.kinds):
             reduction = layer in (layers // 3, 2 * layers // 3)
-            channels *= 2 if reduction else 1
-            edges, concat = cell_edges(genotype, reduction)
-            self.cells.append(Cell((before, last), channels, reduction, reduction_before, edges,
-                                   concat, affine, partial))
-            before, last, reduction_before = last, len(concat) * channels, reduction
+            if reduction and space is NB201:
+                self.cells.append(ResidualBlock(channels))
+                channels = last = 2 * channels
+            else:
+                channels *= 2 if reduction else 1
+                edges, concat = cell_edges(genotype, kind, space, kept)
+                self.cells.append(Cell(space, (before, last), channels, reduction,
+                                       reduction_before, edges, concat, affine, partial,
+                                       1 if drawn else None))
+                before, last, reduction_before = last, len(concat) * channels, reduction
             if auxiliary and layer == 2 * layers // 3:
                 self.auxiliary_at = layer
                 self.auxiliary_head = AuxiliaryHead(last, num_classes, stem)
-        self.reductions = [layer in (layers // 3, 2 * layers // 3) for layer in range(layers)]
+        self.last = nn.Sequential(BatchNorm(last), nn.ReLU(inplace=True)) if space is NB201 \
+            else nn.Identity()
         self.classifier = nn.Linear(last, num_classes)
         if genotype is None:
             self.alphas = nn.ParameterDict()
-            for kind in ('normal', 'reduce'):
-                self.alphas[kind] = nn.Parameter(1e-3 * torch.randn(len(EDGES), len(PRIMITIVES)))
-            for kind in ('beta_normal', 'beta_reduce') if partial > 1 else ():
-                self.alphas[kind] = nn.Parameter(1e-3 * torch.randn(len(EDGES)))
+            size = len(space.edges), len(space.operations)
+            for kind in space.kinds:
+                self.alphas[kind] = nn.Parameter(1e-3 * torch.randn(size))
+                self.register_buffer(f'dropped_{kind}', kept and torch.tensor(
+                    [[name not in names for name in space.operations] for names in kept[kind]]),
+                    persistent=False)
+            for kind in space.kinds if partial > 1 else ():
+                self.alphas[f'beta_{kind}'] = nn.Parameter(1e-3 * torch.randn(size[0]))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
@@ -301,27 +408,46 @@ class Network(nn.Module):
         if self.stem1:
             s1 = self.stem1(s0)
         auxiliary_logits, leaving = None, {}
-        for layer, (cell, reduction) in enumerate(zip(self.cells, self.reductions)):
-            kind = 'reduce' if reduction else 'normal'
-            weights, shares = mixing.get(kind, (None, None))
-            if weights is not None and (kind, cell.channels) not in leaving:
-                leaving[kind, cell.channels] = cell.leave(weights)
-            s0, s1 = s1, cell(s0, s1, leaving.get((kind, cell.channels)), shares,
-                              self.drop_path_prob)
+        for layer, (cell, kind) in enumerate(zip(self.cells, self.kinds)):
+            weights, shares = None, None
+            if kind in mixing and isinstance(cell, Cell):
+                weights, shares = mixing[kind]
+                if (kind, cell.channels) not in leaving:
+                    leaving[kind, cell.channels] = cell.leave(weights, self.drawn)
+                weights = leaving[kind, cell.channels]
+            s0, s1 = s1, cell(s0, s1, weights, shares, self.drop_path_prob)
             if layer == self.auxiliary_at and self.training:
                 auxiliary_logits = self.auxiliary_head(s1)
-        logits = self.classifier(s1.mean((2, 3)))
+        logits = self.classifier(self.last(s1).mean((2, 3)))
         return logits if auxiliary_logits is None else (logits, auxiliary_logits)
 
     def mixing(self):
-        """What each cell type mixes with: {type: (weights (14, operations), shares (14,))}."""
+        """What each cell type mixes with: {kind: (weights (edges, operations), shares (edges,))}.
+
+        Rows sum to 1 (DARTS, equation 2) or to the edge's share (PC-DARTS, equation 5), unless
+        the method changes that.
+        """
         mixing = {}
-        for kind in ('normal', 'reduce'):
-            shares = None
-            if self.partial > 1:
-                shares = edge_shares(self.alphas['beta_' + kind])
-            mixing[kind] = edge_weights(self.alphas[kind], shares), shares
+        for kind in self.space.kinds:
+            weights = self.probabilities(kind)
+            if self.change is not None:
+                weights = self.change(kind, weights)
+            shares = self.shares(kind)
+            mixing[kind] = weights if shares is None else weights * shares.unsqueeze(1), shares
         return mixing
+
+    def probabilities(self, kind):
+        """Softmax of the alphas over the operations that each edge has: (edges, operations)."""
+        alpha, dropped = self.alphas[kind], getattr(self, f'dropped_{kind}')
+        return F.softmax(alpha if dropped is None else alpha.masked_fill(dropped, -math.inf), 1)
+
+    def shares(self, kind):
+        """Each edge's share of its node: softmax of beta over its inputs (PC-DARTS, equation 4)."""
+        if self.partial == 1:
+            return None
+        first = self.space.inputs
+        parts = self.alphas[f'beta_{kind}'].split(list(range(first, first + self.space.nodes)))
+        return torch.cat([F.softmax(beta, 0) for beta in parts])
 
     def weight_parameters(self):
         """All parameters but the alphas: what SGD trains."""
@@ -342,41 +468,34 @@ class Network(nn.Module):
             for norm in norms:
                 norm.track_running_stats = True
 
+    @torch.no_grad()
     def genotype(self):
-        """The strongest architecture in the alphas as they are now."""
-        mixing = self.mixing()
-        return derive(mixing['normal'][0].detach(), mixing['reduce'][0].detach())
+        """The strongest architecture in the alphas as they are now, whatever a method adds."""
+        strength = []
+        for kind in self.space.kinds:
+            p, shares = self.probabilities(kind), self.shares(kind)
+            strength.append(p if shares is None else p * shares.unsqueeze(1))
+        if self.space is NB201:
+            names = list(self.space.operations)
+            return to_string(names[k] for k in strength[0].argmax(1).tolist())
+        return derive(*strength)
 
 
-def cell_edges(genotype, reduction):
+def cell_edges(genotype, kind, space=DARTS, kept=None):
     """{(node, input): operations} and the concatenated nodes of a cell; None: of the supernet."""
+    if space.inputs == 1:
+        names = [(name,) for name in from_string(genotype)] if genotype else \
+            [tuple(space.operations)] * len(space.edges)
+        return {edge: has for edge, has in zip(space.edges, names) if has != ('none',)}, (3,)
     if genotype is None:
-        return {edge: tuple(PRIMITIVES) for edge in EDGES}, tuple(range(2, 2 + NODES))
-    pairs = genotype.reduce if reduction else genotype.normal
-    concat = genotype.reduce_concat if reduction else genotype.normal_concat
-    edges = {}
-    for k, (name, state) in enumerate(pairs):
-        edges[2 + k // 2, state] = (name,)
-    return edges, concat
+        names = kept[kind] if kept else [tuple(space.operations)] * len(space.edges)
+        return dict(zip(space.edges, map(tuple, names))), tuple(range(2, 2 + NODES))
+    pairs, concat = getattr(genotype, kind), getattr(genotype, kind + '_concat')
+    return {(2 + k // 2, state): (name,) for k, (name, state) in enumerate(pairs)}, concat
 
 
 # ---------------------------------------------------------------------------------------------
-# From alphas to weights, from weights to a genotype
-
-
-def edge_weights(alpha, shares=None):
-    """Weights of every operation on every edge: softmax(alpha), times the edge's share.
-
-    alpha: (14, operations) logits; shares: (14,) or None. Returns (14, operations), rows summing
-    to 1 (DARTS, equation 2) or to the edge's share (PC-DARTS, equation 5).
-    """
-    weights = F.softmax(alpha, 1)
-    return weights if shares is None else weights * shares.unsqueeze(1)
-
-
-def edge_shares(beta):
-    """beta: (14,) logits -> (14,), softmax over the inputs of each node (PC-DARTS, equation 4)."""
-    return torch.cat([F.softmax(b, 0) for b in beta.split(list(range(2, 2 + NODES)))])
+# From weights to a genotype
 
 
 def derive(normal, reduce):

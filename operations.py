@@ -1,4 +1,4 @@
-"""Candidate operations of the DARTS space, each written once for all edges that leave a state.
+"""Candidate operations of both spaces, each written once for all edges that leave a state.
 
 Every edge that leaves a state sees the same input, so an operation here serves E edges at once:
 its maps are (B, E*C, H, W), channels_last, edge e in channels e*C to (e+1)*C. A derived network,
@@ -11,14 +11,14 @@ W/stride), or that with its last BatchNorm not yet done, as `Unnormalised`, whic
 module without weights, whose result is the same for every edge, sets `shared = True`: it returns
 (B, C, H/stride, W/stride) and is computed once.
 
-Sources: DARTS (arXiv 1806.09055) for the operations, BatchNorm (arXiv 1502.03167).
+Sources: DARTS (arXiv 1806.09055) and NAS-Bench-201 (arXiv 2001.00326) for the operations, P-DARTS
+(arXiv 1904.12760) for the dropout on skips, BatchNorm (arXiv 1502.03167).
 """
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 
 # ---------------------------------------------------------------------------------------------
@@ -134,7 +134,6 @@ class ConvOnCPU(torch.autograd.Function):
         return F.conv2d(x, weight, None, stride, weight.shape[2] // 2, 1, groups)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         stride, groups, kernel_gradient = ctx.how
@@ -299,6 +298,36 @@ class FactorizedReduce(nn.Module):
         return Unnormalised(x, self.norm)
 
 
+class ConvBN(nn.Module):
+    """ReLU, convolution, BatchNorm, as NAS-Bench-201 has it: in a supernet without statistics."""
+    shared = False
+
+    def __init__(self, channels, edges, stride, affine, size):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels * edges, size, stride, size // 2, bias=False)
+        self.norm = BatchNorm(channels * edges, affine=affine, track_running_stats=affine)
+
+    def forward(self, inputs):
+        return Unnormalised(self.conv(inputs.relu()), self.norm)    # all edges see one state
+
+
+class DroppedSkip(nn.Module):
+    """Identity whose values are dropped with `probability` in training, by edge (P-DARTS)."""
+    shared = False
+
+    def __init__(self, edges):
+        super().__init__()
+        self.edges = edges
+        self.register_buffer('probability', torch.zeros(()), persistent=False)
+
+    def forward(self, inputs):
+        x = inputs.form('state', self.edges, lambda: inputs.state)
+        if not self.training:
+            return x
+        kept = torch.rand(x.shape, device=x.device) >= self.probability
+        return x * (kept / (1 - self.probability)).to(x.dtype)
+
+
 class ReLUConvBN(nn.Module):
     """1x1 convolution between a ReLU and BatchNorm: brings a cell's input to its width."""
     def __init__(self, channels_in, channels, affine):
@@ -323,7 +352,12 @@ def skip_connect(channels, edges, stride, affine):
     return FactorizedReduce(channels, channels, edges, affine)
 
 
-# The search space, in DARTS's order. `none` multiplies by zero: it only takes softmax mass.
+def dropped_skip(channels, edges, stride, affine):
+    return DroppedSkip(edges) if stride == 1 else skip_connect(channels, edges, stride, affine)
+
+
+# The search spaces, in the order of their papers. `none` multiplies by zero: it only takes softmax
+# mass.
 OPERATIONS = {
     'none': None,
     'max_pool_3x3': lambda C, edges, stride, affine: Pool(C, stride, affine, 'max'),
@@ -333,4 +367,12 @@ OPERATIONS = {
     'sep_conv_5x5': lambda C, edges, stride, affine: SepConv(C, edges, stride, affine, 5),
     'dil_conv_3x3': lambda C, edges, stride, affine: DilConv(C, edges, stride, affine, 3),
     'dil_conv_5x5': lambda C, edges, stride, affine: DilConv(C, edges, stride, affine, 5),
+}
+
+NB201_OPERATIONS = {
+    'none': None,
+    'skip_connect': skip_connect,
+    'nor_conv_1x1': lambda C, edges, stride, affine: ConvBN(C, edges, stride, affine, 1),
+    'nor_conv_3x3': lambda C, edges, stride, affine: ConvBN(C, edges, stride, affine, 3),
+    'avg_pool_3x3': lambda C, edges, stride, affine: Pool(C, stride, True, 'avg'),
 }

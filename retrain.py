@@ -87,7 +87,8 @@ def optimizer(network, args):
         return torch.optim.Adam(network.parameters(), rate, weight_decay=args.weight_decay,
                                 foreach=cuda, capturable=cuda)
     return torch.optim.SGD(network.parameters(), rate, momentum=args.momentum,
-                           weight_decay=args.weight_decay, fused=cuda, foreach=not cuda)
+                           weight_decay=args.weight_decay, nesterov=args.nesterov, fused=cuda,
+                           foreach=not cuda)
 
 
 def scored(network, batches, prefix):
@@ -125,7 +126,7 @@ def parse(argv):
                        help='decay of an average of the weights, which is what is tested')
     group.add_argument('--holdout_patients', type=number(float, 0, 1, open_high=True), default=0.0,
                        help='share of the patients on whom the epoch to keep is chosen')
-    add_run_flags(parser, 'cifar10', {})
+    add_run_flags(parser, 'cifar10', {}, PRESETS)
     first = parser.parse_args(argv)
     preset = preset_of(first, PRESETS)
     rate_for = preset.pop('rate_for', None)

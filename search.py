@@ -3,6 +3,8 @@
     python search.py --data noise --gpu 0                          # DARTS, first order, 50 epochs
     python search.py --data noise --method pcdarts --gpu 0
     python search.py --data random_labels --unrolled --gpu 0       # second order
+    python search.py --data cifar10 --space nb201 --method gdas --gpu 0
+    python search.py --data noise --preset laptop                 # minutes on a CPU, and the truth
     python search.py --data noise --quick                          # a minute on a CPU, meaningless
     python search.py --data imagenet --data_dir DIR --method pcdarts --gpu 0     # 224 px
     python search.py --data chexpert --data_dir DIR --gpu 0
@@ -10,9 +12,12 @@
     for s in 0 1 2 3; do python search.py --data noise --seed $s --gpu 0 --resume; done
 
 The last line can be stopped and started again at will: --resume goes on from the last checkpoint,
-starts a run that has none and skips one that is done. Missing unreal data are made first.
-Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737); defaults in DEFAULTS below.
+starts a run that has none and skips one that is done. Missing unreal data are made first. What the
+methods differ in: DEFAULTS, strength_at, and the functions that say their name.
+Sources: DARTS (arXiv 1806.09055), PC-DARTS (1907.05737), P-DARTS (1904.12760), GDAS (1910.04465),
+SDARTS (2002.05283), DARTS- (2009.01027), beta-DARTS (2203.01665), RobustDARTS (1909.09656).
 """
+import math
 import shlex
 import sys
 from contextlib import contextmanager
@@ -22,23 +27,37 @@ from pathlib import Path
 from evaluate import (GraphedStep, Running, add_run_flags, averaged, changed_by_a_step,
                       check_alike, check_schedule, correct, gathered, learning_rate_at, load_states,
                       loss_of, open_run, own_sums, peak_memory_mib, preset_of, random_states,
-                      run_name, shortened, start_alike, stem_of, write_log)
+                      read_log, run_name, shortened, start_alike, stem_of, write_log)
 from generate_data import (REAL, USED, Batches, Parser, Progress, UserError, choose_device,
                            find_or_make, number, one_line_errors, save_file, set_tf32,
                            stratified_split, world, write_file)
-from genotypes import draw, random_genotype, to_json
-from model_search import Network
+from genotypes import (agreement, draw, from_json, from_string, plain, random_genotype,
+                       random_string, to_json, truth)
+from model_search import DARTS, NB201, Network, derive
+from operations import DroppedSkip, dropped_skip
 
 import torch
+import torch.nn.functional as F
 
-# Published settings by method. Frozen epochs are those at the start in which only weights train.
+# Published settings by method. Frozen epochs are those at the start in which only weights train;
+# of P-DARTS, at the start of each of its three stages, for which epochs are taken together.
+COMMON = dict(epochs=50, batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
+              arch_learning_rate=3e-4, frozen_epochs=0, partial=1)
 DEFAULTS = {
-    'darts': dict(batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
-                  arch_learning_rate=3e-4, frozen_epochs=0, partial=1),
-    'pcdarts': dict(batch_size=256, learning_rate=0.1, learning_rate_min=0.0,
+    'darts': COMMON,
+    'pcdarts': dict(COMMON, batch_size=256, learning_rate=0.1, learning_rate_min=0.0,
                     arch_learning_rate=6e-4, frozen_epochs=15, partial=4),
-    'random': dict(batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
-                   arch_learning_rate=3e-4, frozen_epochs=0, partial=1)}
+    'pdarts': dict(COMMON, epochs=75, batch_size=96, learning_rate_min=0.0,
+                   arch_learning_rate=6e-4, frozen_epochs=10, layers=5),
+    'gdas': dict(COMMON, epochs=250),
+    'sdarts': COMMON,
+    'dartsminus': COMMON,
+    'betadarts': dict(COMMON, weight_decay=3e-4),
+    'random': COMMON}
+# Of P-DARTS's stages: cells more than in the first, operations an edge, dropout on skips.
+STAGES = [(0, 8, 0.0), (6, 5, 0.4), (12, 3, 0.7)]
+# NAS-Bench-201: the same defaults but these of its own searches.
+SPACE = dict(nesterov=True, weight_decay=5e-4)
 # Defaults of a target, over those of the method. ImageNet: as PC-DARTS searched on it (section
 # 4.3 of its paper), of the images 10% for the weights and 2.5% for the alphas, the learning rate
 # for 1,024 images. CheXpert: our own choice, 10% of the patients for each.
@@ -49,11 +68,14 @@ PRESETS = {
                      warmup_epochs=5, arch_learning_rate=6e-3, frozen_epochs=35, partial=2,
                      train_portion=0.1, valid_fraction=0.025),
     'chexpert': dict(image_size=224, num_classes=14, num_images=20000, multilabel=True,
-                     source='chexpert', train_portion=0.1, valid_fraction=0.1)}
+                     source='chexpert', train_portion=0.1, valid_fraction=0.1),
+    # Our own: NAS-Bench-201 in minutes on two cores, for which the alphas must move faster.
+    'laptop': dict(space='nb201', cells_per_stage=1, image_size=16, epochs=50, steps_per_epoch=20,
+                   batch_size=64, arch_learning_rate=3e-3)}
 # --quick: the whole pipeline within a minute on two cores; what it finds means nothing.
-QUICK = dict(num_images=1000, layers=5, init_channels=8, batch_size=32, epochs=3, warmup_epochs=0,
-             steps_per_epoch=4, frozen_epochs=0, arch_learning_rate=3e-3, train_portion=0.5,
-             valid_fraction=None)
+QUICK = dict(num_images=1000, layers=5, cells_per_stage=1, init_channels=8, batch_size=32,
+             epochs=3, warmup_epochs=0, steps_per_epoch=4, frozen_epochs=0,
+             arch_learning_rate=3e-3, train_portion=0.5, valid_fraction=None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -93,7 +115,8 @@ def gradients(network, batch, wanted, args, exact=False):
     total, sums = None, 0
     for part in parts:
         loss, right = forward(network, part, args.amp and not exact)
-        grads = torch.autograd.grad(loss, wanted)
+        grads = torch.autograd.grad(loss, wanted, allow_unused=network.drawn,
+                                    materialize_grads=network.drawn)    # what was not drawn
         sums = sums + torch.stack([loss.detach() / len(parts), right])
         total = list(grads) if total is None else torch._foreach_add(total, grads)
         del loss, grads                         # lets go of what the graph held
@@ -126,9 +149,13 @@ def second_order(network, train, valid, sgd, args):
             step, *_ = gradients(network, train, weights, args)
         before = [v.clone() for v in values]
         step = torch._foreach_add(step, before, alpha=group['weight_decay'])
+        decayed = [t.clone() for t in step] if group['nesterov'] else None
         if sgd.state:
             buffers = [sgd.state[w]['momentum_buffer'] for w in weights]
             torch._foreach_add_(step, buffers, alpha=group['momentum'])
+        if group['nesterov']:
+            torch._foreach_mul_(step, group['momentum'])
+            torch._foreach_add_(step, decayed)
         torch._foreach_mul_(step, -eta)
         torch._foreach_add_(values, step)
         grads, loss, right = gradients(network, valid, weights + alphas, args)
@@ -151,13 +178,27 @@ def second_order(network, train, valid, sgd, args):
     return [a - eta * (p - n) / (2 * eps) for a, p, n in zip(dalpha, *sides)], loss, right
 
 
-def architecture_step(network, train, valid, sgd, adam, args):
-    """Step the alphas; returns (loss, right answers) on the validation batch before it."""
-    if args.unrolled:
+def architecture_step(network, train, valid, sgd, adam, args, moments=None):
+    """Step the alphas; returns (loss, right answers) on the validation batch before it.
+
+    moments: to each pair of tensors the gradient of an alpha, and its square, is added.
+    """
+    alphas = network.architecture_parameters()
+    if args.arch_data == 'none':                # the control: only what a method adds by itself
+        loss = right = torch.zeros((), device=alphas[0].device)
+        grads = [torch.zeros_like(alpha) for alpha in alphas]
+    elif args.unrolled:
         grads, loss, right = second_order(network, train, valid, sgd, args)
     else:
         grads, loss, right = first_order(network, valid, args)
-    for alpha, grad in zip(network.architecture_parameters(), grads):
+    for pair, grad in zip(moments or (), grads):
+        pair += torch.stack([grad, grad.square()])
+    if args.method == 'betadarts':
+        grads = [g + d for g, d in zip(grads, beta_decay(network))]
+    if args.method == 'pdarts':
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        grads = [g * (5 / (norm + 1e-6)).clamp(max=1) for g in grads]
+    for alpha, grad in zip(alphas, grads):
         alpha.grad = grad
     adam.step()
     adam.zero_grad()
@@ -167,8 +208,13 @@ def architecture_step(network, train, valid, sgd, adam, args):
 def weight_step(network, train, sgd, args):
     """Step the weights; returns (loss, right answers) on the training batch before it."""
     weights = network.weight_parameters()
+    if args.method == 'sdarts':
+        shift = perturbation(network, train, args)
+        network.change = lambda kind, p: simplex(p + shift[kind])
     with trained(network, weights=True):
         grads, loss, right = gradients(network, train, weights, args)
+    if args.method == 'sdarts':
+        network.change = None
     for weight, grad in zip(weights, grads):
         weight.grad = grad
     torch.nn.utils.clip_grad_norm_(weights, args.grad_clip, foreach=True)
@@ -177,57 +223,271 @@ def weight_step(network, train, sgd, args):
     return loss, right
 
 
+def bilevel_step(network, train, valid, sgd, adam, args, frozen=False, moments=None):
+    """Step the alphas, unless `frozen`, then the weights.
+
+    Returns (4,): loss and right answers on the training batch, the same on the validation batch.
+    """
+    parts = () if frozen else architecture_step(network, train, valid, sgd, adam, args, moments)
+    sums = torch.stack([*weight_step(network, train, sgd, args), *parts])
+    return torch.cat([sums, torch.zeros_like(sums)]) if frozen else sums
+
+
+# ---------------------------------------------------------------------------------------------
+# What each method adds
+
+
+def strength_at(args, epoch, epochs, frozen):
+    """What a method's own term goes by in an epoch; of P-DARTS, in an epoch of a stage."""
+    done = epoch / epochs
+    if args.method == 'gdas':
+        return 10 - 9.9 * epoch / max(1, epochs - 1)            # temperature
+    if args.method == 'sdarts':
+        return 0.03 + 0.27 * done                               # largest perturbation
+    if args.method == 'dartsminus':
+        return 1 - done                                         # weight of the second skip
+    if args.method == 'betadarts':
+        return 50 * done                                        # weight of the decay
+    if args.method == 'pdarts':                                 # share of the dropout on skips
+        if epoch < frozen:
+            return (epochs - 1 - epoch) / epochs
+        return math.exp(-0.2 * (epoch - frozen) * 25 / epochs)  # published for stages of 25
+    return 0.0
+
+
+def drawn(network, kind, _):
+    """GDAS: one operation an edge, by Gumbel's argmax; the gradient is that of the softmax.
+
+    Returns (edges, operations): one-hot in value. Drawn anew in every forward pass.
+    """
+    log_p = F.log_softmax(network.alphas[kind], 1)
+    gumbel = -torch.empty_like(log_p).exponential_().clamp_min(1e-30).log()
+    q = F.softmax((log_p + gumbel) / network.strength, 1)
+    one_hot = F.one_hot(q.argmax(1), q.shape[1]).to(q.dtype)
+    return one_hot - q.detach() + q
+
+
+def with_second_skip(network, kind, p):
+    """DARTS-: the skip of every edge once more, outside the softmax, weighted `strength`.
+
+    Where the stride is 2 it is the same factorized reduction as that among the operations.
+    """
+    more = torch.zeros_like(p)
+    more[:, list(network.space.operations).index('skip_connect')] = 1
+    return p + network.strength * more
+
+
+def beta_decay(network):
+    """Beta-DARTS: gradients of strength x the mean over edges of logsumexp(alpha)."""
+    alphas = network.architecture_parameters()
+    rows = [network.alphas[kind].logsumexp(1) for kind in network.space.kinds]
+    return torch.autograd.grad(network.strength * torch.cat(rows).mean(), alphas,
+                               allow_unused=True, materialize_grads=True)
+
+
+def perturbation(network, train, args):
+    """SDARTS: {kind: shift (edges, operations)} of what the weights are trained with.
+
+    --perturb random: uniform within the strength eps. adversarial: from there, seven steps of
+    2 eps / 7 along the sign of the training loss's gradient, kept within eps; no shift where the
+    loss is then lower than without. BatchNorm has batch statistics in it.
+    """
+    eps = network.strength
+    shift = {kind: eps * (2 * torch.rand_like(network.alphas[kind]) - 1)
+             for kind in network.space.kinds}
+    if args.perturb == 'random':
+        return shift
+
+    def loss_of_shift():
+        with torch.no_grad():
+            return averaged([forward(network, train, args.amp)[0]])[0]
+
+    with trained(network), network.frozen_statistics():
+        before = loss_of_shift()
+        network.change = lambda kind, p: p + shift[kind]
+        for _ in range(7):
+            for value in shift.values():
+                value.requires_grad_()
+            grads, *_ = gradients(network, train, list(shift.values()), args)
+            for (kind, value), grad in zip(list(shift.items()), grads):
+                value = value.detach() + 2 * eps / 7 * grad.sign()
+                shift[kind] = torch.minimum(torch.maximum(value, -eps), eps)
+        worse = (loss_of_shift() >= before).float()
+        network.change = None
+    return {kind: worse * value for kind, value in shift.items()}
+
+
+def simplex(p):
+    """Rows clamped to [0, 1] and divided by their sum; where nothing is left, one-hot."""
+    kept = p.clamp(0, 1)
+    total = kept.sum(1, keepdim=True)
+    best = F.one_hot(p.argmax(1), p.shape[1]).to(p.dtype)
+    return torch.where(total > 0, kept / total.clamp_min(1e-30), best)
+
+
+def strongest(network, count):
+    """P-DARTS: {kind: the `count` strongest operations of each edge}, in the space's order."""
+    names, kept = list(network.space.operations), {}
+    for kind in network.space.kinds:
+        p = network.probabilities(kind).detach().cpu()
+        order = p.argsort(dim=1, descending=True, stable=True)
+        rows = order[:, :count].sort(1).values.tolist()
+        kept[kind] = [[names[k] for k in row] for row in rows]
+    return kept
+
+
+@torch.no_grad()
+def restricted(network, most=2):
+    """P-DARTS: the genotype with at most `most` skips in the normal cell.
+
+    While there are more, the weakest of them is struck out, and operations and edges are chosen
+    again.
+    """
+    p = {kind: network.probabilities(kind).cpu().clone() for kind in network.space.kinds}
+    skip, edges = list(network.space.operations).index('skip_connect'), network.space.edges
+    while True:
+        genotype = derive(p['normal'], p['reduce'])
+        skips = [edges.index((2 + k // 2, state)) for k, (op, state) in enumerate(genotype.normal)
+                 if op == 'skip_connect']
+        if len(skips) <= most:
+            return genotype
+        p['normal'][min(skips, key=lambda e: p['normal'][e, skip].item()), skip] = 0
+
+
 # ---------------------------------------------------------------------------------------------
 # The result
 
 
-def describe(network):
-    """What log.jsonl says of the alphas: genotype, entropy in nats, skips, the alphas."""
+def describe(network, moments, steps, before):
+    """What log.jsonl says of the alphas after an epoch; before: the line before, or None.
+
+    By cell type: entropy in nats and the margin between the first and the second operation, means
+    over edges; skips of the genotype, edges whose strongest operation is none; the signal of the
+    architecture gradient: norm of its mean over the epoch's steps by norm of its deviation.
+    """
     genotype, line = network.genotype(), {}
-    for cell in ('normal', 'reduce'):
-        p = torch.softmax(network.alphas[cell].detach().double().cpu(), 1)
-        line[f'entropy_{cell}'] = -(p * p.log()).sum(1).mean().item()
-        line[f'skips_{cell}'] = sum(op == 'skip_connect' for op, _ in getattr(genotype, cell))
+    for kind, (total, squares) in zip(network.space.kinds, moments):
+        p = network.probabilities(kind).detach().double().cpu()
+        first, second = p.sort(1, descending=True).values[:, :2].unbind(1)
+        names = from_string(genotype) if isinstance(genotype, str) \
+            else [op for op, _ in getattr(genotype, kind)]
+        mean = total.double() / max(1, steps)
+        deviation = (squares.double() / max(1, steps) - mean.square()).clamp(min=0).sqrt().norm()
+        line.update({
+            f'entropy_{kind}': -torch.xlogy(p, p).sum(1).mean().item(),
+            f'margin_{kind}': (first - second).mean().item(),
+            f'skips_{kind}': list(names).count('skip_connect'),
+            f'none_{kind}': (p.argmax(1) == list(network.space.operations).index('none')).sum()
+            .item(),
+            f'signal_{kind}': (mean.norm() / deviation).item() if deviation else None})
+    if before:
+        last = before['genotype']
+        line['agreement'] = agreement(genotype, last if isinstance(last, str) else from_json(last))
+    if isinstance(genotype, str):
+        line['truth_for_analysis_only'] = truth(genotype)
     alphas = {name: a.detach().cpu().tolist() for name, a in network.alphas.items()}
-    return {**line, 'genotype': genotype._asdict(), 'alphas': alphas}
+    return {**line, 'genotype': plain(genotype), 'alphas': alphas}
 
 
-def finish(folder, genotype, args):
+def largest_eigenvalue(network, valid, args, iterations=20):
+    """Of the Hessian of a batch's loss in the alphas, their weight decay on its diagonal.
+
+    What RobustDARTS watches, by Lanczos's method. Of the batch it takes the first of the
+    --grad_accum parts.
+    """
+    alphas, valid = network.architecture_parameters(), [t.chunk(args.grad_accum)[0] for t in valid]
+    set_tf32(False)
+    with trained(network, alphas=True), network.frozen_statistics():
+        loss, _ = forward(network, valid)
+        grads = torch.autograd.grad(loss, alphas, create_graph=True)
+        flat = torch.cat([g.flatten() for g in grads])
+        v = torch.randn(len(flat), generator=torch.Generator().manual_seed(0)).to(flat)
+        basis, diagonal, beside = [v / v.norm()], [], []
+        for _ in range(min(iterations, len(flat))):
+            product = torch.autograd.grad(flat @ basis[-1], alphas, retain_graph=True)
+            w = torch.cat([p.flatten() for p in averaged(product)])
+            diagonal.append((w @ basis[-1]).item())
+            for other in basis * 2:                     # twice, as rounding demands
+                w = w - (w @ other) * other
+            beside.append(w.norm().item())
+            if beside[-1] < 1e-6 * max(map(abs, diagonal)):
+                break
+            basis.append(w / beside[-1])
+    set_tf32(args.tf32)
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    for k, value in enumerate(beside[:len(diagonal) - 1]):
+        matrix[k, k + 1] = matrix[k + 1, k] = value
+    return torch.linalg.eigvalsh(matrix)[-1].item() + args.arch_weight_decay
+
+
+def early_stop(log, epochs):
+    """RobustDARTS: the epoch whose genotype to take, once the eigenvalue has grown, or None.
+
+    Means over five values; a mean of more than 1.3 times that of four values before, which must
+    lie in epoch 10 of 50 or later. log: lines with `epoch` and, some of them, `eigenvalue`.
+    """
+    known = [line for line in log if line.get('eigenvalue') is not None]
+    means = [sum(line['eigenvalue'] for line in known[k - 2:k + 3]) / 5
+             for k in range(2, len(known) - 2)]
+    for k in range(4, len(means)):
+        epoch = known[k - 2]['epoch']                   # in the middle of means[k - 4]
+        if epoch >= 10 * epochs / 50 and means[k] > 1.3 * means[k - 4]:
+            return epoch
+    return None
+
+
+def finish(folder, genotype, args, **beside):
     """Write genotype.svg and genotype.json, and say what comes next."""
     title = f'{args.method} on {args.data}, seed {args.seed}'
     write_file(folder / 'genotype.svg', draw(genotype, title))
     write_file(folder / 'genotype.json', to_json(
-        genotype, data=args.data, method=args.method, seed=args.seed) + '\n')
-    for cell in ('normal', 'reduce'):
+        genotype, data=args.data, method=args.method, seed=args.seed, **beside) + '\n')
+    if isinstance(genotype, str):
+        print(genotype)
+        print('test accuracy of this cell, known from NAS-Bench-201: CIFAR-10 {cifar10:.2f}%, '
+              'CIFAR-100 {cifar100:.2f}%, ImageNet16-120 {imagenet16:.2f}%; rank {rank:,} of '
+              '15,625'.format(**truth(genotype)))
+    for cell in ('normal', 'reduce') if not isinstance(genotype, str) else ():
         print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
     if args.quick:
         print('this was --quick: the pipeline works, the genotype means nothing')
     target = args.source if args.data == 'random_labels' else args.data
     target = args.preset if args.preset in REAL else 'cifar10' if target in USED else target
+    recipe = ' --auxiliary --cutout' if target.startswith('cifar') and args.space == 'darts' else ''
     print(f'next: python retrain.py --arch {shlex.quote(str(folder))} --data {shlex.quote(target)}'
-          f'{" --auxiliary --cutout" * target.startswith("cifar")} --gpu 0')
+          f'{recipe} --gpu 0')
 
 
-def bilevel_step(network, train, valid, sgd, adam, args, frozen=False):
-    """Step the alphas, unless `frozen`, then the weights.
+# ---------------------------------------------------------------------------------------------
+# Setting up
 
-    Returns (4,): loss and right answers on the training batch, the same on the validation batch.
+
+def build(args, num_classes, stem, device, stage, kept):
+    """(supernet, SGD for its weights, Adam for its alphas and for nothing else).
+
+    The learning rate is a tensor, so that a CUDA graph sees it change. stage, kept: of P-DARTS.
     """
-    parts = () if frozen else architecture_step(network, train, valid, sgd, adam, args)
-    sums = torch.stack([*weight_step(network, train, sgd, args), *parts])
-    return torch.cat([sums, torch.zeros_like(sums)]) if frozen else sums
+    space, layers = (DARTS, args.layers) if args.space == 'darts' \
+        else (NB201, 3 * args.cells_per_stage + 2)
+    if args.method == 'pdarts':
+        space = space._replace(operations={**space.operations, 'skip_connect': dropped_skip})
+        layers += STAGES[stage][0]
+    network = Network(args.init_channels, num_classes, layers, partial=args.partial, stem=stem,
+                      space=space, kept=kept, drawn=args.method == 'gdas').to(device)
+    start_alike(network)
+    network.strength = torch.zeros((), device=device)
+    if args.method in ('gdas', 'dartsminus'):
+        network.change = partial(drawn if args.method == 'gdas' else with_second_skip, network)
+    return network, *optimizers(network, args)
 
 
 def optimizers(network, args):
-    """SGD for the weights, Adam for the alphas and for nothing else.
-
-    The learning rate is a tensor, so that a CUDA graph sees it change.
-    """
     device = next(network.parameters()).device
     cuda = device.type == 'cuda'
     sgd = torch.optim.SGD(network.weight_parameters(),
                           torch.tensor(args.learning_rate, device=device), momentum=args.momentum,
-                          weight_decay=args.weight_decay, fused=cuda, foreach=not cuda)
+                          weight_decay=args.weight_decay, nesterov=args.nesterov, fused=cuda,
+                          foreach=not cuda)
     adam = torch.optim.Adam(network.architecture_parameters(), args.arch_learning_rate,
                             betas=(0.5, 0.999), weight_decay=args.arch_weight_decay,
                             foreach=True, capturable=cuda)
@@ -252,10 +512,22 @@ def parse(argv):
     parser = Parser(prog='search.py', description=__doc__.split('\n')[0])
     group = parser.add_argument_group('method')
     group.add_argument('--method', choices=list(DEFAULTS), default='darts')
+    group.add_argument('--space', choices=['darts', 'nb201'], default='darts',
+                       help='nb201: NAS-Bench-201, where the truth is known')
     group.add_argument('--unrolled', action='store_true', help='second-order step')
+    group.add_argument('--arch_data', choices=['valid', 'train', 'none'], default='valid',
+                       help='images for the alphas: held out; those of the weights; none: control')
+    group.add_argument('--perturb', choices=['random', 'adversarial'], default='random',
+                       help='of sdarts')
+    group.add_argument('--hessian', type=number(int, 1), metavar='N',
+                       help='log its largest eigenvalue every N epochs')
+    group.add_argument('--early_stop', action='store_true',
+                       help='when that grows, as RobustDARTS does, every 2 epochs by default')
     group.add_argument('--partial', type=number(int, 1), help='1/partial of the channels')
     group.add_argument('--init_channels', type=number(int, 1), default=16)
-    group.add_argument('--layers', type=number(int, 3, 200), default=8, help='cells')
+    group.add_argument('--layers', type=number(int, 3, 200), default=8,
+                       help='cells; of pdarts in its first stage')
+    group.add_argument('--cells_per_stage', type=number(int, 1, 60), default=5, help='of nb201')
     group.add_argument('--train_portion', '--train_fraction', default=0.5,
                        type=number(float, 0, 1, True, True), help='of the images, for the weights')
     group.add_argument('--valid_fraction', type=number(float, 0, 1, True, True),
@@ -263,11 +535,16 @@ def parse(argv):
     group.add_argument('--arch_learning_rate', type=number(float, 0), help='of the alphas')
     group.add_argument('--arch_weight_decay', type=number(float, 0), default=1e-3)
     group.add_argument('--frozen_epochs', type=number(int, 0), help='first epochs without alphas')
-    add_run_flags(parser, 'noise', dict(epochs=50))
+    add_run_flags(parser, 'noise', {}, PRESETS)
     first = parser.parse_args(argv)
     preset = preset_of(first, PRESETS)
     rate_for = preset.pop('rate_for', None)
+    parser.set_defaults(**preset)
+    if parser.parse_args(argv).space == 'nb201':
+        parser.set_defaults(**SPACE)
     parser.set_defaults(**{**DEFAULTS[first.method], **preset})
+    if first.early_stop:
+        parser.set_defaults(hessian=2)
     if first.method != 'pcdarts':
         parser.set_defaults(partial=1)
     if first.data in ('noise', 'generated') and 'train_portion' in preset:
@@ -275,15 +552,23 @@ def parse(argv):
     if first.quick:
         parser.set_defaults(**QUICK, num_classes=min(preset.get('num_classes', 10), 20))
     defaults = parser.parse_args([])
-    # Without --frozen_epochs, their share is that of the published 50 epochs.
-    share = defaults.frozen_epochs / 50
+    # Without --frozen_epochs, their share is that of the default's epochs.
+    share = defaults.frozen_epochs / defaults.epochs
     parser.set_defaults(frozen_epochs=None)
     args = parser.parse_args(argv)
     if args.frozen_epochs is None:
         args.frozen_epochs = defaults.frozen_epochs = round(share * args.epochs)
-    if 0 < args.epochs <= args.frozen_epochs:
+    stages = len(STAGES) if args.method == 'pdarts' else 1
+    if 0 < args.epochs <= args.frozen_epochs * stages:
         raise UserError(f'--frozen_epochs {args.frozen_epochs} leaves none of {args.epochs} '
                         'epochs for the alphas: take fewer')
+    if args.method == 'pdarts' and args.space == 'nb201':
+        raise UserError('--method pdarts: not in --space nb201, whose depth is fixed: take another')
+    if args.method == 'gdas' and (args.unrolled or args.hessian):
+        raise UserError(f'--{"unrolled" if args.unrolled else "hessian"}: gdas draws an operation '
+                        'anew for every loss, so their differences mean nothing: leave it out')
+    if args.method == 'pdarts' and args.hessian:
+        raise UserError('--hessian: the alphas of pdarts start anew in each stage: leave it out')
     check_schedule(args, sys.argv[1:] if argv is None else argv, rate_for)
     if args.train_portion + (args.valid_fraction or 0) > 1 + 1e-9:
         raise UserError(f'--train_portion {args.train_portion:g} and --valid_fraction '
@@ -306,18 +591,19 @@ def main(argv=None):
                             f'{", ".join([*USED, *REAL])}')
         run = open_run(args, device)
         if run and not world()[0]:
-            genotype = random_genotype(args.seed)
-            write_log(run[0], {'epoch': 0, 'genotype': genotype._asdict(), 'seconds': 0})
-            finish(run[0], genotype, args)
+            make = random_string if args.space == 'nb201' else random_genotype
+            write_log(run[0], {'epoch': 0, 'genotype': plain(make(args.seed)), 'seconds': 0})
+            finish(run[0], make(args.seed), args)
         return
 
     # Data: half of the images for the weights, half for the alphas, no image in both.
     data = find_or_make(args)
     stem = stem_of(args, data.image_size)
-    halves = two_parts(data, args)
+    halves = two_parts(data, args)[:2 if args.arch_data == 'valid' else 1]
     batches = [Batches(data, half, args.batch_size, device, args.augment, seed=2 * args.seed + k,
                        workers=args.workers) for k, half in enumerate(halves)]
     epochs, steps, total = shortened(args, min(len(b) for b in batches))
+    length = math.ceil(epochs / len(STAGES)) if args.method == 'pdarts' else max(1, epochs)
     frozen = round(args.frozen_epochs * epochs / args.epochs)
 
     run = open_run(args, device)
@@ -326,29 +612,34 @@ def main(argv=None):
     folder, checkpoint = run
 
     torch.manual_seed(args.seed)
-    network = Network(args.init_channels, len(data.classes), args.layers, partial=args.partial,
-                      stem=stem).to(device)
-    start_alike(network)
-    sgd, adam = optimizers(network, args)
+    stage, kept = (checkpoint['stage'], checkpoint['kept']) if checkpoint else (0, None)
+    network, sgd, adam = build(args, len(data.classes), stem, device, stage, kept)
     start, start_step, seconds = 0, 0, 0.0
     sums = torch.zeros(4, device=device)        # train loss and right answers, valid the same
+    moments = [torch.zeros(2, *a.shape, device=device) for a in network.architecture_parameters()]
     if checkpoint:
         start, start_step, seconds = load_states(
             checkpoint, folder / 'checkpoint.pt', ('epoch', 'step', 'seconds'), network=network,
             sgd=sgd, adam=adam)
         sums = own_sums(checkpoint['sums']).to(device)
-    rate = sgd.param_groups[0]['lr'] = sgd.param_groups[0]['lr'].to(device)
+        moments = [t.to(device) for t in checkpoint['moments']]
+        sgd.param_groups[0]['lr'] = sgd.param_groups[0]['lr'].to(device)
+    log = [line for line in read_log(folder, 'epoch', 'genotype') if line['epoch'] < start]
 
-    def step(is_frozen, *batch):
-        return bilevel_step(network, batch[:2], batch[2:], sgd, adam, args, is_frozen)
+    def one_step(is_frozen, *batch):
+        return bilevel_step(network, batch[:2], batch[-2:], sgd, adam, args, is_frozen, moments)
 
-    steps_of = {is_frozen: GraphedStep(
-        partial(step, is_frozen), lambda: changed_by_a_step(network, sgd, adam), device,
-        args.graph == 'auto' and world()[1] == 1) for is_frozen in (True, False)}
+    def graphed():
+        on = args.graph == 'auto' and world()[1] == 1 and args.method != 'gdas'
+        return {is_frozen: GraphedStep(
+            partial(one_step, is_frozen), lambda: {**changed_by_a_step(network, sgd, adam),
+                                               'moments': moments}, device, on)
+                for is_frozen in (True, False)}
 
     def save(epoch, step):
         save_file(folder / 'checkpoint.pt', {
             'network': network.state_dict(), 'sgd': sgd.state_dict(), 'adam': adam.state_dict(),
+            'stage': stage, 'kept': kept, 'moments': [t.cpu() for t in moments],
             'epoch': epoch, 'step': step, 'sums': torch.stack(gathered(sums.cpu())),
             'seconds': running.seconds if step else 0.0,
             'random': gathered(random_states(device))})
@@ -358,16 +649,27 @@ def main(argv=None):
           f'{total:,} steps on {world()[1]} x {device.type}, in {folder}')
     progress = Progress(total, 'steps', min(start * steps + start_step, total))
     network.train()
+    steps_of, stopped_at = graphed(), early_stop(log, epochs)
     with Running(folder, device, args.checkpoint_minutes) as running:
         for epoch in range(start, epochs):
-            learning_rate = learning_rate_at(args, epoch, epochs)
-            rate.fill_(learning_rate)
-            last = min(steps, total - epoch * steps)
-            pairs = zip(*(b.epoch(epoch, start_step) for b in batches))
+            if args.early_stop and stopped_at is not None:
+                break
+            if epoch // length > stage:         # P-DARTS: the next stage, from new weights
+                stage, kept = epoch // length, strongest(network, STAGES[epoch // length][1])
+                network, sgd, adam = build(args, len(data.classes), stem, device, stage, kept)
+                network.train()
+                steps_of = graphed()
+            learning_rate = learning_rate_at(args, epoch % length, length)
+            sgd.param_groups[0]['lr'].fill_(learning_rate)
+            strength = strength_at(args, epoch % length, length, frozen)
+            network.strength.fill_(strength)
+            for skip in (m for m in network.modules() if isinstance(m, DroppedSkip)):
+                skip.probability.fill_(STAGES[stage][2] * strength)
+            last, is_frozen = min(steps, total - epoch * steps), epoch % length < frozen
             running.epoch(seconds, epoch * steps)
-            for step in range(start_step, last):
-                train, valid = next(pairs)
-                sums += steps_of[epoch < frozen](*train, *valid)
+            draws = zip(*(b.epoch(epoch, start_step) for b in batches))
+            for step, pair in zip(range(start_step, last), draws):
+                sums += steps_of[is_frozen](*(t for batch in pair for t in batch))
                 progress.update(epoch * steps + step + 1, f'epoch {epoch + 1}/{epochs}')
                 if running.is_to_save([sums, *network.parameters()], step, last):
                     save(epoch, step + 1)
@@ -375,23 +677,40 @@ def main(argv=None):
                         return running.stopped()
             train_loss, train_right, valid_loss, valid_right = averaged([sums])[0].div(
                 last).tolist()
-            images, trained_alphas = args.batch_size / world()[1], epoch >= frozen
+            images, seen = args.batch_size / world()[1], not is_frozen and args.arch_data != 'none'
             check_alike(network.architecture_parameters(), 'alphas')
+            line = {
+                'epoch': epoch, 'learning_rate': learning_rate, 'strength': strength,
+                'train_loss': train_loss, 'train_accuracy': train_right / images,
+                'valid_loss': valid_loss if seen else None,
+                'valid_accuracy': valid_right / images if seen else None,
+                **describe(network, moments, last, log[-1] if log else None)}
+            if args.hessian and epoch % args.hessian == 0:
+                line['eigenvalue'] = largest_eigenvalue(network, pair[-1], args)
             write_log(folder, {
-                'epoch': epoch, 'learning_rate': learning_rate, 'train_loss': train_loss,
-                'train_accuracy': train_right / images,
-                'valid_loss': valid_loss if trained_alphas else None,
-                'valid_accuracy': valid_right / images if trained_alphas else None,
-                **describe(network), 'seconds': round(running.seconds, 3),
-                'images_per_second': round(2 * last * args.batch_size / running.seconds, 1),
+                **line, 'seconds': round(running.seconds, 3),
+                'images_per_second': round(
+                    len(batches) * last * args.batch_size / running.seconds, 1),
                 'peak_memory_mib': peak_memory_mib(device)})
+            log.append(line)
+            stopped_at = early_stop(log, epochs)
             sums, start_step, seconds = torch.zeros_like(sums), 0, 0.0
+            torch._foreach_zero_(moments)
             save(epoch + 1, 0)
             if running and epoch + 1 < epochs:
                 return running.stopped()
         progress.close()
+        genotype, beside = network.genotype(), {}
+        if args.method == 'pdarts':
+            beside['without_restriction'] = plain(genotype)
+            genotype = restricted(network)
+        if stopped_at is not None:
+            found = log[stopped_at]['genotype']
+            beside['early_stop'] = {'epoch': stopped_at, 'genotype': found}
+            if args.early_stop:
+                genotype = found if isinstance(found, str) else from_json(found)
         if not world()[0]:
-            finish(folder, network.genotype(), args)
+            finish(folder, genotype, args, **beside)
 
 
 if __name__ == '__main__':

@@ -267,7 +267,7 @@ def test_an_operation_is_added_in_one_place(monkeypatch):
 def test_operations_of_fewer_edges(affine):
     """An edge may keep any of the operations, as in P-DARTS; the others do not change."""
     names = [('sep_conv_3x3', 'skip_connect'), ('sep_conv_3x3',), ('avg_pool_3x3', 'skip_connect')]
-    mixed_op = model_search.MixedOp(4, 2, names, affine, width=2)
+    mixed_op = model_search.MixedOp(operations.OPERATIONS, 4, 2, names, affine, width=2)
     state, weights = torch.randn(3, 4, 8, 8), torch.rand(3, 8)
     whole = mixed_op(state, mixed_op.mixing(weights))
     for e in range(3):

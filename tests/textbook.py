@@ -330,3 +330,118 @@ def copy_weights(ours, book):
         if hasattr(ours, 'alphas'):
             for a, b in zip(ours.alphas.values(), book.alphas):
                 b.copy_(a)
+
+
+# ---------------------------------------------------------------------------------------------
+# NAS-Bench-201 (arXiv 2001.00326), one module per edge and operation
+
+NB201_NAMES = ['none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3']
+
+
+def nb201_operation(name, c, affine):
+    if name == 'none':
+        return Zero(1)
+    if name == 'skip_connect':
+        return nn.Identity()
+    if name == 'avg_pool_3x3':
+        return nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+    size = int(name[-1])
+    return nn.Sequential(nn.ReLU(), nn.Conv2d(c, c, size, 1, size // 2, bias=False),
+                         nn.BatchNorm2d(c, affine=affine, track_running_stats=affine))
+
+
+class NB201Cell(nn.Module):
+    def __init__(self, c, names=None):
+        super().__init__()
+        self.edges = nn.ModuleList(
+            nn.ModuleList(nb201_operation(name, c, names is not None)
+                          for name in (NB201_NAMES if names is None else [names[e]]))
+            for e in range(6))
+
+    def forward(self, x, weights):
+        states, row = [x], 0
+        for node in (1, 2, 3):
+            total = 0
+            for state in range(node):
+                total = total + sum(w * op(states[state])
+                                    for w, op in zip(weights[row], self.edges[row]))
+                row += 1
+            states.append(total)
+        return states[-1]
+
+
+class NB201Reduction(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.convs = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(c, 2 * c, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * c),
+            nn.ReLU(), nn.Conv2d(2 * c, 2 * c, 3, 1, 1, bias=False), nn.BatchNorm2d(2 * c))
+        self.shortcut = nn.Sequential(nn.AvgPool2d(2, 2), nn.Conv2d(c, 2 * c, 1, bias=False))
+
+    def forward(self, x, _):
+        return self.convs(x) + self.shortcut(x)
+
+
+class NB201Network(nn.Module):
+    """Supernet, or the network of six operations. `mix`, p -> weights, is softmax by default."""
+    def __init__(self, c, num_classes, cells_per_stage, names=None):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c))
+        self.cells = nn.ModuleList()
+        for stage in range(3):
+            if stage:
+                self.cells.append(NB201Reduction(c))
+                c *= 2
+            self.cells.extend(NB201Cell(c, names) for _ in range(cells_per_stage))
+        self.last, self.classifier = nn.BatchNorm2d(c), nn.Linear(c, num_classes)
+        self.alphas = nn.ParameterList() if names else \
+            nn.ParameterList([nn.Parameter(1e-3 * torch.randn(6, 5))])
+        self.mix = lambda alpha: F.softmax(alpha, 1)
+
+    def forward(self, x):
+        weights = self.mix(self.alphas[0]) if len(self.alphas) else torch.ones(6, 1).to(x)
+        x = self.stem(x)
+        for cell in self.cells:
+            x = cell(x, weights)
+        x = F.relu(self.last(x))
+        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+    def weights(self):
+        return [p for name, p in self.named_parameters() if not name.startswith('alphas')]
+
+
+def copy_nb201(ours, book):
+    """Fill the textbook network; returns [(ours, slice of channels, textbook's), ...]."""
+    out = []
+
+    def same(a, b, block=slice(None)):
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            if getattr(a, name, None) is not None:
+                out.append((getattr(a, name), block, getattr(b, name)))
+
+    for a, b in [*zip(ours.stem, book.stem), (ours.last[0], book.last),
+                 (ours.classifier, book.classifier)]:
+        same(a, b)
+    for cell, book_cell in zip(ours.cells, book.cells):
+        if isinstance(book_cell, NB201Reduction):
+            for a, b in [*zip(cell.convs, book_cell.convs),
+                         *zip(cell.shortcut, book_cell.shortcut)]:
+                same(a, b)
+            continue
+        for leaving, mixed_op in zip(cell.leaving, cell.mixed_ops):
+            for (start, end), block in zip(mixed_op.spans, mixed_op.blocks.values()):
+                for name, op in block.items():
+                    for e in range(start, end):
+                        node, state = leaving[e]
+                        ops = book_cell.edges[node * (node - 1) // 2 + state]
+                        book_op = ops[NB201_NAMES.index(name) if len(ops) > 1 else 0]
+                        c = op.norm.num_features // (end - start)
+                        part = slice((e - start) * c, (e - start + 1) * c)
+                        same(op.conv, book_op[1], part)
+                        same(op.norm, book_op[2], part)
+    with torch.no_grad():
+        for a, block, b in out:
+            b.copy_(a[block])
+        if hasattr(ours, 'alphas'):
+            book.alphas[0].copy_(ours.alphas['cell'])
+    return out
