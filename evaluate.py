@@ -2,10 +2,13 @@
 
     python evaluate.py runs/NAME [runs/NAME ...]                  # one run, or a table of several
     python evaluate.py runs/retrain-* --csv table.csv
+    python evaluate.py runs/search-* --plot curves.svg            # what the searches did, by epoch
+    python evaluate.py --analysis runs/retrain-* --plot fit.svg   # expressivity and generalisation
     python evaluate.py --arch DARTS_V2 --cost --json              # parameters, multiply-adds
 
-This file owns everything about a run on disk: its folder, log and checkpoints, the choice of the
-device, metrics and tables. A retrained network is tested anew from its weights.pt.
+This file owns everything about a run on disk: its folder, log and checkpoints, metrics, tables and
+plots. A retrained network is tested anew from its weights.pt; of a cell of NAS-Bench-201 the true
+accuracy is looked up.
 """
 import contextlib
 import csv
@@ -21,6 +24,8 @@ import subprocess
 import sys
 import time
 from argparse import BooleanOptionalAction
+from bisect import bisect_left, bisect_right
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,7 +40,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from genotypes import PUBLISHED, Genotype, checked, from_json
+from genotypes import (ACCURACIES, NB201_LARGEST, PUBLISHED, agreement, from_json, from_plain,
+                       from_string, nas_bench_201, plain, truth)
 from model_search import Network
 
 # ---------------------------------------------------------------------------------------------
@@ -723,9 +729,14 @@ def mean_std_interval(values):
 
 
 def find_genotype(arch):
-    """(Genotype, where it came from) of a published name, a genotype.json or a search run."""
+    """(genotype, where it came from) of a published name, a string, a genotype.json or a search."""
     if arch in PUBLISHED:
         return PUBLISHED[arch], {'data': 'published', 'method': arch}
+    if arch.startswith('|'):
+        try:
+            return from_plain(arch, '--arch'), {'data': 'given', 'method': 'given'}
+        except ValueError as error:
+            raise UserError(str(error)) from None
     path = Path(arch)
     if path.is_dir():
         if (path / 'args.json').exists() and 'arch' in read_json(path / 'args.json',
@@ -786,7 +797,7 @@ def load_weights(path):
     content = load_file(path, 'retrain again')
     try:
         meta = content['meta']
-        genotype = checked(Genotype(*meta['genotype']), str(path))
+        genotype = from_plain(meta['genotype'], str(path))
         network = Network(meta['init_channels'], len(meta['classes']), meta['layers'], genotype,
                           auxiliary=meta['auxiliary'], stem=meta['stem'])
         network.load_state_dict(content['network'])
@@ -819,6 +830,7 @@ def report(run, data_dir=None, device=None, batch_size=250, test_labels=None, po
     network, meta = load_weights(folder / 'weights.pt')
     log, found_by = read_log(folder, 'seconds', 'train_loss', 'train_accuracy'), meta['found_by']
     last = log[-1] if log else {}
+    area = sum(line['train_accuracy'] for line in log) / len(log) if log else None
     out = {'run': str(folder), 'type': 'retrain', 'arch': meta['arch'],
            'searched_on': found_by['data'], 'method': found_by['method'],
            'data': settings['data'], 'seed': settings['seed'],
@@ -826,7 +838,8 @@ def report(run, data_dir=None, device=None, batch_size=250, test_labels=None, po
                                              'fit_accuracy')},
            'test_error': None, 'top1': None, 'top5': None, 'top1_interval': None,
            'top5_interval': None,
-           **cost(checked(Genotype(*meta['genotype'])), meta['init_channels'], meta['layers'],
+           'genotype': meta['genotype'], 'train_area': area,
+           **cost(from_plain(meta['genotype']), meta['init_channels'], meta['layers'],
                   len(meta['classes']), meta['image_size'], meta['stem']),
            'seconds': sum(line['seconds'] for line in log)}
     data = None
@@ -857,86 +870,359 @@ def report(run, data_dir=None, device=None, batch_size=250, test_labels=None, po
 
 
 def report_search(folder, about):
+    """Of a search; `last` is the last line of its log, for agreements and plots."""
     genotype, _ = find_genotype(str(folder))
     settings, log = about['settings'], read_log(folder, 'seconds')
-    skips = {cell: sum(op == 'skip_connect' for op, _ in getattr(genotype, cell))
-             for cell in ('normal', 'reduce')}
-    return {'run': str(folder), 'type': 'search', 'searched_on': settings['data'],
-            'method': settings['method'], 'seed': settings['seed'],
-            'genotype': genotype._asdict(), 'skips_normal': skips['normal'],
-            'skips_reduce': skips['reduce'], 'epochs': len(log),
-            'params': cost(genotype)['params'], 'seconds': sum(line['seconds'] for line in log),
-            'device': about['hardware']['device'], 'date': about['date']}
+    out = {'run': str(folder), 'type': 'search', 'space': settings['space'],
+           'searched_on': settings['data'], 'method': settings['method'],
+           'arch_data': settings['arch_data'], 'seed': settings['seed'],
+           'genotype': plain(genotype)}
+    if isinstance(genotype, str):
+        out.update(look_up(genotype))
+    else:
+        for cell in ('normal', 'reduce'):
+            out[f'skips_{cell}'] = sum(op == 'skip_connect' for op, _ in getattr(genotype, cell))
+        out['params'] = cost(genotype)['params']
+    return {**out, 'epochs': len(log), 'seconds': sum(line['seconds'] for line in log),
+            'device': about['hardware']['device'], 'date': about['date'], 'log': log}
+
+
+def look_up(arch):
+    """What is known of a cell of NAS-Bench-201, and how far it is from what it is measured by.
+
+    Distances in points, for CIFAR-10, CIFAR-100 and ImageNet16-120: to the best cell, to the
+    median, to the largest network, which a search must beat to have been of use.
+    """
+    table, ordered = nas_bench_201()
+    names, true = from_string(arch), truth(arch)
+
+    def beyond(values):
+        return [round(true[name] - value, 2) for name, value in zip(ACCURACIES, values)]
+
+    skips, nones = names.count('skip_connect'), names.count('none')
+    return {**true, 'to_optimum': beyond(ordered[name][-1] for name in ACCURACIES),
+            'to_median': beyond(ordered[name][len(table) // 2] for name in ACCURACIES),
+            'to_largest': beyond(table[NB201_LARGEST][name] for name in ACCURACIES),
+            'skips': skips, 'nones': nones, 'collapsed': skips + nones >= 4,
+            'params': table[arch]['params']}
 
 
 def show(row):
     """Print one report."""
     for key, value in row.items():
-        if key == 'genotype':
+        if key == 'genotype' and isinstance(value, dict):
             for cell in ('normal', 'reduce'):
                 print(f'  {cell:<14} ' + '  '.join(f'{op}:{state}' for op, state in value[cell]))
-        elif value is not None:
+        elif value is not None and key != 'log':
             text = f'{value:,.4g}' if isinstance(value, float) else value
-            if key in ('test_error', 'top1', 'top5'):
+            if key in ('test_error', 'top1', 'top5', *ACCURACIES):
                 text = f'{value:.2f}%'
             elif key == 'auroc':
                 text = '  '.join(f'{name} {area:.3f}' for name, area in value.items())
             elif key.startswith('auroc_'):
                 text = f'{value[0]:.3f} to {value[1]:.3f} (95%, bootstrap over studies)' \
                     if isinstance(value, list) else f'{value:.3f}'
+            elif key.startswith('to_'):
+                text = '  '.join(f'{points:+.2f}' for points in value)
             elif isinstance(value, list) and not key.endswith('_interval'):
                 text = ', '.join(value) or '-'
             elif key.endswith('_interval'):
                 text = f'{value[0]:.2f}% to {value[1]:.2f}% (95%, Wilson, {row["test_images"]:,} ' \
                        'test images)'
-            elif isinstance(value, int) and key != 'seed':
+            elif isinstance(value, int) and key != 'seed' and not isinstance(value, bool):
                 text = f'{value:,}'
             print(f'  {key:<14} {text}' if key != 'run' else value)
 
 
-def table(rows):
-    """Rows grouped by type, search data, method and training data, as a list of dicts."""
-    groups = {}
+def groups(rows, *keys):
+    """{values of some keys: the rows that have them}, in the order of the rows."""
+    out = {}
     for row in rows:
-        key = (row['type'], row['searched_on'], row['method'], row.get('data'))
-        groups.setdefault(key, []).append(row)
-    out = []
-    for (kind, searched_on, method, data), members in groups.items():
-        line = {'type': kind, 'searched_on': searched_on, 'method': method, 'trained_on': data,
-                'n': len(members)}
-        measures = ('test_error', 'auroc_tasks', 'fit_accuracy') if kind == 'retrain' \
-            else ('skips_normal',)
-        for measure in (*measures, 'params', 'seconds'):
+        out.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return out
+
+
+def table(rows):
+    """Rows grouped by what was run, as a list of dicts: mean, deviation, interval of measures."""
+    out, keys = [], ('type', 'space', 'searched_on', 'method', 'arch_data', 'data')
+    for key, members in groups(rows, *keys).items():
+        line = {**dict(zip(keys, key)), 'n': len(members)}
+        line['trained_on'] = line.pop('data')
+        for measure in MEASURES:
             values = [row[measure] for row in members if row.get(measure) is not None]
-            mean, std, interval = mean_std_interval(values) if values else (None, None, None)
-            line.update({measure: mean, measure + '_std': std,
-                         measure + '_low': interval and interval[0],
-                         measure + '_high': interval and interval[1]})
+            if values:
+                mean, std, interval = mean_std_interval(values)
+                line.update({measure: mean, measure + '_median': float(np.median(values)),
+                             measure + '_std': std, measure + '_low': interval and interval[0],
+                             measure + '_high': interval and interval[1]})
+        if any('collapsed' in row for row in members):
+            line['collapsed'] = sum(row['collapsed'] for row in members)
         out.append(line)
     return out
 
 
+# What tables say of runs: {measure: (header, scale, digits)}; a column that no run has is left out.
+MEASURES = {'test_error': ('test error %', 1, 2), 'auroc_tasks': ('AUROC', 1, 3),
+            'fit_accuracy': ('fit accuracy %', 100, 2), 'cifar10': ('CIFAR-10 %', 1, 2),
+            'cifar100': ('CIFAR-100 %', 1, 2), 'imagenet16': ('ImageNet16 %', 1, 2),
+            'percentile': ('percentile', 1, 1), 'skips': ('skips', 1, 2), 'nones': ('nones', 1, 2),
+            'skips_normal': ('skips (normal)', 1, 2), 'params': ('params (M)', 1e-6, 3),
+            'seconds': ('seconds', 1, 0)}
+INTERVALS = 'test_error', 'auroc_tasks', 'fit_accuracy', 'percentile'
+
+
 def show_table(lines):
     """Print a table: mean ± standard deviation [95% t-interval] for each group of runs."""
-    def cell(line, name, scale, digits):
+    def cell(line, name):
+        _, scale, digits = MEASURES[name]
         if line.get(name) is None:
             return '-'
         text = f'{line[name] * scale:.{digits}f}'
         if line[name + '_std'] is not None:
             low, high = (line[name + end] * scale for end in ('_low', '_high'))
-            text += f' ± {line[name + "_std"] * scale:.{digits}f} [{low:.{digits}f}, ' \
-                    f'{high:.{digits}f}]'
+            text += f' ± {line[name + "_std"] * scale:.{digits}f}'
+            text += f' [{low:.{digits}f}, {high:.{digits}f}]' if name in INTERVALS else ''
+        if name == 'cifar10' and line['n'] > 2:
+            text += f' median {line["cifar10_median"]:.{digits}f}'
         return text
-    header = ['run', 'searched on', 'method', 'trained on', 'n', 'test error %', 'AUROC',
-              'fit accuracy %', 'skips (normal)', 'params (M)', 'seconds']
-    body = [[line['type'], str(line['searched_on']), str(line['method']),
-             str(line['trained_on'] or '-'), str(line['n']), cell(line, 'test_error', 1, 2),
-             cell(line, 'auroc_tasks', 1, 3), cell(line, 'fit_accuracy', 100, 2),
-             cell(line, 'skips_normal', 1, 2), cell(line, 'params', 1e-6, 3),
-             cell(line, 'seconds', 1, 0)] for line in lines]
-    widths = [max(len(row[k]) for row in [header, *body]) for k in range(len(header))]
-    for row in [header, *body]:
+    used = [name for name in MEASURES if any(line.get(name) is not None for line in lines)]
+    about = [('run', 'type'), ('space', 'space'), ('searched on', 'searched_on'),
+             ('method', 'method'), ('alphas on', 'arch_data'), ('trained on', 'trained_on'),
+             ('n', 'n'), ('collapsed', 'collapsed')]
+    about = [(title, key) for title, key in about if any(line.get(key) is not None
+                                                         for line in lines)]
+    columns([[title for title, _ in about] + [MEASURES[name][0] for name in used],
+             *[['-' if line.get(key) is None else str(line[key]) for _, key in about]
+               + [cell(line, name) for name in used] for line in lines]])
+
+
+def columns(rows):
+    """Print lists of texts in columns."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    for row in rows:
         print('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+
+
+def agreements(rows):
+    """How much of what searches found goes back to the data, the seed, the method.
+
+    Of pairs of runs in one space: [{'pairs', 'n', 'genotypes', 'alphas'}], means of the share of
+    operations that two genotypes have in common (by chance .2 in NAS-Bench-201) and of the
+    correlation of the probabilities of all operations on all edges.
+    """
+    def probabilities(row):
+        alphas = row['log'][-1].get('alphas') if row['log'] else None
+        if alphas is None:
+            return None
+        return np.concatenate([torch.softmax(torch.tensor(a).double(), 1).numpy().ravel()
+                               for name, a in alphas.items() if not name.startswith('beta')])
+
+    found = {}
+    for k, a in enumerate(rows):
+        for b in rows[:k]:
+            same_data = (a['searched_on'], a['arch_data']) == (b['searched_on'], b['arch_data'])
+            same_method = a['method'] == b['method']
+            if a['space'] != b['space'] or not (same_data or same_method):
+                continue
+            kind = 'other method, same data' if not same_method else \
+                'same method, same data (seeds)' if same_data else 'same method, other data'
+            p, q = probabilities(a), probabilities(b)
+            same = agreement(from_plain(a['genotype']), from_plain(b['genotype']))
+            alike = None if p is None or q is None or p.std() * q.std() == 0 \
+                else float(np.corrcoef(p, q)[0, 1])
+            found.setdefault((a['space'], kind), []).append((same, alike))
+    out = []
+    for (space, kind), pairs in found.items():
+        alike = [v for _, v in pairs if v is not None]
+        out.append({'space': space, 'pairs': kind, 'n': len(pairs),
+                    'genotypes': float(np.mean([v for v, _ in pairs])),
+                    'alphas': float(np.mean(alike)) if alike else None})
+    return out
+
+
+# ---------------------------------------------------------------------------------------------
+# Expressivity and generalisation
+
+
+def analysis(rows):
+    """(expressivity, generalisation, correlations) of retrained networks.
+
+    Grouped by where the architecture came from (search data, method). Expressivity, by the data
+    that it was given: loss and accuracy on training images at the end, area under the curve of the
+    training accuracy (its mean over epochs). Generalisation, on real data: test error and gap, the
+    accuracy on training less that on test images, in points. correlations: Spearman's, over
+    architectures, between the fit to each kind of data and the test error, with n.
+    """
+    fit, general = [], []
+    for (data, method, given), members in groups(rows, 'searched_on', 'method', 'data').items():
+        origin = {'searched_on': data, 'method': method, 'trained_on': given, 'n': len(members)}
+        fit.append({**origin, **{name: mean_std_interval([row[name] for row in members])
+                                 for name in ('fit_loss', 'fit_accuracy', 'train_area')}})
+        tested = [row for row in members if row['test_error'] is not None]
+        if tested:
+            gaps = [100 * row['fit_accuracy'] - row['top1'] for row in tested]
+            general.append({**origin, 'test_error': mean_std_interval(
+                [row['test_error'] for row in tested]), 'gap': mean_std_interval(gaps)})
+    return fit, general, correlations(rows)
+
+
+def correlations(rows):
+    """[{'fit_on', 'measure', 'tested_on', 'spearman', 'n', 'points'}] over architectures."""
+    by_arch, out = {}, []
+    for row in rows:
+        arch = by_arch.setdefault(json.dumps(row['genotype']), {})
+        arch.setdefault(row['data'], []).append(row)
+    given = dict.fromkeys(row['data'] for row in rows)
+    for real in dict.fromkeys(row['data'] for row in rows if row['test_error'] is not None):
+        for kind in given:
+            for measure in ('fit_accuracy', 'train_area'):
+                points = [(float(np.mean([row[measure] for row in arch[kind]])),
+                           float(np.mean([row['test_error'] for row in arch[real]])))
+                          for arch in by_arch.values() if kind in arch and real in arch]
+                if len(points) > 2:
+                    out.append({'fit_on': kind, 'measure': measure, 'tested_on': real,
+                                'spearman': spearman(*zip(*points)), 'n': len(points),
+                                'points': points})
+    return out
+
+
+def ranks(values):
+    """1 for the smallest; ties share the mean of their ranks."""
+    ordered = sorted(values)
+    return [(bisect_left(ordered, v) + bisect_right(ordered, v) + 1) / 2 for v in values]
+
+
+def spearman(x, y):
+    """Rank correlation; None where all values are the same."""
+    x, y = np.array(ranks(x)), np.array(ranks(y))
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() * y.std() else None
+
+
+def show_analysis(rows):
+    fit, general, related = analysis(rows)
+
+    def text(triple, scale=1, digits=2):
+        mean, std, interval = (None if v is None else v for v in triple)
+        if std is None:
+            return f'{mean * scale:.{digits}f}'
+        low, high = (scale * v for v in interval)
+        return f'{mean * scale:.{digits}f} ± {std * scale:.{digits}f} ' \
+               f'[{low:.{digits}f}, {high:.{digits}f}]'
+
+    def origin(line):
+        return [str(line['searched_on']), str(line['method']), str(line['trained_on']),
+                str(line['n'])]
+
+    head = ['architecture from', 'method', 'trained on', 'n']
+    print('Expressivity: the fit to what it was given')
+    columns([[*head, 'loss', 'accuracy %', 'area under the training curve %'],
+             *[[*origin(line), text(line['fit_loss'], 1, 3), text(line['fit_accuracy'], 100),
+                text(line['train_area'], 100)] for line in fit]])
+    if general:
+        print('\nGeneralisation: test images of real data')
+        columns([[*head, 'test error %', 'train - test, points'],
+                 *[[*origin(line), text(line['test_error']), text(line['gap'])]
+                   for line in general]])
+    for line in related:
+        value = '-' if line['spearman'] is None else f'{line["spearman"]:+.2f}'
+        print(f'rank correlation of {line["measure"]} on {line["fit_on"]} with the test error on '
+              f'{line["tested_on"]}: {value} (n = {line["n"]} architectures)')
+    return related
+
+
+# ---------------------------------------------------------------------------------------------
+# Plots, as SVG
+
+HUES = ['#2b6cb0', '#c05621', '#2f855a', '#97266d', '#b7791f', '#2c7a7b', '#553c9a', '#718096']
+
+
+def chart(panels, names):
+    """SVG text: panels below one another, (title, x label, [(name, marks, points)]).
+
+    marks: 'line' or 'dots'; points: [(x, y)]. names: of the colours, in their order.
+    """
+    colour = {name: HUES[k % len(HUES)] for k, name in enumerate(names)}
+    height = 300 * len(panels) + 22 * len(names) + 20
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height}" font-size="12" '
+             'font-family="Helvetica, Arial, sans-serif" fill="#1a202c">',
+             f'<rect width="720" height="{height}" fill="white"/>']
+    for k, (title, below, series) in enumerate(panels):
+        points = [p for _, _, values in series for p in values]
+        (left, right), (low, high) = (span(axis) for axis in zip(*points)) if points \
+            else ((0, 1), (0, 1))
+
+        def place(x, y, top=300 * k + 34, left=left, right=right, low=low, high=high):
+            return (64 + 630 * (x - left) / (right - left),
+                    top + 220 - 220 * (y - low) / (high - low))
+
+        middle = 'text-anchor="middle"'
+        parts.append(f'<text x="64" y="{300 * k + 22}" font-weight="bold">{escape(title)}</text>'
+                     f'<text x="379" y="{300 * k + 288}" {middle}>{escape(below)}</text>')
+        for value in ticks(low, high):
+            x, y = place(left, value)
+            parts.append(f'<path d="M{x:.1f} {y:.1f} H694" stroke="#e2e8f0"/><text x="58" '
+                         f'y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+        for value in ticks(left, right):
+            x, y = place(value, low)
+            parts.append(f'<text x="{x:.1f}" y="{y + 17:.1f}" {middle}>{value:g}</text>')
+        for name, marks, values in series:
+            spots = [place(*p) for p in values]
+            if marks == 'line':
+                path = ' '.join(f'{x:.1f},{y:.1f}' for x, y in spots)
+                parts.append(f'<polyline points="{path}" fill="none" stroke="{colour[name]}" '
+                             'stroke-width="1.5" stroke-opacity="0.8"/>')
+            else:
+                parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour[name]}" '
+                          'fill-opacity="0.7"/>' for x, y in spots]
+    for k, name in enumerate(names):
+        y = 300 * len(panels) + 22 * k + 16
+        parts.append(f'<rect x="64" y="{y - 10}" width="12" height="12" fill="{colour[name]}"/>'
+                     f'<text x="84" y="{y}">{escape(name)}</text>')
+    return '\n'.join(parts + ['</svg>\n'])
+
+
+def span(values):
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def ticks(low, high):
+    """About five round numbers between two."""
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * step) <= 6)
+    first = math.ceil(low / step - 1e-9)
+    return [round(k * step, 10) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def plot_searches(rows):
+    """SVG of entropy, skips and, where it is known, true accuracy by epoch, a line for each run."""
+    names, panels = {}, {'entropy of the alphas, nats': 'entropy', 'skips': 'skips',
+                         'true CIFAR-10 test accuracy, %': 'truth_for_analysis_only'}
+    series = {title: [] for title in panels}
+    for row in rows:
+        name = ' '.join([row['method'], 'on', Path(row['searched_on']).name,
+                         *([f'(alphas: {row["arch_data"]})'] if row['arch_data'] != 'valid'
+                           else [])])
+        names[name] = None
+        for title, key in panels.items():
+            points = []
+            for line in row['log']:
+                values = [v for k, v in line.items() if k.startswith(key) and v is not None]
+                if values:
+                    values = [v['cifar10'] if isinstance(v, dict) else v for v in values]
+                    points.append((line['epoch'], sum(values) / len(values)))
+            series[title].append((name, 'line', points))
+    return chart([(title, 'epoch', lines) for title, lines in series.items()
+                  if any(points for *_, points in lines)], list(names))
+
+
+def plot_fit(related):
+    """SVG of the test error against each fit, a dot for each architecture."""
+    related = [line for line in related if line['measure'] == 'fit_accuracy']
+    names = [f'fit to {line["fit_on"]}' for line in related]
+    return chart([(f'test error on {line["tested_on"]}, %',
+                   f'accuracy on training images of {line["fit_on"]}',
+                   [(name, 'dots', line['points'])]) for name, line in zip(names, related)], names)
 
 
 @one_line_errors
@@ -945,6 +1231,10 @@ def main(argv=None):
     parser.add_argument('runs', nargs='*', metavar='RUN', help='run folders')
     parser.add_argument('--json', action='store_true', help='one JSON line for each run')
     parser.add_argument('--csv', metavar='FILE', help='write the table of the groups')
+    parser.add_argument('--plot', metavar='FILE', help='write an SVG: what searches did by epoch, '
+                        'or with --analysis the fit against the test error')
+    parser.add_argument('--analysis', action='store_true',
+                        help='expressivity and generalisation of retrained networks')
     parser.add_argument('--data_dir', help='where the real data are now')
     parser.add_argument('--gpu', type=number(int, -1), default=0, help='CUDA device, -1: CPU')
     parser.add_argument('--batch_size', type=number(int, 1), default=50,
@@ -975,20 +1265,43 @@ def main(argv=None):
         return
     if not args.runs:
         raise UserError('nothing to evaluate: give run folders, or --arch NAME --cost')
-    if args.csv and not Path(args.csv).resolve().parent.is_dir():
-        raise UserError(f'--csv {args.csv}: no such folder: make it first')
+    for flag, file in (('--csv', args.csv), ('--plot', args.plot)):
+        if file and not Path(file).resolve().parent.is_dir():
+            raise UserError(f'{flag} {file}: no such folder: make it first')
     device = choose_device(args.gpu)
     runs = {Path(run).resolve(): run for run in args.runs}
     rows = [report(run, args.data_dir, device, args.batch_size, args.test_labels,
                    args.view_pooling) for run in runs.values()]
+    wanted = 'retrain' if args.analysis else 'search'
+    if args.analysis or args.plot:
+        other = next((row['run'] for row in rows if row['type'] != wanted), None)
+        if other:
+            raise UserError(f'--{"analysis" if args.analysis else "plot"}: {other} is not a run of '
+                            f'{wanted}.py: leave it out')
+        other = next((row['run'] for row in rows if args.analysis and row['fit_accuracy'] is None),
+                     None)
+        if other:
+            raise UserError(f'--analysis: {other} has several labels, so no accuracy: leave it '
+                            'out')
+    lines = table(rows)
     for row in rows:
         if args.json:
-            print(json.dumps(row))
-        elif len(rows) == 1:
+            print(json.dumps({key: value for key, value in row.items() if key != 'log'}))
+        elif len(rows) == 1 and not args.analysis:
             show(row)
-    lines = table(rows)
-    if len(rows) > 1 and not args.json:
+    if len(rows) > 1 and not args.json and not args.analysis:
         show_table(lines)
+        pairs = agreements([row for row in rows if row['type'] == 'search'])
+        if pairs:
+            print('\nAgreement of pairs of runs')
+            columns([['space', 'pairs', 'n', 'genotypes', 'alphas'], *[
+                [line['space'], line['pairs'], str(line['n']), f'{line["genotypes"]:.2f}',
+                 '-' if line['alphas'] is None else f'{line["alphas"]:+.2f}'] for line in pairs]])
+    if args.analysis and not args.json:
+        related = show_analysis(rows)
+    if args.plot:
+        write_file(args.plot, plot_fit(related if not args.json else correlations(rows))
+                   if args.analysis else plot_searches(rows))
     if args.csv:
         text = io.StringIO()
         names = dict.fromkeys(name for line in lines for name in line)

@@ -36,6 +36,12 @@ def plain(genotype):
     return genotype if isinstance(genotype, str) else genotype._asdict()
 
 
+def from_plain(value, source='genotype'):
+    """The genotype that `plain` gave; ValueError names `source` and what is wrong."""
+    return to_string(from_string(value, source)) if isinstance(value, str) \
+        else from_json(value, source)
+
+
 def to_json(genotype, **extra):
     """One line of JSON: the four fields, or `arch_str`, and whatever is given beside them."""
     fields = {'arch_str': genotype} if isinstance(genotype, str) else plain(genotype)
@@ -51,7 +57,7 @@ def from_json(text, source='genotype'):
     if not isinstance(fields, dict):
         raise ValueError(f'{source}: expected an object with {", ".join(Genotype._fields)}')
     if 'arch_str' in fields:
-        return to_string(from_string(fields['arch_str'], source))
+        return from_plain(str(fields['arch_str']), source)
     for name in Genotype._fields:
         if name not in fields:
             raise ValueError(f'{source}: no "{name}"')
@@ -144,6 +150,7 @@ def random_string(seed):
     return to_string(names[k] for k in rng.integers(len(names), size=6))
 
 
+NB201_LARGEST = to_string(['nor_conv_3x3'] * 6)
 ACCURACIES = ('cifar10', 'cifar100', 'imagenet16')
 
 

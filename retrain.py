@@ -28,6 +28,7 @@ from evaluate import (GraphedStep, Running, add_run_flags, areas, averaged, by_s
 from generate_data import (REAL, Batches, Parser, Progress, UserError, choose_device,
                            find_or_make, number, one_line_errors, read_by, save_file,
                            stratified_split, world)
+from genotypes import plain
 from model_search import Network
 
 import numpy as np
@@ -35,10 +36,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-# Recipes. ImageNet: that of PC-DARTS and P-DARTS, whose linear fall from 0.5 is worth more than a
-# point over DARTS's own; the learning rate is for 1,024 images. CheXpert: our own choice.
+# Recipes. nb201: that of the benchmark, three stages of five cells; by default for its cells.
+# ImageNet: that of PC-DARTS and P-DARTS, whose linear fall from 0.5 is worth more than a point over
+# DARTS's own; the learning rate is for 1,024 images. CheXpert: our own choice.
 PRESETS = {
     'cifar': dict(epochs=600, batch_size=96, learning_rate=0.025, learning_rate_min=0.0),
+    'nb201': dict(epochs=200, batch_size=256, learning_rate=0.1, learning_rate_min=0.0,
+                  nesterov=True, weight_decay=5e-4, drop_path_prob=0.0, init_channels=16,
+                  layers=17),
     'imagenet': dict(epochs=250, batch_size=1024, rate_for=1024, learning_rate=0.5,
                      learning_rate_min=0.0, schedule='linear', warmup_epochs=5, weight_decay=3e-5,
                      label_smoothing=0.1, drop_path_prob=0.0, init_channels=48, layers=14,
@@ -128,6 +133,10 @@ def parse(argv):
                        help='share of the patients on whom the epoch to keep is chosen')
     add_run_flags(parser, 'cifar10', {}, PRESETS)
     first = parser.parse_args(argv)
+    real = first.source if first.data == 'random_labels' else first.data
+    if first.preset == 'auto' and real not in PRESETS \
+            and isinstance(find_genotype(first.arch)[0], str):
+        first.preset = 'nb201'
     preset = preset_of(first, PRESETS)
     rate_for = preset.pop('rate_for', None)
     parser.set_defaults(**preset)
@@ -196,7 +205,8 @@ def main(argv=None):
     shared = network
     if world()[1] > 1:      # batch statistics are of each process, running ones those of the first
         warnings.filterwarnings('ignore', 'Grad strides do not match')      # of 1x1 kernels
-        idle = min(len(genotype.normal_concat), len(genotype.reduce_concat)) < 4
+        idle = isinstance(genotype, str) or min(
+            len(genotype.normal_concat), len(genotype.reduce_concat)) < 4
         shared = DistributedDataParallel(
             network, [device] if device.type == 'cuda' else None, find_unused_parameters=idle)
     sgd = optimizer(network, args)
@@ -285,7 +295,7 @@ def main(argv=None):
                 return running.stopped()
         progress.close()
         save_file(folder / 'weights.pt', {'network': kept or tested.state_dict(), 'meta': {
-            'arch': args.arch, 'genotype': [list(part) for part in genotype],
+            'arch': args.arch, 'genotype': plain(genotype),
             'found_by': found_by, 'init_channels': args.init_channels, 'layers': args.layers,
             'auxiliary': args.auxiliary, 'stem': stem, 'classes': data.classes, 'mean': data.mean,
             'std': data.std, 'image_size': data.image_size, 'multilabel': data.multilabel,

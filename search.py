@@ -31,7 +31,7 @@ from evaluate import (GraphedStep, Running, add_run_flags, averaged, changed_by_
 from generate_data import (REAL, USED, Batches, Parser, Progress, UserError, choose_device,
                            find_or_make, number, one_line_errors, save_file, set_tf32,
                            stratified_split, world, write_file)
-from genotypes import (agreement, draw, from_json, from_string, plain, random_genotype,
+from genotypes import (agreement, draw, from_plain, from_string, plain, random_genotype,
                        random_string, to_json, truth)
 from model_search import DARTS, NB201, Network, derive
 from operations import DroppedSkip, dropped_skip
@@ -381,8 +381,7 @@ def describe(network, moments, steps, before):
             .item(),
             f'signal_{kind}': (mean.norm() / deviation).item() if deviation else None})
     if before:
-        last = before['genotype']
-        line['agreement'] = agreement(genotype, last if isinstance(last, str) else from_json(last))
+        line['agreement'] = agreement(genotype, from_plain(before['genotype']))
     if isinstance(genotype, str):
         line['truth_for_analysis_only'] = truth(genotype)
     alphas = {name: a.detach().cpu().tolist() for name, a in network.alphas.items()}
@@ -708,7 +707,7 @@ def main(argv=None):
             found = log[stopped_at]['genotype']
             beside['early_stop'] = {'epoch': stopped_at, 'genotype': found}
             if args.early_stop:
-                genotype = found if isinstance(found, str) else from_json(found)
+                genotype = from_plain(found)
         if not world()[0]:
             finish(folder, genotype, args, **beside)
 

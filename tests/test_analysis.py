@@ -1,0 +1,202 @@
+"""Look-ups, agreement, analysis and plots: of made-up runs with known answers, and of real ones."""
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+import evaluate
+import retrain
+import search
+from genotypes import PUBLISHED, plain, to_json, to_string, truth
+
+import pytest
+
+
+def made_up(run, method, data, arch, alphas, seed=0, space='nb201', arch_data='valid'):
+    """A folder of a search that ended in a genotype and some alphas."""
+    Path(run).mkdir(parents=True)
+    settings = {'method': method, 'data': data, 'space': space, 'seed': seed,
+                'arch_data': arch_data}
+    Path(run, 'args.json').write_text(json.dumps(
+        {'settings': settings, 'hardware': {'device': 'cpu'}, 'date': '2026-01-01'}))
+    Path(run, 'genotype.json').write_text(to_json(arch, method=method, data=data, seed=seed))
+    kinds = ['cell'] if space == 'nb201' else ['normal', 'reduce']
+    log = [{'epoch': e, 'genotype': plain(arch), 'seconds': 1.5, 'entropy_cell': 1.6 - e,
+            'skips_cell': e, 'alphas': dict.fromkeys(kinds, alphas)} for e in range(2)]
+    if space == 'nb201':
+        for line in log:
+            line['truth_for_analysis_only'] = truth(arch)
+    Path(run, 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in log))
+    return run
+
+
+SKIPS, CONVS, POINTS = (to_string([name] * 6) for name in (
+    'skip_connect', 'nor_conv_3x3', 'nor_conv_1x1'))
+
+
+def test_report_of_a_known_cell(capsys):
+    made_up('skips', 'darts', 'noise', SKIPS, [[0.0] * 5] * 6)
+    assert evaluate.main(['skips', '--json']) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row['cifar10'] == pytest.approx(54.30, abs=0.01) and row['rank'] == 15231
+    assert row['to_optimum'] == pytest.approx([54.30 - 94.37, 15.61 - 73.51, 16.32 - 47.31],
+                                              abs=0.02)
+    assert row['to_median'] == pytest.approx([54.30 - 90.75, 15.61 - 65.29, 16.32 - 36.39],
+                                             abs=0.02)
+    assert row['to_largest'] == pytest.approx([54.30 - 93.76, 15.61 - 71.11, 16.32 - 41.44],
+                                              abs=0.02)
+    assert row['collapsed'] and row['skips'] == 6 and row['nones'] == 0 and 'log' not in row
+    assert evaluate.main(['skips']) == 0
+    out = capsys.readouterr().out
+    assert '54.30%' in out and '15,231' in out and '-40.08' in out
+
+
+def test_table_averages_true_accuracies(capsys):
+    for k, arch in enumerate((SKIPS, CONVS, POINTS)):
+        made_up(f'a{k}', 'darts', 'noise', arch, [[0.0] * 5] * 6, k)
+    made_up('t', 'darts', 'noise', CONVS, [[0.0] * 5] * 6, arch_data='train')
+    assert evaluate.main(['a0', 'a1', 'a2', 't', '--csv', 't.csv']) == 0
+    out = capsys.readouterr().out
+    values = [truth(arch)['cifar10'] for arch in (SKIPS, CONVS, POINTS)]
+    mean, std, _ = evaluate.mean_std_interval(values)
+    assert f'{mean:.2f} ± {std:.2f}' in out and f'median {sorted(values)[1]:.2f}' in out
+    rows = [line.split(',') for line in Path('t.csv').read_text().splitlines()]
+    first, second = (dict(zip(rows[0], row)) for row in rows[1:])
+    assert (first['n'], first['collapsed'], first['arch_data']) == ('3', '1', 'valid')
+    assert float(first['cifar10']) == pytest.approx(mean) and second['arch_data'] == 'train'
+
+
+def test_agreement_within_and_between():
+    """Data that determine everything, seeds that change half of the edges."""
+    def alphas(names):
+        return [[3.0 * (name == other) for other in search.NB201.operations] for name in names]
+
+    half = ['nor_conv_3x3'] * 3 + ['avg_pool_3x3'] * 3
+    kinds = {'noise': (['skip_connect'] * 6, ['skip_connect'] * 6),
+             'cifar10': (['nor_conv_3x3'] * 6, half)}
+    rows = []
+    for data, cells in kinds.items():
+        for seed, names in enumerate(cells):
+            run = made_up(f'{data}{seed}', 'darts', data, to_string(names), alphas(names), seed)
+            rows.append(evaluate.report(run))
+    found = {line['pairs']: line for line in evaluate.agreements(rows)}
+    same, other = found['same method, same data (seeds)'], found['same method, other data']
+    assert same['n'] == 2 and same['genotypes'] == pytest.approx((1 + 0.5) / 2)
+    assert other['n'] == 4 and other['genotypes'] == 0 and other['alphas'] == pytest.approx(-0.25)
+    assert same['alphas'] == pytest.approx((1 + 0.375) / 2)
+    assert 'other method, same data' not in found
+    rows.append(evaluate.report(made_up('g', 'gdas', 'noise', SKIPS, alphas(kinds['noise'][0]))))
+    found = {line['pairs']: line for line in evaluate.agreements(rows)}
+    assert found['other method, same data']['n'] == 2
+    assert found['other method, same data']['genotypes'] == 1
+    rows.append(evaluate.report(made_up('d', 'darts', 'noise', PUBLISHED['DARTS_V1'],
+                                        [[0.0] * 8] * 14, space='darts')))
+    assert {line['pairs']: line for line in evaluate.agreements(rows)} == found     # other space
+
+
+def retrained(arch, data, fit, area, error=None, origin=('noise', 'darts')):
+    return {'type': 'retrain', 'run': 'r', 'genotype': arch, 'data': data, 'fit_loss': 1 - fit,
+            'fit_accuracy': fit, 'train_area': area, 'test_error': error,
+            'top1': None if error is None else 100 - error, 'searched_on': origin[0],
+            'method': origin[1]}
+
+
+def test_analysis_of_made_up_networks(capsys):
+    rows = []
+    for k, (fit, area, error) in enumerate([(0.9, 0.5, 10.0), (0.8, 0.6, 12.0), (0.6, 0.7, 11.0),
+                                            (0.5, 0.8, 13.0)]):
+        origin = ('noise', 'darts') if k < 2 else ('none', 'random')
+        rows += [retrained(str(k), 'random_labels', fit, area, origin=origin),
+                 retrained(str(k), 'cifar10', 0.99, 0.9, error, origin=origin)]
+    fit, general, related = evaluate.analysis(rows)
+    first = next(line for line in fit if line['trained_on'] == 'random_labels')
+    assert first['n'] == 2 and first['fit_accuracy'][0] == pytest.approx(0.85)
+    assert first['fit_loss'][0] == pytest.approx(0.15)
+    assert first['train_area'][0] == pytest.approx(0.55)
+    assert [line['test_error'][0] for line in general] == [11.0, 12.0]
+    assert general[0]['gap'][0] == pytest.approx(99 - 89)
+    by = {(line['fit_on'], line['measure']): line for line in related}
+    assert by['random_labels', 'fit_accuracy']['spearman'] == pytest.approx(-0.8)
+    assert by['random_labels', 'train_area']['spearman'] == pytest.approx(0.8)
+    assert by['random_labels', 'fit_accuracy']['n'] == 4
+    assert by['cifar10', 'fit_accuracy']['spearman'] is None            # all the same
+    evaluate.show_analysis(rows)
+    out = capsys.readouterr().out
+    assert '-0.80 (n = 4 architectures)' in out and '11.00 ± 1.41' in out
+    svg = evaluate.plot_fit(related)
+    assert svg.count('<circle') == 8 and ElementTree.fromstring(svg) is not None
+
+
+def test_spearman_with_ties():
+    assert evaluate.ranks([3, 1, 3, 2]) == [3.5, 1, 3.5, 2]
+    assert evaluate.spearman([1, 2, 3], [10, 20, 15]) == pytest.approx(0.5)
+    assert evaluate.spearman([1, 2, 2, 3], [4, 3, 2, 1]) == pytest.approx(-0.9486833)
+
+
+def test_plot_of_searches():
+    made_up('a', 'darts', 'noise', SKIPS, [[0.0] * 5] * 6)
+    made_up('b', 'gdas', 'cifar10', CONVS, [[0.0] * 5] * 6)
+    assert evaluate.main(['a', 'b', '--plot', 'p.svg']) == 0
+    tree = ElementTree.parse('p.svg').getroot()
+    lines = [node for node in tree.iter() if node.tag.endswith('polyline')]
+    texts = [node.text for node in tree.iter() if node.tag.endswith('text')]
+    assert len(lines) == 6 and {'darts on noise', 'gdas on cifar10'} <= set(texts)
+    spots = [[float(v) for v in spot.split(',')] for spot in lines[0].get('points').split()]
+    assert spots[0] == [64, 34] and spots[1] == [694, 254]      # entropy falls from top to bottom
+
+
+@pytest.mark.parametrize('low, high', [(0, 1), (1.6090, 1.6094), (-3, 250), (5, 5.001)])
+def test_ticks(low, high):
+    marks = evaluate.ticks(low, high)
+    assert 2 <= len(marks) <= 8 and all(low - 1e-9 <= mark <= high + 1e-9 for mark in marks)
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['a', '--plot', 'no/p.svg'], '--plot no/p.svg'), (['a', '--analysis'], 'a is not a run of'),
+    (['--cost', '--arch', '|none~0|'], '--arch')])
+def test_what_cannot_be(flags, words, capsys):
+    made_up('a', 'darts', 'noise', SKIPS, [[0.0] * 5] * 6)
+    assert evaluate.main(flags) == 2
+    error = capsys.readouterr().err
+    assert words in error and 'Traceback' not in error
+
+
+def test_a_string_is_an_architecture(capsys):
+    assert evaluate.main(['--cost', '--arch', CONVS, '--init_channels', '16', '--layers', '17',
+                          '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['params'] == 1531546
+
+
+TINY = ['--num_images', '64', '--image_size', '8', '--batch_size', '8', '--steps_per_epoch', '3',
+        '--epochs', '2', '--gpu', '-1']
+
+
+def test_search_retrain_and_analysis_in_nas_bench_201(capsys):
+    assert search.main([*TINY, '--space', 'nb201', '--cells_per_stage', '1', '--save', 's']) == 0
+    for data in ('noise', 'generated'):
+        assert retrain.main([*TINY, '--arch', 's', '--data', data, '--layers', '5',
+                             '--init_channels', '4', '--save', data]) == 0
+    settings = json.loads(Path('noise/args.json').read_text())['settings']
+    assert settings['nesterov'] and settings['learning_rate'] == 0.1
+    assert settings['weight_decay'] == 5e-4 and settings['drop_path_prob'] == 0
+    network, meta = evaluate.load_weights('noise/weights.pt')
+    assert meta['genotype'] == json.loads(Path('s/genotype.json').read_text())['arch_str']
+    assert network(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
+    capsys.readouterr()
+    assert evaluate.main(['--analysis', 'noise', 'generated', '--plot', 'f.svg']) == 0
+    out = capsys.readouterr().out
+    assert 'Expressivity' in out and 'Generalisation' not in out and Path('f.svg').exists()
+    log = [json.loads(line) for line in Path('noise/log.jsonl').read_text().splitlines()]
+    area = sum(line['train_accuracy'] for line in log) / 2
+    assert f'{100 * area:.2f}' in out and f'{log[-1]["fit_loss"]:.3f}' in out
+
+
+def test_recipe_of_the_benchmark():
+    args = retrain.parse(['--arch', CONVS])
+    assert (args.epochs, args.batch_size, args.learning_rate, args.learning_rate_min) == \
+        (200, 256, 0.1, 0)
+    assert (args.init_channels, args.layers, args.nesterov, args.weight_decay) == \
+        (16, 17, True, 5e-4)
+    assert retrain.parse(['--arch', CONVS, '--data', 'imagenet']).epochs == 250
+    assert retrain.parse(['--arch', 'DARTS_V1']).epochs == 600
