@@ -1225,6 +1225,287 @@ def plot_fit(related):
                    [(name, 'dots', line['points'])]) for name, line in zip(names, related)], names)
 
 
+# ---------------------------------------------------------------------------------------------
+# The study: does architecture search need real data?
+
+MAIN_METHODS = ('darts', 'pcdarts', 'gdas', 'betadarts')
+STUDY = ['command', 'commit', 'arm', 'method', 'arch_data', 'seed', 'genotype', *ACCURACIES,
+         'percentile', 'skips', 'nones', 'entropy', 'signal', 'steps', 'seconds', 'alphas']
+REAL_ARM, NO_DATA, MARGIN, DRAWS = 'cifar10', 'no data', 10.0, 10000
+
+
+def arm_of(settings):
+    """The arm of the study that a search belongs to."""
+    name = settings['data']
+    if settings['method'] == 'random':
+        return 'random cell'
+    if settings['max_steps'] == 0:
+        return 'no steps'
+    if settings['arch_data'] == 'none':
+        return NO_DATA
+    if name == 'random_labels' and settings['label_noise'] < 1:
+        name += f' {settings["label_noise"]:g}'
+    return f'{name}, alphas on train' if settings['arch_data'] == 'train' else name
+
+
+def add_to_study(path, runs):
+    """Append the searches of NAS-Bench-201 that have ended, and are not in the CSV yet, to it."""
+    rows = read_study(path) if Path(path).exists() else []
+    known, new = {row['command'] for row in rows}, []
+    for run in runs:
+        if not (Path(run) / 'genotype.json').exists():
+            continue
+        about, row = read_json(Path(run) / 'args.json', 'settings'), report(run)
+        if row.get('space') != 'nb201':
+            raise UserError(f'{run} is no search of --space nb201: leave it out')
+        if about['command'] in known:
+            continue
+        last, settings = (row['log'] or [{}])[-1], about['settings']
+        alphas = [f'{a:.3f}' for edge in last.get('alphas', {}).get('cell', []) for a in edge]
+        steps = settings['epochs'] * (settings['steps_per_epoch'] or 0)
+        new.append({**{key: row[key] for key in STUDY if key in row},
+                    'command': about['command'], 'commit': about['git_commit'],
+                    'arm': arm_of(settings), 'entropy': last.get('entropy_cell'),
+                    'signal': last.get('signal_cell'), 'alphas': ' '.join(alphas),
+                    'steps': 0 if settings['method'] == 'random' else steps,
+                    'seconds': round(row['seconds'], 1)})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, STUDY, lineterminator='\n')
+    if not rows:
+        writer.writeheader()
+    writer.writerows(new)
+    write_file(path, (Path(path).read_text() if rows else '') + text.getvalue())
+    print(f'{len(new)} searches added to the {len(rows)} in {path}')
+
+
+def read_study(path):
+    """Rows of the CSV, with numbers as numbers."""
+    try:
+        with open(path, newline='') as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            row['seed'] = int(row['seed'])
+            for key in (*ACCURACIES, 'percentile', 'skips', 'nones', 'seconds'):
+                row[key] = float(row[key])
+            row['collapsed'] = row['skips'] + row['nones'] >= 4
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing: make it with --add') from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{path}: no study of ours ({error}): take it from a copy') from None
+    return rows
+
+
+def student(t, df):
+    """P(T <= t) of Student's distribution, by integrating its density."""
+    x = np.linspace(0, min(abs(t), 1000.0), 20001)
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    y = scale * (1 + x ** 2 / df) ** (-(df + 1) / 2)
+    half = float((y[1:] + y[:-1]).sum() / 2 * (x[1] - x[0]))
+    return 0.5 + half if t >= 0 else 0.5 - half
+
+
+def greater(a, b, by=0.0):
+    """p of Welch's test that the mean of a is not more than that of b (a list or a number) + by."""
+    given = isinstance(b, (int, float))
+    values = [(np.mean(v), np.var(v, ddof=1) / len(v), len(v)) for v in ((a,) if given else (a, b))]
+    difference = values[0][0] - (b if given else values[1][0]) - by
+    variance = sum(v for _, v, _ in values)
+    if variance == 0:
+        return 0.0 if difference > 0 else 1.0
+    df = variance ** 2 / sum(v ** 2 / (n - 1) for _, v, n in values)
+    return 1 - student(difference / math.sqrt(variance), df)
+
+
+def bootstrap(a, b):
+    """95% interval of mean(a) - mean(b), resampling the seeds of both."""
+    rng = np.random.Generator(np.random.Philox(0))
+    means = [np.asarray(v)[rng.integers(0, len(v), (DRAWS, len(v)))].mean(1) for v in (a, b)]
+    return np.percentile(means[0] - means[1], [2.5, 97.5]).tolist()
+
+
+def holm(values):
+    """Holm's p-values of a family of tests, in its order."""
+    order, out, worst = sorted(range(len(values)), key=values.__getitem__), [0] * len(values), 0.0
+    for k, place in enumerate(order):
+        worst = max(worst, min(1.0, (len(values) - k) * values[place]))
+        out[place] = worst
+    return out
+
+
+def power(a, b, difference=20.0):
+    """(chance to find a difference of that size, chance to find equal arms equivalent), at 5%.
+
+    Of two-sided and of two one-sided tests by the normal distribution, for deviations as in a, b.
+    """
+    def phi(z):
+        return (1 + math.erf(z / math.sqrt(2))) / 2
+    error = math.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b))
+    if error == 0:
+        return 1.0, 1.0
+    return (phi(difference / error - 1.96) + phi(-difference / error - 1.96),
+            max(0.0, 2 * phi(MARGIN / error - 1.645) - 1))
+
+
+def pinned(rows):
+    """Whether nearly all seeds, 80%, ended in one cell, or most in a collapsed one."""
+    cells = [row['genotype'] for row in rows]
+    return max(map(cells.count, cells)) >= 0.8 * len(cells) \
+        or sum(row['collapsed'] for row in rows) > len(rows) / 2
+
+
+def compare(rows):
+    """A line for each method and arm: n, percentile, differences, and a verdict beside real data.
+
+    worse, better: Holm's p under .05 for a difference. equivalent: two one-sided tests within
+    MARGIN points, Holm's p under .05, where both arms beat a random cell (50, exactly) and the
+    same method without data at 5%; where not, or where an arm is pinned, uninformative. Else, and
+    under 8 seeds, undecided. Holm over methods, for each arm.
+    """
+    by, out = groups(rows, 'method', 'arm'), []
+    for (method, arm), members in by.items():
+        values = [row['percentile'] for row in members]
+        line = {'arm': arm, 'method': method, 'n': len(values),
+                'percentile': float(np.mean(values)), 'median': float(np.median(values)),
+                'std': float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                **{name: float(np.mean([row[name] for row in members])) for name in ACCURACIES},
+                'cifar10_median': float(np.median([row['cifar10'] for row in members])),
+                'collapsed': float(np.mean([row['collapsed'] for row in members]))}
+        real, none = by.get((method, REAL_ARM)), by.get((method, NO_DATA))
+        if len(values) > 1:
+            line['over_random'] = greater(values, 50.0)
+            if none and len(none) > 1 and arm != NO_DATA:
+                line['over_no_data'] = greater(values, [row['percentile'] for row in none])
+        if real and arm != REAL_ARM and min(len(real), len(values)) > 1:
+            known = [row['percentile'] for row in real]
+            line['difference'] = line['percentile'] - float(np.mean(known))
+            line['interval'] = bootstrap(values, known)
+            line['p'] = min(1.0, 2 * min(greater(values, known), greater(known, values)))
+            line['p_equivalent'] = max(greater(values, known, -MARGIN),
+                                       greater(known, values, -MARGIN))
+            line['power'] = power(values, known)
+        out.append(line)
+    for (arm,), lines in groups([line for line in out if 'p' in line], 'arm').items():
+        for key in ('p', 'p_equivalent'):
+            for line, value in zip(lines, holm([line[key] for line in lines])):
+                line[key] = value
+        for line in lines:
+            line['verdict'] = verdict(line, arm, by, out)
+    return out
+
+
+def verdict(line, arm, by, lines):
+    method = line['method']
+    both = [other for other in lines if other['method'] == method
+            and other['arm'] in (arm, REAL_ARM)]
+    if min(other['n'] for other in both) < 8:
+        return 'undecided'
+    if line['p'] < 0.05 <= line['p_equivalent']:
+        return 'worse' if line['difference'] < 0 else 'better'
+    sound = all(other.get(key, 1.0) < 0.05 for other in both
+                for key in ('over_random', 'over_no_data'))
+    if not sound or any(pinned(by[method, other['arm']]) for other in both):
+        return 'uninformative'
+    return 'equivalent' if line['p_equivalent'] < 0.05 else 'undecided'
+
+
+def explained(rows):
+    """{method: share of the variance of the percentile that lies between arms}: eta squared."""
+    out = {}
+    for (method,), members in groups(rows, 'method').items():
+        arms = [[row['percentile'] for row in part] for part in groups(members, 'arm').values()]
+        values = np.concatenate(arms)
+        total = ((values - values.mean()) ** 2).sum()
+        if len(arms) > 1 and total:
+            between = sum(len(v) * (np.mean(v) - values.mean()) ** 2 for v in arms)
+            out[method] = float(between / total)
+    return out
+
+
+def study(path, plot=None):
+    """Print the table of the study and what it explains; draw its figure."""
+    rows = read_study(path)
+    lines = compare(rows)
+
+    def text(value, form):
+        return '-' if value is None else form.format(value)
+
+    head = ['arm', 'method', 'n', 'percentile', 'median', 'real: difference', '95%', 'verdict',
+            'over random p', 'over no data p', 'collapsed', 'CIFAR-10 %', 'median', 'CIFAR-100 %',
+            'ImageNet16 %', 'power at 20', 'to see equality']
+    body = []
+    for line in lines:
+        low, high = line.get('interval', (None, None))
+        found, equal = line.get('power', (None, None))
+        body.append([
+            line['arm'], line['method'], str(line['n']), f'{line["percentile"]:.1f}'
+            + text(line['std'], ' ± {:.1f}'), f'{line["median"]:.1f}',
+            text(line.get('difference'), '{:+.1f}'), text(low, '{:+.1f} to ')
+            + text(high, '{:+.1f}') if low is not None else '-', line.get('verdict', '-'),
+            text(line.get('over_random'), '{:.3f}'), text(line.get('over_no_data'), '{:.3f}'),
+            f'{100 * line["collapsed"]:.0f}%', f'{line["cifar10"]:.2f}',
+            f'{line["cifar10_median"]:.2f}', f'{line["cifar100"]:.2f}',
+            f'{line["imagenet16"]:.2f}', text(found, '{:.2f}'), text(equal, '{:.2f}')])
+    columns([head, *body])
+    seconds = [row['seconds'] for row in rows]
+    print(f'\n{len(rows)} searches, {sum(seconds) / 3600:.1f} hours of them, '
+          f'{np.mean(seconds):.0f} s each. Collapsed: 4 or more of 6 edges skip or none (17.9% of '
+          'all cells).')
+    for method, share in explained(rows).items():
+        print(f'{method}: {100 * share:.0f}% of the variance of the percentile lies between arms')
+    for row in rows:
+        row.update(space='nb201', searched_on=row['arm'], log=[{'alphas': {'cell': np.array(
+            row['alphas'].split(), float).reshape(-1, 5).tolist()}}] if row['alphas'] else [])
+    pairs = agreements([row for row in rows if row['method'] in MAIN_METHODS])
+    for line in pairs:
+        print(f'{line["pairs"]}: {line["n"]} pairs, genotypes agree in {line["genotypes"]:.2f} of '
+              'the edges, ' + text(line['alphas'], 'alphas correlate by {:+.2f}'))
+    if plot:
+        write_file(plot, study_figure(rows))
+
+
+def study_figure(rows):
+    """SVG: by method, a dot for each seed of an arm, mean, interval, and what to compare with."""
+    _, ordered = nas_bench_201()
+    largest = truth(NB201_LARGEST)['percentile']
+    parts, top = [], 40
+    for (method,), members in groups(rows, 'method').items():
+        arms = groups(members, 'arm')
+        parts.append(f'<text x="16" y="{top}" font-weight="bold">{escape(method)}</text>')
+        for k, ((arm,), part) in enumerate(arms.items()):
+            y, hue = top + 24 + 26 * k, HUES[k % len(HUES)]
+            values = [row['percentile'] for row in part]
+            spots = [190 + 5 * v for v in values]
+            parts.append(f'<text x="180" y="{y + 4}" text-anchor="end">{escape(arm)} '
+                         f'({len(values)})</text>')
+            parts += [f'<circle cx="{x:.1f}" cy="{y - 3 + 6 * (n % 2)}" r="3" fill="{hue}" '
+                      'fill-opacity="0.55"/>' for n, x in enumerate(spots)]
+            mean = 190 + 5 * float(np.mean(values))
+            if len(values) > 1:
+                _, _, (low, high) = mean_std_interval(values)
+                low, high = (190 + 5 * min(100, max(0, v)) for v in (low, high))
+                parts.append(f'<path d="M{low:.1f} {y} H{high:.1f}" stroke="#1a202c" '
+                             'stroke-width="2"/>')
+            parts.append(f'<path d="M{mean:.1f} {y - 9} V{y + 9}" stroke="#1a202c" '
+                         'stroke-width="3"/>')
+        bottom = top + 12 + 26 * len(arms)
+        for value, dash in ((50, '4 3'), (largest, '1 3'), (100, '')):
+            parts.append(f'<path d="M{190 + 5 * value:.1f} {top + 8} V{bottom}" stroke="#718096" '
+                         f'stroke-dasharray="{dash}"/>')
+        top = bottom + 30
+    note = ('Rank of the found cell among the 15,625 of NAS-Bench-201 by CIFAR-10 test accuracy, '
+            'percentile; a dot a seed, bar: mean and 95% t-interval.')
+    lines = (f'Lines: random cell (50: {ordered["cifar10"][7812]:.2f}%), largest network '
+             f'({largest:.1f}: 93.76%), optimum (100: {ordered["cifar10"][-1]:.2f}%).')
+    ticks_ = [f'<text x="{190 + 5 * v}" y="{top}" text-anchor="middle">{v}</text>'
+              for v in range(0, 101, 10)]
+    return '\n'.join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {top + 60}" font-size="11" '
+        'font-family="Helvetica, Arial, sans-serif" fill="#1a202c">',
+        f'<rect width="720" height="{top + 60}" fill="white"/>', *parts, *ticks_,
+        f'<text x="16" y="{top + 24}">{note}</text>',
+        f'<text x="16" y="{top + 42}">{lines}</text>', '</svg>\n'])
+
+
 @one_line_errors
 def main(argv=None):
     parser = Parser(prog='evaluate.py', description=__doc__.split('\n')[0])
@@ -1235,6 +1516,9 @@ def main(argv=None):
                         'or with --analysis the fit against the test error')
     parser.add_argument('--analysis', action='store_true',
                         help='expressivity and generalisation of retrained networks')
+    parser.add_argument('--study', metavar='CSV', help='the table of a study, and with --plot its '
+                        'figure, from its CSV alone')
+    parser.add_argument('--add', metavar='CSV', help='append finished searches to it')
     parser.add_argument('--data_dir', help='where the real data are now')
     parser.add_argument('--gpu', type=number(int, -1), default=0, help='CUDA device, -1: CPU')
     parser.add_argument('--batch_size', type=number(int, 1), default=50,
@@ -1262,6 +1546,14 @@ def main(argv=None):
                       args.image_size, stem_of(args, args.image_size))
         print(json.dumps(counts) if args.json else '\n'.join(
             f'{name:<18} {count:>15,}' for name, count in counts.items()))
+        return
+    if args.add or args.study:
+        if args.runs and not args.add:
+            raise UserError(f'--study takes its CSV alone: leave out {args.runs[0]}, or --add it')
+        if args.add:
+            add_to_study(args.add, args.runs)
+        if args.study:
+            study(args.study, args.plot)
         return
     if not args.runs:
         raise UserError('nothing to evaluate: give run folders, or --arch NAME --cost')

@@ -6,6 +6,7 @@
     python tests/benchmark.py --input           # what the data cost, beside the step
     python tests/benchmark.py --floor           # what arithmetic and memory traffic must take
     python tests/benchmark.py --imagenet        # steps at 224 px, and the batches that fit a GPU
+    python tests/benchmark.py --methods         # every method's step; NAS-Bench-201's textbook
 
 A search step is one architecture and one weight step (C=16, 8 cells, 32 px); a retrain step one
 of DARTS_V2 (C=36, 20 cells, auxiliary head, drop-path). CPU seconds are those of the process, the
@@ -14,6 +15,7 @@ views, `empty*`, `detach` and reading a number. Peak memory is that of one step,
 process of its own. The allocator is set as every script of ours sets it, for both sides.
 """
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -233,6 +235,40 @@ def curve():
     return rows
 
 
+# Space, cells or cells a stage, batch, pixels
+SETTINGS = {'darts, 8 cells, batch 16, 32 px': ('darts', 8, 16, 32),
+            'nb201, N=5, batch 16, 32 px': ('nb201', 5, 16, 32),
+            'nb201, N=1, batch 64, 16 px': ('nb201', 1, 64, 16)}
+METHODS = {'darts': [], 'pcdarts': [], 'gdas': [], 'sdarts': [],
+           'sdarts adversarial': ['--perturb', 'adversarial'], 'dartsminus': [], 'betadarts': []}
+
+
+def methods(n=5):
+    """{setting, method: CPU seconds of a first-order step, that of DARTS by it}.
+
+    In NAS-Bench-201 the textbook's supernet beside them, with the weights of the one of DARTS.
+    """
+    rows = {}
+    for setting, (space, cells, size, pixels) in SETTINGS.items():
+        train, valid, functions = batch(size, pixels), batch(size, pixels), {}
+        for name, flags in METHODS.items():
+            args = search.parse(['--space', space, '--method', name.split()[0], '--layers',
+                                 str(cells), '--cells_per_stage', str(cells), *flags])
+            network, sgd, adam = search.build(args, 10, 'cifar', CPU, 0, None)
+            network.strength.fill_(search.strength_at(args, 10, 50, 0))
+            functions[name] = functools.partial(search.bilevel_step, network, train, valid, sgd,
+                                                adam, args)
+            if name == 'darts' and space == 'nb201':
+                book = textbook.NB201Network(16, 10, cells)
+                textbook.copy_nb201(network, book)
+                functions['textbook'] = functools.partial(textbook.Step(book, False), train, valid)
+        taken = seconds(functions, n)
+        for name, value in taken.items():
+            rows[f'{setting}, {name}'] = {'cpu_seconds': value,
+                                          'darts_by_it': taken['darts'] / value}
+    return rows
+
+
 def data_costs(steps_taken=20):
     """Share of a step of PC-DARTS, batch 64, that resident data take; images/s of a folder."""
     data = {'noise': generate_data.Data(
@@ -269,13 +305,14 @@ def main():
     parser.add_argument('--curve', action='store_true', help='how a step grows with its sizes')
     parser.add_argument('--input', action='store_true', help='what the data cost')
     parser.add_argument('--floor', action='store_true', help='what a step must take')
+    parser.add_argument('--methods', action='store_true', help="every method's step")
     parser.add_argument('--peak', choices=['ours', 'book'], help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = evaluate.choose_device(-1)
     if args.peak:
         return print_peak(args.only, args.peak)
     results = curve() if args.curve else data_costs() if args.input else \
-        floor() if args.floor else {}
+        floor() if args.floor else methods() if args.methods else {}
     cases = IMAGENET if args.imagenet else () if results else CASES
     for case in [args.only] if args.only else cases:
         results[case] = measure(case)
@@ -284,7 +321,7 @@ def main():
     if args.json:
         print(json.dumps(results))
         return
-    for name in results if args.curve or args.input or args.floor else ():
+    for name in results if args.curve or args.input or args.floor or args.methods else ():
         show(name, results[name])
     print(evaluate.hardware(device), 'torch', torch.__version__)
 

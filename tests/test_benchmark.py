@@ -138,3 +138,12 @@ def test_benchmark_json(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, 'measure', lambda case: {'ratio': 3.0})
     benchmark.main()
     assert json.loads(capsys.readouterr().out) == {'darts1_b16': {'ratio': 3.0}}
+
+
+def test_benchmark_times_every_method(monkeypatch):
+    monkeypatch.setattr(benchmark, 'SETTINGS', {'a': ('darts', 3, 2, 8), 'b': ('nb201', 1, 2, 8)})
+    rows = benchmark.methods(1)
+    assert set(rows) == {f'{setting}, {name}' for setting in 'ab' for name in benchmark.METHODS} \
+        | {'b, textbook'}
+    assert all(row['cpu_seconds'] > 0 for row in rows.values())
+    assert rows['a, gdas']['darts_by_it'] > 1

@@ -1,0 +1,205 @@
+"""The study's statistics on made-up data with known answers, its CSV, table and figure."""
+import csv
+import json
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+import evaluate
+import search
+from genotypes import random_string, to_string, truth
+
+import pytest
+
+CELLS = [random_string(seed) for seed in range(400)]
+
+
+def rows(method='darts', **arms):
+    """Rows of a CSV: by arm (mean, deviation, n), or a list of percentiles."""
+    out, rng = [], np.random.Generator(np.random.Philox(1))
+    for arm, what in arms.items():
+        if isinstance(what, tuple):
+            mean, deviation, n = what
+            z = rng.standard_normal(n)
+            z = (z - z.mean()) / z.std(ddof=1) if n > 1 else z
+            what = mean + deviation * z
+        for seed, value in enumerate(what):
+            out.append({'arm': arm.replace('_', ' '), 'method': method, 'percentile': float(value),
+                        'genotype': CELLS[(seed * 7 + len(out)) % 400], 'collapsed': False,
+                        'cifar10': 90.0, 'cifar100': 70.0, 'imagenet16': 40.0, 'seed': seed})
+    return out
+
+
+def line(found, arm, method='darts'):
+    return next(x for x in found if x['arm'] == arm and x['method'] == method)
+
+
+def test_equal_arms_are_equivalent():
+    found = line(evaluate.compare(rows(cifar10=(90, 5, 16), noise=(90, 5, 16),
+                                       no_data=(50, 5, 16))), 'noise')
+    assert found['verdict'] == 'equivalent' and found['p'] > 0.9
+    assert found['difference'] == pytest.approx(0)
+    # Means of 16 with deviation 5: the difference has a standard error of 1.77.
+    assert found['interval'] == pytest.approx([-3.4, 3.4], abs=0.4)
+    assert found['power'][0] > 0.99 and found['power'][1] > 0.99
+
+
+def test_three_points_apart_is_equivalent_or_undecided_by_the_spread():
+    near = evaluate.compare(rows(cifar10=(90, 5, 16), noise=(87, 5, 16), no_data=(50, 5, 16)))
+    assert line(near, 'noise')['verdict'] == 'equivalent'
+    wide = line(evaluate.compare(rows(cifar10=(90, 25, 16), noise=(87, 25, 16),
+                                      no_data=(50, 25, 16))), 'noise')
+    assert wide['verdict'] == 'undecided' and wide['power'][1] < 0.3
+
+
+def test_twenty_points_apart_is_worse_or_better():
+    found = evaluate.compare(rows(cifar10=(70, 15, 16), noise=(50, 15, 16),
+                                  generated=(90, 15, 16)))
+    assert line(found, 'noise')['verdict'] == 'worse'
+    assert line(found, 'generated')['verdict'] == 'better'
+    assert line(found, 'noise')['interval'][1] < 0 < line(found, 'generated')['interval'][0]
+
+
+def test_a_collapsed_arm():
+    """Where real data do well it is worse; where both collapse nothing is learned."""
+    data = rows(cifar10=(90, 3, 16), noise=(5, 1, 16), no_data=(50, 10, 16))
+    for row in data:
+        row['collapsed'] = row['arm'] == 'noise'
+    assert line(evaluate.compare(data), 'noise')['verdict'] == 'worse'
+    assert line(evaluate.compare(data), 'noise')['collapsed'] == 1
+    data = rows(cifar10=(5, 1, 16), noise=(5, 1, 16), no_data=(50, 10, 16))
+    for row in data:
+        row['collapsed'] = row['arm'] != 'no data'
+    assert line(evaluate.compare(data), 'noise')['verdict'] == 'uninformative'
+
+
+def test_both_pinned_to_one_cell_is_uninformative():
+    data = rows(cifar10=[99.0] * 16, noise=[99.0] * 16, no_data=(50, 10, 16))
+    for row in data:
+        if row['arm'] != 'no data':
+            row['genotype'] = CELLS[0]
+    found = line(evaluate.compare(data), 'noise')
+    assert found['verdict'] == 'uninformative' and found['interval'] == [0, 0]
+    free = rows(cifar10=(95, 2, 16), noise=(95, 2, 16), no_data=(50, 10, 16))
+    assert line(evaluate.compare(free), 'noise')['verdict'] == 'equivalent'
+    without = evaluate.compare(rows(cifar10=(95, 2, 16), noise=(95, 2, 16)))
+    assert line(without, 'noise')['verdict'] == 'uninformative'     # no control without data
+    same = evaluate.compare(rows(cifar10=(95, 2, 16), noise=(95, 2, 16), no_data=(95, 2, 16)))
+    assert line(same, 'noise')['verdict'] == 'uninformative'        # the method's prior did it
+
+
+def test_three_seeds_decide_nothing():
+    found = line(evaluate.compare(rows(cifar10=(90, 1, 3), noise=(20, 1, 3))), 'noise')
+    assert found['n'] == 3 and found['verdict'] == 'undecided' and found['p'] < 0.05
+    one = evaluate.compare(rows(cifar10=[90.0], noise=[20.0]))
+    assert 'verdict' not in line(one, 'noise') and line(one, 'noise')['std'] is None
+
+
+def test_holm_over_methods():
+    assert evaluate.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert evaluate.holm([0.5, 0.9]) == [1.0, 1.0]
+    one = rows(cifar10=(70, 20, 16), noise=(56, 20, 16), no_data=(30, 9, 16))
+    alone = line(evaluate.compare(one), 'noise')
+    more = [*one, *(row for k in range(5) for row in rows(f'm{k}', cifar10=(70, 20, 16),
+                                                          noise=(70, 20, 16)))]
+    held = line(evaluate.compare(more), 'noise')
+    assert alone['p'] == pytest.approx(0.057, abs=0.003) and held['p'] == pytest.approx(
+        min(1, 6 * alone['p']))
+
+
+@pytest.mark.parametrize('t, df, p', [(2.228, 10, 0.975), (12.706, 1, 0.975), (-1.812, 10, 0.05),
+                                      (0, 5, 0.5), (2.042, 30, 0.975)])
+def test_students_distribution(t, df, p):
+    assert evaluate.student(t, df) == pytest.approx(p, abs=3e-4)
+
+
+def test_welch_by_hand():
+    a, b = [1.0, 2, 3, 4], [2.0, 4, 6]
+    # means 2.5 and 4, variances / n .41667 and 1.33333: t = -1.1339, df = 3.0625 / .... = 2.9308
+    t = -1.5 / math.sqrt(5 / 12 + 4 / 3)
+    df = (5 / 12 + 4 / 3) ** 2 / ((5 / 12) ** 2 / 3 + (4 / 3) ** 2 / 2)
+    assert evaluate.greater(a, b) == pytest.approx(1 - evaluate.student(t, df))
+    assert evaluate.greater(b, a) == pytest.approx(evaluate.student(t, df))
+    assert evaluate.greater([60.0, 70, 80], 50) == pytest.approx(1 - evaluate.student(
+        20 / math.sqrt(100 / 3), 2))
+
+
+def test_power_is_that_of_simulated_studies():
+    rng = np.random.Generator(np.random.Philox(3))
+    a = b = 20 * np.sqrt(15 / 16) * np.tile([-1.0, 1.0], 8) + 50       # deviation 20
+    told, _ = evaluate.power(a, b)
+    hits = 0
+    for _ in range(300):
+        x, y = rng.normal(50, 20, 16).tolist(), rng.normal(70, 20, 16).tolist()
+        hits += 2 * min(evaluate.greater(x, y), evaluate.greater(y, x)) < 0.05
+    assert told == pytest.approx(hits / 300, abs=0.07)
+
+
+def test_share_of_the_variance_between_arms():
+    found = evaluate.explained(rows(cifar10=[80.0, 90.0], noise=[20.0, 30.0]))
+    # total 4 * 925 = 3700, within 4 * 25 = 100
+    assert found['darts'] == pytest.approx(3600 / 3700)
+    assert evaluate.explained(rows(cifar10=[80.0, 90.0])) == {}
+
+
+TINY = ['--space', 'nb201', '--num_images', '64', '--image_size', '8', '--cells_per_stage', '1',
+        '--init_channels', '4', '--batch_size', '8', '--steps_per_epoch', '2', '--epochs', '2',
+        '--gpu', '-1']
+
+
+def test_csv_table_and_figure(capsys):
+    runs = []
+    for seed in (0, 1):
+        for k, flags in enumerate((['--data', 'noise'], ['--data', 'noise', '--arch_data', 'train'],
+                                   ['--data', 'noise', '--arch_data', 'none'],
+                                   ['--method', 'random'], ['--max_steps', '0'])):
+            runs.append(f'r{seed}{k}')
+            command = [*TINY, *flags, '--seed', str(seed), '--save', runs[-1]]
+            assert search.main(command) == 0
+            about = json.loads(Path(runs[-1], 'args.json').read_text())
+            about['command'] = ' '.join(['python search.py', *command])     # not that of pytest
+            Path(runs[-1], 'args.json').write_text(json.dumps(about))
+    Path('unfinished').mkdir()
+    assert evaluate.main([*runs[:5], 'unfinished', '--add', 's.csv']) == 0
+    assert evaluate.main([*runs, '--add', 's.csv']) == 0            # those five stay as they are
+    assert '5 searches added to the 5' in capsys.readouterr().out
+    with open('s.csv', newline='') as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 10 and list(table[0]) == evaluate.STUDY
+    assert [row['arm'] for row in table[:5]] == ['noise', 'noise, alphas on train', 'no data',
+                                                 'random cell', 'no steps']
+    for row in table:
+        assert float(row['cifar10']) == truth(row['genotype'])['cifar10']
+        assert len(row['alphas'].split()) == (30 if row['steps'] == '4' else 0) or \
+            row['arm'] == 'no steps'
+    # Its stored command gives the same cell.
+    command = table[1]['command'].split()[2:]
+    assert search.main([*command[:-1], 'again']) == 0
+    assert json.loads(Path('again/genotype.json').read_text())['arch_str'] == table[1]['genotype']
+    capsys.readouterr()
+    assert evaluate.main(['--study', 's.csv', '--plot', 'f.svg']) == 0
+    out = capsys.readouterr().out
+    assert '10 searches' in out and 'no data' in out and 'of the variance' in out
+    tree = ElementTree.parse('f.svg').getroot()
+    assert sum(node.tag.endswith('circle') for node in tree.iter()) == 10
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--study', 'no.csv'], 'no.csv is missing'), (['--study', 'bad.csv'], 'bad.csv: no study'),
+    (['run', '--study', 'bad.csv'], 'leave out run')])
+def test_what_cannot_be(flags, words, capsys):
+    Path('bad.csv').write_text('a,b\n1,2\n')
+    assert evaluate.main(flags) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count('\n') == 1
+
+
+def test_label_noise_and_real_data_are_arms_of_their_own():
+    settings = {'method': 'darts', 'max_steps': None, 'arch_data': 'valid', 'data': 'random_labels',
+                'label_noise': 0.5}
+    assert evaluate.arm_of(settings) == 'random_labels 0.5'
+    assert evaluate.arm_of({**settings, 'label_noise': 1.0}) == 'random_labels'
+    assert evaluate.arm_of({**settings, 'data': 'cifar10'}) == 'cifar10'
+    assert to_string(['none'] * 6) in evaluate.nas_bench_201()[0]
