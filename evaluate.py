@@ -20,6 +20,7 @@ import os
 import platform
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -583,17 +584,22 @@ def read_json(path, *keys):
                         'run again') from None
 
 
-def read_log(folder, *keys):
-    """The lines of log.jsonl, objects with the keys; [] where there is none."""
+def read_log(folder, *keys, torn=False):
+    """The lines of log.jsonl, objects with the keys; [] where there is none.
+
+    torn: whether an end without a line break is left out, as a run does that goes on.
+    """
     path, lines = Path(folder) / 'log.jsonl', []
+    text = path.read_text() if path.exists() else ''
     try:
-        for line in path.read_text().splitlines() if path.exists() else ():
-            lines.append(json.loads(line))
+        for line in text[:text.rfind('\n') + 1 if torn else None].splitlines():
+            lines.append(None)
+            lines[-1] = json.loads(line)
             for key in keys:
                 lines[-1][key]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f'{path}: line {max(1, len(lines))} is broken: --resume the run, which '
-                        'mends a torn end, or run it again') from None
+        raise UserError(f'{path}: line {len(lines)} is broken: --resume the run, which mends a '
+                        'torn end, or run it again') from None
     return lines
 
 
@@ -753,7 +759,14 @@ def find_genotype(arch):
         genotype = from_json(fields, str(path))
     except ValueError as error:
         raise UserError(str(error)) from None
-    return genotype, {key: fields.get(key) for key in ('data', 'method', 'seed')}
+    return genotype, {key: fields.get(key) for key in ('data', 'method', 'seed', 'arch_data')}
+
+
+def check_layers(genotype, layers):
+    """UserError where a network of NAS-Bench-201 would have no three equal stages."""
+    if isinstance(genotype, str) and (layers < 5 or layers % 3 != 2):
+        raise UserError(f'--layers {layers}: three stages of N cells of NAS-Bench-201 and two '
+                        'blocks between are 3 N + 2: take 5, 8, 11, 14, 17, ...')
 
 
 def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32, stem='cifar'):
@@ -833,6 +846,7 @@ def report(run, data_dir=None, device=None, batch_size=250, test_labels=None, po
     area = sum(line['train_accuracy'] for line in log) / len(log) if log else None
     out = {'run': str(folder), 'type': 'retrain', 'arch': meta['arch'],
            'searched_on': found_by['data'], 'method': found_by['method'],
+           'arch_data': found_by.get('arch_data'),
            'data': settings['data'], 'seed': settings['seed'],
            **{key: last.get(key) for key in ('train_loss', 'train_accuracy', 'fit_loss',
                                              'fit_accuracy')},
@@ -870,12 +884,14 @@ def report(run, data_dir=None, device=None, batch_size=250, test_labels=None, po
 
 
 def report_search(folder, about):
-    """Of a search; `last` is the last line of its log, for agreements and plots."""
+    """Of a search; `log`, for agreements and plots, ends where the genotype was taken."""
     genotype, _ = find_genotype(str(folder))
-    settings, log = about['settings'], read_log(folder, 'seconds')
-    out = {'run': str(folder), 'type': 'search', 'space': settings['space'],
-           'searched_on': settings['data'], 'method': settings['method'],
-           'arch_data': settings['arch_data'], 'seed': settings['seed'],
+    settings, log = about['settings'], read_log(folder, 'seconds', 'epoch')
+    stop = read_json(folder / 'genotype.json').get('early_stop')
+    ended = stop['epoch'] if stop and settings.get('early_stop') else math.inf
+    out = {'run': str(folder), 'type': 'search', 'space': settings.get('space', 'darts'),
+           'searched_on': settings['data'], 'method': method_of(settings),
+           'arch_data': settings.get('arch_data', 'valid'), 'seed': settings['seed'],
            'genotype': plain(genotype)}
     if isinstance(genotype, str):
         out.update(look_up(genotype))
@@ -884,7 +900,15 @@ def report_search(folder, about):
             out[f'skips_{cell}'] = sum(op == 'skip_connect' for op, _ in getattr(genotype, cell))
         out['params'] = cost(genotype)['params']
     return {**out, 'epochs': len(log), 'seconds': sum(line['seconds'] for line in log),
-            'device': about['hardware']['device'], 'date': about['date'], 'log': log}
+            'device': about['hardware']['device'], 'date': about['date'],
+            'log': [line for line in log if line['epoch'] <= ended]}
+
+
+def method_of(settings):
+    """The method of a search with what makes it another one."""
+    return settings['method'] + ', second order' * settings.get('unrolled', False) \
+        + ', adversarial' * (settings['method'] == 'sdarts' and settings['perturb'] != 'random') \
+        + ', no steps' * (settings.get('max_steps') == 0)
 
 
 def look_up(arch):
@@ -1054,8 +1078,10 @@ def analysis(rows):
     architectures, between the fit to each kind of data and the test error, with n.
     """
     fit, general = [], []
-    for (data, method, given), members in groups(rows, 'searched_on', 'method', 'data').items():
-        origin = {'searched_on': data, 'method': method, 'trained_on': given, 'n': len(members)}
+    keys = 'searched_on', 'method', 'arch_data', 'data'
+    for (data, method, alphas, given), members in groups(rows, *keys).items():
+        origin = {'searched_on': data, 'method': method, 'arch_data': alphas,
+                  'trained_on': given, 'n': len(members)}
         fit.append({**origin, **{name: mean_std_interval([row[name] for row in members])
                                  for name in ('fit_loss', 'fit_accuracy', 'train_area')}})
         tested = [row for row in members if row['test_error'] is not None]
@@ -1102,7 +1128,7 @@ def show_analysis(rows):
     fit, general, related = analysis(rows)
 
     def text(triple, scale=1, digits=2):
-        mean, std, interval = (None if v is None else v for v in triple)
+        mean, std, interval = triple
         if std is None:
             return f'{mean * scale:.{digits}f}'
         low, high = (scale * v for v in interval)
@@ -1110,10 +1136,10 @@ def show_analysis(rows):
                f'[{low:.{digits}f}, {high:.{digits}f}]'
 
     def origin(line):
-        return [str(line['searched_on']), str(line['method']), str(line['trained_on']),
-                str(line['n'])]
+        return [str(line['searched_on']), str(line['method']), str(line['arch_data'] or '-'),
+                str(line['trained_on']), str(line['n'])]
 
-    head = ['architecture from', 'method', 'trained on', 'n']
+    head = ['architecture from', 'method', 'alphas on', 'trained on', 'n']
     print('Expressivity: the fit to what it was given')
     columns([[*head, 'loss', 'accuracy %', 'area under the training curve %'],
              *[[*origin(line), text(line['fit_loss'], 1, 3), text(line['fit_accuracy'], 100),
@@ -1245,53 +1271,73 @@ def arm_of(settings):
         return NO_DATA
     if name == 'random_labels' and settings['label_noise'] < 1:
         name += f' {settings["label_noise"]:g}'
+    if name == 'generated' and (settings['generator'], settings['difficulty']) != (
+            'fractal', 'medium'):
+        name += f' {settings["generator"]} {settings["difficulty"]}'
     return f'{name}, alphas on train' if settings['arch_data'] == 'train' else name
 
 
 def add_to_study(path, runs):
     """Append the searches of NAS-Bench-201 that have ended, and are not in the CSV yet, to it."""
     rows = read_study(path) if Path(path).exists() else []
-    known, new = {row['command'] for row in rows}, []
+    known, new, waiting = {row['command'] for row in rows}, [], []
     for run in runs:
-        if not (Path(run) / 'genotype.json').exists():
-            continue
-        about, row = read_json(Path(run) / 'args.json', 'settings'), report(run)
-        if row.get('space') != 'nb201':
+        about = read_json(Path(run) / 'args.json', 'settings')
+        if about['settings'].get('space') != 'nb201':
             raise UserError(f'{run} is no search of --space nb201: leave it out')
-        if about['command'] in known:
-            continue
-        last, settings = (row['log'] or [{}])[-1], about['settings']
-        alphas = [f'{a:.3f}' for edge in last.get('alphas', {}).get('cell', []) for a in edge]
-        steps = settings['epochs'] * (settings['steps_per_epoch'] or 0)
-        new.append({**{key: row[key] for key in STUDY if key in row},
-                    'command': about['command'], 'commit': about['git_commit'],
-                    'arm': arm_of(settings), 'entropy': last.get('entropy_cell'),
-                    'signal': last.get('signal_cell'), 'alphas': ' '.join(alphas),
-                    'steps': 0 if settings['method'] == 'random' else steps,
-                    'seconds': round(row['seconds'], 1)})
+        if not (Path(run) / 'genotype.json').exists():
+            waiting.append(run)
+        elif about['command'] not in known:
+            known.add(about['command'])
+            new.append(study_row(about, report(run)))
     text = io.StringIO()
     writer = csv.DictWriter(text, STUDY, lineterminator='\n')
     if not rows:
         writer.writeheader()
     writer.writerows(new)
-    write_file(path, (Path(path).read_text() if rows else '') + text.getvalue())
-    print(f'{len(new)} searches added to the {len(rows)} in {path}')
+    before = Path(path).read_text().rstrip('\n') + '\n' if rows else ''
+    write_file(path, before + text.getvalue())
+    print(f'{len(new)} searches added to the {len(rows)} in {path}'
+          + f'; not finished: {", ".join(waiting)}' * bool(waiting))
+
+
+def study_row(about, row):
+    last, settings = (row['log'] or [{}])[-1], about['settings']
+    alphas = [f'{a:.3f}' for edge in last.get('alphas', {}).get('cell', []) for a in edge]
+    return {**{key: row[key] for key in STUDY if key in row}, 'command': about['command'],
+            'commit': about['git_commit'], 'arm': arm_of(settings),
+            'method': method_of({**settings, 'max_steps': None}),
+            'entropy': last.get('entropy_cell'), 'signal': last.get('signal_cell'),
+            'alphas': ' '.join(alphas), 'seconds': round(row['seconds'], 1),
+            'steps': sum(line.get('steps', 0) for line in row['log'])}
 
 
 def read_study(path):
     """Rows of the CSV, with numbers as numbers."""
     try:
         with open(path, newline='') as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        if reader.fieldnames != STUDY or not rows:
+            raise ValueError('its columns are not ours, or it has no rows')
         for row in rows:
+            from_string(row['genotype'])
             row['seed'] = int(row['seed'])
             for key in (*ACCURACIES, 'percentile', 'skips', 'nones', 'seconds'):
                 row[key] = float(row[key])
             row['collapsed'] = row['skips'] + row['nones'] >= 4
+            alphas = np.array(row['alphas'].split(), float)
+            if alphas.size not in (0, 30) or None in row.values() or not math.isfinite(
+                    sum(alphas) + sum(row[name] for name in ACCURACIES) + row['percentile']):
+                raise ValueError(f'seed {row["seed"]} of {row["method"]} on {row["arm"]}')
     except FileNotFoundError:
         raise UserError(f'{path} is missing: make it with --add') from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f'{path}: no study of ours ({error}): take it from a copy') from None
+    for key, members in groups(rows, 'method', 'arm', 'seed').items():
+        if len(members) > 1:
+            raise UserError(f'{path}: {len(members)} rows of {", ".join(map(str, key))}: seeds '
+                            'must differ: remove all but one')
     return rows
 
 
@@ -1332,18 +1378,19 @@ def holm(values):
     return out
 
 
-def power(a, b, difference=20.0):
+def power(a, b, tests=1, difference=20.0):
     """(chance to find a difference of that size, chance to find equal arms equivalent), at 5%.
 
-    Of two-sided and of two one-sided tests by the normal distribution, for deviations as in a, b.
+    Of two-sided and of two one-sided tests by the normal distribution, for deviations as in a, b,
+    and at 5% / tests, the least that Holm's correction of so many asks for.
     """
-    def phi(z):
-        return (1 + math.erf(z / math.sqrt(2))) / 2
+    normal, level = statistics.NormalDist(), 0.05 / tests
     error = math.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b))
     if error == 0:
         return 1.0, 1.0
-    return (phi(difference / error - 1.96) + phi(-difference / error - 1.96),
-            max(0.0, 2 * phi(MARGIN / error - 1.645) - 1))
+    z = normal.inv_cdf(1 - level / 2)
+    return (normal.cdf(difference / error - z) + normal.cdf(-difference / error - z),
+            max(0.0, 2 * normal.cdf(MARGIN / error - normal.inv_cdf(1 - level)) - 1))
 
 
 def pinned(rows):
@@ -1353,13 +1400,18 @@ def pinned(rows):
         or sum(row['collapsed'] for row in rows) > len(rows) / 2
 
 
+LEAST = 8           # seeds, of an arm, of real data, of no data, for a verdict
+
+
 def compare(rows):
     """A line for each method and arm: n, percentile, differences, and a verdict beside real data.
 
-    worse, better: Holm's p under .05 for a difference. equivalent: two one-sided tests within
-    MARGIN points, Holm's p under .05, where both arms beat a random cell (50, exactly) and the
-    same method without data at 5%; where not, or where an arm is pinned, uninformative. Else, and
-    under 8 seeds, undecided. Holm over methods, for each arm.
+    An arm with alphas on train is compared with real data so searched, where there are such.
+    equivalent: two one-sided tests within MARGIN points, Holm's p under .05. worse, better: not
+    equivalent, Holm's p under .05 for a difference, and the higher arm beats a random cell (50,
+    exactly) at 5%. Equivalent counts only where both arms beat a random cell and the same method
+    without data at 5%; where not, or where an arm is pinned, it is uninformative. Else, and with
+    fewer than LEAST seeds, undecided. Holm's family: the methods with a verdict on an arm.
     """
     by, out = groups(rows, 'method', 'arm'), []
     for (method, arm), members in by.items():
@@ -1370,40 +1422,44 @@ def compare(rows):
                 **{name: float(np.mean([row[name] for row in members])) for name in ACCURACIES},
                 'cifar10_median': float(np.median([row['cifar10'] for row in members])),
                 'collapsed': float(np.mean([row['collapsed'] for row in members]))}
-        real, none = by.get((method, REAL_ARM)), by.get((method, NO_DATA))
+        like = REAL_ARM + arm[arm.find(','):] if ', alphas' in arm else REAL_ARM
+        line['against'] = against = like if (method, like) in by else REAL_ARM
+        real, none = by.get((method, against)), by.get((method, NO_DATA))
         if len(values) > 1:
             line['over_random'] = greater(values, 50.0)
             if none and len(none) > 1 and arm != NO_DATA:
                 line['over_no_data'] = greater(values, [row['percentile'] for row in none])
-        if real and arm != REAL_ARM and min(len(real), len(values)) > 1:
+        if real and arm != against and min(len(real), len(values)) > 1:
             known = [row['percentile'] for row in real]
             line['difference'] = line['percentile'] - float(np.mean(known))
             line['interval'] = bootstrap(values, known)
             line['p'] = min(1.0, 2 * min(greater(values, known), greater(known, values)))
             line['p_equivalent'] = max(greater(values, known, -MARGIN),
                                        greater(known, values, -MARGIN))
-            line['power'] = power(values, known)
+            enough = min(len(part) for part in (members, real, none or members)) >= LEAST
+            line['verdict'] = None if enough else 'undecided'
         out.append(line)
-    for (arm,), lines in groups([line for line in out if 'p' in line], 'arm').items():
+    for lines in groups([x for x in out if 'p' in x and not x['verdict']], 'arm').values():
         for key in ('p', 'p_equivalent'):
             for line, value in zip(lines, holm([line[key] for line in lines])):
                 line[key] = value
         for line in lines:
-            line['verdict'] = verdict(line, arm, by, out)
+            real = next(x for x in out if (x['method'], x['arm']) == (
+                line['method'], line['against']))
+            parts = [by[line['method'], arm] for arm in (line['arm'], line['against'])]
+            line['verdict'] = verdict(line, real, any(map(pinned, parts)))
+            line['power'] = power(*([row['percentile'] for row in part] for part in parts),
+                                  len(lines))
     return out
 
 
-def verdict(line, arm, by, lines):
-    method = line['method']
-    both = [other for other in lines if other['method'] == method
-            and other['arm'] in (arm, REAL_ARM)]
-    if min(other['n'] for other in both) < 8:
-        return 'undecided'
-    if line['p'] < 0.05 <= line['p_equivalent']:
+def verdict(line, real, is_pinned):
+    higher = real if line['difference'] < 0 else line
+    if line['p'] < 0.05 <= line['p_equivalent'] and higher['over_random'] < 0.05:
         return 'worse' if line['difference'] < 0 else 'better'
-    sound = all(other.get(key, 1.0) < 0.05 for other in both
+    sound = all(arm.get(key, 1.0) < 0.05 for arm in (line, real)
                 for key in ('over_random', 'over_no_data'))
-    if not sound or any(pinned(by[method, other['arm']]) for other in both):
+    if is_pinned or not sound:
         return 'uninformative'
     return 'equivalent' if line['p_equivalent'] < 0.05 else 'undecided'
 
@@ -1431,7 +1487,7 @@ def study(path, plot=None):
 
     head = ['arm', 'method', 'n', 'percentile', 'median', 'real: difference', '95%', 'verdict',
             'over random p', 'over no data p', 'collapsed', 'CIFAR-10 %', 'median', 'CIFAR-100 %',
-            'ImageNet16 %', 'power at 20', 'to see equality']
+            'ImageNet16 %', 'power: 20 points', 'equality']
     body = []
     for line in lines:
         low, high = line.get('interval', (None, None))
@@ -1529,8 +1585,8 @@ def main(argv=None):
     group = parser.add_argument_group('cost without training')
     group.add_argument('--cost', action='store_true', help='count the network of --arch')
     group.add_argument('--arch', help='a published name, a genotype.json or a search run')
-    group.add_argument('--init_channels', type=number(int, 1, 4096), default=36)
-    group.add_argument('--layers', type=number(int, 1, 200), default=20)
+    group.add_argument('--init_channels', type=number(int, 1, 4096), help='36; in nb201 16')
+    group.add_argument('--layers', type=number(int, 1, 200), help='20; in nb201 17')
     group.add_argument('--num_classes', type=number(int, 1), default=10)
     group.add_argument('--image_size', type=number(int, 8, 4096), default=32)
     group.add_argument('--stem', choices=['auto', 'cifar', 'imagenet'], default='auto')
@@ -1542,8 +1598,10 @@ def main(argv=None):
         if not args.arch:
             raise UserError('--cost needs --arch: a published name, a genotype.json or a run')
         genotype, _ = find_genotype(args.arch)
-        counts = cost(genotype, args.init_channels, args.layers, args.num_classes,
-                      args.image_size, stem_of(args, args.image_size))
+        channels, layers = (16, 17) if isinstance(genotype, str) else (36, 20)
+        check_layers(genotype, args.layers or layers)
+        counts = cost(genotype, args.init_channels or channels, args.layers or layers,
+                      args.num_classes, args.image_size, stem_of(args, args.image_size))
         print(json.dumps(counts) if args.json else '\n'.join(
             f'{name:<18} {count:>15,}' for name, count in counts.items()))
         return
@@ -1573,8 +1631,8 @@ def main(argv=None):
         other = next((row['run'] for row in rows if args.analysis and row['fit_accuracy'] is None),
                      None)
         if other:
-            raise UserError(f'--analysis: {other} has several labels, so no accuracy: leave it '
-                            'out')
+            raise UserError(f'--analysis: {other} has no accuracy (several labels, or no log): '
+                            'leave it out')
     lines = table(rows)
     for row in rows:
         if args.json:

@@ -117,17 +117,15 @@ class MixedOp(nn.Module):
                 out[e] = y if out[e] is None else out[e] + y
         return out
 
-    def drawn(self, weights, others):
-        """Like `mixing`, for one operation an edge, that of the largest weight (GDAS).
+    def drawn(self, weights, best, others):
+        """Like `mixing`, for one operation an edge (GDAS), whose place `best` has for each.
 
         weights: (E, operations), 1 for the operation drawn and 0 for the others. Returns [(name,
         its weight, sum of the other weights or None)]. others: whether these are added to the map
         as numbers, so that each gets a gradient.
         """
-        rows = weights.unbind()
-        best = [row.argmax().item() for row in weights.detach().cpu()]
         return [(self.columns[k], row[k], row.sum() - row[k] if others else None)
-                for k, row in zip(best, rows)]
+                for k, row in zip(best, weights.unbind())]
 
     def forward_drawn(self, state, drawn):
         """Only what was drawn is computed; every block has one edge."""
@@ -254,17 +252,18 @@ class Cell(nn.Module):
         outputs = [states[node] for node in self.concat]
         return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
-    def leave(self, weights, drawn=False):
+    def leave(self, weights, drawn=None):
         """(edges, operations), in the order of space.edges -> what each state's MixedOp mixes with.
 
-        drawn: one operation an edge, see MixedOp.drawn.
+        drawn: each edge's one operation, see MixedOp.drawn.
         """
         by_edge = dict(zip(self.space.edges, weights.unbind()))
         rows = [torch.stack([by_edge[edge] for edge in leaving]) for leaving in self.leaving]
-        if drawn:
-            return [mixed_op.drawn(row, self.space.inputs == 1)
-                    for mixed_op, row in zip(self.mixed_ops, rows)]
-        return [mixed_op.mixing(row) for mixed_op, row in zip(self.mixed_ops, rows)]
+        if drawn is None:
+            return [mixed_op.mixing(row) for mixed_op, row in zip(self.mixed_ops, rows)]
+        best = dict(zip(self.space.edges, drawn))
+        return [mixed_op.drawn(row, [best[edge] for edge in leaving], self.space.inputs == 1)
+                for mixed_op, row, leaving in zip(self.mixed_ops, rows, self.leaving)]
 
     def node(self, node, arriving, passing, shares, like):
         """Sum of what arrives at a node; with partial channels, of what passes by as well.
@@ -364,7 +363,7 @@ class Network(nn.Module):
         affine = genotype is not None
         self.space = space = NB201 if isinstance(genotype, str) else space
         self.partial, self.drop_path_prob = partial, None
-        self.kept, self.drawn, self.change, self.strength = kept, drawn, None, None
+        self.drawn, self.change, self.strength = drawn, None, None
         channels, reduction_before = init_channels, stem == 'imagenet'
         before = last = channels if stem == 'imagenet' or space is NB201 else 3 * channels
         self.stem, self.stem1 = image_stem(channels) if stem == 'imagenet' else (
@@ -408,12 +407,14 @@ class Network(nn.Module):
         if self.stem1:
             s1 = self.stem1(s0)
         auxiliary_logits, leaving = None, {}
+        drawn = {kind: weights.argmax(1).tolist() for kind, (weights, _) in mixing.items()} \
+            if self.drawn else {}
         for layer, (cell, kind) in enumerate(zip(self.cells, self.kinds)):
             weights, shares = None, None
             if kind in mixing and isinstance(cell, Cell):
                 weights, shares = mixing[kind]
                 if (kind, cell.channels) not in leaving:
-                    leaving[kind, cell.channels] = cell.leave(weights, self.drawn)
+                    leaving[kind, cell.channels] = cell.leave(weights, drawn.get(kind))
                 weights = leaving[kind, cell.channels]
             s0, s1 = s1, cell(s0, s1, weights, shares, self.drop_path_prob)
             if layer == self.auxiliary_at and self.training:
@@ -460,6 +461,7 @@ class Network(nn.Module):
     def frozen_statistics(self):
         """Forward passes inside normalise with batch statistics but leave the running ones."""
         norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+        norms = [norm for norm in norms if norm.track_running_stats]
         for norm in norms:
             norm.track_running_stats = False
         try:

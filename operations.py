@@ -113,7 +113,8 @@ class BatchNorm(nn.BatchNorm2d):
             mean = var = None
         if x.device.type == 'cpu' and x.shape[1] < 8:      # torch's channels_last path is slow then
             x = x.contiguous()
-        y = F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+        by_batch = self.training or mean is None
+        y = F.batch_norm(x, mean, var, weight, bias, by_batch, self.momentum, self.eps)
         return y.contiguous(memory_format=torch.channels_last)
 
 

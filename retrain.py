@@ -21,7 +21,8 @@ import warnings
 from pathlib import Path
 
 from evaluate import (GraphedStep, Running, add_run_flags, areas, averaged, by_study,
-                      changed_by_a_step, check_finite, check_schedule, correct, find_genotype,
+                      changed_by_a_step, check_finite, check_layers, check_schedule, correct,
+                      find_genotype,
                       gathered, learning_rate_at, load_states, loss_of, open_run, own_sums,
                       peak_memory_mib, preset_of, random_states, run_name, shortened,
                       start_alike, stem_of, test, widest, write_log)
@@ -145,6 +146,7 @@ def parse(argv):
         parser.set_defaults(**QUICK, **rate, num_classes=min(preset.get('num_classes', 10), 20))
         rate_for = None
     args = parser.parse_args(argv)
+    check_layers(find_genotype(args.arch)[0], args.layers)
     if args.max_steps == 0:
         raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
     check_schedule(args, sys.argv[1:] if argv is None else argv, rate_for)

@@ -115,8 +115,11 @@ def gradients(network, batch, wanted, args, exact=False):
     total, sums = None, 0
     for part in parts:
         loss, right = forward(network, part, args.amp and not exact)
-        grads = torch.autograd.grad(loss, wanted, allow_unused=network.drawn,
-                                    materialize_grads=network.drawn)    # what was not drawn
+        if network.drawn:                       # GDAS: not everything was, or even nothing
+            grads = torch.autograd.grad(loss + 0 * wanted[0].sum(), wanted, allow_unused=True,
+                                        materialize_grads=True)
+        else:
+            grads = torch.autograd.grad(loss, wanted)
         sums = sums + torch.stack([loss.detach() / len(parts), right])
         total = list(grads) if total is None else torch._foreach_add(total, grads)
         del loss, grads                         # lets go of what the graph held
@@ -384,15 +387,19 @@ def describe(network, moments, steps, before):
         line['agreement'] = agreement(genotype, from_plain(before['genotype']))
     if isinstance(genotype, str):
         line['truth_for_analysis_only'] = truth(genotype)
-    alphas = {name: a.detach().cpu().tolist() for name, a in network.alphas.items()}
+    alphas = {}
+    for name, a in network.alphas.items():
+        dropped = getattr(network, f'dropped_{name}', None)
+        a = a if dropped is None else a.masked_fill(dropped, -1e9)      # P-DARTS: weight 0
+        alphas[name] = a.detach().cpu().tolist()
     return {**line, 'genotype': plain(genotype), 'alphas': alphas}
 
 
 def largest_eigenvalue(network, valid, args, iterations=20):
     """Of the Hessian of a batch's loss in the alphas, their weight decay on its diagonal.
 
-    What RobustDARTS watches, by Lanczos's method. Of the batch it takes the first of the
-    --grad_accum parts.
+    What RobustDARTS watches, by Lanczos's method, on the epoch's last batch for the alphas. Of it
+    the first of the --grad_accum parts is taken.
     """
     alphas, valid = network.architecture_parameters(), [t.chunk(args.grad_accum)[0] for t in valid]
     set_tf32(False)
@@ -409,7 +416,7 @@ def largest_eigenvalue(network, valid, args, iterations=20):
             for other in basis * 2:                     # twice, as rounding demands
                 w = w - (w @ other) * other
             beside.append(w.norm().item())
-            if beside[-1] < 1e-6 * max(map(abs, diagonal)):
+            if beside[-1] <= 1e-6 * max(map(abs, diagonal)):
                 break
             basis.append(w / beside[-1])
     set_tf32(args.tf32)
@@ -420,18 +427,19 @@ def largest_eigenvalue(network, valid, args, iterations=20):
 
 
 def early_stop(log, epochs):
-    """RobustDARTS: the epoch whose genotype to take, once the eigenvalue has grown, or None.
+    """RobustDARTS: the line whose genotype to take, once the eigenvalue has grown, or None.
 
     Means over five values; a mean of more than 1.3 times that of four values before, which must
-    lie in epoch 10 of 50 or later. log: lines with `epoch` and, some of them, `eigenvalue`.
+    be positive and lie in epoch 10 of 50 or later. log: lines with `epoch` and, some of them,
+    `eigenvalue`.
     """
     known = [line for line in log if line.get('eigenvalue') is not None]
     means = [sum(line['eigenvalue'] for line in known[k - 2:k + 3]) / 5
              for k in range(2, len(known) - 2)]
     for k in range(4, len(means)):
-        epoch = known[k - 2]['epoch']                   # in the middle of means[k - 4]
-        if epoch >= 10 * epochs / 50 and means[k] > 1.3 * means[k - 4]:
-            return epoch
+        earlier = known[k - 2]                          # in the middle of means[k - 4]
+        if earlier['epoch'] >= 10 * epochs / 50 and means[k] > 1.3 * means[k - 4] > 0:
+            return earlier
     return None
 
 
@@ -440,7 +448,8 @@ def finish(folder, genotype, args, **beside):
     title = f'{args.method} on {args.data}, seed {args.seed}'
     write_file(folder / 'genotype.svg', draw(genotype, title))
     write_file(folder / 'genotype.json', to_json(
-        genotype, data=args.data, method=args.method, seed=args.seed, **beside) + '\n')
+        genotype, data=args.data, method=args.method, seed=args.seed, arch_data=args.arch_data,
+        **beside) + '\n')
     if isinstance(genotype, str):
         print(genotype)
         print('test accuracy of this cell, known from NAS-Bench-201: CIFAR-10 {cifar10:.2f}%, '
@@ -563,11 +572,13 @@ def parse(argv):
                         'epochs for the alphas: take fewer')
     if args.method == 'pdarts' and args.space == 'nb201':
         raise UserError('--method pdarts: not in --space nb201, whose depth is fixed: take another')
-    if args.method == 'gdas' and (args.unrolled or args.hessian):
-        raise UserError(f'--{"unrolled" if args.unrolled else "hessian"}: gdas draws an operation '
-                        'anew for every loss, so their differences mean nothing: leave it out')
-    if args.method == 'pdarts' and args.hessian:
-        raise UserError('--hessian: the alphas of pdarts start anew in each stage: leave it out')
+    flag = 'early_stop' if args.early_stop else 'hessian' if args.hessian else 'unrolled'
+    if args.method in ('gdas', 'pdarts') and (args.unrolled or args.hessian):
+        raise UserError(f'--{flag}: {args.method} draws anew for every loss what is computed, so '
+                        'differences of losses mean nothing: leave it out')
+    if args.arch_data == 'none' and (args.unrolled or args.hessian):
+        raise UserError(f'--{flag}: with --arch_data none there is no loss for the alphas: leave '
+                        'it out')
     check_schedule(args, sys.argv[1:] if argv is None else argv, rate_for)
     if args.train_portion + (args.valid_fraction or 0) > 1 + 1e-9:
         raise UserError(f'--train_portion {args.train_portion:g} and --valid_fraction '
@@ -602,7 +613,11 @@ def main(argv=None):
     batches = [Batches(data, half, args.batch_size, device, args.augment, seed=2 * args.seed + k,
                        workers=args.workers) for k, half in enumerate(halves)]
     epochs, steps, total = shortened(args, min(len(b) for b in batches))
-    length = math.ceil(epochs / len(STAGES)) if args.method == 'pdarts' else max(1, epochs)
+    stages = len(STAGES) if args.method == 'pdarts' else 1
+    if 0 < epochs < stages:
+        raise UserError(f'--epochs: {epochs} in all make no {stages} stages of pdarts: take more, '
+                        'or more --max_steps')
+    first = [k * epochs // stages for k in range(stages + 1)]      # epochs of the stages
     frozen = round(args.frozen_epochs * epochs / args.epochs)
 
     run = open_run(args, device)
@@ -611,7 +626,7 @@ def main(argv=None):
     folder, checkpoint = run
 
     torch.manual_seed(args.seed)
-    stage, kept = (checkpoint['stage'], checkpoint['kept']) if checkpoint else (0, None)
+    stage, kept = (checkpoint or {}).get('stage', 0), (checkpoint or {}).get('kept')
     network, sgd, adam = build(args, len(data.classes), stem, device, stage, kept)
     start, start_step, seconds = 0, 0, 0.0
     sums = torch.zeros(4, device=device)        # train loss and right answers, valid the same
@@ -621,9 +636,11 @@ def main(argv=None):
             checkpoint, folder / 'checkpoint.pt', ('epoch', 'step', 'seconds'), network=network,
             sgd=sgd, adam=adam)
         sums = own_sums(checkpoint['sums']).to(device)
-        moments = [t.to(device) for t in checkpoint['moments']]
+        for pair, saved in zip(moments, checkpoint.get('moments', ())):
+            pair.copy_(saved)
         sgd.param_groups[0]['lr'] = sgd.param_groups[0]['lr'].to(device)
-    log = [line for line in read_log(folder, 'epoch', 'genotype') if line['epoch'] < start]
+    log = [line for line in read_log(folder, 'epoch', 'genotype', torn=True)
+           if line['epoch'] < start]
 
     def one_step(is_frozen, *batch):
         return bilevel_step(network, batch[:2], batch[-2:], sgd, adam, args, is_frozen, moments)
@@ -648,23 +665,25 @@ def main(argv=None):
           f'{total:,} steps on {world()[1]} x {device.type}, in {folder}')
     progress = Progress(total, 'steps', min(start * steps + start_step, total))
     network.train()
-    steps_of, stopped_at = graphed(), early_stop(log, epochs)
+    steps_of, stop = graphed(), early_stop(log, epochs)
     with Running(folder, device, args.checkpoint_minutes) as running:
         for epoch in range(start, epochs):
-            if args.early_stop and stopped_at is not None:
+            if args.early_stop and stop:
                 break
-            if epoch // length > stage:         # P-DARTS: the next stage, from new weights
-                stage, kept = epoch // length, strongest(network, STAGES[epoch // length][1])
+            if epoch == first[stage + 1]:       # P-DARTS: the next stage, from new weights
+                stage, kept = stage + 1, strongest(network, STAGES[stage + 1][1])
                 network, sgd, adam = build(args, len(data.classes), stem, device, stage, kept)
                 network.train()
                 steps_of = graphed()
-            learning_rate = learning_rate_at(args, epoch % length, length)
+            past, length = epoch - first[stage], first[stage + 1] - first[stage]
+            is_frozen = past < min(frozen, length - 1)
+            learning_rate = learning_rate_at(args, past, length)
             sgd.param_groups[0]['lr'].fill_(learning_rate)
-            strength = strength_at(args, epoch % length, length, frozen)
+            strength = strength_at(args, past, length, frozen)
             network.strength.fill_(strength)
             for skip in (m for m in network.modules() if isinstance(m, DroppedSkip)):
                 skip.probability.fill_(STAGES[stage][2] * strength)
-            last, is_frozen = min(steps, total - epoch * steps), epoch % length < frozen
+            last = min(steps, total - epoch * steps)
             running.epoch(seconds, epoch * steps)
             draws = zip(*(b.epoch(epoch, start_step) for b in batches))
             for step, pair in zip(range(start_step, last), draws):
@@ -679,7 +698,7 @@ def main(argv=None):
             images, seen = args.batch_size / world()[1], not is_frozen and args.arch_data != 'none'
             check_alike(network.architecture_parameters(), 'alphas')
             line = {
-                'epoch': epoch, 'learning_rate': learning_rate, 'strength': strength,
+                'epoch': epoch, 'steps': last, 'learning_rate': learning_rate, 'strength': strength,
                 'train_loss': train_loss, 'train_accuracy': train_right / images,
                 'valid_loss': valid_loss if seen else None,
                 'valid_accuracy': valid_right / images if seen else None,
@@ -692,7 +711,7 @@ def main(argv=None):
                     len(batches) * last * args.batch_size / running.seconds, 1),
                 'peak_memory_mib': peak_memory_mib(device)})
             log.append(line)
-            stopped_at = early_stop(log, epochs)
+            stop = early_stop(log, epochs)
             sums, start_step, seconds = torch.zeros_like(sums), 0, 0.0
             torch._foreach_zero_(moments)
             save(epoch + 1, 0)
@@ -703,11 +722,9 @@ def main(argv=None):
         if args.method == 'pdarts':
             beside['without_restriction'] = plain(genotype)
             genotype = restricted(network)
-        if stopped_at is not None:
-            found = log[stopped_at]['genotype']
-            beside['early_stop'] = {'epoch': stopped_at, 'genotype': found}
-            if args.early_stop:
-                genotype = from_plain(found)
+        if stop:
+            beside['early_stop'] = {key: stop[key] for key in ('epoch', 'genotype')}
+            genotype = from_plain(stop['genotype']) if args.early_stop else genotype
         if not world()[0]:
             finish(folder, genotype, args, **beside)
 

@@ -253,7 +253,7 @@ def methods(n=5):
         train, valid, functions = batch(size, pixels), batch(size, pixels), {}
         for name, flags in METHODS.items():
             args = search.parse(['--space', space, '--method', name.split()[0], '--layers',
-                                 str(cells), '--cells_per_stage', str(cells), *flags])
+                                 str(max(3, cells)), '--cells_per_stage', str(cells), *flags])
             network, sgd, adam = search.build(args, 10, 'cifar', CPU, 0, None)
             network.strength.fill_(search.strength_at(args, 10, 50, 0))
             functions[name] = functools.partial(search.bilevel_step, network, train, valid, sgd,

@@ -99,7 +99,8 @@ def retrained(arch, data, fit, area, error=None, origin=('noise', 'darts')):
     return {'type': 'retrain', 'run': 'r', 'genotype': arch, 'data': data, 'fit_loss': 1 - fit,
             'fit_accuracy': fit, 'train_area': area, 'test_error': error,
             'top1': None if error is None else 100 - error, 'searched_on': origin[0],
-            'method': origin[1]}
+            'method': origin[1],
+            'arch_data': 'valid'}
 
 
 def test_analysis_of_made_up_networks(capsys):
@@ -154,7 +155,8 @@ def test_ticks(low, high):
 
 @pytest.mark.parametrize('flags, words', [
     (['a', '--plot', 'no/p.svg'], '--plot no/p.svg'), (['a', '--analysis'], 'a is not a run of'),
-    (['--cost', '--arch', '|none~0|'], '--arch')])
+    (['--cost', '--arch', '|none~0|'], '--arch'),
+    (['--cost', '--arch', CONVS, '--layers', '6'], '--layers 6')])
 def test_what_cannot_be(flags, words, capsys):
     made_up('a', 'darts', 'noise', SKIPS, [[0.0] * 5] * 6)
     assert evaluate.main(flags) == 2
@@ -163,8 +165,7 @@ def test_what_cannot_be(flags, words, capsys):
 
 
 def test_a_string_is_an_architecture(capsys):
-    assert evaluate.main(['--cost', '--arch', CONVS, '--init_channels', '16', '--layers', '17',
-                          '--json']) == 0
+    assert evaluate.main(['--cost', '--arch', CONVS, '--json']) == 0
     assert json.loads(capsys.readouterr().out)['params'] == 1531546
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import evaluate
 import search
 from evaluate import cost
 from genotypes import (PUBLISHED, agreement, draw, from_json, from_string, nas_bench_201, plain,
@@ -219,6 +220,92 @@ def step_equal(ours, sgd, args, book, pairs, train):
     for p, block, q in pairs:
         if p.requires_grad:
             close(p[block], q)
+
+
+def darts_supernets(method, *flags):
+    """Of the DARTS space: (args, our supernet, the textbook's, which mixes with `mix(kind)`)."""
+    args = search.parse(['--method', method, '--init_channels', '4', '--layers', '3', *flags])
+    ours, *_ = search.build(args, 4, 'cifar', CPU, 0, None)
+    with torch.no_grad():
+        for alpha in ours.alphas.values():
+            alpha.mul_(500)
+    book = textbook.Network(4, 4, 3)
+    textbook.copy_weights(ours, book)
+    return args, ours, book
+
+
+def same_in_darts(args, ours, book, valid):
+    close(ours(valid[0]), book(valid[0]))
+    got, *_ = search.first_order(ours, valid, args)
+    for a, b in zip(got, torch.autograd.grad(textbook.loss(book, valid), list(book.alphas))):
+        close(a, b)
+
+
+def test_methods_in_the_darts_space(float64, monkeypatch):
+    """Both cell types, strides of 2, and for GDAS nothing added for what was not drawn."""
+    valid = batch()
+    args, ours, book = darts_supernets('dartsminus')
+    ours.strength.fill_(0.3)
+    second = 0.3 * F.one_hot(torch.tensor(3), 8)
+    book.mix = lambda alpha: F.softmax(alpha, 1) + second
+    same_in_darts(args, ours, book, valid)
+
+    args, ours, book = darts_supernets('betadarts')
+    ours.strength.fill_(2.5)
+    both = torch.cat([torch.logsumexp(alpha, 1) for alpha in book.alphas])
+    for a, b in zip(search.beta_decay(ours), torch.autograd.grad(2.5 * both.mean(),
+                                                                 list(book.alphas))):
+        close(a, b)
+
+    args, ours, book = darts_supernets('sdarts')
+    ours.strength.fill_(0.1)
+    torch.manual_seed(5)
+    shift = search.perturbation(ours, valid, args)
+    assert all(s.shape == (14, 8) and 0.09 < s.abs().max() <= 0.1 for s in shift.values())
+    assert not torch.equal(*shift.values())
+    ours.change = lambda kind, p: search.simplex(p + shift[kind])
+    kinds = dict(zip(map(id, book.alphas), ('normal', 'reduce')))
+    book.mix = lambda alpha: search.simplex(F.softmax(alpha, 1) + shift[kinds[id(alpha)]])
+    same_in_darts(args, ours, book, valid)
+
+    args, ours, book = darts_supernets('gdas')
+    ours.strength.fill_(0.7)
+    noise = {}
+
+    def draw(t):
+        return t.copy_(noise.setdefault(len(noise), torch.rand(14, 8).add(0.1))) \
+            if t.shape == (14, 8) else None
+
+    def mix(alpha):
+        gumbel = -noise[['normal', 'reduce'].index(kinds[id(alpha)])].log()
+        q = F.softmax((F.log_softmax(alpha, 1) + gumbel) / 0.7, 1)
+        hard = F.one_hot(q.argmax(1), 8).double()
+        return hard - q.detach() + q
+
+    def one(mixed_op, x, weights):
+        best = weights.argmax().item()
+        return weights[best] * mixed_op.ops[best](x)
+
+    monkeypatch.setattr(torch.Tensor, 'exponential_', draw)
+    monkeypatch.setattr(textbook.MixedOp, 'forward', one)
+    kinds, book.mix = dict(zip(map(id, book.alphas), ('normal', 'reduce'))), mix
+    logits = ours(valid[0])
+    close(logits, book(valid[0]))
+    got = torch.autograd.grad(F.cross_entropy(logits, valid[1]),
+                              ours.architecture_parameters())
+    for a, b in zip(got, torch.autograd.grad(textbook.loss(book, valid), list(book.alphas))):
+        close(a, b)
+
+
+def test_gdas_where_nothing_is_drawn():
+    args = search.parse(['--method', 'gdas'])
+    network, *_ = search.build(args, 4, 'cifar', CPU, 0, None)
+    network.strength.fill_(0.1)
+    with torch.no_grad():
+        for alpha in network.alphas.values():
+            alpha[:, 0] = 50
+    grads, loss, _ = search.first_order(network, batch(), args)
+    assert loss.isfinite() and not any(grad.any() for grad in grads)
 
 
 def test_gdas_computes_only_what_is_drawn():
@@ -443,9 +530,10 @@ def test_early_stop_is_that_of_robustdarts():
     assert search.early_stop(log(flat), 50) is None
     rising = [1.0] * 9 + [2.0] * 16             # at epoch 18: the mean at 22 is 1.6, at 20 1.2
     assert search.early_stop(log(rising[:11]), 50) is None              # epoch 20 is too early
-    assert search.early_stop(log(rising[:12]), 50) == 10
-    assert search.early_stop(log(rising), 50) == 10
-    assert search.early_stop(log([1.0] * 20 + [1.4] * 5), 50) == 46 - 12
+    assert search.early_stop(log(rising[:12]), 50)['epoch'] == 10
+    assert search.early_stop(log(rising), 50)['epoch'] == 10
+    assert search.early_stop(log([1.0] * 20 + [1.4] * 5), 50)['epoch'] == 46 - 12
+    assert search.early_stop(log([-1.0] * 20 + [-1.2] * 5), 50) is None
     assert search.early_stop(log([1.0] * 20 + [1.29] * 5), 50) is None
     assert search.early_stop([{'epoch': e} for e in range(50)], 50) is None
 
@@ -453,7 +541,8 @@ def test_early_stop_is_that_of_robustdarts():
 TINY = ['--num_images', '64', '--image_size', '8', '--layers', '3', '--cells_per_stage', '1',
         '--init_channels', '4', '--batch_size', '8', '--steps_per_epoch', '3', '--epochs', '3',
         '--gpu', '-1', '--frozen_epochs', '0']
-METHODS = [['darts', '--hessian', '1'], ['pcdarts'], ['pdarts'], ['gdas'], ['sdarts'],
+METHODS = [['darts', '--hessian', '1'], ['pcdarts'], ['pdarts'],
+           ['pdarts', '--epochs', '5', '--frozen_epochs', '1'], ['gdas'], ['sdarts'],
            ['sdarts', '--perturb', 'adversarial'], ['dartsminus'], ['betadarts'],
            ['darts', '--arch_data', 'train'], ['betadarts', '--arch_data', 'none'],
            ['gdas', '--arch_data', 'train'], ['betadarts', '--unrolled']]
@@ -469,7 +558,7 @@ def test_every_method_resumes_bit_for_bit(method, monkeypatch):
 
         def step_and_stop(*given, original=original, calls=calls):
             calls.append(1)
-            if len(calls) in (2, 5, 9):
+            if len(calls) in (2, 5, 6, 9):
                 import os
                 import signal
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -479,7 +568,7 @@ def test_every_method_resumes_bit_for_bit(method, monkeypatch):
         status = 143
         while status == 143:
             status = search.main([*flags, '--save', 'parts', '--resume'])
-        assert status == 0 and len(calls) == 9
+        assert status == 0 and len(calls) == 3 * len(lines('whole'))
         for name in ('genotype.json', 'log.jsonl'):
             whole, parts = (Path(run, name).read_text().splitlines() for run in ('whole', 'parts'))
             for a, b in zip(map(json.loads, whole), map(json.loads, parts), strict=True):
@@ -514,6 +603,37 @@ def test_what_the_log_says(capsys):
     assert found['arch_str'] == log[-1]['genotype']
     accuracy = truth(found['arch_str'])['cifar10']
     assert f'CIFAR-10 {accuracy:.2f}%' in capsys.readouterr().out
+
+
+def test_early_stop_takes_the_genotype_of_then_and_resumes(monkeypatch):
+    """With eigenvalues that grow: the run ends, with the genotype of an epoch before."""
+    def grown(network, *_):
+        return 1.0 if network.seen < 12 else 9.0
+
+    describe = search.describe
+
+    def counted(network, moments, steps, before):
+        network.seen = before['epoch'] + 1 if before else 0
+        return describe(network, moments, steps, before)
+
+    monkeypatch.setattr(search, 'largest_eigenvalue', grown)
+    monkeypatch.setattr(search, 'describe', counted)
+    flags = [*TINY, '--space', 'nb201', '--epochs', '40', '--steps_per_epoch', '1', '--hessian',
+             '1', '--arch_learning_rate', '0.1']
+    assert search.main([*flags, '--save', 'go']) == 0
+    assert search.main([*flags, '--early_stop', '--save', 'r']) == 0
+    log, found = lines('r'), json.loads(Path('r/genotype.json').read_text())
+    stop = found['early_stop']
+    assert len(lines('go')) == 40 and len(log) == 15 and stop['epoch'] == 8
+    assert found['arch_str'] == stop['genotype'] == log[8]['genotype']
+    going = json.loads(Path('go/genotype.json').read_text())
+    assert going['early_stop'] == stop and going['arch_str'] == lines('go')[-1]['genotype']
+    assert evaluate.report('r')['log'][-1]['epoch'] == 8
+    Path('r/genotype.json').unlink()                # killed before the end was written
+    text = Path('r/log.jsonl').read_text()
+    assert search.main([*flags, '--early_stop', '--save', 'r', '--resume']) == 0
+    assert json.loads(Path('r/genotype.json').read_text()) == found
+    assert Path('r/log.jsonl').read_text() == text
 
 
 def test_signal_is_mean_over_deviation_of_an_epochs_gradients(monkeypatch):
@@ -554,8 +674,25 @@ def test_arch_data(monkeypatch):
     assert lines('train')[-1]['valid_loss'] is not None
 
 
-def test_pdarts_from_start_to_genotype():
-    assert search.main([*TINY, '--method', 'pdarts', '--save', 'p']) == 0
+def test_pdarts_from_start_to_genotype(monkeypatch):
+    """Three stages as published: cells, operations an edge, dropout, frozen epochs."""
+    assert search.STAGES == [(0, 8, 0.0), (6, 5, 0.4), (12, 3, 0.7)]
+    seen, step = [], search.bilevel_step
+
+    def watched(network, *given):
+        skips = [m.probability.item() for m in network.modules()
+                 if isinstance(m, search.DroppedSkip)]
+        seen.append((len(network.cells), given[5], max(skips, default=None)))
+        return step(network, *given)
+
+    monkeypatch.setattr(search, 'bilevel_step', watched)
+    assert search.main([*TINY, '--method', 'pdarts', '--epochs', '7', '--steps_per_epoch', '1',
+                        '--frozen_epochs', '1', '--save', 'p']) == 0
+    cells, frozen, dropped = zip(*seen)
+    assert cells == (3, 3, 9, 9, 15, 15, 15)            # --layers 3, then 6 and 12 more
+    assert frozen == (True, False, True, False, True, False, False)
+    decay = math.exp(-0.2 * 25 / 3)
+    assert dropped == pytest.approx([0, 0, 0.2, 0.4, 0.7 * 2 / 3, 0.7, 0.7 * decay])
     found = json.loads(Path('p/genotype.json').read_text())
     genotype = from_json(found)
     assert sum(op == 'skip_connect' for op, _ in genotype.normal) <= 2
@@ -585,14 +722,19 @@ def test_controls():
 @pytest.mark.parametrize('flags, words', [
     (['--method', 'pdarts', '--space', 'nb201'], 'pdarts'),
     (['--method', 'gdas', '--unrolled'], '--unrolled'),
-    (['--method', 'gdas', '--hessian', '2'], '--hessian'),
-    (['--method', 'pdarts', '--early_stop'], '--hessian'),
+    (['--method', 'gdas', '--hessian', '2'], '--hessian: gdas'),
+    (['--method', 'pdarts', '--early_stop'], '--early_stop: pdarts'),
+    (['--method', 'pdarts', '--unrolled'], '--unrolled: pdarts'),
+    (['--method', 'pdarts', '--epochs', '2'], '--epochs'),
+    (['--arch_data', 'none', '--unrolled'], '--unrolled'),
+    (['--arch_data', 'none', '--hessian', '1'], '--hessian'),
     (['--method', 'nas'], '--method'), (['--hessian', '0'], '--hessian'),
     (['--perturb', 'much'], '--perturb'), (['--arch_data', 'test'], '--arch_data')])
 def test_what_cannot_be(flags, words, capsys):
     assert search.main([*TINY, *flags]) == 2
     error = capsys.readouterr().err
-    assert words in error and error.count('\n') == 1 and not Path('runs').exists()
+    assert words in error and error.splitlines()[-1].startswith('search.py: error')
+    assert 'Traceback' not in error and not Path('runs').exists()
 
 
 def test_presets_and_defaults():

@@ -162,7 +162,10 @@ def test_csv_table_and_figure(capsys):
             about['command'] = ' '.join(['python search.py', *command])     # not that of pytest
             Path(runs[-1], 'args.json').write_text(json.dumps(about))
     Path('unfinished').mkdir()
-    assert evaluate.main([*runs[:5], 'unfinished', '--add', 's.csv']) == 0
+    Path('unfinished/args.json').write_text(Path(runs[0], 'args.json').read_text())
+    assert evaluate.main([*runs[:5], runs[0], 'unfinished', '--add', 's.csv']) == 0
+    assert 'not finished: unfinished' in capsys.readouterr().out
+    Path('s.csv').write_text(Path('s.csv').read_text().rstrip('\n'))    # as an editor may leave it
     assert evaluate.main([*runs, '--add', 's.csv']) == 0            # those five stay as they are
     assert '5 searches added to the 5' in capsys.readouterr().out
     with open('s.csv', newline='') as file:
@@ -172,8 +175,9 @@ def test_csv_table_and_figure(capsys):
                                                  'random cell', 'no steps']
     for row in table:
         assert float(row['cifar10']) == truth(row['genotype'])['cifar10']
-        assert len(row['alphas'].split()) == (30 if row['steps'] == '4' else 0) or \
-            row['arm'] == 'no steps'
+        searched = row['arm'] not in ('random cell', 'no steps')
+        assert row['steps'] == ('4' if searched else '0')
+        assert len(row['alphas'].split()) == (30 if searched else 0)
     # Its stored command gives the same cell.
     command = table[1]['command'].split()[2:]
     assert search.main([*command[:-1], 'again']) == 0
@@ -186,8 +190,59 @@ def test_csv_table_and_figure(capsys):
     assert sum(node.tag.endswith('circle') for node in tree.iter()) == 10
 
 
+def test_a_broken_csv(capsys):
+    row = dict.fromkeys(evaluate.STUDY, '1') | {'genotype': CELLS[0], 'alphas': ''}
+
+    def write(*changes):
+        with open('s.csv', 'w', newline='') as file:
+            writer = csv.DictWriter(file, evaluate.STUDY)
+            writer.writeheader()
+            writer.writerows({**row, **change} for change in changes)
+        return evaluate.main(['--study', 's.csv'])
+
+    assert write({}, {'seed': '2'}) == 0
+    for changes in ([], [{'genotype': '|x|'}], [{'alphas': '1 2 3'}], [{'alphas': 'x'}],
+                    [{'percentile': 'nan'}], [{'cifar10': ''}], [{}, {}]):
+        assert write(*changes) == 2
+        error = capsys.readouterr().err
+        assert 's.csv' in error and error.count('\n') == 1
+    text = Path('s.csv').read_text()
+    for broken in (text.replace('alphas', 'alpha'), text.replace('arm,', ''), text + '1,2\n'):
+        Path('s.csv').write_text(broken)
+        assert evaluate.main(['--study', 's.csv']) == 2
+        assert capsys.readouterr().err.count('\n') == 1
+
+
+def test_small_groups_do_not_count_in_holms_family():
+    full = rows(cifar10=(90, 5, 16), noise=(80, 10, 16), no_data=(50, 5, 16))
+    few = [row for k in range(4) for row in rows(f'm{k}', cifar10=(90, 5, 2), noise=(80, 5, 2))]
+    alone, beside = (line(evaluate.compare(part), 'noise') for part in (full, full + few))
+    assert alone['p'] == beside['p'] and alone['verdict'] == beside['verdict'] == 'worse'
+    pair = rows(cifar10=(90, 2, 16), noise=(90, 2, 16), no_data=(50, 5, 2))
+    assert line(evaluate.compare(pair), 'noise')['verdict'] == 'undecided'      # two controls
+
+
+def test_significant_but_within_the_margin_and_below_a_random_cell():
+    near = rows(cifar10=(95, 1, 16), noise=(92, 1, 16), no_data=(50, 5, 16))
+    found = line(evaluate.compare(near), 'noise')
+    assert found['p'] < 1e-6 and found['verdict'] == 'equivalent'
+    low = rows(cifar10=(5, 3, 16), noise=(30, 3, 16), no_data=(50, 5, 16))
+    assert line(evaluate.compare(low), 'noise')['verdict'] == 'uninformative'
+
+
+def test_alphas_on_train_are_compared_with_their_like():
+    data = rows(cifar10=(90, 5, 16), no_data=(50, 5, 16))
+    data += [dict(row, arm=f'{row["arm"]}, alphas on train') for row in
+             rows(cifar10=(60, 5, 16), noise=(60, 5, 16))]
+    assert line(evaluate.compare(data), 'noise, alphas on train')['difference'] == pytest.approx(0)
+    alone = [row for row in data if row['arm'] != 'cifar10, alphas on train']
+    assert line(evaluate.compare(alone), 'noise, alphas on train')['difference'] == \
+        pytest.approx(-30)
+
+
 @pytest.mark.parametrize('flags, words', [
-    (['--study', 'no.csv'], 'no.csv is missing'), (['--study', 'bad.csv'], 'bad.csv: no study'),
+    (['--study', 'no.csv'], 'no.csv is missing'), (['typo', '--add', 'new.csv'], 'typo'),
+    (['--study', 'bad.csv'], 'bad.csv: no study'),
     (['run', '--study', 'bad.csv'], 'leave out run')])
 def test_what_cannot_be(flags, words, capsys):
     Path('bad.csv').write_text('a,b\n1,2\n')
@@ -197,9 +252,13 @@ def test_what_cannot_be(flags, words, capsys):
 
 
 def test_label_noise_and_real_data_are_arms_of_their_own():
-    settings = {'method': 'darts', 'max_steps': None, 'arch_data': 'valid', 'data': 'random_labels',
+    settings = {'generator': 'fractal', 'difficulty': 'medium', 'method': 'darts',
+                'max_steps': None, 'arch_data': 'valid', 'data': 'random_labels',
                 'label_noise': 0.5}
     assert evaluate.arm_of(settings) == 'random_labels 0.5'
     assert evaluate.arm_of({**settings, 'label_noise': 1.0}) == 'random_labels'
     assert evaluate.arm_of({**settings, 'data': 'cifar10'}) == 'cifar10'
+    made = {**settings, 'data': 'generated'}
+    assert evaluate.arm_of(made) == 'generated'
+    assert evaluate.arm_of({**made, 'difficulty': 'hard'}) == 'generated fractal hard'
     assert to_string(['none'] * 6) in evaluate.nas_bench_201()[0]
