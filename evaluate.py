@@ -590,16 +590,16 @@ def read_log(folder, *keys, torn=False):
     torn: whether an end without a line break is left out, as a run does that goes on.
     """
     path, lines = Path(folder) / 'log.jsonl', []
-    text = path.read_text() if path.exists() else ''
     try:
+        text = path.read_text() if path.exists() else ''
         for line in text[:text.rfind('\n') + 1 if torn else None].splitlines():
             lines.append(None)
             lines[-1] = json.loads(line)
             for key in keys:
                 lines[-1][key]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f'{path}: line {len(lines)} is broken: --resume the run, which mends a '
-                        'torn end, or run it again') from None
+        raise UserError(f'{path}: line {max(1, len(lines))} is broken: --resume the run, which '
+                        'mends a torn end, or run it again') from None
     return lines
 
 
