@@ -378,6 +378,9 @@ def test_names_of_runs_do_not_collide():
                                 ('--data', 'a/x'), ('--data', 'b/x'), ('--data', 'a/x.y'))]
     assert len(set(names)) == len(names)
     assert 'learning_rate=0.05' in names[1]
+    for k in 'ab':
+        Path(f'runs/{k}').mkdir(parents=True)
+        Path(f'runs/{k}/genotype.json').write_text(to_json(PUBLISHED['DARTS_V1']))
     archs = [retrain.parse(['--arch', f'runs/{k}/genotype.json']).save for k in 'ab']
     assert len(set(archs)) == 2 and '-a-' in archs[0]
 
