@@ -116,8 +116,8 @@ def gradients(network, batch, wanted, args, exact=False):
     for part in parts:
         loss, right = forward(network, part, args.amp and not exact)
         if network.drawn:                       # GDAS: not everything was, or even nothing
-            grads = torch.autograd.grad(loss + 0 * wanted[0].sum(), wanted, allow_unused=True,
-                                        materialize_grads=True)
+            grads = torch.autograd.grad(loss + 0 * wanted[0].square().sum(), wanted,
+                                        allow_unused=True, materialize_grads=True)
         else:
             grads = torch.autograd.grad(loss, wanted)
         sums = sums + torch.stack([loss.detach() / len(parts), right])

@@ -297,15 +297,19 @@ def test_methods_in_the_darts_space(float64, monkeypatch):
         close(a, b)
 
 
-def test_gdas_where_nothing_is_drawn():
-    args = search.parse(['--method', 'gdas'])
-    network, *_ = search.build(args, 4, 'cifar', CPU, 0, None)
+@pytest.mark.parametrize('space', ['darts', 'nb201'])
+def test_gdas_where_nothing_is_drawn(space):
+    args = search.parse(['--method', 'gdas', '--space', space])
+    network, sgd, _ = search.build(args, 4, 'cifar', CPU, 0, None)
     network.strength.fill_(0.1)
     with torch.no_grad():
         for alpha in network.alphas.values():
             alpha[:, 0] = 50
     grads, loss, _ = search.first_order(network, batch(), args)
     assert loss.isfinite() and not any(grad.any() for grad in grads)
+    before = network.classifier.weight.clone()
+    search.weight_step(network, batch(), sgd, args)
+    assert not torch.equal(network.classifier.weight, before)
 
 
 def test_gdas_computes_only_what_is_drawn():
