@@ -3,6 +3,7 @@ r"""Train the network of a genotype from scratch: on CIFAR, ImageNet, CheXpert, 
     python retrain.py --arch DARTS_V2 --data cifar10 --auxiliary --cutout --gpu 0   # 600 epochs
     python retrain.py --arch runs/NAME --data cifar10 --auxiliary --cutout --gpu 0  # of a search
     python retrain.py --arch runs/NAME --data noise --gpu 0          # how well can it fit noise?
+    python retrain.py --arch runs/NAME --data noise --preset laptop  # of nb201, on a CPU
     python retrain.py --arch runs/NAME --data cifar10 --quick        # a minute on a CPU
     torchrun --nproc_per_node 8 retrain.py --arch runs/NAME --data imagenet --data_dir DIR \
         --auxiliary --amp --resume
@@ -45,6 +46,10 @@ PRESETS = {
     'nb201': dict(epochs=200, batch_size=256, learning_rate=0.1, learning_rate_min=0.0,
                   nesterov=True, weight_decay=5e-4, drop_path_prob=0.0, init_channels=16,
                   layers=17),
+    # Our own: how well does a cell of NAS-Bench-201 fit, and generalise? In a minute on one core.
+    'laptop': dict(epochs=20, batch_size=64, learning_rate=0.1, learning_rate_min=0.0,
+                   nesterov=True, weight_decay=5e-4, drop_path_prob=0.0, init_channels=16,
+                   layers=5, image_size=16, train_portion=0.04, augment='none'),
     'imagenet': dict(epochs=250, batch_size=1024, rate_for=1024, learning_rate=0.5,
                      learning_rate_min=0.0, schedule='linear', warmup_epochs=5, weight_decay=3e-5,
                      label_smoothing=0.1, drop_path_prob=0.0, init_channels=48, layers=14,
@@ -132,6 +137,8 @@ def parse(argv):
                        help='decay of an average of the weights, which is what is tested')
     group.add_argument('--holdout_patients', type=number(float, 0, 1, open_high=True), default=0.0,
                        help='share of the patients on whom the epoch to keep is chosen')
+    group.add_argument('--train_portion', '--train_fraction', default=1.0,
+                       type=number(float, 0, 1, open_low=True), help='of the images, trained on')
     add_run_flags(parser, 'cifar10', {}, PRESETS)
     first = parser.parse_args(argv)
     real = first.source if first.data == 'random_labels' else first.data
@@ -166,9 +173,12 @@ def main(argv=None):
         args.init_channels = widest(genotype, args.max_multiply_adds, args.layers,
                                     len(data.classes), data.image_size, stem)
     rows, held = np.arange(len(data)), ()
+    if args.train_portion < 1:
+        rows, _ = stratified_split(data.labels, args.train_portion, args.seed, data.patients)
     if args.holdout_patients:               # of the images, where there are no patients
-        rows, held = stratified_split(data.labels, 1 - args.holdout_patients, args.seed,
-                                      data.patients)
+        kept, held = stratified_split(data.labels[rows], 1 - args.holdout_patients, args.seed,
+                                      None if data.patients is None else data.patients[rows])
+        rows, held = rows[kept], rows[held]
         if not len(held):
             raise UserError(f'--holdout_patients {args.holdout_patients} of {args.data} is '
                             'nobody: raise it')

@@ -236,7 +236,8 @@ def plain_retrain(tmp_path_factory):
     ['--auxiliary_weight', '1'], ['--drop_path_prob', '0.9'], ['--cutout_length', '4'],
     ['--arch', 'PDARTS'], ['--init_channels', '6'], ['--layers', '4'], ['--augment', 'standard'],
     ['--learning_rate', '0.1'], ['--grad_clip', '0.1'], ['--weight_decay', '0.1'],
-    ['--momentum', '0.1'], ['--seed', '1'], ['--amp'], ['--multilabel']], ids=lambda f: f[0][2:])
+    ['--momentum', '0.1'], ['--seed', '1'], ['--amp'], ['--multilabel'],
+    ['--train_portion', '0.5']], ids=lambda f: f[0][2:])
 def test_every_flag_of_retrain_changes_the_result(flags, plain_retrain):
     assert run_retrain('x', '--auxiliary', '--cutout', *flags) != plain_retrain
 
@@ -246,6 +247,10 @@ def test_retrain_on_unreal_data(plain_retrain):
     assert last['test_error'] is None and 0 <= last['fit_accuracy'] <= 1 and last['fit_loss'] > 0
     assert last['drop_path_prob'] == 0.1 and 'fit_loss' not in plain_retrain[0]
     assert run_retrain('n') != run_retrain('c', '--cutout')
+    assert last['fit_images'] == 64
+    assert 32 <= run_retrain('p', '--train_fraction', '0.5')[-1]['fit_images'] <= 32 + 10
+    small = retrain.parse(['--arch', 'DARTS_V2', '--data', 'noise', '--preset', 'laptop'])
+    assert (small.train_portion, small.image_size, small.layers, small.epochs) == (.04, 16, 5, 20)
 
 
 def test_retrain_stopped_equals_never_stopped():

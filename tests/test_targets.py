@@ -302,7 +302,7 @@ def test_search_retrain_evaluate_on_chest_x_rays(capsys):
                         'permute', '--data_dir', 'd', '--image_size', '16', '--save', 'q',
                         '--train_fraction', '0.5', '--valid_fraction', '0.5']) == 0
     assert retrain.main([*flags, '--arch', 'r', '--save', 'n', '--holdout_patients', '0.2',
-                         '--uncertain', 'ignore', '--views', 'all']) == 0
+                         '--train_portion', '0.9', '--uncertain', 'ignore', '--views', 'all']) == 0
     lines = [json.loads(line) for line in Path('n/log.jsonl').read_text().splitlines()]
     assert all(0 <= line['holdout_auroc'] <= 1 and 0 <= line['test_auroc'] <= 1 for line in lines)
     capsys.readouterr()
