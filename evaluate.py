@@ -1027,6 +1027,25 @@ def columns(rows):
         print('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
 
 
+def true_by_epoch(rows, points=6):
+    """Lists of texts: by group of searches, the mean true CIFAR-10 accuracy after some epochs.
+
+    For analysis only: a search must not look at it.
+    """
+    logs = [row for row in rows if any('truth_for_analysis_only' in line for line in row['log'])]
+    if not logs:
+        return []
+    last = max(len(row['log']) for row in logs)
+    epochs = sorted({max(1, round(k * last / (points - 1))) for k in range(points)})
+    out = [['searched on', 'method', 'alphas on', 'n', *(f'epoch {k}' for k in epochs)]]
+    for key, members in groups(logs, 'searched_on', 'method', 'arch_data').items():
+        known = [[row['log'][k - 1]['truth_for_analysis_only']['cifar10'] for row in members
+                  if k <= len(row['log'])] for k in epochs]
+        out.append([*key, str(len(members)),
+                    *(f'{np.mean(values):.2f}' if values else '-' for values in known)])
+    return out
+
+
 def agreements(rows):
     """How much of what searches found goes back to the data, the seed, the method.
 
@@ -1641,7 +1660,11 @@ def main(argv=None):
             show(row)
     if len(rows) > 1 and not args.json and not args.analysis:
         show_table(lines)
-        pairs = agreements([row for row in rows if row['type'] == 'search'])
+        searches = [row for row in rows if row['type'] == 'search']
+        known, pairs = true_by_epoch(searches), agreements(searches)
+        if known:
+            print('\nTrue CIFAR-10 accuracy, %, of the genotype after an epoch, for analysis only')
+            columns(known)
         if pairs:
             print('\nAgreement of pairs of runs')
             columns([['space', 'pairs', 'n', 'genotypes', 'alphas'], *[

@@ -61,6 +61,9 @@ def test_table_averages_true_accuracies(capsys):
     values = [truth(arch)['cifar10'] for arch in (SKIPS, CONVS, POINTS)]
     mean, std, _ = evaluate.mean_std_interval(values)
     assert f'{mean:.2f} ± {std:.2f}' in out and f'median {sorted(values)[1]:.2f}' in out
+    head, line, *_ = out[out.index('for analysis only'):].splitlines()[1:]
+    assert head.endswith('n  epoch 1  epoch 2')
+    assert line.split() == ['noise', 'darts', 'valid', '3', f'{mean:.2f}', f'{mean:.2f}']
     rows = [line.split(',') for line in Path('t.csv').read_text().splitlines()]
     first, second = (dict(zip(rows[0], row)) for row in rows[1:])
     assert (first['n'], first['collapsed'], first['arch_data']) == ('3', '1', 'valid')
