@@ -161,6 +161,15 @@ def locked(path):
         file.close()
 
 
+def check_out(out, force):
+    """UserError where a set must not be written."""
+    out = Path(out)
+    if out.exists() and not force:
+        raise UserError(f'{out} exists already: choose another --out, or --force to replace it')
+    if out.is_file() or out.exists() and not (out / 'meta.json').exists() and any(out.iterdir()):
+        raise UserError(f'{out} is no data set of ours: --force does not replace it')
+
+
 @contextlib.contextmanager
 def new_folder(out, force=False):
     """Yields a hidden folder beside `out` that takes its name when the block ends well.
@@ -169,31 +178,27 @@ def new_folder(out, force=False):
     without `force`. What killed runs left is removed.
     """
     out = Path(os.path.abspath(out))
-    if force and out.exists() and not (out / 'meta.json').exists() and any(out.iterdir()):
-        raise UserError(f'{out} is no data set of ours: --force does not replace it')
+    check_out(out, force)
     lock, temporary = (out.with_name(f'.{out.name}.{end}') for end in ('lock', f'tmp{os.getpid()}'))
-    if force or not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with locked(lock):
-            if fcntl:
-                for left in out.parent.glob(f'.{out.name}.tmp*'):
-                    shutil.rmtree(left, ignore_errors=True)
-            try:
-                if force or not out.exists():
-                    temporary.mkdir()
-                    yield temporary
-                    if out.exists():
-                        os.replace(out, out.with_name(f'.{out.name}.tmp-old'))
-                    os.replace(temporary, out)
-                    return
-            except OSError as error:
-                error.filename = error.filename or str(out)
-                raise
-            finally:
-                for left in (temporary, out.with_name(f'.{out.name}.tmp-old')):
-                    shutil.rmtree(left, ignore_errors=True)
-                lock.unlink(missing_ok=True)
-    raise UserError(f'{out} exists already: choose another --out, or --force to replace it')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock):
+        if fcntl:
+            for left in out.parent.glob(f'.{out.name}.tmp*'):
+                shutil.rmtree(left, ignore_errors=True)
+        try:
+            check_out(out, force)
+            temporary.mkdir()
+            yield temporary
+            if out.exists():
+                os.replace(out, out.with_name(f'.{out.name}.tmp-old'))
+            os.replace(temporary, out)
+        except OSError as error:
+            error.filename = error.filename or str(out)
+            raise
+        finally:
+            for left in (temporary, out.with_name(f'.{out.name}.tmp-old')):
+                shutil.rmtree(left, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def world():
@@ -1049,8 +1054,7 @@ def write_generated(out, args, device, form='array', force=False, test=None):
     if args.num_images < args.num_classes and not args.multilabel and not learned:
         raise UserError(f'--num_images {args.num_images} cannot hold {args.num_classes} classes: '
                         'raise it')
-    if os.path.exists(out) and not force:
-        raise UserError(f'{out} exists already: choose another --out, or --force to replace it')
+    check_out(out, force)
     labels, names, size, chunk, make = generated_set(args, device)
     meta = {'kind': 'generated', 'seed': args.seed, 'classes': names, 'image_size': size,
             'generator': args.generator, 'device': device.type}

@@ -183,6 +183,10 @@ def test_trained_generator_learns_stops_and_goes_on(capsys):
     capsys.readouterr()
     check(capsys, generate('part', *common, '--force', '--seed', '1'), 'part.generator')
     check(capsys, generate('odd', *common[:-2], '--image_size', '17'), '17 px')
+    Path('mine').mkdir()
+    Path('mine/letter').write_text('dear')
+    check(capsys, generate('mine', *common, '--force'), 'no data set of ours')
+    assert not Path('mine.generator').exists()
 
 
 def test_generator_of_a_set_with_several_labels():
