@@ -889,9 +889,11 @@ def report_search(folder, about):
     settings, log = about['settings'], read_log(folder, 'seconds', 'epoch')
     stop = read_json(folder / 'genotype.json').get('early_stop')
     ended = stop['epoch'] if stop and settings.get('early_stop') else math.inf
+    used = settings['method'] != 'random'
     out = {'run': str(folder), 'type': 'search', 'space': settings.get('space', 'darts'),
-           'searched_on': settings['data'], 'method': method_of(settings),
-           'arch_data': settings.get('arch_data', 'valid'), 'seed': settings['seed'],
+           'searched_on': settings['data'] if used else None, 'method': method_of(settings),
+           'arch_data': settings.get('arch_data', 'valid') if used else None,
+           'seed': settings['seed'],
            'genotype': plain(genotype)}
     if isinstance(genotype, str):
         out.update(look_up(genotype))
@@ -1155,7 +1157,7 @@ def show_analysis(rows):
                f'[{low:.{digits}f}, {high:.{digits}f}]'
 
     def origin(line):
-        return [str(line['searched_on']), str(line['method']), str(line['arch_data'] or '-'),
+        return [str(line['searched_on'] or '-'), str(line['method']), str(line['arch_data'] or '-'),
                 str(line['trained_on']), str(line['n'])]
 
     head = ['architecture from', 'method', 'alphas on', 'trained on', 'n']
@@ -1245,9 +1247,10 @@ def plot_searches(rows):
                          'true CIFAR-10 test accuracy, %': 'truth_for_analysis_only'}
     series = {title: [] for title in panels}
     for row in rows:
-        name = ' '.join([row['method'], 'on', Path(row['searched_on']).name,
-                         *([f'(alphas: {row["arch_data"]})'] if row['arch_data'] != 'valid'
-                           else [])])
+        name = ' '.join([row['method'], *(['on', Path(row['searched_on']).name]
+                                           if row['searched_on'] else []),
+                         *([f'(alphas: {row["arch_data"]})'] if row['arch_data'] not in (
+                             'valid', None) else [])])
         names[name] = None
         for title, key in panels.items():
             points = []

@@ -445,11 +445,12 @@ def early_stop(log, epochs):
 
 def finish(folder, genotype, args, **beside):
     """Write genotype.svg and genotype.json, and say what comes next."""
-    title = f'{args.method} on {args.data}, seed {args.seed}'
+    used = args.method != 'random'
+    title = f'{args.method}{f" on {args.data}" * used}, seed {args.seed}'
     write_file(folder / 'genotype.svg', draw(genotype, title))
     write_file(folder / 'genotype.json', to_json(
-        genotype, data=args.data, method=args.method, seed=args.seed, arch_data=args.arch_data,
-        **beside) + '\n')
+        genotype, data=args.data if used else None, method=args.method, seed=args.seed,
+        arch_data=args.arch_data if used else None, **beside) + '\n')
     if isinstance(genotype, str):
         print(genotype)
         print('test accuracy of this cell, known from NAS-Bench-201: CIFAR-10 {cifar10:.2f}%, '

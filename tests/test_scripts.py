@@ -127,6 +127,7 @@ def test_kill_9_at_any_moment(empty_folder):
 def test_random_is_a_control_without_data():
     assert search.main(['--method', 'random', '--seed', '5', '--save', 'r']) == 0
     assert from_json(Path('r/genotype.json').read_text()) == random_genotype(5)
+    assert json.loads(Path('r/genotype.json').read_text())['data'] is None
     assert not Path('data').exists()
     drawn = [random_genotype(seed) for seed in range(300)]
     ops = [op for g in drawn for op, _ in g.normal + g.reduce]
