@@ -1661,8 +1661,9 @@ def main(argv=None):
             print(json.dumps({key: value for key, value in row.items() if key != 'log'}))
         elif len(rows) == 1 and not args.analysis:
             show(row)
-    if len(rows) > 1 and not args.json and not args.analysis:
-        show_table(lines)
+    if not args.json and not args.analysis:
+        if len(rows) > 1:
+            show_table(lines)
         searches = [row for row in rows if row['type'] == 'search']
         known, pairs = true_by_epoch(searches), agreements(searches)
         if known:
