@@ -1329,7 +1329,8 @@ def study_row(about, row):
     return {**{key: row[key] for key in STUDY if key in row}, 'command': about['command'],
             'commit': about['git_commit'], 'arm': arm_of(settings),
             'method': method_of({**settings, 'max_steps': None}),
-            'entropy': last.get('entropy_cell'), 'signal': last.get('signal_cell'),
+            **{name: None if last.get(f'{name}_cell') is None
+               else float(f'{last[f"{name}_cell"]:.4g}') for name in ('entropy', 'signal')},
             'alphas': ' '.join(alphas), 'seconds': round(row['seconds'], 1),
             'steps': sum(line.get('steps', 0) for line in row['log'])}
 
@@ -1515,8 +1516,8 @@ def study(path, plot=None):
         low, high = line.get('interval', (None, None))
         found, equal = line.get('power', (None, None))
         body.append([
-            line['arm'], line['method'], str(line['n']), f'{line["percentile"]:.1f}'
-            + text(line['std'], ' ± {:.1f}'), f'{line["median"]:.1f}',
+            line['arm'], line['method'], str(line['n']), f'{line["percentile"]:.1f} ± '
+            + text(line['std'], '{:.1f}'), f'{line["median"]:.1f}',
             text(line.get('difference'), '{:+.1f}'), text(low, '{:+.1f} to ')
             + text(high, '{:+.1f}') if low is not None else '-', line.get('verdict', '-'),
             text(line.get('over_random'), '{:.3f}'), text(line.get('over_no_data'), '{:.3f}'),
