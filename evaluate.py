@@ -885,15 +885,13 @@ def report(run, data_dir=None, device=None, batch_size=250, test_labels=None, po
 
 def report_search(folder, about):
     """Of a search; `log`, for agreements and plots, ends where the genotype was taken."""
-    genotype, _ = find_genotype(str(folder))
+    genotype, found_by = find_genotype(str(folder))
     settings, log = about['settings'], read_log(folder, 'seconds', 'epoch')
     stop = read_json(folder / 'genotype.json').get('early_stop')
     ended = stop['epoch'] if stop and settings.get('early_stop') else math.inf
-    used = settings['method'] != 'random'
     out = {'run': str(folder), 'type': 'search', 'space': settings.get('space', 'darts'),
-           'searched_on': settings['data'] if used else None, 'method': method_of(settings),
-           'arch_data': settings.get('arch_data', 'valid') if used else None,
-           'seed': settings['seed'],
+           'searched_on': found_by['data'], 'method': method_of(settings),
+           'arch_data': found_by['arch_data'], 'seed': settings['seed'],
            'genotype': plain(genotype)}
     if isinstance(genotype, str):
         out.update(look_up(genotype))
@@ -1487,14 +1485,21 @@ def verdict(line, real, is_pinned):
     return 'equivalent' if line['p_equivalent'] < 0.05 else 'undecided'
 
 
+def with_data(rows):
+    return [row for row in rows if row['arm'] not in (NO_DATA, 'no steps', 'random cell')]
+
+
 def explained(rows):
-    """{method: share of the variance of the percentile that lies between arms}: eta squared."""
+    """{method: share of the variance of the percentile that lies between its data}: eta squared.
+
+    Controls without data are no arms here; a method with one seed an arm is left out.
+    """
     out = {}
-    for (method,), members in groups(rows, 'method').items():
+    for (method,), members in groups(with_data(rows), 'method').items():
         arms = [[row['percentile'] for row in part] for part in groups(members, 'arm').values()]
         values = np.concatenate(arms)
         total = ((values - values.mean()) ** 2).sum()
-        if len(arms) > 1 and total:
+        if 1 < len(arms) < len(values) and total:
             between = sum(len(v) * (np.mean(v) - values.mean()) ** 2 for v in arms)
             out[method] = float(between / total)
     return out
@@ -1530,11 +1535,11 @@ def study(path, plot=None):
           f'{np.mean(seconds):.0f} s each. Collapsed: 4 or more of 6 edges skip or none (17.9% of '
           'all cells).')
     for method, share in explained(rows).items():
-        print(f'{method}: {100 * share:.0f}% of the variance of the percentile lies between arms')
+        print(f'{method}: {100 * share:.0f}% of the variance of the percentile lies between data')
     for row in rows:
         row.update(space='nb201', searched_on=row['arm'], log=[{'alphas': {'cell': np.array(
             row['alphas'].split(), float).reshape(-1, 5).tolist()}}] if row['alphas'] else [])
-    pairs = agreements([row for row in rows if row['method'] in MAIN_METHODS])
+    pairs = agreements([row for row in with_data(rows) if row['method'] in MAIN_METHODS])
     for line in pairs:
         print(f'{line["pairs"]}: {line["n"]} pairs, genotypes agree in {line["genotypes"]:.2f} of '
               'the edges, ' + text(line['alphas'], 'alphas correlate by {:+.2f}'))

@@ -176,9 +176,9 @@ def main(argv=None):
     if args.train_portion < 1:
         rows, _ = stratified_split(data.labels, args.train_portion, args.seed, data.patients)
     if args.holdout_patients:               # of the images, where there are no patients
-        kept, held = stratified_split(data.labels[rows], 1 - args.holdout_patients, args.seed,
-                                      None if data.patients is None else data.patients[rows])
-        rows, held = rows[kept], rows[held]
+        parts = stratified_split(data.labels[rows], 1 - args.holdout_patients, args.seed,
+                                 None if data.patients is None else data.patients[rows])
+        rows, held = (rows[part] for part in parts)
         if not len(held):
             raise UserError(f'--holdout_patients {args.holdout_patients} of {args.data} is '
                             'nobody: raise it')

@@ -115,7 +115,9 @@ def gradients(network, batch, wanted, args, exact=False):
     total, sums = None, 0
     for part in parts:
         loss, right = forward(network, part, args.amp and not exact)
-        if network.drawn:                       # GDAS: not everything was, or even nothing
+        # GDAS: not everything is drawn, or even nothing. The square, since the gradient of a plain
+        # sum is one expanded number, which cannot be clipped in place.
+        if network.drawn:
             grads = torch.autograd.grad(loss + 0 * wanted[0].square().sum(), wanted,
                                         allow_unused=True, materialize_grads=True)
         else:

@@ -20,7 +20,8 @@ def made_up(run, method, data, arch, alphas, seed=0, space='nb201', arch_data='v
                 'arch_data': arch_data}
     Path(run, 'args.json').write_text(json.dumps(
         {'settings': settings, 'hardware': {'device': 'cpu'}, 'date': '2026-01-01'}))
-    Path(run, 'genotype.json').write_text(to_json(arch, method=method, data=data, seed=seed))
+    Path(run, 'genotype.json').write_text(to_json(
+        arch, method=method, data=data, seed=seed, arch_data=arch_data))
     kinds = ['cell'] if space == 'nb201' else ['normal', 'reduce']
     log = [{'epoch': e, 'genotype': plain(arch), 'seconds': 1.5, 'entropy_cell': 1.6 - e,
             'skips_cell': e, 'alphas': dict.fromkeys(kinds, alphas)} for e in range(2)]

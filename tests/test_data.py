@@ -102,6 +102,9 @@ def test_written_set_is_whole_and_read_back():
     assert g.main(['--kind', 'noise', '--out', 'n', '--force', '--num_images', '30',
                    '--image_size', '8']) == 0
     assert len(g.read('n')) == 30
+    Path('letter').write_text('dear')
+    assert g.main(['--kind', 'noise', '--out', 'letter', '--force']) == 2
+    assert Path('letter').read_text() == 'dear'
 
 
 def test_multilabel_and_folder_formats():

@@ -142,6 +142,9 @@ def test_share_of_the_variance_between_arms():
     # total 4 * 925 = 3700, within 4 * 25 = 100
     assert found['darts'] == pytest.approx(3600 / 3700)
     assert evaluate.explained(rows(cifar10=[80.0, 90.0])) == {}
+    assert evaluate.explained(rows(cifar10=[80.0], noise=[20.0])) == {}
+    controls = {'no data': [1.0, 2.0], 'no steps': [3.0, 60.0]}
+    assert evaluate.explained(rows(cifar10=[80.0, 90.0], noise=[20.0, 30.0], **controls)) == found
 
 
 TINY = ['--space', 'nb201', '--num_images', '64', '--image_size', '8', '--cells_per_stage', '1',
