@@ -31,7 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CHEXPERT, REAL, SETTINGS, Batches, Parser, UserError,
+from generate_data import (CHEXPERT, REAL, SETTINGS, USED, Batches, Parser, UserError,
                            add_label_flags, auroc, choose_device, fcntl, number, one_line_errors,
                            read, read_chexpert, used_settings, world, write_file)
 
@@ -226,11 +226,13 @@ def run_name(script, args, defaults):
         path = Path(value).resolve()            # two folders of one name are two runs
         name = path.parent.name if path.name == 'genotype.json' else path.stem
         return f'{name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}'.replace(' ', '_')
-    main = {'data', 'method', 'arch', 'seed'}
+    main = {'data', 'method', 'arch', 'seed', 'source'}
+    labelled = [word(args.source)] if args.data == 'random_labels' and args.source != 'cifar10' \
+        else []                                 # whatever the preset takes by default
     other = [name if value is True else f'{name}={word(value)}'
              for name, value in sorted(vars(args).items())
              if name not in FREE | main and value != defaults.get(name)]
-    parts = [script, word(args.data), word(getattr(args, 'method', None) or args.arch),
+    parts = [script, word(args.data), *labelled, word(getattr(args, 'method', None) or args.arch),
              f'seed{args.seed}', *other]
     name = '-'.join(parts)
     if len(name) > 200:                         # file systems end at 255
@@ -1278,6 +1280,7 @@ MAIN_METHODS = ('darts', 'pcdarts', 'gdas', 'betadarts')
 STUDY = ['command', 'commit', 'arm', 'method', 'arch_data', 'seed', 'genotype', *ACCURACIES,
          'percentile', 'skips', 'nones', 'entropy', 'signal', 'steps', 'seconds', 'alphas']
 REAL_ARM, NO_DATA, MARGIN, DRAWS = 'cifar10', 'no data', 10.0, 10000
+CONTROLS = NO_DATA, 'no steps', 'random cell'
 
 
 def arm_of(settings):
@@ -1310,6 +1313,7 @@ def add_to_study(path, runs):
         elif about['command'] not in known:
             known.add(about['command'])
             new.append(study_row(about, report(run)))
+    refuse_twice(path, rows + new)
     text = io.StringIO()
     writer = csv.DictWriter(text, STUDY, lineterminator='\n')
     if not rows:
@@ -1355,11 +1359,15 @@ def read_study(path):
         raise UserError(f'{path} is missing: make it with --add') from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f'{path}: no study of ours ({error}): take it from a copy') from None
+    refuse_twice(path, rows)
+    return rows
+
+
+def refuse_twice(path, rows):
     for key, members in groups(rows, 'method', 'arm', 'seed').items():
         if len(members) > 1:
             raise UserError(f'{path}: {len(members)} rows of {", ".join(map(str, key))}: seeds '
-                            'must differ: remove all but one')
-    return rows
+                            'must differ: leave out all but one')
 
 
 def student(t, df):
@@ -1432,7 +1440,7 @@ def compare(rows):
     equivalent, Holm's p under .05 for a difference, and the higher arm beats a random cell (50,
     exactly) at 5%. Equivalent counts only where both arms beat a random cell and the same method
     without data at 5%; where not, or where an arm is pinned, it is uninformative. Else, and with
-    fewer than LEAST seeds, undecided. Holm's family: the methods with a verdict on an arm.
+    fewer than LEAST seeds, undecided. Holm's families: of an arm, the main methods and the others.
     """
     by, out = groups(rows, 'method', 'arm'), []
     for (method, arm), members in by.items():
@@ -1450,7 +1458,7 @@ def compare(rows):
             line['over_random'] = greater(values, 50.0)
             if none and len(none) > 1 and arm != NO_DATA:
                 line['over_no_data'] = greater(values, [row['percentile'] for row in none])
-        if real and arm != against and min(len(real), len(values)) > 1:
+        if real and arm not in (against, *CONTROLS) and min(len(real), len(values)) > 1:
             known = [row['percentile'] for row in real]
             line['difference'] = line['percentile'] - float(np.mean(known))
             line['interval'] = bootstrap(values, known)
@@ -1460,7 +1468,9 @@ def compare(rows):
             enough = min(len(part) for part in (members, real, none or members)) >= LEAST
             line['verdict'] = None if enough else 'undecided'
         out.append(line)
-    for lines in groups([x for x in out if 'p' in x and not x['verdict']], 'arm').values():
+    for x in out:
+        x['main'] = x['method'] in MAIN_METHODS
+    for lines in groups([x for x in out if 'p' in x and not x['verdict']], 'arm', 'main').values():
         for key in ('p', 'p_equivalent'):
             for line, value in zip(lines, holm([line[key] for line in lines])):
                 line[key] = value
@@ -1485,8 +1495,22 @@ def verdict(line, real, is_pinned):
     return 'equivalent' if line['p_equivalent'] < 0.05 else 'undecided'
 
 
+def answers(lines):
+    """{unreal kind: what the verdicts of the main methods on it, alphas held out, come to}."""
+    out = {}
+    main = [line for line in lines if line['main'] and line.get('verdict')
+            and ', alphas' not in line['arm'] and line['arm'] in USED]
+    for (arm,), members in groups(main, 'arm').items():
+        found = {line['verdict'] for line in members}
+        good, bad = bool(found & {'equivalent', 'better'}), 'worse' in found
+        out[arm] = 'it depends on the method' if good and bad else \
+            'no real data are needed' if good else 'real data are needed' if bad else \
+            'uninformative' if found == {'uninformative'} else 'undecided'
+    return out
+
+
 def with_data(rows):
-    return [row for row in rows if row['arm'] not in (NO_DATA, 'no steps', 'random cell')]
+    return [row for row in rows if row['arm'] not in CONTROLS]
 
 
 def explained(rows):
@@ -1534,6 +1558,8 @@ def study(path, plot=None):
     print(f'\n{len(rows)} searches, {sum(seconds) / 3600:.1f} hours of them, '
           f'{np.mean(seconds):.0f} s each. Collapsed: 4 or more of 6 edges skip or none (17.9% of '
           'all cells).')
+    for arm, answer in answers(lines).items():
+        print(f'{arm}: {answer}')
     for method, share in explained(rows).items():
         print(f'{method}: {100 * share:.0f}% of the variance of the percentile lies between data')
     for row in rows:

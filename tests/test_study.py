@@ -102,11 +102,11 @@ def test_holm_over_methods():
     assert evaluate.holm([0.5, 0.9]) == [1.0, 1.0]
     one = rows(cifar10=(70, 20, 16), noise=(56, 20, 16), no_data=(30, 9, 16))
     alone = line(evaluate.compare(one), 'noise')
-    more = [*one, *(row for k in range(5) for row in rows(f'm{k}', cifar10=(70, 20, 16),
-                                                          noise=(70, 20, 16)))]
+    more = [*one, *(row for method in evaluate.MAIN_METHODS[1:] for row in rows(
+        method, cifar10=(70, 20, 16), noise=(70, 20, 16)))]
     held = line(evaluate.compare(more), 'noise')
     assert alone['p'] == pytest.approx(0.057, abs=0.003) and held['p'] == pytest.approx(
-        min(1, 6 * alone['p']))
+        4 * alone['p'])
 
 
 @pytest.mark.parametrize('t, df, p', [(2.228, 10, 0.975), (12.706, 1, 0.975), (-1.812, 10, 0.05),
@@ -135,6 +135,34 @@ def test_power_is_that_of_simulated_studies():
         x, y = rng.normal(50, 20, 16).tolist(), rng.normal(70, 20, 16).tolist()
         hits += 2 * min(evaluate.greater(x, y), evaluate.greater(y, x)) < 0.05
     assert told == pytest.approx(hits / 300, abs=0.07)
+
+
+@pytest.mark.parametrize('verdicts, answer', [
+    (['equivalent', 'undecided'], 'no real data are needed'), (['better', 'uninformative'],
+                                                             'no real data are needed'),
+    (['worse', 'undecided'], 'real data are needed'), (['worse', 'better'], 'it depends'),
+    (['uninformative'] * 2, 'uninformative'), (['uninformative', 'undecided'], 'undecided')])
+def test_answers(verdicts, answer):
+    lines = [{'arm': 'noise', 'method': m, 'main': True, 'verdict': v}
+             for m, v in zip(evaluate.MAIN_METHODS, verdicts)]
+    other = [{**lines[0], 'verdict': 'worse', **change} for change in (
+        {'main': False}, {'arm': 'noise, alphas on train'}, {'arm': 'random_labels 0.5'})]
+    found = evaluate.answers([*lines, *other])
+    assert list(found) == ['noise'] and found['noise'].startswith(answer)
+
+
+def test_controls_get_no_verdict_and_others_no_part_in_holms_family():
+    data = rows(cifar10=(80, 9, 16), noise=(60, 9, 16), no_data=(1, 1, 16), no_steps=(50, 9, 16))
+    alone = evaluate.compare(data)
+    both = evaluate.compare(data + [row for m in ('sdarts', 'dartsminus') for row in rows(
+        m, cifar10=(80, 9, 16), noise=(70, 9, 16), no_data=(1, 1, 16))])
+    for arm in ('no data', 'no steps'):
+        assert 'verdict' not in line(alone, arm)
+    assert line(alone, 'noise')['p'] == line(both, 'noise')['p'] > 0
+    sdarts = line(both, 'noise', 'sdarts')
+    single = evaluate.compare(rows('sdarts', cifar10=(80, 9, 16), noise=(70, 9, 16),
+                                   no_data=(1, 1, 16)))
+    assert sdarts['p'] == pytest.approx(2 * line(single, 'noise', 'sdarts')['p'])
 
 
 def test_share_of_the_variance_between_arms():
@@ -218,7 +246,8 @@ def test_a_broken_csv(capsys):
 
 def test_small_groups_do_not_count_in_holms_family():
     full = rows(cifar10=(90, 5, 16), noise=(80, 10, 16), no_data=(50, 5, 16))
-    few = [row for k in range(4) for row in rows(f'm{k}', cifar10=(90, 5, 2), noise=(80, 5, 2))]
+    few = [row for method in evaluate.MAIN_METHODS[1:]
+           for row in rows(method, cifar10=(90, 5, 2), noise=(80, 5, 2))]
     alone, beside = (line(evaluate.compare(part), 'noise') for part in (full, full + few))
     assert alone['p'] == beside['p'] and alone['verdict'] == beside['verdict'] == 'worse'
     pair = rows(cifar10=(90, 2, 16), noise=(90, 2, 16), no_data=(50, 5, 2))
