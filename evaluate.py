@@ -4,6 +4,7 @@
     python evaluate.py runs/retrain-* --csv table.csv
     python evaluate.py runs/search-* --plot curves.svg            # what the searches did, by epoch
     python evaluate.py --analysis runs/retrain-* --plot fit.svg   # expressivity and generalisation
+    python evaluate.py --study .github/study/nb201.csv            # the study, from its CSV alone
     python evaluate.py --arch DARTS_V2 --cost --json              # parameters, multiply-adds
 
 This file owns everything about a run on disk: its folder, log and checkpoints, metrics, tables and
@@ -1022,11 +1023,12 @@ def show_table(lines):
                + [cell(line, name) for name in used] for line in lines]])
 
 
-def columns(rows):
-    """Print lists of texts in columns."""
+def columns(rows, bars=False):
+    """Print lists of texts in columns, with bars as a table of Markdown."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    for row in rows:
-        print('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    for row in [rows[0], ['-' * width for width in widths], *rows[1:]] if bars else rows:
+        texts = [text.ljust(width) for text, width in zip(row, widths)]
+        print(f'| {" | ".join(texts)} |' if bars else '  '.join(texts).rstrip())
 
 
 def true_by_epoch(rows, points=6):
@@ -1062,16 +1064,15 @@ def agreements(rows):
         return np.concatenate([torch.softmax(torch.tensor(a).double(), 1).numpy().ravel()
                                for name, a in alphas.items() if not name.startswith('beta')])
 
-    found = {}
-    for k, a in enumerate(rows):
-        for b in rows[:k]:
+    found, known = {}, [(row, probabilities(row)) for row in rows]
+    for k, (a, p) in enumerate(known):
+        for b, q in known[:k]:
             same_data = (a['searched_on'], a['arch_data']) == (b['searched_on'], b['arch_data'])
             same_method = a['method'] == b['method']
             if a['space'] != b['space'] or not (same_data or same_method):
                 continue
             kind = 'other method, same data' if not same_method else \
                 'same method, same data (seeds)' if same_data else 'same method, other data'
-            p, q = probabilities(a), probabilities(b)
             same = agreement(from_plain(a['genotype']), from_plain(b['genotype']))
             alike = None if p is None or q is None or p.std() * q.std() == 0 \
                 else float(np.corrcoef(p, q)[0, 1])
@@ -1111,6 +1112,22 @@ def analysis(rows):
             general.append({**origin, 'test_error': mean_std_interval(
                 [row['test_error'] for row in tested]), 'gap': mean_std_interval(gaps)})
     return fit, general, correlations(rows)
+
+
+def read_reports(path):
+    """Rows of retrained networks, as --json printed them, for --analysis without the runs."""
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        for row in rows:
+            from_plain(row['genotype'])
+            known = {'searched_on', 'method', 'arch_data', 'data'} <= row.keys()
+            if row['type'] != 'retrain' or not known or not math.isfinite(
+                    row['fit_loss'] + row['train_area'] + (row['test_error'] or row['top1'] or 0)):
+                raise ValueError(f'{row["run"]} is no whole run of retrain.py')
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f'{path}: not what --json prints of retrained networks ({error}): print '
+                        'it again') from None
+    return rows
 
 
 def correlations(rows):
@@ -1281,6 +1298,9 @@ STUDY = ['command', 'commit', 'arm', 'method', 'arch_data', 'seed', 'genotype', 
          'percentile', 'skips', 'nones', 'entropy', 'signal', 'steps', 'seconds', 'alphas']
 REAL_ARM, NO_DATA, MARGIN, DRAWS = 'cifar10', 'no data', 10.0, 10000
 CONTROLS = NO_DATA, 'no steps', 'random cell'
+# In the order of tables, and of the figure's colours.
+ARMS = [REAL_ARM, 'random_labels', 'generated', 'noise', 'random_labels 0.5', *(
+    f'{arm}, alphas on train' for arm in (REAL_ARM, 'random_labels', 'noise')), *CONTROLS]
 
 
 def arm_of(settings):
@@ -1338,7 +1358,7 @@ def study_row(about, row):
 
 
 def read_study(path):
-    """Rows of the CSV, with numbers as numbers."""
+    """Rows of the CSV, with numbers as numbers, by method, arm and seed."""
     try:
         with open(path, newline='') as file:
             reader = csv.DictReader(file)
@@ -1360,7 +1380,9 @@ def read_study(path):
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f'{path}: no study of ours ({error}): take it from a copy') from None
     refuse_twice(path, rows)
-    return rows
+    return sorted(rows, key=lambda row: (
+        row['method'] == 'random', [*MAIN_METHODS, row['method']].index(row['method']),
+        row['method'], [*ARMS, row['arm']].index(row['arm']), row['arm'], row['seed']))
 
 
 def refuse_twice(path, rows):
@@ -1448,13 +1470,15 @@ def compare(rows):
         line = {'arm': arm, 'method': method, 'n': len(values),
                 'percentile': float(np.mean(values)), 'median': float(np.median(values)),
                 'std': float(np.std(values, ddof=1)) if len(values) > 1 else None,
-                **{name: float(np.mean([row[name] for row in members])) for name in ACCURACIES},
-                'cifar10_median': float(np.median([row['cifar10'] for row in members])),
-                'collapsed': float(np.mean([row['collapsed'] for row in members]))}
+                **{name: [float(of([row[name] for row in members])) for of in (np.mean, np.median)]
+                   for name in ACCURACIES},
+                'collapsed': float(np.mean([row['collapsed'] for row in members])),
+                'cells': len({row['genotype'] for row in members})}
         like = REAL_ARM + arm[arm.find(','):] if ', alphas' in arm else REAL_ARM
         line['against'] = against = like if (method, like) in by else REAL_ARM
         real, none = by.get((method, against)), by.get((method, NO_DATA))
         if len(values) > 1:
+            line['interval_random'] = bootstrap(values, [50.0])
             line['over_random'] = greater(values, 50.0)
             if none and len(none) > 1 and arm != NO_DATA:
                 line['over_no_data'] = greater(values, [row['percentile'] for row in none])
@@ -1530,30 +1554,14 @@ def explained(rows):
 
 
 def study(path, plot=None):
-    """Print the table of the study and what it explains; draw its figure."""
+    """Print the tables of the study, its answer and what explains it; draw its figure."""
     rows = read_study(path)
     lines = compare(rows)
-
-    def text(value, form):
-        return '-' if value is None else form.format(value)
-
-    head = ['arm', 'method', 'n', 'percentile', 'median', 'real: difference', '95%', 'verdict',
-            'over random p', 'over no data p', 'collapsed', 'CIFAR-10 %', 'median', 'CIFAR-100 %',
-            'ImageNet16 %', 'power: 20 points', 'equality']
-    body = []
-    for line in lines:
-        low, high = line.get('interval', (None, None))
-        found, equal = line.get('power', (None, None))
-        body.append([
-            line['arm'], line['method'], str(line['n']), f'{line["percentile"]:.1f} ± '
-            + text(line['std'], '{:.1f}'), f'{line["median"]:.1f}',
-            text(line.get('difference'), '{:+.1f}'), text(low, '{:+.1f} to ')
-            + text(high, '{:+.1f}') if low is not None else '-', line.get('verdict', '-'),
-            text(line.get('over_random'), '{:.3f}'), text(line.get('over_no_data'), '{:.3f}'),
-            f'{100 * line["collapsed"]:.0f}%', f'{line["cifar10"]:.2f}',
-            f'{line["cifar10_median"]:.2f}', f'{line["cifar100"]:.2f}',
-            f'{line["imagenet16"]:.2f}', text(found, '{:.2f}'), text(equal, '{:.2f}')])
-    columns([head, *body])
+    print(f'Percentile of the found cell among the {len(nas_bench_201()[0]):,} of NAS-Bench-201 by '
+          'CIFAR-10 test accuracy')
+    columns(main_table(lines), bars=True)
+    print("\nTrue test accuracies, mean (median); p-values, Holm's where there is a verdict; power")
+    columns(second_table(lines), bars=True)
     seconds = [row['seconds'] for row in rows]
     print(f'\n{len(rows)} searches, {sum(seconds) / 3600:.1f} hours of them, '
           f'{np.mean(seconds):.0f} s each. Collapsed: 4 or more of 6 edges skip or none (17.9% of '
@@ -1565,61 +1573,104 @@ def study(path, plot=None):
     for row in rows:
         row.update(space='nb201', searched_on=row['arm'], log=[{'alphas': {'cell': np.array(
             row['alphas'].split(), float).reshape(-1, 5).tolist()}}] if row['alphas'] else [])
-    pairs = agreements([row for row in with_data(rows) if row['method'] in MAIN_METHODS])
-    for line in pairs:
+    for line in agreements([row for row in with_data(rows) if row['method'] in MAIN_METHODS]):
         print(f'{line["pairs"]}: {line["n"]} pairs, genotypes agree in {line["genotypes"]:.2f} of '
-              'the edges, ' + text(line['alphas'], 'alphas correlate by {:+.2f}'))
+              f'the edges, alphas correlate by {filled("{:+.2f}", line["alphas"])}')
     if plot:
         write_file(plot, study_figure(rows))
 
 
+def filled(form, *values):
+    """form with its values, or a dash where one is missing."""
+    return '-' if None in values else form.format(*values)
+
+
+def main_table(lines):
+    """Lists of texts: what README.md shows of the lines of compare()."""
+    out = [['method', 'arm', 'n', 'percentile', 'from real [95%]', 'from random [95%]', 'verdict',
+            'collapsed', 'cells']]
+    for line in lines:
+        none = (None, None)
+        out.append([
+            line['method'], line['arm'], str(line['n']), f'{line["percentile"]:.1f} ± '
+            + filled('{:.1f}', line['std']),
+            filled('{:+.1f} [{:+.1f}, {:+.1f}]', line.get('difference'),
+                   *line.get('interval', none)),
+            filled('{:+.1f} [{:+.1f}, {:+.1f}]', line['percentile'] - 50,
+                   *line.get('interval_random', none)),
+            line.get('verdict', '-'), f'{100 * line["collapsed"]:.0f}%', str(line['cells'])])
+    return out
+
+
+def second_table(lines):
+    """Lists of texts: accuracies, medians, and the tests behind the verdicts."""
+    out = [['method', 'arm', 'n', 'median percentile', 'CIFAR-10 %', 'CIFAR-100 %', 'ImageNet16 %',
+            'p over random', 'p over no data', 'p different', 'p equivalent', 'power: 20 points',
+            'equality']]
+    for line in lines:
+        tests = [line.get(name) for name in ('over_random', 'over_no_data', 'p', 'p_equivalent')]
+        out.append([line['method'], line['arm'], str(line['n']), f'{line["median"]:.1f}',
+                    *(f'{line[name][0]:.2f} ({line[name][1]:.2f})' for name in ACCURACIES),
+                    *('<.001' if p is not None and p < 0.001 else filled('{:.3f}', p)
+                      for p in tests),
+                    *(filled('{:.2f}', chance) for chance in line.get('power', (None, None)))])
+    return out
+
+
 def study_figure(rows):
-    """SVG: by method, a dot for each seed of an arm, mean, interval, and what to compare with."""
+    """SVG: a panel a method, two beside one another, a dot for each seed of an arm."""
     _, ordered = nas_bench_201()
     largest = truth(NB201_LARGEST)['percentile']
-    parts, top = [], 40
-    for (method,), members in groups(rows, 'method').items():
-        arms = groups(members, 'arm')
-        parts.append(f'<text x="16" y="{top}" font-weight="bold">{escape(method)}</text>')
-        for k, ((arm,), part) in enumerate(arms.items()):
-            y, hue = top + 24 + 26 * k, HUES[k % len(HUES)]
-            values = [row['percentile'] for row in part]
-            spots = [190 + 5 * v for v in values]
-            parts.append(f'<text x="180" y="{y + 4}" text-anchor="end">{escape(arm)} '
-                         f'({len(values)})</text>')
-            parts += [f'<circle cx="{x:.1f}" cy="{y - 3 + 6 * (n % 2)}" r="3" fill="{hue}" '
-                      'fill-opacity="0.55"/>' for n, x in enumerate(spots)]
-            mean = 190 + 5 * float(np.mean(values))
-            if len(values) > 1:
-                _, _, (low, high) = mean_std_interval(values)
-                low, high = (190 + 5 * min(100, max(0, v)) for v in (low, high))
-                parts.append(f'<path d="M{low:.1f} {y} H{high:.1f}" stroke="#1a202c" '
-                             'stroke-width="2"/>')
-            parts.append(f'<path d="M{mean:.1f} {y - 9} V{y + 9}" stroke="#1a202c" '
-                         'stroke-width="3"/>')
-        bottom = top + 12 + 26 * len(arms)
+    parts, top, below, arms = [], 64, 64, ARMS + [row['arm'] for row in rows]
+    for panel, ((method,), members) in enumerate(groups(rows, 'method').items()):
+        left, top = 225 + 565 * (panel % 2), top if panel % 2 else below
+        parts.append(f'<text x="{left}" y="{top}" font-weight="bold">{escape(method)}</text>')
+        by_arm = groups(members, 'arm')
+        bottom = top + 24 * len(by_arm) + 8
+        for k, ((arm,), part) in enumerate(by_arm.items()):
+            parts += figure_row(arm, [row['percentile'] for row in part], left, top + 22 + 24 * k,
+                                HUES[arms.index(arm) % len(HUES)])
+        below = max(below, bottom + 42)
         for value, dash in ((50, '4 3'), (largest, '1 3'), (100, '')):
-            parts.append(f'<path d="M{190 + 5 * value:.1f} {top + 8} V{bottom}" stroke="#718096" '
-                         f'stroke-dasharray="{dash}"/>')
-        top = bottom + 30
-    note = ('Rank of the found cell among the 15,625 of NAS-Bench-201 by CIFAR-10 test accuracy, '
-            'percentile; a dot a seed, bar: mean and 95% t-interval.')
-    lines = (f'Lines: random cell (50: {ordered["cifar10"][7812]:.2f}%), largest network '
-             f'({largest:.1f}: 93.76%), optimum (100: {ordered["cifar10"][-1]:.2f}%).')
-    ticks_ = [f'<text x="{190 + 5 * v}" y="{top}" text-anchor="middle">{v}</text>'
-              for v in range(0, 101, 10)]
+            parts.append(f'<path d="M{left + 3.2 * value:.1f} {top + 8} V{bottom}" '
+                         f'stroke="#718096" stroke-dasharray="{dash}"/>')
+        parts += [f'<text x="{left + 3.2 * v}" y="{bottom + 12}" text-anchor="middle" '
+                  f'fill="#718096">{v}</text>' for v in range(0, 101, 25)]
+    height = below + 14
+    note = [f'Cells found by searches on real and unreal data: percentile among all '
+            f'{len(ordered["cifar10"]):,} cells of NAS-Bench-201 by true CIFAR-10 test accuracy.',
+            'A dot a seed (n); bar and line: mean and its 95% t-interval. Upright: a random cell '
+            f'(50, {ordered["cifar10"][7812]:.2f}%), the largest network ({largest:.1f}, '
+            f'{truth(NB201_LARGEST)["cifar10"]:.2f}%), the best cell (100, '
+            f'{ordered["cifar10"][-1]:.2f}%).']
     return '\n'.join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {top + 60}" font-size="11" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1130 {height}" font-size="12" '
         'font-family="Helvetica, Arial, sans-serif" fill="#1a202c">',
-        f'<rect width="720" height="{top + 60}" fill="white"/>', *parts, *ticks_,
-        f'<text x="16" y="{top + 24}">{note}</text>',
-        f'<text x="16" y="{top + 42}">{lines}</text>', '</svg>\n'])
+        f'<rect width="1130" height="{height}" fill="white"/>',
+        f'<text x="16" y="24" font-size="15">{note[0]}</text>', *parts,
+        f'<text x="16" y="{height - 18}">{note[1]}</text>', '</svg>\n'])
+
+
+def figure_row(arm, values, left, y, hue):
+    """SVG of an arm: its name and n, a dot for each value, mean and interval."""
+    parts = [f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(arm)} ({len(values)})'
+             '</text>']
+    parts += [f'<circle cx="{left + 3.2 * v:.1f}" cy="{y - 3 + 6 * (n % 2)}" r="3" fill="{hue}" '
+              'fill-opacity="0.55"/>' for n, v in enumerate(values)]
+    mean, _, interval = mean_std_interval(values)
+    if interval:
+        low, high = (left + 3.2 * min(100, max(0, v)) for v in interval)
+        parts.append(f'<path d="M{low:.1f} {y} H{high:.1f}" stroke="#1a202c" stroke-width="2"/>')
+    parts.append(f'<path d="M{left + 3.2 * mean:.1f} {y - 9} V{y + 9}" stroke="#1a202c" '
+                 'stroke-width="3"/>')
+    return parts
 
 
 @one_line_errors
 def main(argv=None):
     parser = Parser(prog='evaluate.py', description=__doc__.split('\n')[0])
-    parser.add_argument('runs', nargs='*', metavar='RUN', help='run folders')
+    parser.add_argument('runs', nargs='*', metavar='RUN', help='run folders; with --analysis also '
+                        'files of what --json printed of them')
     parser.add_argument('--json', action='store_true', help='one JSON line for each run')
     parser.add_argument('--csv', metavar='FILE', help='write the table of the groups')
     parser.add_argument('--plot', metavar='FILE', help='write an SVG: what searches did by epoch, '
@@ -1674,8 +1725,10 @@ def main(argv=None):
             raise UserError(f'{flag} {file}: no such folder: make it first')
     device = choose_device(args.gpu)
     runs = {Path(run).resolve(): run for run in args.runs}
-    rows = [report(run, args.data_dir, device, args.batch_size, args.test_labels,
-                   args.view_pooling) for run in runs.values()]
+    rows = []
+    for run in runs.values():
+        rows += read_reports(run) if args.analysis and Path(run).is_file() else [report(
+            run, args.data_dir, device, args.batch_size, args.test_labels, args.view_pooling)]
     wanted = 'retrain' if args.analysis else 'search'
     if args.analysis or args.plot:
         other = next((row['run'] for row in rows if row['type'] != wanted), None)

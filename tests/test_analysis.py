@@ -195,6 +195,18 @@ def test_search_retrain_and_analysis_in_nas_bench_201(capsys):
     log = [json.loads(line) for line in Path('noise/log.jsonl').read_text().splitlines()]
     area = sum(line['train_accuracy'] for line in log) / 2
     assert f'{100 * area:.2f}' in out and f'{log[-1]["fit_loss"]:.3f}' in out
+    # The same from what --json printed of the two, in one file.
+    assert evaluate.main(['--json', 'noise', 'generated']) == 0
+    printed = capsys.readouterr().out
+    Path('fit.jsonl').write_text(printed)
+    assert evaluate.main(['--analysis', 'fit.jsonl']) == 0
+    assert capsys.readouterr().out == out
+    for broken in (printed[:-9], printed.replace('train_area', 'area'), 'null\n',
+                   printed.replace('retrain', 'search'), printed.replace('"fit_loss"', '"loss"')):
+        Path('fit.jsonl').write_text(broken)
+        assert evaluate.main(['--analysis', 'fit.jsonl']) == 2
+        error = capsys.readouterr().err
+        assert 'fit.jsonl: not what' in error and 'Traceback' not in error
 
 
 def test_recipe_of_the_benchmark():
