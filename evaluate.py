@@ -4,7 +4,8 @@
     python evaluate.py runs/retrain-* --csv table.csv
     python evaluate.py runs/search-* --plot curves.svg            # what the searches did, by epoch
     python evaluate.py --analysis runs/retrain-* --plot fit.svg   # expressivity and generalisation
-    python evaluate.py --study .github/study/nb201.csv            # the study, from its CSV alone
+    python evaluate.py --add study.csv runs/search-*              # finished searches into a CSV
+    python evaluate.py --study study.csv --plot study.svg         # the study, from its CSV alone
     python evaluate.py --arch DARTS_V2 --cost --json              # parameters, multiply-adds
 
 This file owns everything about a run on disk: its folder, log and checkpoints, metrics, tables and
@@ -33,8 +34,8 @@ from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CHEXPERT, REAL, SETTINGS, USED, Batches, Parser, UserError,
-                           add_label_flags, auroc, choose_device, fcntl, number, one_line_errors,
-                           read, read_chexpert, used_settings, world, write_file)
+                           add_label_flags, auroc, choose_device, fcntl, locked, number,
+                           one_line_errors, read, read_chexpert, used_settings, world, write_file)
 
 import numpy as np
 import torch
@@ -251,13 +252,17 @@ def open_run(args, device):
         make_run(folder, args, device)
     if world()[1] > 1:
         torch.distributed.barrier()
-    if any((folder / name).exists() for name in ('genotype.json', 'weights.pt')):
+    if finished(folder):
         print(f'{folder} is finished')
         return None
     checkpoint = None
     if (folder / 'checkpoint.pt').exists():
         checkpoint = load_file(folder / 'checkpoint.pt', 'delete it to start the run again')
     return folder, checkpoint
+
+
+def finished(folder):
+    return any((folder / name).exists() for name in ('genotype.json', 'weights.pt'))
 
 
 def make_run(folder, args, device):
@@ -515,6 +520,9 @@ class Running:
                 self.lock.close()
                 raise UserError(f'{self.folder} is being run by another process: wait for it, or '
                                 'choose another --save') from None
+            if finished(self.folder):
+                self.lock.close()
+                raise UserError(f'{self.folder} was finished by another process just now')
             for left in self.folder.glob('.*.tmp'):     # of runs that were killed as they wrote
                 left.unlink(missing_ok=True)
             drop_torn_line(self.folder / 'log.jsonl')
@@ -859,30 +867,29 @@ def report(run, data_dir=None, device=None, batch_size=250, test_labels=None, po
            **cost(from_plain(meta['genotype']), meta['init_channels'], meta['layers'],
                   len(meta['classes']), meta['image_size'], meta['stem']),
            'seconds': sum(line['seconds'] for line in log)}
-    data = None
-    if meta['has_test'] and not test_labels:
-        moved = data_dir and settings['data'] not in REAL
-        data = read(data_dir if moved else meta.get('data', settings['data']),
-                    data_dir or meta['data_dir'], 'test', meta['image_size'], **meta['chexpert'])
     if test_labels:
         if meta['classes'] != list(CHEXPERT):
             raise UserError(f'--test_labels {test_labels}: {folder} was not trained on chexpert: '
                             'leave it out')
         data = read_chexpert(data_dir or meta['data_dir'], 'test', meta['image_size'],
                              **meta['chexpert'], table=test_labels)
-    if data is not None:
-        batches = Batches(data, range(len(data)), batch_size, device, shuffle=False)
-        score = test(network.to(device), batches)
-    if data is not None and data.multilabel:
+    elif meta['has_test']:
+        moved = data_dir and settings['data'] not in REAL
+        data = read(data_dir if moved else meta.get('data', settings['data']),
+                    data_dir or meta['data_dir'], 'test', meta['image_size'], **meta['chexpert'])
+    else:
+        return out
+    score = test(network.to(device), Batches(data, range(len(data)), batch_size, device,
+                                             shuffle=False))
+    out['test_images'] = score['n']
+    if data.multilabel:
         pooled = by_study(score['scores'], data.labels[score['rows']], data.studies, pooling)
-        out.update(tested_on=test_labels or 'valid.csv', test_images=score['n'],
-                   test_studies=len(pooled[0]), **areas(*pooled, meta['classes'], 1000))
-    elif data is not None:
-        out.update(test_error=100 * (1 - score['top1']), top1=100 * score['top1'],
-                   top5=100 * score['top5'] if len(meta['classes']) > 4 else None,
-                   test_images=score['n'],
-                   **{f'{top}_interval': [100 * bound for bound in wilson(score[top], score['n'])]
-                      for top in (('top1', 'top5') if len(meta['classes']) > 4 else ('top1',))})
+        return {**out, 'tested_on': test_labels or 'valid.csv', 'test_studies': len(pooled[0]),
+                **areas(*pooled, meta['classes'], 1000)}
+    out['test_error'] = 100 * (1 - score['top1'])
+    for top in ('top1', 'top5') if len(meta['classes']) > 4 else ('top1',):
+        out[top] = 100 * score[top]
+        out[f'{top}_interval'] = [100 * bound for bound in wilson(score[top], score['n'])]
     return out
 
 
@@ -1053,30 +1060,33 @@ def true_by_epoch(rows, points=6):
 def agreements(rows):
     """How much of what searches found goes back to the data, the seed, the method.
 
-    Of pairs of runs in one space: [{'pairs', 'n', 'genotypes', 'alphas'}], means of the share of
-    operations that two genotypes have in common (by chance .2 in NAS-Bench-201) and of the
-    correlation of the probabilities of all operations on all edges.
+    Of pairs of runs in one space: [{'space', 'pairs', 'n', 'genotypes', 'alphas'}], means of the
+    share of operations that two genotypes have in common (by chance .2 in NAS-Bench-201) and of
+    the correlation of the probabilities of all operations on all edges. Other data are also other
+    images that the alphas saw.
     """
     def probabilities(row):
+        """All of them, less their mean and at length 1; None where they are all alike."""
         alphas = row['log'][-1].get('alphas') if row['log'] else None
         if alphas is None:
             return None
-        return np.concatenate([torch.softmax(torch.tensor(a).double(), 1).numpy().ravel()
-                               for name, a in alphas.items() if not name.startswith('beta')])
+        p = np.concatenate([torch.softmax(torch.tensor(a).double(), 1).numpy().ravel()
+                            for name, a in alphas.items() if not name.startswith('beta')])
+        p -= p.mean()
+        return p / np.linalg.norm(p) if np.abs(p).max() > 1e-12 else None
 
-    found, known = {}, [(row, probabilities(row)) for row in rows]
-    for k, (a, p) in enumerate(known):
-        for b, q in known[:k]:
+    found = {}
+    known = [(row, from_plain(row['genotype']), probabilities(row)) for row in rows]
+    for k, (a, first, p) in enumerate(known):
+        for b, second, q in known[:k]:
             same_data = (a['searched_on'], a['arch_data']) == (b['searched_on'], b['arch_data'])
             same_method = a['method'] == b['method']
             if a['space'] != b['space'] or not (same_data or same_method):
                 continue
             kind = 'other method, same data' if not same_method else \
                 'same method, same data (seeds)' if same_data else 'same method, other data'
-            same = agreement(from_plain(a['genotype']), from_plain(b['genotype']))
-            alike = None if p is None or q is None or p.std() * q.std() == 0 \
-                else float(np.corrcoef(p, q)[0, 1])
-            found.setdefault((a['space'], kind), []).append((same, alike))
+            alike = None if p is None or q is None else float(p @ q)
+            found.setdefault((a['space'], kind), []).append((agreement(first, second), alike))
     out = []
     for (space, kind), pairs in found.items():
         alike = [v for _, v in pairs if v is not None]
@@ -1120,10 +1130,13 @@ def read_reports(path):
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
         for row in rows:
             from_plain(row['genotype'])
+            tested = [row['top1'], row['test_error']] if row['test_error'] is not None else []
             known = {'searched_on', 'method', 'arch_data', 'data'} <= row.keys()
             if row['type'] != 'retrain' or not known or not math.isfinite(
-                    row['fit_loss'] + row['train_area'] + (row['test_error'] or row['top1'] or 0)):
+                    sum([row['fit_loss'], row['fit_accuracy'], row['train_area'], *tested])):
                 raise ValueError(f'{row["run"]} is no whole run of retrain.py')
+        if not rows:
+            raise ValueError('it is empty')
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f'{path}: not what --json prints of retrained networks ({error}): print '
                         'it again') from None
@@ -1191,13 +1204,13 @@ def show_analysis(rows):
         value = '-' if line['spearman'] is None else f'{line["spearman"]:+.2f}'
         print(f'rank correlation of {line["measure"]} on {line["fit_on"]} with the test error on '
               f'{line["tested_on"]}: {value} (n = {line["n"]} architectures)')
-    return related
 
 
 # ---------------------------------------------------------------------------------------------
 # Plots, as SVG
 
-HUES = ['#2b6cb0', '#c05621', '#2f855a', '#97266d', '#b7791f', '#2c7a7b', '#553c9a', '#718096']
+HUES = ['#2b6cb0', '#c05621', '#2f855a', '#97266d', '#b7791f', '#2c7a7b', '#553c9a', '#718096',
+        '#1a202c', '#e53e3e', '#68a510']
 
 
 def chart(panels, names):
@@ -1296,6 +1309,7 @@ def plot_fit(related):
 MAIN_METHODS = ('darts', 'pcdarts', 'gdas', 'betadarts')
 STUDY = ['command', 'commit', 'arm', 'method', 'arch_data', 'seed', 'genotype', *ACCURACIES,
          'percentile', 'skips', 'nones', 'entropy', 'signal', 'steps', 'seconds', 'alphas']
+NUMBERS = *ACCURACIES, 'percentile', 'skips', 'nones', 'seconds'
 REAL_ARM, NO_DATA, MARGIN, DRAWS = 'cifar10', 'no data', 10.0, 10000
 CONTROLS = NO_DATA, 'no steps', 'random cell'
 # In the order of tables, and of the figure's colours.
@@ -1322,34 +1336,39 @@ def arm_of(settings):
 
 def add_to_study(path, runs):
     """Append the searches of NAS-Bench-201 that have ended, and are not in the CSV yet, to it."""
-    rows = read_study(path) if Path(path).exists() else []
-    known, new, waiting = {row['command'] for row in rows}, [], []
-    for run in runs:
-        about = read_json(Path(run) / 'args.json', 'settings')
-        if about['settings'].get('space') != 'nb201':
-            raise UserError(f'{run} is no search of --space nb201: leave it out')
-        if not (Path(run) / 'genotype.json').exists():
-            waiting.append(run)
-        elif about['command'] not in known:
-            known.add(about['command'])
-            new.append(study_row(about, report(run)))
-    refuse_twice(path, rows + new)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, STUDY, lineterminator='\n')
-    if not rows:
-        writer.writeheader()
-    writer.writerows(new)
-    before = Path(path).read_text().rstrip('\n') + '\n' if rows else ''
-    write_file(path, before + text.getvalue())
+    lock = Path(path).with_name(f'.{Path(path).name}.lock')
+    with locked(lock):
+        rows = read_study(path) if Path(path).exists() else []
+        known, new, waiting = {row['command'] for row in rows}, [], []
+        for run in runs:
+            about = read_json(Path(run) / 'args.json', 'settings')
+            if about['settings'].get('space') != 'nb201':
+                raise UserError(f'{run} is no search of --space nb201: leave it out')
+            if not (Path(run) / 'genotype.json').exists():
+                waiting.append(run)
+            elif about['command'] not in known:
+                known.add(about['command'])
+                new.append(study_row(about, report(run)))
+        refuse_unlike(path, rows + new)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, STUDY, lineterminator='\n')
+        if not rows:
+            writer.writeheader()
+        writer.writerows(new)
+        before = Path(path).read_text().rstrip('\n') + '\n' if rows else ''
+        if new:
+            write_file(path, before + text.getvalue())
+        lock.unlink()
     print(f'{len(new)} searches added to the {len(rows)} in {path}'
           + f'; not finished: {", ".join(waiting)}' * bool(waiting))
 
 
 def study_row(about, row):
+    """A row of the CSV; alphas to 9 digits, which is what float32 has."""
     last, settings = (row['log'] or [{}])[-1], about['settings']
-    alphas = [f'{a:.3f}' for edge in last.get('alphas', {}).get('cell', []) for a in edge]
+    alphas = [f'{a:.9g}' for edge in last.get('alphas', {}).get('cell', []) for a in edge]
     return {**{key: row[key] for key in STUDY if key in row}, 'command': about['command'],
-            'commit': about['git_commit'], 'arm': arm_of(settings),
+            'commit': about.get('git_commit'), 'arm': arm_of(settings),
             'method': method_of({**settings, 'max_steps': None}),
             **{name: None if last.get(f'{name}_cell') is None
                else float(f'{last[f"{name}_cell"]:.4g}') for name in ('entropy', 'signal')},
@@ -1358,7 +1377,7 @@ def study_row(about, row):
 
 
 def read_study(path):
-    """Rows of the CSV, with numbers as numbers, by method, arm and seed."""
+    """Rows of the CSV as reports of searches, by method, arm and seed."""
     try:
         with open(path, newline='') as file:
             reader = csv.DictReader(file)
@@ -1368,28 +1387,50 @@ def read_study(path):
         for row in rows:
             from_string(row['genotype'])
             row['seed'] = int(row['seed'])
-            for key in (*ACCURACIES, 'percentile', 'skips', 'nones', 'seconds'):
+            for key in NUMBERS:
                 row[key] = float(row[key])
-            row['collapsed'] = row['skips'] + row['nones'] >= 4
             alphas = np.array(row['alphas'].split(), float)
-            if alphas.size not in (0, 30) or None in row.values() or not math.isfinite(
-                    sum(alphas) + sum(row[name] for name in ACCURACIES) + row['percentile']):
+            if alphas.size not in (0, 30) or None in row or None in row.values() or not (
+                    0 <= row['percentile'] <= 100
+                    and math.isfinite(sum(alphas) + sum(row[key] for key in NUMBERS))):
                 raise ValueError(f'seed {row["seed"]} of {row["method"]} on {row["arm"]}')
+            row.update(space='nb201', searched_on=row['arm'],
+                       collapsed=row['skips'] + row['nones'] >= 4,
+                       log=[{'alphas': {'cell': alphas.reshape(6, 5)}}] if alphas.size else [])
+        refuse_unlike(path, rows)
     except FileNotFoundError:
         raise UserError(f'{path} is missing: make it with --add') from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f'{path}: no study of ours ({error}): take it from a copy') from None
-    refuse_twice(path, rows)
     return sorted(rows, key=lambda row: (
         row['method'] == 'random', [*MAIN_METHODS, row['method']].index(row['method']),
         row['method'], [*ARMS, row['arm']].index(row['arm']), row['arm'], row['seed']))
 
 
-def refuse_twice(path, rows):
-    for key, members in groups(rows, 'method', 'arm', 'seed').items():
-        if len(members) > 1:
-            raise UserError(f'{path}: {len(members)} rows of {", ".join(map(str, key))}: seeds '
-                            'must differ: leave out all but one')
+def refuse_unlike(path, rows):
+    """UserError where rows of one method and arm share a seed, or were run with other settings."""
+    for (method, arm), members in groups(rows, 'method', 'arm').items():
+        seeds = [int(row['seed']) for row in members]
+        twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+        if twice is not None:
+            raise UserError(f'{path}: rows of {method}, {arm}, seed {twice}: seeds must differ: '
+                            'leave out all but one')
+        first, *others = (given(row['command']) for row in members)
+        for other in others:
+            for flag, _ in sorted(first.items() ^ other.items()):
+                raise UserError(f'{path}: rows of {method}, {arm} differ in {flag}: leave those '
+                                'of other settings out')
+
+
+def given(command):
+    """{flag: value} of a stored command, without those that may differ within an arm."""
+    flags, flag = {}, None
+    for word in shlex.split(command)[2:]:
+        if word.startswith('--'):
+            flag, _, word = word.partition('=')
+        flags[flag] = word
+    return {flag: word for flag, word in flags.items() if flag not in (
+        '--seed', '--data_seed', '--save', '--gpu', '--resume', '--data_dir', '--workers')}
 
 
 def student(t, df):
@@ -1403,13 +1444,12 @@ def student(t, df):
 
 def greater(a, b, by=0.0):
     """p of Welch's test that the mean of a is not more than that of b (a list or a number) + by."""
-    given = isinstance(b, (int, float))
-    values = [(np.mean(v), np.var(v, ddof=1) / len(v), len(v)) for v in ((a,) if given else (a, b))]
-    difference = values[0][0] - (b if given else values[1][0]) - by
-    variance = sum(v for _, v, _ in values)
-    if variance == 0:
-        return 0.0 if difference > 0 else 1.0
-    df = variance ** 2 / sum(v ** 2 / (n - 1) for _, v, n in values)
+    samples = [a] if isinstance(b, (int, float)) else [a, b]
+    values = [(np.var(v, ddof=1) / len(v), len(v)) for v in samples]
+    difference, variance = np.mean(a) - np.mean(b) - by, sum(v for v, _ in values)
+    if variance < 1e-20:                        # all alike, but for rounding
+        return 0.0 if difference > 1e-9 else 1.0
+    df = variance ** 2 / sum(v ** 2 / (n - 1) for v, n in values)
     return 1 - student(difference / math.sqrt(variance), df)
 
 
@@ -1433,11 +1473,12 @@ def power(a, b, tests=1, difference=20.0):
     """(chance to find a difference of that size, chance to find equal arms equivalent), at 5%.
 
     Of two-sided and of two one-sided tests by the normal distribution, for deviations as in a, b,
-    and at 5% / tests, the least that Holm's correction of so many asks for.
+    and at 5% / tests, the strictest that Holm's correction of so many can ask for. (Equivalent is
+    rarer than that: both arms must beat the controls.)
     """
     normal, level = statistics.NormalDist(), 0.05 / tests
     error = math.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b))
-    if error == 0:
+    if error < 1e-10:
         return 1.0, 1.0
     z = normal.inv_cdf(1 - level / 2)
     return (normal.cdf(difference / error - z) + normal.cdf(-difference / error - z),
@@ -1451,7 +1492,7 @@ def pinned(rows):
         or sum(row['collapsed'] for row in rows) > len(rows) / 2
 
 
-LEAST = 8           # seeds, of an arm, of real data, of no data, for a verdict
+LEAST = 8           # seeds of an arm, of real data, of no data, for more than 'undecided'
 
 
 def compare(rows):
@@ -1462,50 +1503,46 @@ def compare(rows):
     equivalent, Holm's p under .05 for a difference, and the higher arm beats a random cell (50,
     exactly) at 5%. Equivalent counts only where both arms beat a random cell and the same method
     without data at 5%; where not, or where an arm is pinned, it is uninformative. Else, and with
-    fewer than LEAST seeds, undecided. Holm's families: of an arm, the main methods and the others.
+    fewer than LEAST seeds, undecided. Holm's families: the methods that have a verdict on an arm,
+    those with fewer than LEAST seeds apart.
     """
-    by, out = groups(rows, 'method', 'arm'), []
+    by, out = groups(rows, 'method', 'arm'), {}
+    found = {key: [row['percentile'] for row in members] for key, members in by.items()}
     for (method, arm), members in by.items():
-        values = [row['percentile'] for row in members]
-        line = {'arm': arm, 'method': method, 'n': len(values),
-                'percentile': float(np.mean(values)), 'median': float(np.median(values)),
-                'std': float(np.std(values, ddof=1)) if len(values) > 1 else None,
-                **{name: [float(of([row[name] for row in members])) for of in (np.mean, np.median)]
-                   for name in ACCURACIES},
-                'collapsed': float(np.mean([row['collapsed'] for row in members])),
-                'cells': len({row['genotype'] for row in members})}
-        like = REAL_ARM + arm[arm.find(','):] if ', alphas' in arm else REAL_ARM
-        line['against'] = against = like if (method, like) in by else REAL_ARM
-        real, none = by.get((method, against)), by.get((method, NO_DATA))
+        like = REAL_ARM + ''.join(arm.partition(', alphas')[1:])
+        against = like if (method, like) in by else REAL_ARM
+        values, real, none = (found.get((method, name), []) for name in (arm, against, NO_DATA))
+        line = out[method, arm] = {
+            'arm': arm, 'method': method, 'against': against, 'n': len(values),
+            'percentile': float(np.mean(values)), 'median': float(np.median(values)),
+            'std': float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            **{name: [float(of([row[name] for row in members])) for of in (np.mean, np.median)]
+               for name in ACCURACIES},
+            'collapsed': float(np.mean([row['collapsed'] for row in members])),
+            'cells': len({row['genotype'] for row in members})}
         if len(values) > 1:
             line['interval_random'] = bootstrap(values, [50.0])
             line['over_random'] = greater(values, 50.0)
-            if none and len(none) > 1 and arm != NO_DATA:
-                line['over_no_data'] = greater(values, [row['percentile'] for row in none])
-        if real and arm not in (against, *CONTROLS) and min(len(real), len(values)) > 1:
-            known = [row['percentile'] for row in real]
-            line['difference'] = line['percentile'] - float(np.mean(known))
-            line['interval'] = bootstrap(values, known)
-            line['p'] = min(1.0, 2 * min(greater(values, known), greater(known, values)))
-            line['p_equivalent'] = max(greater(values, known, -MARGIN),
-                                       greater(known, values, -MARGIN))
-            enough = min(len(part) for part in (members, real, none or members)) >= LEAST
-            line['verdict'] = None if enough else 'undecided'
-        out.append(line)
-    for x in out:
-        x['main'] = x['method'] in MAIN_METHODS
-    for lines in groups([x for x in out if 'p' in x and not x['verdict']], 'arm', 'main').values():
+            if len(none) > 1 and arm != NO_DATA:
+                line['over_no_data'] = greater(values, none)
+        if real and arm not in (against, *CONTROLS):
+            line['verdict'] = 'undecided'
+            if min(len(real), len(values)) > 1:
+                line['difference'] = line['percentile'] - float(np.mean(real))
+                line['interval'] = bootstrap(values, real)
+                line['p'] = min(1.0, 2 * min(greater(values, real), greater(real, values)))
+                line['p_equivalent'] = max(greater(values, real, -MARGIN),
+                                           greater(real, values, -MARGIN))
+                line['enough'] = min(map(len, (values, real, none or values))) >= LEAST
+    for lines in groups([x for x in out.values() if x.get('enough')], 'arm').values():
         for key in ('p', 'p_equivalent'):
             for line, value in zip(lines, holm([line[key] for line in lines])):
                 line[key] = value
         for line in lines:
-            real = next(x for x in out if (x['method'], x['arm']) == (
-                line['method'], line['against']))
-            parts = [by[line['method'], arm] for arm in (line['arm'], line['against'])]
-            line['verdict'] = verdict(line, real, any(map(pinned, parts)))
-            line['power'] = power(*([row['percentile'] for row in part] for part in parts),
-                                  len(lines))
-    return out
+            pair = [(line['method'], line[name]) for name in ('arm', 'against')]
+            line['verdict'] = verdict(line, out[pair[1]], any(pinned(by[key]) for key in pair))
+            line['power'] = power(*(found[key] for key in pair), len(lines))
+    return list(out.values())
 
 
 def verdict(line, real, is_pinned):
@@ -1522,8 +1559,8 @@ def verdict(line, real, is_pinned):
 def answers(lines):
     """{unreal kind: what the verdicts of the main methods on it, alphas held out, come to}."""
     out = {}
-    main = [line for line in lines if line['main'] and line.get('verdict')
-            and ', alphas' not in line['arm'] and line['arm'] in USED]
+    main = [line for line in lines if line['method'] in MAIN_METHODS and line['arm'] in USED
+            and line.get('verdict')]
     for (arm,), members in groups(main, 'arm').items():
         found = {line['verdict'] for line in members}
         good, bad = bool(found & {'equivalent', 'better'}), 'worse' in found
@@ -1538,9 +1575,9 @@ def with_data(rows):
 
 
 def explained(rows):
-    """{method: share of the variance of the percentile that lies between its data}: eta squared.
+    """{method: (share of the variance of the percentile between its arms, the same by chance)}.
 
-    Controls without data are no arms here; a method with one seed an arm is left out.
+    Eta squared. Controls without data are no arms here; a method with one seed an arm is left out.
     """
     out = {}
     for (method,), members in groups(with_data(rows), 'method').items():
@@ -1549,7 +1586,7 @@ def explained(rows):
         total = ((values - values.mean()) ** 2).sum()
         if 1 < len(arms) < len(values) and total:
             between = sum(len(v) * (np.mean(v) - values.mean()) ** 2 for v in arms)
-            out[method] = float(between / total)
+            out[method] = float(between / total), (len(arms) - 1) / (len(values) - 1)
     return out
 
 
@@ -1560,7 +1597,8 @@ def study(path, plot=None):
     print(f'Percentile of the found cell among the {len(nas_bench_201()[0]):,} of NAS-Bench-201 by '
           'CIFAR-10 test accuracy')
     columns(main_table(lines), bars=True)
-    print("\nTrue test accuracies, mean (median); p-values, Holm's where there is a verdict; power")
+    print("\nTrue test accuracies, mean (median); p-values, those of difference and equivalence "
+          "Holm's where power is given")
     columns(second_table(lines), bars=True)
     seconds = [row['seconds'] for row in rows]
     print(f'\n{len(rows)} searches, {sum(seconds) / 3600:.1f} hours of them, '
@@ -1568,11 +1606,9 @@ def study(path, plot=None):
           'all cells).')
     for arm, answer in answers(lines).items():
         print(f'{arm}: {answer}')
-    for method, share in explained(rows).items():
-        print(f'{method}: {100 * share:.0f}% of the variance of the percentile lies between data')
-    for row in rows:
-        row.update(space='nb201', searched_on=row['arm'], log=[{'alphas': {'cell': np.array(
-            row['alphas'].split(), float).reshape(-1, 5).tolist()}}] if row['alphas'] else [])
+    for method, (share, chance) in explained(rows).items():
+        print(f'{method}: {100 * share:.0f}% of the variance of the percentile lies between arms '
+              f'with data (by chance {100 * chance:.0f}%)')
     for line in agreements([row for row in with_data(rows) if row['method'] in MAIN_METHODS]):
         print(f'{line["pairs"]}: {line["n"]} pairs, genotypes agree in {line["genotypes"]:.2f} of '
               f'the edges, alphas correlate by {filled("{:+.2f}", line["alphas"])}')
@@ -1639,9 +1675,9 @@ def study_figure(rows):
     height = below + 14
     note = [f'Cells found by searches on real and unreal data: percentile among all '
             f'{len(ordered["cifar10"]):,} cells of NAS-Bench-201 by true CIFAR-10 test accuracy.',
-            'A dot a seed (n); bar and line: mean and its 95% t-interval. Upright: a random cell '
-            f'(50, {ordered["cifar10"][7812]:.2f}%), the largest network ({largest:.1f}, '
-            f'{truth(NB201_LARGEST)["cifar10"]:.2f}%), the best cell (100, '
+            'A dot a seed (n); bar and line: mean and its 95% bootstrap interval. Upright: a '
+            f'random cell (50, {ordered["cifar10"][7812]:.2f}%), the largest network '
+            f'({largest:.1f}, {truth(NB201_LARGEST)["cifar10"]:.2f}%), the best cell (100, '
             f'{ordered["cifar10"][-1]:.2f}%).']
     return '\n'.join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1130 {height}" font-size="12" '
@@ -1657,11 +1693,11 @@ def figure_row(arm, values, left, y, hue):
              '</text>']
     parts += [f'<circle cx="{left + 3.2 * v:.1f}" cy="{y - 3 + 6 * (n % 2)}" r="3" fill="{hue}" '
               'fill-opacity="0.55"/>' for n, v in enumerate(values)]
-    mean, _, interval = mean_std_interval(values)
-    if interval:
-        low, high = (left + 3.2 * min(100, max(0, v)) for v in interval)
+    if len(values) > 1:
+        low, high = (left + 3.2 * (50 + bound) for bound in bootstrap(values, [50.0]))
         parts.append(f'<path d="M{low:.1f} {y} H{high:.1f}" stroke="#1a202c" stroke-width="2"/>')
-    parts.append(f'<path d="M{left + 3.2 * mean:.1f} {y - 9} V{y + 9}" stroke="#1a202c" '
+    mean = left + 3.2 * float(np.mean(values))
+    parts.append(f'<path d="M{mean:.1f} {y - 9} V{y + 9}" stroke="#1a202c" '
                  'stroke-width="3"/>')
     return parts
 
@@ -1697,6 +1733,9 @@ def main(argv=None):
     group.add_argument('--stem', choices=['auto', 'cifar', 'imagenet'], default='auto')
     args = parser.parse_args(argv)
 
+    for flag, file in (('--csv', args.csv), ('--plot', args.plot), ('--add', args.add)):
+        if file and not Path(file).resolve().parent.is_dir():
+            raise UserError(f'{flag} {file}: no such folder: make it first')
     if args.cost:
         if args.runs:
             raise UserError(f'--cost counts --arch alone: leave out {args.runs[0]}')
@@ -1713,6 +1752,10 @@ def main(argv=None):
     if args.add or args.study:
         if args.runs and not args.add:
             raise UserError(f'--study takes its CSV alone: leave out {args.runs[0]}, or --add it')
+        unused = [f'--{name}' for name in ('json', 'csv', 'analysis') if getattr(args, name)]
+        unused += ['--plot'] if args.plot and not args.study else []
+        if unused:
+            raise UserError(f'{unused[0]} does nothing with --study and --add: leave it out')
         if args.add:
             add_to_study(args.add, args.runs)
         if args.study:
@@ -1720,9 +1763,6 @@ def main(argv=None):
         return
     if not args.runs:
         raise UserError('nothing to evaluate: give run folders, or --arch NAME --cost')
-    for flag, file in (('--csv', args.csv), ('--plot', args.plot)):
-        if file and not Path(file).resolve().parent.is_dir():
-            raise UserError(f'{flag} {file}: no such folder: make it first')
     device = choose_device(args.gpu)
     runs = {Path(run).resolve(): run for run in args.runs}
     rows = []
@@ -1760,10 +1800,10 @@ def main(argv=None):
                 [line['space'], line['pairs'], str(line['n']), f'{line["genotypes"]:.2f}',
                  '-' if line['alphas'] is None else f'{line["alphas"]:+.2f}'] for line in pairs]])
     if args.analysis and not args.json:
-        related = show_analysis(rows)
+        show_analysis(rows)
     if args.plot:
-        write_file(args.plot, plot_fit(related if not args.json else correlations(rows))
-                   if args.analysis else plot_searches(rows))
+        write_file(args.plot, plot_fit(correlations(rows)) if args.analysis
+                   else plot_searches(rows))
     if args.csv:
         text = io.StringIO()
         names = dict.fromkeys(name for line in lines for name in line)
