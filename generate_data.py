@@ -123,6 +123,18 @@ def one_line_errors(main):
     return wrapped
 
 
+@contextlib.contextmanager
+def readable(what, mend):
+    """UserError, `what` (why): `mend`, for whatever fails in the block; files' own errors pass."""
+    try:
+        yield
+    except (OSError, UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f'{what} ({why}): {mend}') from None
+
+
 def write_file(path, content):
     """Write text or bytes so that `path` is always the old file or the whole new one."""
     path = Path(path)
@@ -292,13 +304,17 @@ def normal_table():
     return np.searchsorted(edges, np.arange(65536), side='right').astype(np.uint8)
 
 
+def halves(seed, stream, start, count, n):
+    """uint16 (count, n): n numbers for each image from `start` on."""
+    blocks = -(-n // 16)                            # of 4 x 64 bits: 16 numbers of 16 bits each
+    raw = philox(seed, stream, start * blocks, count * blocks * 4).astype('<u8', copy=False)
+    return raw.view('<u2').reshape(count, -1)[:, :n]
+
+
 def noise_images(seed, start, count, size):
     """Images start to start+count of the noise of a seed: uint8 (count, size, size, 3)."""
-    pixels = size * size * 3
-    blocks = -(-pixels // 16)                       # of 4 x 64 bits: 16 pixels of 16 bits each
-    raw = philox(seed, PIXELS, start * blocks, count * blocks * 4)
-    halves = raw.astype('<u8', copy=False).view('<u2').reshape(count, -1)[:, :pixels]
-    return normal_table()[halves].reshape(count, size, size, 3)
+    draws = halves(seed, PIXELS, start, count, size * size * 3)
+    return normal_table()[draws].reshape(count, size, size, 3)
 
 
 def draw_labels(seed, num_images, num_classes, mode='uniform', true=None, multilabel=False):
@@ -344,13 +360,6 @@ CHEXPERT = {'No Finding': .0886, 'Enlarged Cardiomediastinum': .0481, 'Cardiomeg
             'Pneumonia': .0244, 'Atelectasis': .1563, 'Pneumothorax': .0923,
             'Pleural Effusion': .4034, 'Pleural Other': .013, 'Fracture': .0387,
             'Support Devices': .564}
-
-
-def halves(seed, stream, start, count, n):
-    """int32 (count, n): n numbers of 16 bits for each image from `start` on."""
-    blocks = -(-n // 16)
-    raw = philox(seed, stream, start * blocks, count * blocks * 4).astype('<u8', copy=False)
-    return torch.from_numpy(raw.view('<u2').reshape(count, -1)[:, :n].astype(np.int32))
 
 
 def uniforms(seed, stream, start, count, n):
@@ -400,7 +409,7 @@ class Procedural:
         u, rolls = self.random(start, len(labels))
         normal = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
         noise = halves(self.seed, FIELD, start, len(labels), 2 * s * s)
-        noise = normal.float()[noise].view(-1, 2, s, s).to(self.device)
+        noise = torch.from_numpy(normal.float().numpy()[noise]).view(-1, 2, s, s).to(self.device)
         if labels.ndim == 2:
             x = self.glyphs(labels, background(u, noise, self.contrast), start)
         else:
@@ -415,8 +424,8 @@ class Procedural:
         """(B, 32) numbers between 0 and 1 and (B, n) of 16 bits."""
         u = torch.from_numpy(uniforms(self.seed, DRAWS + stream, start, count, 32)).float()
         rolls = halves(self.seed, ROLLS + stream, start, count,
-                       max(8 * LEAVES, ROUNDS * 8 * self.size))
-        return u.to(self.device), rolls.to(self.device)
+                       max(8 * LEAVES, ROUNDS * 8 * self.size)).astype(np.int32)
+        return u.to(self.device), torch.from_numpy(rolls).to(self.device)
 
     def fractal(self, labels, u, rolls, noise, x=None, centre=0.5, reach=0.45):
         """A fractal of each label over x, or over a background of its own."""
@@ -506,8 +515,7 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     which = table[rows, (256 * u[:, 1]).long()]
     grow = 1 - jitter * (0.2 - 0.3 * u[:, 2])                       # U(0.8, 1.1) at jitter 1
     grow = torch.minimum(grow, 0.98 / maps[rows, which, 6])
-    maps[rows, which] *= grow[:, None] * torch.tensor([1., 1, 0, 1, 1, 0, 1], device=u.device) \
-        + torch.tensor([0., 0, 1, 0, 0, 1, 0], device=u.device)
+    maps[rows[:, None], which[:, None], [0, 1, 3, 4, 6]] *= grow[:, None]
     rolls = rolls[:, :ROUNDS * points // 2]
     chosen = table.gather(1, torch.cat([rolls & 255, rolls >> 8], 1).long()) + 4 * rows[:, None]
     maps, path = maps.flatten(0, 1)[:, :6].contiguous(), []
@@ -763,16 +771,12 @@ def train_generator(source, folder, steps, minutes, seed, device):
 
 def load_generator(path):
     """The state of a generator that was trained here; UserError where it is not one."""
-    try:
+    with readable(f'{path} is no generator that was trained here',
+                  'for one of yours give a .pt2, or --generator_code as well'):
         state = torch.load(path, map_location='cpu', weights_only=True)
         if not {'average', 'labels', 'classes', 'size', 'mean', 'std'} <= set(state):
             raise ValueError('other contents')
         return state
-    except OSError:
-        raise
-    except Exception as error:
-        raise UserError(f'{path} is no generator that was trained here ({first_line(error)}); for '
-                        'one of yours give a .pt2, or --generator_code as well') from None
 
 
 def trained_flow(state, device, guidance=1.5, steps=30):
@@ -804,7 +808,8 @@ def users_generator(args, device):
         raise UserError(f'{code or path} is a program, and opening it can run any code: check '
                         'where it comes from, then add --trust_generator')
     logging.getLogger('torch.export').setLevel(logging.CRITICAL)    # what fails is said below
-    try:
+    with readable(f'{code or path}: cannot be loaded',
+                  'give a torch.export program, or file.py:factory and its state dict'):
         if code:
             file, _, factory = code.partition(':')
             spec = importlib.util.spec_from_file_location('generator_code', file)
@@ -816,16 +821,9 @@ def users_generator(args, device):
         else:
             network = torch.export.load(path).module()
         network = network.to(device)
-    except Exception as error:
-        raise UserError(f'{code or path}: cannot be loaded ({first_line(error)}): give a '
-                        'torch.export program, or file.py:factory and its state dict') from None
     if args.label_input == 'index':
         return network
     return lambda z, y: network(z, nn.functional.one_hot(y, args.num_classes).float())
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def latents(seed, start, count, z_dim, dist='normal', truncation=1.0):
@@ -840,15 +838,10 @@ def latents(seed, start, count, z_dim, dist='normal', truncation=1.0):
 @torch.no_grad()
 def network_images(f, z, labels, low, high, size, device):
     """uint8 (B, size, size, 3) of f(z, y), whose values are from low to high."""
-    try:
+    with readable(f'the generator fails on z {tuple(z.shape)} and {len(labels)} labels',
+                  'check --z_dim, --num_classes, --label_input'):
         x = f(z.to(device), torch.from_numpy(labels).to(device))
         shape = tuple(x.shape)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise UserError(f'the generator fails on z {tuple(z.shape)} and {len(labels)} labels '
-                        f'({first_line(error)}): check --z_dim, --num_classes, --label_input') \
-            from None
     if len(shape) != 4 or shape[0] != len(labels) or shape[1] not in (1, 3):
         raise UserError(f'the generator gives {shape} for {len(labels)} images: N x C x H x W with '
                         '1 or 3 channels is needed')
@@ -884,7 +877,7 @@ def check_generator(f, z, labels, num_classes, low, high, device):
 # How learnable a set is: a fixed small network, and the nearest neighbour
 
 
-def fit_probe(data, rows, device, epochs=10):
+def fit_probe(data, rows, device):
     """Train four convolutions on some images of a Data: 10 epochs, batch 128, Adam 1e-3.
 
     Images above 64 px are averaged down to about that.
@@ -901,8 +894,8 @@ def fit_probe(data, rows, device, epochs=10):
     loss_of = nn.functional.binary_cross_entropy_with_logits if data.multilabel \
         else nn.functional.cross_entropy
     batches = Batches(data, rows, min(128, len(rows)), device)
-    progress = Progress(epochs * len(batches), 'steps of the probe')
-    for epoch in range(epochs):
+    progress = Progress(10 * len(batches), 'steps of the probe')
+    for epoch in range(10):
         for step, (x, y) in enumerate(batches.epoch(epoch)):
             loss_of(network(x), y).backward()
             adam.step()
@@ -975,7 +968,7 @@ def probe_against(data, args, device):
 
 
 def write_noise(out, num_images, num_classes, image_size, seed, mode='uniform', multilabel=False,
-                form='array', force=False, test=None):
+                **how):
     """Gaussian noise with random labels, as a data set in the folder `out`."""
     if mode == 'permute':
         raise UserError('--label_mode permute: noise has no true labels; take balanced')
@@ -987,11 +980,10 @@ def write_noise(out, num_images, num_classes, image_size, seed, mode='uniform', 
               for start in range(0, num_images, chunk))
     meta = {'kind': 'noise', 'seed': seed, 'mean': [127.5 / 255] * 3, 'std': [32 / 255] * 3,
             'classes': [str(k) for k in range(num_classes)], 'image_size': image_size}
-    return write_set(out, meta, labels, chunks, form, force, test=test)
+    return write_set(out, meta, labels, chunks, **how)
 
 
-def write_random_labels(out, source, seed, mode='uniform', label_noise=1.0, form='array',
-                        force=False, test=None):
+def write_random_labels(out, source, seed, mode='uniform', label_noise=1.0, **how):
     """New labels for the images of `source`, a Data, and a reference to those images."""
     labels = redraw_labels(source.labels, len(source.classes), seed, mode, label_noise)
     meta = {'kind': 'random_labels', 'seed': seed, 'mean': source.mean, 'std': source.std,
@@ -999,7 +991,7 @@ def write_random_labels(out, source, seed, mode='uniform', label_noise=1.0, form
             'label_noise': label_noise, 'source': source.origin}
     chunks = (source.get(range(start, min(start + 256, len(labels))))
               for start in range(0, len(labels), 256))
-    return write_set(out, meta, labels, chunks, form, force, source, test)
+    return write_set(out, meta, labels, chunks, reference=source, **how)
 
 
 def generated_set(args, device):
@@ -1048,7 +1040,7 @@ def generated_set(args, device):
     return labels, names, size, 64, make
 
 
-def write_generated(out, args, device, form='array', force=False, test=None):
+def write_generated(out, args, device, force=False, **how):
     """Generated images and the labels that they were made for, as a data set in the folder."""
     learned = args.generator == 'train' or args.generator.endswith('.pt')     # its own classes
     if args.num_images < args.num_classes and not args.multilabel and not learned:
@@ -1062,7 +1054,7 @@ def write_generated(out, args, device, form='array', force=False, test=None):
         meta['difficulty'] = args.difficulty
     chunks = (make(start, min(chunk, len(labels) - start))
               for start in range(0, len(labels), chunk))
-    return write_set(out, meta, labels, chunks, form, force, test=test)
+    return write_set(out, meta, labels, chunks, force=force, **how)
 
 
 def write_set(out, meta, labels, chunks, form='array', force=False, reference=None, test=None):
@@ -1078,37 +1070,34 @@ def write_set(out, meta, labels, chunks, form='array', force=False, reference=No
         width = len(str(len(meta['classes']) - 1))
         meta['classes'] = [name.zfill(width) if name.isdigit() else name
                            for name in meta['classes']]
+        reference = None                # a tree has its images itself
     shape = (len(labels), meta['image_size'], meta['image_size'], 3)
     meta = {**meta, 'num_images': len(labels), 'multilabel': labels.ndim == 2, 'format': form}
     progress, began = Progress(len(labels), 'images'), time.time()
     with new_folder(out, force) as folder:
         digest, shown, done = hashlib.sha256(), [], 0
         counts = np.zeros((3, 256), np.int64)
-        images = None
-        if form == 'array' and reference is None:
-            images = open(folder / 'images.npy', 'wb')  # noqa: SIM115
+        arrays = form == 'array' and not reference
+        with open(folder / 'images.npy' if arrays else os.devnull, 'wb') as images:
             np.lib.format.write_array_header_1_0(
                 images, {'descr': '|u1', 'fortran_order': False, 'shape': shape})
-        with images or contextlib.nullcontext():
             for chunk in chunks:
                 shown += list(chunk[:max(0, 100 - len(shown))])
-                counts += [np.bincount(c, minlength=256) for c in chunk.reshape(-1, 3).T]
-                if images:
-                    images.write(chunk.tobytes())
-                    digest.update(chunk.tobytes())
-                elif form == 'folder':
-                    digest.update(chunk.tobytes())
+                if 'mean' not in meta:
+                    counts += [np.bincount(c, minlength=256) for c in chunk.reshape(-1, 3).T]
+                digest.update(chunk.tobytes())
+                images.write(chunk.tobytes())
+                if form == 'folder':
                     write_pngs(folder, chunk, labels, done, meta['classes'])
                 done += len(chunk)
                 progress.update(done)
-                if form == 'array' and reference is not None and done >= 100:
+                if reference and done >= 100:
                     break
         progress.close()
         rate = done / (time.time() - began)
         if form == 'array':
             np.save(folder / 'labels.npy', labels)
-        by_reference = form == 'array' and reference is not None
-        meta['sha256'] = {'images': reference.sha256() if by_reference else digest.hexdigest(),
+        meta['sha256'] = {'images': reference.sha256() if reference else digest.hexdigest(),
                           'labels': hashlib.sha256(labels.tobytes()).hexdigest()}
         if 'mean' not in meta:
             mean = counts @ np.arange(256) / counts.sum(1)
@@ -1205,11 +1194,10 @@ class Data:
 
     def __getitem__(self, item):
         """uint8 (H, W, 3), for torch's DataLoader; item: (index, what crop_box takes or None)."""
-        index, crop = item
-        if isinstance(self.images, np.ndarray):
-            return torch.from_numpy(self.images[index].copy())
-        return torch.from_numpy(read_image(self.images[index], self.image_size, self.zoom,
-                                           crop).copy())
+        image = self.images[item[0]]
+        if not isinstance(self.images, np.ndarray):
+            image = read_image(image, self.image_size, self.zoom, item[1])
+        return torch.from_numpy(image.copy())
 
     def get(self, indices):
         """uint8 (len(indices), H, W, 3)."""
@@ -1267,13 +1255,19 @@ def read_written(folder, data_dir, split):
     meta = read_meta(folder)
     if split != 'train':
         return None
+    size = meta['image_size']
+    whole = functools.partial(Data, str(folder), meta['kind'], classes=meta['classes'],
+                              mean=meta['mean'], std=meta['std'], image_size=size,
+                              origin={'name': str(folder.resolve())})
     if meta['format'] == 'folder':
-        data = read_folder(folder, split, meta['image_size'])
-        if not set(data.classes) <= set(meta['classes']):
-            raise UserError(f'{folder} has folders that meta.json does not name: remove them')
-        places = np.array([meta['classes'].index(name) for name in data.classes])
-        return replace(data, kind=meta['kind'], mean=meta['mean'], std=meta['std'],
-                       labels=places[data.labels], classes=meta['classes'])
+        names = class_names(folder)
+        files, places = list_images(folder, names)
+        if not set(names) <= set(meta['classes']) or len(files) != meta['num_images']:
+            raise UserError(f'{folder} does not hold what meta.json says: generate it again')
+        data = whole(files, np.array([meta['classes'].index(name) for name in names])[places])
+        if data.small:
+            data.images = decode(files, size)
+        return data
     labels = load_array(folder / 'labels.npy')
     if hashlib.sha256(labels.tobytes()).hexdigest() != meta['sha256']['labels'] \
             or (labels.ndim == 1 and labels.max() >= len(meta['classes'])):
@@ -1285,9 +1279,7 @@ def read_written(folder, data_dir, split):
         return replace(source, name=str(folder), kind='random_labels', labels=labels,
                        origin={'name': str(folder.resolve())})
     images = load_array(folder / 'images.npy', mmap_mode='r')
-    size = meta['image_size']
-    data = Data(str(folder), meta['kind'], images, labels, meta['classes'], meta['mean'],
-                meta['std'], size, {'name': str(folder.resolve())})
+    data = whole(images, labels)
     sound = images.shape == (len(labels), size, size, 3) and images.dtype == np.uint8
     if not sound or (data.resident and data.sha256() != meta['sha256']['images']):
         raise UserError(f'{folder}/images.npy is not what meta.json says: generate it again')
@@ -1295,7 +1287,7 @@ def read_written(folder, data_dir, split):
 
 
 def read_meta(folder):
-    try:
+    with readable(f'{folder}/meta.json is broken', 'generate the set again'):
         meta = json.loads((folder / 'meta.json').read_text())
         sound = meta['kind'] in USED and meta['format'] in ('array', 'folder') \
             and all(type(meta[k]) is int and meta[k] > 0 for k in ('image_size', 'num_images')) \
@@ -1307,34 +1299,27 @@ def read_meta(folder):
             sound = sound and (
                 meta['kind'] != 'random_labels' or 'name' in meta['source'])
         if not sound:
-            raise ValueError
+            raise ValueError('a value is of the wrong kind')
         return meta
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'{folder}/meta.json is broken: generate the set again') from None
 
 
 def read_source(folder, meta, data_dir):
     """The images that a set of random labels refers to, looked for under data_dir as well."""
-    origin = meta.get('source', {})
-    places = [origin.get('data_dir'), data_dir] if 'data_dir' in origin else [data_dir]
-    for place in places:
+    origin = meta['source']
+    for place in dict.fromkeys([origin.get('data_dir'), data_dir]):
         with contextlib.suppress(UserError):
-            source = read(origin['name'], place, 'train',
+            source = read(origin['name'], place or '.', 'train',
                           meta['image_size'] if origin.get('resized') else None,
                           **origin.get('chexpert', {}))
             if source.sha256() == meta['sha256']['images']:
                 return source
-    raise UserError(f'{folder}: its images ({origin.get("name")}) are not in {places[0]} as they '
-                    'were: give their --data_dir, or generate it again')
+    raise UserError(f'{folder}: its images, {origin["name"]} {origin.get("data_dir", "")}, are not '
+                    'as they were: give their --data_dir, or generate it again')
 
 
 def load_array(path, **kwargs):
-    try:
+    with readable(f'{path} is truncated or not an array', 'generate the set again'):
         return np.load(path, allow_pickle=False, **kwargs)
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing: generate the set again') from None
-    except (ValueError, EOFError):
-        raise UserError(f'{path} is truncated or not an array: generate the set again') from None
 
 
 # CIFAR: means and standard deviations of the training images (those that DARTS's code uses; for
@@ -1409,16 +1394,10 @@ class PlainUnpickler(pickle.Unpickler):
 
 def load_pickle(path):
     """A dictionary with text keys; those of Python 2, as in the official files, as well."""
-    try:
-        with open(path, 'rb') as file:
-            entries = PlainUnpickler(file, encoding='bytes').load()
+    with readable(f'{path} is no CIFAR file', 'unpack it again'), open(path, 'rb') as file:
+        entries = PlainUnpickler(file, encoding='bytes').load()
         return {k.decode(errors='replace') if isinstance(k, bytes) else k: v
                 for k, v in entries.items()}
-    except OSError:
-        raise
-    except Exception as error:
-        raise UserError(f'{path} is no CIFAR file ({error or "truncated"}): unpack it again') \
-            from None
 
 
 REAL = [*CIFAR, 'imagenet', 'chexpert']
@@ -1512,9 +1491,9 @@ def chexpert_files(root, table, paths, views):
     What precedes train/, valid/ or test/ in a path is of another machine. In the full download
     the patients of train/ are spread over the folders of the other batches.
     """
-    inside = [re.sub(r'^.*?(?=(train|valid|test)/)', '', path) for path in paths]
-    owners = {patient.name: folder for folder in root.parent.glob('CheXpert-v1.0 batch *')
-              for patient in folder.iterdir() if patient.name.startswith('patient')} \
+    inside = [re.sub(r'^(.*/)?(?=(train|valid|test)/)', '', path) for path in paths]
+    owners = {patient.name: patient.parent
+              for patient in root.parent.glob('CheXpert-v1.0 batch */patient*')} \
         if root.name.startswith('CheXpert-v1.0 batch') else {}
     studies = not any(Path(path).suffix for path in inside[:3])
     places = [root, table.parent, root.parent]
@@ -1523,12 +1502,12 @@ def chexpert_files(root, table, paths, views):
         patient = path.split('/')[1] if path.startswith('train/') else None
         return owners[patient] / path[6:] if patient in owners else None
 
-    tried = [of_batch(path) or place / path for path in inside[:3] for place in places]
-    place = next((place for place in places for path in inside[:3]
-                  if (of_batch(path) or place / path).exists()), None)
+    tried = [(of_batch(path) or place / path, place) for place in places for path in inside[:3]]
+    place = next((place for file, place in tried if file.exists()), None)
     if place is None:
-        raise UserError(f'{table}: none of its first files is there; looked at '
-                        f'{", ".join(dict.fromkeys(map(str, tried)))}: give the right --data_dir')
+        looked = ', '.join(dict.fromkeys(str(file) for file, _ in tried))
+        raise UserError(f'{table}: none of its first files is there; looked at {looked}: give the '
+                        'right --data_dir')
     files, rows = [], []
     for row, path in enumerate(inside):
         file = of_batch(path) or place / path
@@ -1549,18 +1528,16 @@ def read_folder(root, split, image_size, mean=None, std=None):
     are resized to 8/7 of the size and their middle is cut out, as 256 and 224 px of ImageNet's.
     """
     train = root / 'train' if (root / 'train').is_dir() else root
-    tests = [root / name for name in ('val', 'test') if (root / name).is_dir()]
-    classes, folder = class_names(train), train
-    if train != root and tests:
-        differ = sorted(set(classes) ^ set(class_names(tests[0])))
-        if differ:
-            raise UserError(f'{tests[0]} and {train} differ in their classes: '
-                            f'{", ".join(differ[:5])}: give both the same folders')
-    if split == 'test':
-        if train == root or not tests:
-            return None
-        folder = tests[0]
-    files, labels = list_images(folder, classes)
+    test = next((root / name for name in ('val', 'test')
+                 if train != root and (root / name).is_dir()), None)
+    classes = class_names(train)
+    differ = sorted(set(classes) ^ set(class_names(test))) if test else ()
+    if differ:
+        raise UserError(f'{test} and {train} differ in their classes: {", ".join(differ[:5])}: '
+                        'give both the same folders')
+    if split == 'test' and not test:
+        return None
+    files, labels = list_images(test if split == 'test' else train, classes)
     data = Data(str(root), 'real', files, labels, classes, mean, std, image_size,
                 {'name': str(root.resolve()), 'resized': True},
                 zoom=8 / 7 if image_size > 64 else 1)
@@ -1625,13 +1602,15 @@ def read_image(path, image_size, zoom=1, crop=None):
     try:
         with Image.open(path) as image:
             w, h = image.size
+            if image.getexif().get(274, 1) > 4:             # lies on its side until it is turned
+                w, h = h, w
             part = 1 / zoom
             if crop is not None:
                 left, top, width, height = crop_box(torch.tensor([crop]), w / h)[0].tolist()
                 part = min(width * w, height * h) / min(w, h)
             # A JPEG is decoded at a half, a quarter or an eighth where that leaves enough.
             image.draft('RGB', [math.ceil(2 * image_size / part * side / min(w, h))
-                                for side in (w, h)])
+                                for side in image.size])
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith('I') or image.mode == 'F':
                 pixels = np.asarray(image).astype(np.float64)
@@ -1784,8 +1763,7 @@ class Batches:
         labels = torch.from_numpy(np.ascontiguousarray(data.labels))
         self.labels = (labels.float() if data.multilabel else labels).to(device)
         if data.resident and str(device) not in data.on_device:
-            images = np.ascontiguousarray(data.get(range(len(data))))
-            data.on_device[str(device)] = torch.from_numpy(images).to(device)
+            data.on_device[str(device)] = torch.from_numpy(np.array(data.images)).to(device)
 
     def __len__(self):
         n = len(self.indices)
@@ -1846,7 +1824,7 @@ class Batches:
                    for part in slices)
         loader = torch.utils.data.DataLoader(
             self.data, batch_sampler=batches, num_workers=self.workers,
-            pin_memory=self.device.type == 'cuda')
+            pin_memory=self.device.type == 'cuda', generator=torch.Generator())
         try:
             for x in loader:
                 yield x.to(self.device, non_blocking=True)
@@ -1953,10 +1931,10 @@ def main(argv=None):
         return {**probe(data, device), **(probe_against(data, args, device)
                                           if args.generator == 'train' else {})}
 
-    common = args.format, args.force, test if args.probe else None
+    how = dict(form=args.format, force=args.force, test=test if args.probe else None)
     if args.kind == 'noise':
         rate = write_noise(args.out, args.num_images, args.num_classes, args.image_size or 32,
-                           args.seed, args.label_mode, args.multilabel, *common)
+                           args.seed, args.label_mode, args.multilabel, **how)
     elif args.kind == 'random_labels':
         source = read_by(args, args.source)
         inside = os.path.commonpath([os.path.abspath(p) for p in (args.out, args.source)])
@@ -1964,9 +1942,9 @@ def main(argv=None):
             raise UserError(f'--out {args.out} and --source {args.source}: one lies in the other; '
                             'write elsewhere')
         rate = write_random_labels(args.out, source, args.seed, args.label_mode, args.label_noise,
-                                   *common)
+                                   **how)
     else:
-        rate = write_generated(args.out, args, device, *common)
+        rate = write_generated(args.out, args, device, **how)
     found = read_meta(Path(args.out)).get('probe', {})
     print(f'wrote {args.out}, {rate:,.0f} images/s: look at {Path(args.out) / "sheet.png"}')
     if found:
@@ -1980,10 +1958,10 @@ def main(argv=None):
 
 
 # Settings of unreal data, with their defaults, and what each kind and generator makes of them
-SETTINGS = dict(num_images=50000, num_classes=10, multilabel=False, source='cifar10',
-                label_mode='uniform', label_noise=1.0, uncertain='mixed', views='frontal',
-                generator='fractal', difficulty='medium', systems_per_class=None,
-                generator_steps=50000, time_limit=math.inf, generator_code=None,
+SHARED = dict(num_images=50000, num_classes=10, multilabel=False, source='cifar10',
+              label_mode='uniform', label_noise=1.0, uncertain='mixed', views='frontal',
+              generator='fractal', difficulty='medium', systems_per_class=None)
+SETTINGS = dict(SHARED, generator_steps=50000, time_limit=math.inf, generator_code=None,
                 trust_generator=False, z_dim=128, z_dist='normal', truncation=1.0,
                 label_input='index', output_range='-1,1')
 USED = {'noise': {'num_images', 'num_classes', 'multilabel', 'label_mode'},
@@ -2022,9 +2000,7 @@ def add_label_flags(parser):
     group.add_argument('--difficulty', choices=list(DIFFICULTY), help='of generated images')
     group.add_argument('--systems_per_class', type=number(int, 1, 10 ** 4),
                        help='fractals of a class: 8, or 1 for 1,000 classes and more')
-    parser.set_defaults(**{name: SETTINGS[name] for name in (
-        'num_images', 'num_classes', 'multilabel', 'source', 'label_mode', 'label_noise',
-        'uncertain', 'views', 'generator', 'difficulty', 'systems_per_class')})
+    parser.set_defaults(**SHARED)
     group.add_argument('--data_dir', default='data', help='folder of the real data sets')
     group.add_argument('--download', action='store_true', help='let torchvision fetch CIFAR')
 
