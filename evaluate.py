@@ -137,6 +137,7 @@ class GraphedStep:
         before = {name: [t.detach().clone() for t in part] for name, part in self.changed().items()}
         random = random_states(self.device)
         expected = self.step(*batch)
+        ended = random_states(self.device)
         after = {name: [t.detach().clone() for t in part] for name, part in self.changed().items()}
         try:
             self.put(before, random)
@@ -147,10 +148,13 @@ class GraphedStep:
             reason = self.difference(before, after)
         except RuntimeError as error:
             reason = f'capture failed ({str(error).splitlines()[0][:100]})'
+            if self.device.type == 'cuda':      # before torch 2.14 it would count as capturing on
+                generator = torch.cuda.default_generators[self.device.index]
+                generator.graphsafe_set_state(generator.clone_state())
         if reason:
             for t in (t for part in self.changed().values() for t in part):
                 t.grad = None                       # of a step that broke off
-            self.put(after, random_states(self.device))
+            self.put(after, ended)
             print(f'no CUDA graph: {reason}; going on without', file=sys.stderr)
             return expected
         self.graph = graph
@@ -390,6 +394,8 @@ def check_schedule(args, given, rate_for=None):
     if args.batch_size % parts or args.batch_size // parts < 2:
         raise UserError(f'--batch_size {args.batch_size} makes no {parts} parts of two images or '
                         'more (--grad_accum times the processes): take a multiple')
+    if args.nesterov and not args.momentum:
+        raise UserError('--momentum 0 goes without Nesterov: add --no-nesterov')
     if args.warmup_epochs >= args.epochs:
         raise UserError(f'--warmup_epochs {args.warmup_epochs} leaves none of {args.epochs} '
                         'epochs: take fewer')
@@ -469,6 +475,9 @@ def load_states(checkpoint, path, counters, **objects):
     """
     try:
         for name, target in objects.items():
+            for group in checkpoint[name].get('param_groups', ()):  # what suits this device
+                group.update({key: target.defaults[key] for key in (
+                    'foreach', 'fused', 'capturable') if key in target.defaults})
             target.load_state_dict(checkpoint[name])
         random = checkpoint['random'][world()[0] % len(checkpoint['random'])]
         torch.set_rng_state(random[0])
@@ -641,7 +650,7 @@ def correct(logits, y, k=1):
 
 
 @torch.no_grad()
-def test(network, batches, amp=False):
+def test(network, batches):
     """{'loss', 'top1', 'top5', 'n'} of a network in evaluation mode; shares from 0 to 1.
 
     For several labels instead of top1 and top5 `scores`: float64 (n, classes), and `rows`, the
@@ -650,9 +659,7 @@ def test(network, batches, amp=False):
     network.eval()
     sums, scores = torch.zeros(4, dtype=torch.float64), []
     for x, y in batches.epoch():
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            logits = network(x)
-        logits = logits.float()
+        logits = network(x)
         sums += torch.tensor([loss_of(logits, y) * len(y), correct(logits, y),
                               correct(logits, y, 5), len(y)])
         if y.dim() == 2:
@@ -1358,7 +1365,8 @@ def add_to_study(path, runs):
         before = Path(path).read_text().rstrip('\n') + '\n' if rows else ''
         if new:
             write_file(path, before + text.getvalue())
-        lock.unlink()
+        if fcntl:
+            lock.unlink()
     print(f'{len(new)} searches added to the {len(rows)} in {path}'
           + f'; not finished: {", ".join(waiting)}' * bool(waiting))
 

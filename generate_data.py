@@ -1,4 +1,4 @@
-"""Write unreal data sets, and read every data set: unreal, CIFAR, a folder of images.
+"""Write unreal data sets, and read every data set: unreal, CIFAR, ImageNet, CheXpert, a folder.
 
     python generate_data.py --kind noise --out data/noise             # 50,000 x 32 px, seconds
     python generate_data.py --kind random_labels --source cifar10 --out data/random_labels
@@ -10,10 +10,10 @@
 A set is made in a hidden folder and renamed when whole, so a run that was stopped is simply run
 again; `--generator train` keeps its training in OUT.generator/ and goes on from there. `noise` is
 Gaussian pixels with random labels; `random_labels` is new labels for a source's images, which stay
-where they are: cifar10 or cifar100 in their python layout under --data_dir, a written set, or a
-folder with a folder of images for each class (train/ and val/, or one tree). `generated` draws
-images for labels: by formula (fractal, spectrum, deadleaves, mixed), by a generator that is trained
-on a source's images, or by FILE, a generator of yours.
+where they are: cifar10 or cifar100 in their python layout under --data_dir, imagenet, chexpert, a
+written set, or a folder with a folder of images for each class (train/ and val/, or one tree).
+`generated` draws images for labels: by formula (fractal, spectrum, deadleaves, mixed), by a
+generator that is trained on a source's images, or by FILE, a generator of yours.
 """
 import argparse
 import contextlib
@@ -86,7 +86,9 @@ def number(kind, low=-math.inf, high=math.inf, open_low=False, open_high=False):
             raise argparse.ArgumentTypeError(f'{text!r} is no {kind.__name__}') from None
         inside = low <= value <= high and math.isfinite(value)
         if not inside or (open_low and value == low) or (open_high and value == high):
-            raise argparse.ArgumentTypeError(f'{text} is not from {low} to {high}')
+            raise argparse.ArgumentTypeError(
+                f'{text} is not {"above" if open_low else "from"} {low} '
+                f'{"and below" if open_high else "to"} {high}')
         return value
     return parse
 
@@ -101,10 +103,17 @@ def one_line_errors(main):
             message = str(error)
         except torch.OutOfMemoryError:
             message = 'the device is out of memory: take a smaller --batch_size'
-        except RuntimeError as error:           # gloo's or NCCL's, of a process that is gone
-            if world()[1] == 1 or not re.search('peer|gloo|NCCL', str(error)):
+        except RuntimeError as error:
+            ends = {"can't allocate memory": 'out of memory: take fewer or smaller images, or a '
+                    'smaller --batch_size',
+                    'DataLoader worker': 'a process that reads images has ended, of too little '
+                    'memory or /dev/shm: take --workers 0'}
+            if world()[1] > 1:                  # gloo's or NCCL's, of a process that is gone
+                ends['peer|gloo|NCCL'] = 'another process of this run has ended: see what it ' \
+                    'says; --resume goes on'
+            message = next((text for end, text in ends.items() if re.search(end, str(error))), None)
+            if message is None:
                 raise
-            message = 'another process of this run has ended: see what it says; --resume goes on'
         except MemoryError:
             message = 'out of memory: take fewer or smaller images, or a smaller --batch_size'
         except BrokenPipeError:                 # the reader of a pipe has gone, as `head` does
@@ -146,9 +155,11 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         error.filename = str(path)
         raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save_file(path, content):
@@ -189,7 +200,7 @@ def new_folder(out, force=False):
     One process at a time; an `out` that exists, or came to be while this one waited, is refused
     without `force`. What killed runs left is removed.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
     check_out(out, force)
     lock, temporary = (out.with_name(f'.{out.name}.{end}') for end in ('lock', f'tmp{os.getpid()}'))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +221,8 @@ def new_folder(out, force=False):
         finally:
             for left in (temporary, out.with_name(f'.{out.name}.tmp-old')):
                 shutil.rmtree(left, ignore_errors=True)
-            lock.unlink(missing_ok=True)
+            if fcntl:                               # elsewhere no open file can be removed
+                lock.unlink(missing_ok=True)
 
 
 def world():
@@ -727,9 +739,10 @@ def train_generator(source, folder, steps, minutes, seed, device):
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / 'checkpoint.pt').exists():
         state = load_generator(folder / 'checkpoint.pt')
-        if any(state[key] != about[key] for key in ('images', 'seed', 'classes')):
-            raise UserError(f'{folder} is of other images or another seed: remove it, or choose '
-                            'another --out')
+        if any(state[key] != about[key] for key in ('images', 'seed', 'classes', 'size')) \
+                or not torch.equal(state['labels'], about['labels']):
+            raise UserError(f'{folder} is of other images, labels or another seed: remove it, or '
+                            'choose another --out')
         for key, item in (('network', network), ('average', average), ('adam', adam)):
             item.load_state_dict(state[key])
         step, seconds, lines = state['step'], state['seconds'], state['lines']
@@ -897,7 +910,8 @@ def fit_probe(data, rows, device):
     progress = Progress(10 * len(batches), 'steps of the probe')
     for epoch in range(10):
         for step, (x, y) in enumerate(batches.epoch(epoch)):
-            loss_of(network(x), y).backward()
+            known = {'weight': (y >= 0).float()} if data.multilabel else {}     # -1: not known
+            loss_of(network(x), y, **known).backward()
             adam.step()
             adam.zero_grad()
             progress.update(epoch * len(batches) + step)
@@ -943,8 +957,6 @@ def nearest_neighbour(data, rows, device):
 def probe(data, device):
     """Train on nine tenths of a Data, test on the rest: what --probe writes into meta.json."""
     train, test = stratified_split(data.labels, 0.9, 0)
-    if not len(test):
-        raise UserError(f'--probe: {len(data)} images of {len(data.classes)} classes are too few')
     return {'network': grade(fit_probe(data, train, device), data, test, device),
             'nearest_neighbour': grade(nearest_neighbour(data, train, device), data, test, device),
             'measure': 'mean AUC' if data.multilabel else 'accuracy', 'n_train': len(train),
@@ -1013,12 +1025,15 @@ def generated_set(args, device):
     path = Path(args.generator)
     if args.generator == 'train':
         source = read_by(args, args.source)
-        path = Path(f'{args.out}.generator')
+        path = Path(f'{Path(args.out)}.generator')
         train_generator(source, path, args.generator_steps, args.time_limit, seed, device)
         path /= 'generator.pt'
-    if path.suffix == '.pt' and not args.generator_code:
+    trained = path.suffix == '.pt' and not args.generator_code      # by --generator train
+    if trained:
         state = load_generator(path)
         names, size, rows = state['classes'], state['size'], state['labels'].numpy()
+        if args.image_size not in (None, size):
+            raise UserError(f'{path} draws {size} px: leave --image_size {args.image_size} out')
         f, z_dim = trained_flow(state, device), 3 * size * size
         labels = draw_labels(seed, n, len(names), 'balanced')
         if rows.ndim == 2:              # vectors of labels that the source has
@@ -1032,7 +1047,7 @@ def generated_set(args, device):
         check_generator(f, z_64, labels_64, classes, low, high, device)
 
     def make(start, count):
-        b = count if path.suffix == '.pt' and not args.generator_code else 64
+        b = count if trained else 64
         y = np.resize(labels[start:start + count], (b, *labels.shape[1:]))
         return network_images(f, latents(seed, start, b, z_dim, *z), y, low, high, size,
                               device)[:count]
@@ -1042,8 +1057,8 @@ def generated_set(args, device):
 
 def write_generated(out, args, device, force=False, **how):
     """Generated images and the labels that they were made for, as a data set in the folder."""
-    learned = args.generator == 'train' or args.generator.endswith('.pt')     # its own classes
-    if args.num_images < args.num_classes and not args.multilabel and not learned:
+    if 'num_classes' in used_settings(args, 'generated') and not args.multilabel \
+            and args.num_images < args.num_classes:
         raise UserError(f'--num_images {args.num_images} cannot hold {args.num_classes} classes: '
                         'raise it')
     check_out(out, force)
@@ -1071,6 +1086,9 @@ def write_set(out, meta, labels, chunks, form='array', force=False, reference=No
         meta['classes'] = [name.zfill(width) if name.isdigit() else name
                            for name in meta['classes']]
         reference = None                # a tree has its images itself
+    if test and not len(stratified_split(labels, 0.9, 0)[1]):
+        raise UserError(f'--probe: {len(labels)} images of {len(meta["classes"])} classes are too '
+                        'few: take more')
     shape = (len(labels), meta['image_size'], meta['image_size'], 3)
     meta = {**meta, 'num_images': len(labels), 'multilabel': labels.ndim == 2, 'format': form}
     progress, began = Progress(len(labels), 'images'), time.time()
@@ -1143,7 +1161,7 @@ def contact_sheet(images, labels, meta):
         y = 34 + place // 10 * (size + text + gap)
         resample = Image.NEAREST if images.shape[1] <= size else Image.LANCZOS
         sheet.paste(Image.fromarray(images[k]).resize((size, size), resample), (x, y))
-        present = [labels[k]] if labels.ndim == 1 else np.flatnonzero(labels[k])
+        present = [labels[k]] if labels.ndim == 1 else np.flatnonzero(labels[k] == 1)
         name = ' '.join(' '.join(meta['classes'][c] for c in present).split())
         while pen.textlength(name, small) > size:
             name = name[:-1]
@@ -1161,7 +1179,7 @@ class Data:
     name: str                   # what the user called it
     kind: str                   # 'real', 'noise', 'random_labels', 'generated'
     images: object              # array, or list of paths
-    labels: np.ndarray          # int64 (N,), or uint8 (N, classes) where several labels hold
+    labels: np.ndarray          # int64 (N,), or (N, classes) of 0, 1, -1 (not known)
     classes: list
     mean: list                  # of pixels / 255, per channel
     std: list
@@ -1341,9 +1359,15 @@ def read_cifar(name, data_dir, split, download=False):
         folder = Path(data_dir)
     if not folder.is_dir() and download:
         try:
-            official(data_dir, download=True)
+            with new_folder(folder) as new:             # by one process, whole or not at all
+                official(str(new), download=True)
+                for file in [*(new / inner).iterdir()]:
+                    file.rename(new / file.name)
+                (new / inner).rmdir()
+                (new / official.filename).unlink(missing_ok=True)
         except Exception as error:
-            raise UserError(f'no download ({error}): put {inner}/ into {data_dir}') from None
+            if not folder.is_dir():                     # else another run has just fetched it
+                raise UserError(f'no download ({error}): put {inner}/ into {data_dir}') from None
     if not folder.is_dir():
         raise UserError(f'{name}: no {inner}/ in {data_dir}: give its --data_dir, or --download')
     key = 'labels' if name == 'cifar10' else 'fine_labels'
@@ -1473,10 +1497,10 @@ def read_chexpert_table(path, uncertain):
     for n, row in enumerate(rows):
         for k, name in enumerate(CHEXPERT):
             try:
-                value = float(row[name] or 0)
+                value = float(row[name].strip() or 0)
                 if value not in (0, 1, -1) or not row[where]:
                     raise ValueError
-            except (TypeError, ValueError):
+            except (AttributeError, ValueError):        # no text: the line is cut short
                 raise UserError(f'{path}, line {n + 2}: {where} {row[where]!r}, {name} '
                                 f'{row[name]!r}: labels are 1.0, 0.0, -1.0 or blank') from None
             if value == -1:
@@ -1651,10 +1675,11 @@ def used_settings(args, kind):
 
 def refuse_unused(args, kind):
     """UserError for a setting of unreal data that `kind` would pass over in silence."""
-    for name in SETTINGS.keys() - used_settings(args, kind):
+    for name in sorted(SETTINGS.keys() - used_settings(args, kind)):
         by_quick = name == 'num_images' and getattr(args, 'quick', False)
         if getattr(args, name, SETTINGS[name]) != SETTINGS[name] and not by_quick:
-            raise UserError(f'--{name} means nothing for {kind}: leave it out')
+            raise UserError(f'--{name} (or a --like or --preset that sets it) means nothing for '
+                            f'{kind}: leave it out')
 
 
 def find_or_make(args):
@@ -1675,7 +1700,7 @@ def find_or_make(args):
         source = read_by(args, args.source)
         folder /= (f'random_labels-{Path(args.source).name}-{source.sha256()[:8]}'
                    f'-{source.image_size}px-{args.label_mode}-{args.label_noise:g}'
-                   f'-seed{args.data_seed}')
+                   f'{f"-{args.uncertain}" * (args.source == "chexpert")}-seed{args.data_seed}')
         make = functools.partial(write_random_labels, folder, source, args.data_seed,
                                  args.label_mode, args.label_noise)
     elif args.data == 'generated':
@@ -1708,9 +1733,9 @@ def find_or_make(args):
 def stratified_split(labels, fraction, seed, patients=None):
     """Two sorted index arrays: a share `fraction` of every class, drawn by seed, and the rest.
 
-    A class with one image gives it to the first; with two or more, both halves have some. Images
-    with several labels are split without regard to them. patients (N,): all images of one are in
-    one of the two, and the share is of patients.
+    Of a class with n images the first gets n * fraction, rounded up: one goes to the first, and of
+    two both halves have one. Images with several labels are split without regard to them.
+    patients (N,): all images of one are in one of the two, and the share is of patients.
     """
     if patients is not None:
         names, whose = np.unique(patients, return_inverse=True)
@@ -1905,7 +1930,7 @@ def main(argv=None):
     parser.add_argument('--gpu', type=number(int, -1), default=-1,
                         help='CUDA device of generators and --probe, -1: the CPU')
     add_label_flags(parser)
-    parser.add_argument('--image_size', type=number(int, 1, 4096),
+    parser.add_argument('--image_size', type=number(int, 8, 4096),
                         help='pixels: 32 for noise; folders are resized to it')
     group = parser.add_argument_group('--generator train, or a file')
     group.add_argument('--generator_steps', type=number(int, 1))
@@ -1926,6 +1951,12 @@ def main(argv=None):
     refuse_unused(args, args.kind)
     device = choose_device(args.gpu)
 
+    if 'source' in used_settings(args, args.kind) and Path(args.source).is_dir():
+        both = [os.path.realpath(path) for path in (args.out, args.source)]
+        if os.path.commonpath(both) in both:
+            raise UserError(f'--out {args.out} and --source {args.source}: one lies in the other; '
+                            'write elsewhere')
+
     def test(data):
         print('probing')
         return {**probe(data, device), **(probe_against(data, args, device)
@@ -1937,10 +1968,6 @@ def main(argv=None):
                            args.seed, args.label_mode, args.multilabel, **how)
     elif args.kind == 'random_labels':
         source = read_by(args, args.source)
-        inside = os.path.commonpath([os.path.abspath(p) for p in (args.out, args.source)])
-        if Path(args.source).is_dir() and inside in map(os.path.abspath, (args.out, args.source)):
-            raise UserError(f'--out {args.out} and --source {args.source}: one lies in the other; '
-                            'write elsewhere')
         rate = write_random_labels(args.out, source, args.seed, args.label_mode, args.label_noise,
                                    **how)
     else:

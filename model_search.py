@@ -25,7 +25,6 @@ from operations import (NB201_OPERATIONS, OPERATIONS, BatchNorm, FactorizedReduc
 
 class Space(NamedTuple):
     """What the cells of a search space are like, and what their edges choose from."""
-    name: str
     operations: dict
     kinds: tuple            # the cells that are searched
     inputs: int             # states that a cell gets from the cells before it
@@ -38,8 +37,8 @@ class Space(NamedTuple):
                 for state in range(node)]
 
 
-DARTS = Space('darts', OPERATIONS, ('normal', 'reduce'), 2, NODES)
-NB201 = Space('nb201', NB201_OPERATIONS, ('cell',), 1, 3)
+DARTS = Space(OPERATIONS, ('normal', 'reduce'), 2, NODES)
+NB201 = Space(NB201_OPERATIONS, ('cell',), 1, 3)
 EDGES = DARTS.edges
 
 
@@ -98,7 +97,8 @@ class MixedOp(nn.Module):
                         for part, block in zip(parts, self.blocks.values())]
 
     def forward(self, state, mixing=None):
-        """state: (B, C, H, W); mixing: from `mixing`, or None where an edge has one operation.
+        """state: (B, C, H, W); mixing: from `mixing` or `drawn`, or None where an edge has one
+        operation.
 
         Returns E maps (B, C, H', W').
         """
@@ -203,8 +203,8 @@ class Cell(nn.Module):
         super().__init__()
         if space.inputs == 2:
             before, last = channels_in
-            self.preprocess0 = (HalvingPreprocess if reduction_before else ReLUConvBN)(
-                before, channels, affine)
+            self.preprocess0 = FactorizedReduce(before, channels, 1, affine) if reduction_before \
+                else ReLUConvBN(before, channels, affine)
             self.preprocess1 = ReLUConvBN(last, channels, affine)
         self.space, self.channels, self.edges = space, channels, edges
         self.concat, self.partial = concat, partial
@@ -229,7 +229,9 @@ class Cell(nn.Module):
         share of its node (beta of PC-DARTS), or None.
         """
         first = self.space.inputs
-        states = [self.preprocess0(s0), self.preprocess1(s1)] if first == 2 else [s1]
+        states = [s1] if first == 1 else [
+            finished(bring(Inputs(s))) for bring, s in ((self.preprocess0, s0),
+                                                        (self.preprocess1, s1))]
         arriving, passing = {node: [] for node in range(first, first + self.space.nodes)}, []
         for state, (leaving, mixed_op) in enumerate(zip(self.leaving, self.mixed_ops)):
             if state >= first:
@@ -283,16 +285,6 @@ class Cell(nn.Module):
         rest, = mixed_maps(passing[:node], share.unsqueeze(0))
         # Channel shuffle, so that other channels come first in the next operation.
         return F.channel_shuffle(torch.cat([total, rest], 1), self.partial)
-
-
-class HalvingPreprocess(nn.Module):
-    """Brings the output of the cell before a reduction to this cell's size and width."""
-    def __init__(self, channels_in, channels, affine):
-        super().__init__()
-        self.reduce = FactorizedReduce(channels_in, channels, 1, affine)
-
-    def forward(self, x):
-        return finished(self.reduce(Inputs(x)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -425,7 +417,7 @@ class Network(nn.Module):
     def mixing(self):
         """What each cell type mixes with: {kind: (weights (edges, operations), shares (edges,))}.
 
-        Rows sum to 1 (DARTS, equation 2) or to the edge's share (PC-DARTS, equation 5), unless
+        Rows sum to 1 (DARTS, equation 2) or to the edge's share (PC-DARTS, section 3.3), unless
         the method changes that.
         """
         mixing = {}
@@ -443,7 +435,7 @@ class Network(nn.Module):
         return F.softmax(alpha if dropped is None else alpha.masked_fill(dropped, -math.inf), 1)
 
     def shares(self, kind):
-        """Each edge's share of its node: softmax of beta over its inputs (PC-DARTS, equation 4)."""
+        """Each edge's share of a node: softmax of beta over its inputs (PC-DARTS, section 3.3)."""
         if self.partial == 1:
             return None
         first = self.space.inputs

@@ -336,8 +336,8 @@ class ReLUConvBN(nn.Module):
         self.conv = PointwiseConv(channels_in, channels, 1)
         self.norm = BatchNorm(channels, affine=affine)
 
-    def forward(self, x):
-        return self.norm(self.conv(F.relu(x)))
+    def forward(self, inputs):
+        return Unnormalised(self.conv(inputs.relu()), self.norm)
 
 
 def drop_path(x, probability):

@@ -93,6 +93,7 @@ def train_step(network, batch, sgd, args):
 def optimizer(network, args):
     """SGD or Adam, whose learning rate is a tensor, so that a CUDA graph sees it change."""
     device = next(network.parameters()).device
+    warnings.filterwarnings('ignore', 'This instance was constructed with capturable')
     cuda, rate = device.type == 'cuda', torch.tensor(args.learning_rate, device=device)
     if args.optimizer == 'adam':
         return torch.optim.Adam(network.parameters(), rate, weight_decay=args.weight_decay,

@@ -20,6 +20,7 @@ SDARTS (2002.05283), DARTS- (2009.01027), beta-DARTS (2203.01665), RobustDARTS (
 import math
 import shlex
 import sys
+import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -143,8 +144,8 @@ def second_order(network, train, valid, sgd, args):
     """Gradients of the alphas through one virtual step of the weights (DARTS, equations 7, 8).
 
     The virtual step w' = w - eta (gradient + weight decay + momentum) is that which sgd would
-    take. The weights are moved in place and put back; there is no second network. Returns
-    (gradients, loss, right answers) at w' on the validation batch.
+    take without clipping. The weights are moved in place and put back; there is no second network.
+    Returns (gradients, loss, right answers) at w' on the validation batch.
     """
     weights, alphas = network.weight_parameters(), network.architecture_parameters()
     group = sgd.param_groups[0]
@@ -170,7 +171,7 @@ def second_order(network, train, valid, sgd, args):
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dw)))
         sound = (norm > 0) & norm.isfinite()
         eps = torch.where(sound, 0.01 / norm, 1.0)
-        torch._foreach_mul_(dw, torch.where(sound, eps, 0.0))
+        dw = [torch.where(sound, d * eps, 0.0) for d in dw]
         set_tf32(False)
         sides = []
         for sign in (1, -1):
@@ -213,15 +214,13 @@ def architecture_step(network, train, valid, sgd, adam, args, moments=None):
 def weight_step(network, train, sgd, args):
     """Step the weights; returns (loss, right answers) on the training batch before it."""
     weights = network.weight_parameters()
-    if args.method == 'sdarts':
-        shift = perturbation(network, train, args)
-        network.change = lambda kind, p: simplex(p + shift[kind])
-    with trained(network, weights=True):
+    near = perturbed(network, train, args) if args.method == 'sdarts' else None
+    change = network.change if near is None else (lambda kind, _: near[kind])
+    with trained(network, weights=True), mixed_by(network, change):
         grads, loss, right = gradients(network, train, weights, args)
-    if args.method == 'sdarts':
-        network.change = None
-    for weight, grad in zip(weights, grads):
-        weight.grad = grad
+    for weight, grad in zip(weights, grads):    # the fused step takes the weights' layout only
+        weight.grad = grad.contiguous(memory_format=torch.channels_last) if grad.dim() == 4 \
+            else grad
     torch.nn.utils.clip_grad_norm_(weights, args.grad_clip, foreach=True)
     sgd.step()
     sgd.zero_grad()
@@ -250,7 +249,7 @@ def strength_at(args, epoch, epochs, frozen):
     if args.method == 'sdarts':
         return 0.03 + 0.27 * done                               # largest perturbation
     if args.method == 'dartsminus':
-        return 1 - done                                         # weight of the second skip
+        return 1 - done                                         # weight of the auxiliary skip
     if args.method == 'betadarts':
         return 50 * done                                        # weight of the decay
     if args.method == 'pdarts':                                 # share of the dropout on skips
@@ -260,7 +259,7 @@ def strength_at(args, epoch, epochs, frozen):
     return 0.0
 
 
-def drawn(network, kind, _):
+def gumbel_one_hot(network, kind, _):
     """GDAS: one operation an edge, by Gumbel's argmax; the gradient is that of the softmax.
 
     Returns (edges, operations): one-hot in value. Drawn anew in every forward pass.
@@ -272,8 +271,8 @@ def drawn(network, kind, _):
     return one_hot - q.detach() + q
 
 
-def with_second_skip(network, kind, p):
-    """DARTS-: the skip of every edge once more, outside the softmax, weighted `strength`.
+def with_auxiliary_skip(network, kind, p):
+    """DARTS-: an auxiliary skip on every edge, outside the softmax, weighted `strength`.
 
     Where the stride is 2 it is the same factorized reduction as that among the operations.
     """
@@ -290,36 +289,46 @@ def beta_decay(network):
                                allow_unused=True, materialize_grads=True)
 
 
-def perturbation(network, train, args):
-    """SDARTS: {kind: shift (edges, operations)} of what the weights are trained with.
+@contextmanager
+def mixed_by(network, change):
+    """Forward passes inside mix with change(kind, p) in place of the probabilities p."""
+    before, network.change = network.change, change
+    try:
+        yield
+    finally:
+        network.change = before
 
-    --perturb random: uniform within the strength eps. adversarial: from there, seven steps of
-    2 eps / 7 along the sign of the training loss's gradient, kept within eps; no shift where the
-    loss is then lower than without. BatchNorm has batch statistics in it.
+
+def perturbed(network, train, args):
+    """SDARTS: {kind: (edges, operations)}, near the probabilities, to train the weights with.
+
+    --perturb random: a uniform shift within the strength eps, brought back to the simplex.
+    adversarial: from there seven steps of 2 eps / 7 along the sign of the training loss's
+    gradient, each kept within eps and brought back to the simplex; the probabilities themselves
+    where the loss is then lower than with them. BatchNorm has batch statistics in it.
     """
     eps = network.strength
-    shift = {kind: eps * (2 * torch.rand_like(network.alphas[kind]) - 1)
-             for kind in network.space.kinds}
+    start = {kind: network.probabilities(kind).detach() for kind in network.space.kinds}
+    near = {kind: simplex(p + eps * (2 * torch.rand_like(p) - 1)) for kind, p in start.items()}
     if args.perturb == 'random':
-        return shift
+        return near
 
-    def loss_of_shift():
+    def loss_near():
         with torch.no_grad():
             return averaged([forward(network, train, args.amp)[0]])[0]
 
     with trained(network), network.frozen_statistics():
-        before = loss_of_shift()
-        network.change = lambda kind, p: p + shift[kind]
-        for _ in range(7):
-            for value in shift.values():
-                value.requires_grad_()
-            grads, *_ = gradients(network, train, list(shift.values()), args)
-            for (kind, value), grad in zip(list(shift.items()), grads):
-                value = value.detach() + 2 * eps / 7 * grad.sign()
-                shift[kind] = torch.minimum(torch.maximum(value, -eps), eps)
-        worse = (loss_of_shift() >= before).float()
-        network.change = None
-    return {kind: worse * value for kind, value in shift.items()}
+        before = loss_near()
+        with mixed_by(network, lambda kind, _: near[kind]):
+            for _ in range(7):
+                for value in near.values():
+                    value.requires_grad_()
+                grads, *_ = gradients(network, train, list(near.values()), args)
+                for (kind, value), grad in zip(list(near.items()), grads):
+                    p, shift = start[kind], value.detach() + 2 * eps / 7 * grad.sign() - start[kind]
+                    near[kind] = simplex(p + torch.minimum(torch.maximum(shift, -eps), eps))
+            worse = loss_near() >= before
+    return {kind: torch.where(worse, value, start[kind]) for kind, value in near.items()}
 
 
 def simplex(p):
@@ -381,7 +390,7 @@ def describe(network, moments, steps, before):
         line.update({
             f'entropy_{kind}': -torch.xlogy(p, p).sum(1).mean().item(),
             f'margin_{kind}': (first - second).mean().item(),
-            f'skips_{kind}': list(names).count('skip_connect'),
+            f'skips_{kind}': names.count('skip_connect'),
             f'none_{kind}': (p.argmax(1) == list(network.space.operations).index('none')).sum()
             .item(),
             f'signal_{kind}': (mean.norm() / deviation).item() if deviation else None})
@@ -486,15 +495,19 @@ def build(args, num_classes, stem, device, stage, kept):
     network = Network(args.init_channels, num_classes, layers, partial=args.partial, stem=stem,
                       space=space, kept=kept, drawn=args.method == 'gdas').to(device)
     start_alike(network)
+    if args.method == 'pdarts' and world()[0]:  # each process drops other elements of its skips
+        torch.manual_seed((args.seed + world()[0] * 1_000_003 + stage) % 2 ** 62)
     network.strength = torch.zeros((), device=device)
     if args.method in ('gdas', 'dartsminus'):
-        network.change = partial(drawn if args.method == 'gdas' else with_second_skip, network)
+        network.change = partial(gumbel_one_hot if args.method == 'gdas'
+                                 else with_auxiliary_skip, network)
     return network, *optimizers(network, args)
 
 
 def optimizers(network, args):
     device = next(network.parameters()).device
     cuda = device.type == 'cuda'
+    warnings.filterwarnings('ignore', 'This instance was constructed with capturable')
     sgd = torch.optim.SGD(network.weight_parameters(),
                           torch.tensor(args.learning_rate, device=device), momentum=args.momentum,
                           weight_decay=args.weight_decay, nesterov=args.nesterov, fused=cuda,
@@ -554,6 +567,8 @@ def parse(argv):
     if parser.parse_args(argv).space == 'nb201':
         parser.set_defaults(**SPACE)
     parser.set_defaults(**{**DEFAULTS[first.method], **preset})
+    if first.method == 'pdarts':                # of a stage, which a preset's do not know
+        parser.set_defaults(frozen_epochs=DEFAULTS['pdarts']['frozen_epochs'])
     if first.early_stop:
         parser.set_defaults(hessian=2)
     if first.method != 'pcdarts':
@@ -680,6 +695,8 @@ def main(argv=None):
                 steps_of = graphed()
             past, length = epoch - first[stage], first[stage + 1] - first[stage]
             is_frozen = past < min(frozen, length - 1)
+            if not is_frozen:
+                steps_of.pop(True, None)        # its CUDA graph holds the memory of a step
             learning_rate = learning_rate_at(args, past, length)
             sgd.param_groups[0]['lr'].fill_(learning_rate)
             strength = strength_at(args, past, length, frozen)

@@ -153,6 +153,9 @@ TABLE = [
     ('', 'search', '--learning_rate -1', 'learning_rate'),
     ('', 'search', '--learning_rate fast', 'fast'),
     ('', 'search', '--momentum 1', 'momentum'),
+    ('', 'search', '--space nb201 --momentum 0', '--no-nesterov'),
+    ('', 'generate', '--kind noise --out x --num_images 40 --probe', '--probe'),
+    ('', 'generate', '--kind noise --out x --like cifar100 --source own', '--source'),
     ('', 'search', '--train_portion 1', 'train_portion'),
     ('', 'search', '--layers 2', 'layers'),
     ('', 'search', '--image_size 4', 'image_size'),
@@ -210,6 +213,7 @@ TABLE = [
     ('', 'retrain', '--arch DARTS_V2 --data noise --max_steps 0', 'max_steps'),
     ('own', 'generate', '--kind noise --out own --force --num_images 40', 'own'),
     ('own', 'generate', '--kind random_labels --source own --out own/x', 'own/x'),
+    ('own', 'generate', '--kind generated --generator train --source own --out own/x', 'own/x'),
     ('set', 'generate', '--kind random_labels --source set --out set --force', 'set'),
     ('run', 'evaluate', 'run --arch DARTS_V2 --cost', 'run'),
 ]
@@ -297,13 +301,35 @@ def test_a_run_that_another_process_holds(capsys):
     with evaluate.Running(Path('run'), torch.device('cpu')):
         check(capsys, search.main([*TINY, '--max_steps', '1', '--save', 'run', '--resume']),
               'another process')
+    Path('run/genotype.json').touch()           # that process ended as this one was starting
+    with pytest.raises(generate_data.UserError, match='was finished'), \
+            evaluate.Running(Path('run'), torch.device('cpu')):
+        pass
 
 
-def test_a_missing_stale_gpu_memory_error_is_one_line(capsys):
+@pytest.mark.parametrize('error, needle', [
+    (torch.OutOfMemoryError('CUDA out of memory. Tried ...'), '--batch_size'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."), '--batch_size'),
+    (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.'), '--workers 0')])
+def test_too_little_memory_is_one_line(error, needle, capsys):
     @generate_data.one_line_errors
     def main(argv=None):
-        raise torch.OutOfMemoryError('CUDA out of memory. Tried ...')
-    assert main() == 2 and '--batch_size' in capsys.readouterr().err
+        raise error
+    assert main() == 2 and needle in capsys.readouterr().err
+
+
+def test_a_run_goes_on_on_another_kind_of_device():
+    """What Adam and SGD were told to suit a GPU does not come with their state."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    adam = torch.optim.Adam([weight], foreach=True)
+    weight.grad = torch.ones(3)
+    adam.step()
+    state = adam.state_dict()
+    state['param_groups'][0].update(capturable=True, lr=0.5)
+    checkpoint = {'adam': state, 'random': [[torch.get_rng_state()]], 'sums': torch.zeros(1)}
+    evaluate.load_states(checkpoint, 'c', (), adam=adam)
+    assert adam.param_groups[0]['lr'] == 0.5 and not adam.param_groups[0]['capturable']
+    adam.step()
 
 
 def test_a_last_step_that_diverges_leaves_no_weights(capsys):

@@ -232,11 +232,13 @@ def test_batches_can_be_entered_anywhere_and_change_by_epoch(monkeypatch):
     assert not torch.equal(whole[0][0], other[0])
     monkeypatch.setattr(g, 'RESIDENT', 0)               # a large set: through a DataLoader
     data.on_device.clear()
+    state = torch.get_rng_state()
     for workers in (0, 2):
         streamed = list(g.Batches(data, range(40), 8, CPU, 'standard', 4, 1, workers=workers)
                         .epoch(2))
         for (x, y), (x2, y2) in zip(whole, streamed):
             assert torch.equal(x, x2) and torch.equal(y, y2)
+    assert torch.equal(state, torch.get_rng_state())    # a run that goes on draws the same
 
 
 def test_evaluation_batches_hold_every_image_once():
@@ -333,6 +335,39 @@ def test_folder_format_keeps_the_classes():
     assert json.loads(Path('set/meta.json').read_text())['sha256']['images']
 
 
+def test_a_written_folder_is_read_as_it_was_written():
+    g.write_noise('set', 8, 2, 72, 0, form='folder')
+    data, images = g.read('set'), g.noise_images(0, 0, 8, 72)
+    assert data.kind == 'noise' and (data.mean, data.std) == ([0.5] * 3, [32 / 255] * 3)
+    order = np.argsort(g.draw_labels(0, 8, 2), kind='stable')
+    assert np.array_equal(data.images, images[order])       # neither cut nor resized
+    next(Path('set').glob('*/*.png')).unlink()
+    with pytest.raises(g.UserError, match='generate it again'):
+        g.read('set')
+    meta = {'kind': 'noise', 'classes': ['car', 'train'], 'image_size': 8, 'seed': 0}
+    g.write_set('named', meta, np.arange(8) % 2, [images[:, :8, :8]], form='folder')
+    assert g.read('named').classes == ['car', 'train'] and len(g.read('named')) == 8
+
+
+def test_an_unfinished_download_leaves_nothing(monkeypatch):
+    import torchvision
+
+    def download(official, root, download):
+        fake_cifar(root)
+        (Path(root) / official.filename).write_bytes(b'archive')
+        if not Path('works').exists():
+            raise RuntimeError('the line is cut')
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, '__init__', download)
+    with pytest.raises(g.UserError, match='the line is cut'):
+        g.read('cifar10', download=True)
+    assert not list(Path('data').iterdir())
+    Path('works').touch()
+    assert len(g.read('cifar10', download=True)) == 100
+    assert [p.name for p in Path('data').iterdir()] == ['cifar-10-batches-py']
+    assert not list(Path('data').rglob('*.tar.gz'))
+
+
 def test_images_of_32_bits_and_turned_ones():
     wide = np.array([[0, 1 << 20], [1 << 19, 1 << 20]], np.int32)
     Image.fromarray(wide).save('wide.tif')
@@ -342,6 +377,15 @@ def test_images_of_32_bits_and_turned_ones():
     exif[274] = 3                                       # by half a turn
     turned.save('turned.png', exif=exif)
     assert g.read_image('turned.png', 2)[0, :, 0].tolist() == [255, 0]
+    # A crop of a picture that lies on its side is that of the picture turned upright.
+    across = np.arange(40 * 30 * 3).reshape(40, 30, 3).astype(np.uint8)
+    upright = Image.fromarray(across)
+    upright.save('upright.png')
+    exif[274] = 6                                       # by a quarter
+    upright.transpose(Image.ROTATE_90).save('side.png', exif=exif)
+    for crop in (None, [0.3, 0.5, 0.2, 0.7]):
+        assert np.array_equal(*(g.read_image(f'{name}.png', 16, 1, crop)
+                                for name in ('upright', 'side')))
 
 
 def test_a_class_name_of_two_lines_is_drawn():

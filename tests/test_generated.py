@@ -162,7 +162,7 @@ def test_trained_generator_learns_stops_and_goes_on(capsys):
         json.loads(Path('whole/meta.json').read_text())['probe'])
     assert generate('part', *common, '--generator_steps', '20', '--num_images', '10') == 0
     assert len(Path('part.generator/log.jsonl').read_text().splitlines()) == 1
-    assert generate('part', *common, '--generator_steps', '40', '--force') == 0
+    assert generate('part/', *common, '--generator_steps', '40', '--force') == 0
     states = [torch.load(f'{name}.generator/generator.pt', weights_only=True)
               for name in ('whole', 'part')]
     assert all(torch.equal(a, b) for a, b in zip(*(s['average'].values() for s in states)))
@@ -183,6 +183,13 @@ def test_trained_generator_learns_stops_and_goes_on(capsys):
     capsys.readouterr()
     check(capsys, generate('part', *common, '--force', '--seed', '1'), 'part.generator')
     check(capsys, generate('odd', *common[:-2], '--image_size', '17'), '17 px')
+    check(capsys, generate('odd', '--generator', 'whole.generator/generator.pt', '--num_images',
+                           '24', '--image_size', '16'), 'draws 8 px')
+    g.write_random_labels('other', g.read('own', image_size=8), 7)
+    g.write_random_labels('others', g.read('own', image_size=8), 8)
+    flags = ['--generator', 'train', '--generator_steps', '1', '--num_images', '10', '--force']
+    assert generate('odd', *flags, '--source', 'other') == 0
+    check(capsys, generate('odd', *flags, '--source', 'others'), 'labels')
     Path('mine').mkdir()
     Path('mine/letter').write_text('dear')
     check(capsys, generate('mine', *common, '--force'), 'no data set of ours')

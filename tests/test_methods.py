@@ -260,12 +260,13 @@ def test_methods_in_the_darts_space(float64, monkeypatch):
     args, ours, book = darts_supernets('sdarts')
     ours.strength.fill_(0.1)
     torch.manual_seed(5)
-    shift = search.perturbation(ours, valid, args)
-    assert all(s.shape == (14, 8) and 0.09 < s.abs().max() <= 0.1 for s in shift.values())
-    assert not torch.equal(*shift.values())
-    ours.change = lambda kind, p: search.simplex(p + shift[kind])
+    near = search.perturbed(ours, valid, args)
+    assert all(p.shape == (14, 8) and 0.05 < (p - ours.probabilities(kind)).abs().max() < 0.2
+               for kind, p in near.items())
+    assert not torch.equal(*near.values())
+    ours.change = lambda kind, _: near[kind]
     kinds = dict(zip(map(id, book.alphas), ('normal', 'reduce')))
-    book.mix = lambda alpha: search.simplex(F.softmax(alpha, 1) + shift[kinds[id(alpha)]])
+    book.mix = lambda alpha: near[kinds[id(alpha)]]
     same_in_darts(args, ours, book, valid)
 
     args, ours, book = darts_supernets('gdas')
@@ -331,7 +332,7 @@ def test_gdas_computes_only_what_is_drawn():
     assert temperatures == pytest.approx([10, 0.1])
 
 
-def test_dartsminus_adds_a_second_skip(float64):
+def test_dartsminus_adds_an_auxiliary_skip(float64):
     args, ours, sgd, adam, book, pairs = supernets('dartsminus')
     ours.strength.fill_(0.3)
     book.mix = lambda alpha: F.softmax(alpha, 1) + 0.3 * torch.tensor([0., 1, 0, 0, 0])
@@ -369,21 +370,24 @@ def test_sdarts_trains_the_weights_with_perturbed_edges(float64, kind, monkeypat
     start, train, valid = torch.rand(6, 5), batch(), batch()
     monkeypatch.setattr(torch, 'rand_like', lambda t: start.clone())
     p = F.softmax(book.alphas[0], 1).detach()
-    shift = 0.2 * (2 * start - 1)
+
+    def to_simplex(q):
+        return q.clamp(0, 1) / q.clamp(0, 1).sum(1, keepdim=True)
+
+    moved = to_simplex(p + 0.2 * (2 * start - 1))
     if kind == 'adversarial':
-        def loss_at(shift):
-            book.mix = lambda _: p + shift
+        def loss_at(q):
+            book.mix = lambda _: q
             return textbook.loss(book, train)
 
         for _ in range(7):
-            shift = shift.requires_grad_()
-            grad, = torch.autograd.grad(loss_at(shift), shift)
-            shift = (shift.detach() + 2 * 0.2 / 7 * grad.sign()).clamp(-0.2, 0.2)
-        assert loss_at(shift) > loss_at(0)
-    moved = (p + shift).clamp(0, 1)
-    moved = moved / moved.sum(1, keepdim=True)
+            moved = moved.requires_grad_()
+            grad, = torch.autograd.grad(loss_at(moved), moved)
+            shift = (moved.detach() + 2 * 0.2 / 7 * grad.sign() - p).clamp(-0.2, 0.2)
+            moved = to_simplex(p + shift)
+        assert loss_at(moved) > loss_at(p)
     statistics = {k: v.clone() for k, v in ours.state_dict().items() if 'running' in k}
-    close(search.perturbation(ours, train, args)['cell'], shift)
+    close(search.perturbed(ours, train, args)['cell'], moved)
     assert all(torch.equal(v, ours.state_dict()[k]) for k, v in statistics.items())
     assert all(w.requires_grad for w in ours.parameters()) and ours.change is None
     got, *_ = search.first_order(ours, valid, args)         # the alphas' step is as in DARTS
@@ -407,7 +411,7 @@ def test_a_perturbation_that_does_no_harm_is_undone(float64, monkeypatch):
         return loss * 0 + next(losses), right
 
     monkeypatch.setattr(search, 'forward', lower)
-    assert not search.perturbation(ours, batch(), args)['cell'].any()
+    assert torch.equal(search.perturbed(ours, batch(), args)['cell'], ours.probabilities('cell'))
 
 
 def test_simplex():

@@ -257,6 +257,15 @@ def test_chexpert_layouts(layout, prefix, inside):
     assert train.images.shape == (12, 16, 16, 3) and train.studies[3] == 'patient00003/study1'
     assert len(g.read('chexpert', Path('d', inside), 'train', 16, views='all')) == 24
     assert (train.mean, train.std) == (valid.mean, valid.std)
+    Path('d/CheXpert-v1.0 batch 2 (train 1).zip').touch()           # kept beside its folder
+    assert len(g.read('chexpert', Path('d', inside), 'train', 16)) == 12
+    names = []
+    for policy in ('ones', 'zeros'):
+        args = search.parse([*TINY, '--data', 'random_labels', '--source', 'chexpert', '--data_dir',
+                             str(Path('d', inside)), '--image_size', '16', '--uncertain', policy,
+                             '--label_mode', 'permute'])
+        names.append(g.find_or_make(args).name)
+    assert names[0] != names[1]
 
 
 @pytest.mark.parametrize('policy, other, atelectasis', [
@@ -340,6 +349,8 @@ def test_bad_chexpert(capsys):
     assert 'Edema' in run()
     table.write_text(whole.replace('-1.0', '-2.0', 1))
     assert 'line' in run() and '-2.0' in run()
+    table.write_text(','.join(whole.split(',')[:-3]))               # cut in its last line
+    assert 'None' in run()
     table.write_text(whole.splitlines()[0] + '\n')
     assert 'no rows' in run()
     table.write_bytes(b'\xff\xfe\x00')

@@ -291,8 +291,8 @@ def pairs_of_weights(ours, book):
             same(a, b)
     for cell, book_cell in zip(ours.cells, book.cells):
         for a, b in ((cell.preprocess0, book_cell.pre0), (cell.preprocess1, book_cell.pre1)):
-            if hasattr(a, 'reduce'):
-                halves(a.reduce, b)
+            if hasattr(a, 'even'):
+                halves(a, b)
             else:
                 same(a.conv, b[1])
                 same(a.norm, b[2])
