@@ -189,6 +189,7 @@ def test_trained_generator_learns_stops_and_goes_on(capsys):
     g.write_random_labels('others', g.read('own', image_size=8), 8)
     flags = ['--generator', 'train', '--generator_steps', '1', '--num_images', '10', '--force']
     assert generate('odd', *flags, '--source', 'other') == 0
+    capsys.readouterr()
     check(capsys, generate('odd', *flags, '--source', 'others'), 'labels')
     Path('mine').mkdir()
     Path('mine/letter').write_text('dear')
