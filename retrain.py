@@ -23,10 +23,9 @@ from pathlib import Path
 
 from evaluate import (GraphedStep, Running, add_run_flags, areas, averaged, by_study,
                       changed_by_a_step, check_finite, check_layers, check_schedule, correct,
-                      find_genotype,
-                      gathered, learning_rate_at, load_states, loss_of, open_run, own_sums,
-                      peak_memory_mib, preset_of, random_states, run_name, shortened,
-                      start_alike, stem_of, test, widest, write_log)
+                      find_genotype, finished, gathered, learning_rate_at, load_states, loss_of,
+                      open_run, own_sums, peak_memory_mib, preset_of, random_states, run_name,
+                      shortened, start_alike, stem_of, test, widest, write_log)
 from generate_data import (REAL, Batches, Parser, Progress, UserError, choose_device,
                            find_or_make, number, one_line_errors, read_by, save_file,
                            stratified_split, world)
@@ -168,6 +167,9 @@ def main(argv=None):
     args = parse(argv)
     device = choose_device(args.gpu, args.tf32)
     genotype, found_by = find_genotype(args.arch)
+    if finished(Path(args.save)) and not args.max_multiply_adds:
+        open_run(args, device)                  # a loop goes on without reading the data
+        return
     data = find_or_make(args)
     stem = stem_of(args, data.image_size)
     if args.max_multiply_adds:

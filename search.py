@@ -25,8 +25,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from evaluate import (GraphedStep, Running, add_run_flags, averaged, changed_by_a_step,
-                      check_alike, check_schedule, correct, gathered, learning_rate_at, load_states,
+from evaluate import (GraphedStep, Running, add_run_flags, averaged, changed_by_a_step, check_alike,
+                      check_schedule, correct, finished, gathered, learning_rate_at, load_states,
                       loss_of, open_run, own_sums, peak_memory_mib, preset_of, random_states,
                       read_log, run_name, shortened, start_alike, stem_of, write_log)
 from generate_data import (REAL, USED, Batches, Parser, Progress, UserError, choose_device,
@@ -622,6 +622,10 @@ def main(argv=None):
             make = random_string if args.space == 'nb201' else random_genotype
             write_log(run[0], {'epoch': 0, 'genotype': plain(make(args.seed)), 'seconds': 0})
             finish(run[0], make(args.seed), args)
+        return
+
+    if finished(Path(args.save)):               # then a loop goes on without reading the data
+        open_run(args, device)
         return
 
     # Data: half of the images for the weights, half for the alphas, no image in both.

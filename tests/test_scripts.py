@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,9 +120,11 @@ def test_kill_9_at_any_moment(empty_folder):
     assert log('killed') == whole
     assert Path('killed/genotype.json').read_text() == Path('whole/genotype.json').read_text()
     done = Path('killed/log.jsonl').read_text()
+    shutil.rmtree('data')
     assert search.main([*TINY, '--epochs', '3', '--seed', '1', '--resume', '--save',
                         'killed']) == 0
     assert Path('killed/log.jsonl').read_text() == done                 # finished: nothing done
+    assert not Path('data').exists()                                    # nor read
 
 
 def test_random_is_a_control_without_data():
