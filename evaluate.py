@@ -266,6 +266,7 @@ def open_run(args, device):
 
 
 def finished(folder):
+    """Whether the run in a folder has ended: its result, which is written last, is there."""
     return any((folder / name).exists() for name in ('genotype.json', 'weights.pt'))
 
 

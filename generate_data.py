@@ -1733,8 +1733,8 @@ def find_or_make(args):
 def stratified_split(labels, fraction, seed, patients=None):
     """Two sorted index arrays: a share `fraction` of every class, drawn by seed, and the rest.
 
-    Of a class with n images the first gets n * fraction, rounded up: one goes to the first, and of
-    two both halves have one. Images with several labels are split without regard to them.
+    Of a class with n images the first gets n * fraction, rounded up. Images with several labels
+    are split without regard to them.
     patients (N,): all images of one are in one of the two, and the share is of patients.
     """
     if patients is not None:
