@@ -57,7 +57,7 @@ def test_three_points_apart_is_equivalent_or_undecided_by_the_spread():
 
 def test_twenty_points_apart_is_worse_or_better():
     found = evaluate.compare(rows(cifar10=(70, 15, 16), noise=(50, 15, 16),
-                                  generated=(90, 15, 16)))
+                                  generated=(90, 15, 16), no_data=(30, 15, 16)))
     assert line(found, 'noise')['verdict'] == 'worse'
     assert line(found, 'generated')['verdict'] == 'better'
     assert line(found, 'noise')['interval'][1] < 0 < line(found, 'generated')['interval'][0]
@@ -86,7 +86,7 @@ def test_both_pinned_to_one_cell_is_uninformative():
     free = rows(cifar10=(95, 2, 16), noise=(95, 2, 16), no_data=(50, 10, 16))
     assert line(evaluate.compare(free), 'noise')['verdict'] == 'equivalent'
     without = evaluate.compare(rows(cifar10=(95, 2, 16), noise=(95, 2, 16)))
-    assert line(without, 'noise')['verdict'] == 'uninformative'     # no control without data
+    assert line(without, 'noise')['verdict'] == 'undecided'         # no control without data
     same = evaluate.compare(rows(cifar10=(95, 2, 16), noise=(95, 2, 16), no_data=(95, 2, 16)))
     assert line(same, 'noise')['verdict'] == 'uninformative'        # the method's prior did it
 
@@ -104,7 +104,7 @@ def test_holm_over_methods():
     one = rows(cifar10=(70, 20, 16), noise=(56, 20, 16), no_data=(30, 9, 16))
     alone = line(evaluate.compare(one), 'noise')
     more = [*one, *(row for method in evaluate.MAIN_METHODS[1:] for row in rows(
-        method, cifar10=(70, 20, 16), noise=(70, 20, 16)))]
+        method, cifar10=(70, 20, 16), noise=(70, 20, 16), no_data=(30, 9, 16)))]
     held = line(evaluate.compare(more), 'noise')
     assert alone['p'] == pytest.approx(0.057, abs=0.003) and held['p'] == pytest.approx(
         4 * alone['p'])
@@ -127,15 +127,21 @@ def test_welch_by_hand():
         20 / math.sqrt(100 / 3), 2))
 
 
-def test_power_is_that_of_simulated_studies():
+@pytest.mark.parametrize('p, df', [(0.975, 10), (0.05, 3.5), (0.9996, 30)])
+def test_students_quantiles(p, df):
+    assert evaluate.student(evaluate.student_quantile(p, df), df) == pytest.approx(p, abs=1e-6)
+
+
+@pytest.mark.parametrize('deviation, n, tests', [(20, 16, 1), (10, 16, 6), (12, 8, 4)])
+def test_power_is_that_of_simulated_studies(deviation, n, tests):
     rng = np.random.Generator(np.random.Philox(3))
-    a = b = 20 * np.sqrt(15 / 16) * np.tile([-1.0, 1.0], 8) + 50       # deviation 20
-    told, _ = evaluate.power(a, b)
-    hits = 0
-    for _ in range(300):
-        x, y = rng.normal(50, 20, 16).tolist(), rng.normal(70, 20, 16).tolist()
-        hits += 2 * min(evaluate.greater(x, y), evaluate.greater(y, x)) < 0.05
-    assert told == pytest.approx(hits / 300, abs=0.07)
+    a = deviation * math.sqrt((n - 1) / n) * np.tile([-1.0, 1.0], n // 2)
+    told, hits, draws = evaluate.power(a, a, tests), np.zeros(2), 500
+    for _ in range(draws):
+        x, y, z = (rng.normal(mean, deviation, n) for mean in (50, 70, 50))
+        hits += (2 * min(evaluate.greater(x, y), evaluate.greater(y, x)) < 0.05 / tests,
+                 max(evaluate.greater(x, z, -10), evaluate.greater(z, x, -10)) < 0.05 / tests)
+    assert told == pytest.approx(hits / draws, abs=0.07)
 
 
 @pytest.mark.parametrize('verdicts, answer', [
@@ -168,8 +174,9 @@ def test_share_of_the_variance_between_arms():
     assert found['darts'] == pytest.approx((3600 / 3700, 1 / 3))
     assert evaluate.explained(rows(cifar10=[80.0, 90.0])) == {}
     assert evaluate.explained(rows(cifar10=[80.0], noise=[20.0])) == {}
-    controls = {'no data': [1.0, 2.0], 'no steps': [3.0, 60.0]}
-    assert evaluate.explained(rows(cifar10=[80.0, 90.0], noise=[20.0, 30.0], **controls)) == found
+    others = {'no data': [1.0, 2.0], 'no steps': [3.0, 60.0],
+              'noise, alphas on train': [5.0, 9.0], 'random_labels 0.5': [99.0, 1.0]}
+    assert evaluate.explained(rows(cifar10=[80.0, 90.0], noise=[20.0, 30.0], **others)) == found
 
 
 TINY = ['--space', 'nb201', '--num_images', '64', '--image_size', '8', '--cells_per_stage', '1',
@@ -182,7 +189,8 @@ def test_csv_table_and_figure(capsys):
     for seed in (0, 1):
         for k, flags in enumerate((['--data', 'noise'], ['--data', 'noise', '--arch_data', 'train'],
                                    ['--data', 'noise', '--arch_data', 'none'],
-                                   ['--method', 'random'], ['--max_steps', '0'])):
+                                   ['--method', 'random'], ['--max_steps', '0'],
+                                   ['--data', 'generated'])):
             runs.append(f'r{seed}{k}')
             command = [*TINY, *flags, '--seed', str(seed), '--save', runs[-1]]
             assert search.main(command) == 0
@@ -195,10 +203,10 @@ def test_csv_table_and_figure(capsys):
     assert 'not finished: unfinished' in capsys.readouterr().out
     Path('s.csv').write_text(Path('s.csv').read_text().rstrip('\n'))    # as an editor may leave it
     assert evaluate.main([*runs, '--add', 's.csv']) == 0            # those five stay as they are
-    assert '5 searches added to the 5' in capsys.readouterr().out
+    assert '7 searches added to the 5' in capsys.readouterr().out
     with open('s.csv', newline='') as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 10 and list(table[0]) == evaluate.STUDY
+    assert len(table) == 12 and list(table[0]) == evaluate.STUDY
     assert [row['arm'] for row in table[:5]] == ['noise', 'noise, alphas on train', 'no data',
                                                  'random cell', 'no steps']
     for row in table:
@@ -219,9 +227,9 @@ def test_csv_table_and_figure(capsys):
     capsys.readouterr()
     assert evaluate.main(['--study', 's.csv', '--plot', 'f.svg']) == 0
     out = capsys.readouterr().out
-    assert '10 searches' in out and 'no data' in out and 'of the variance' in out
+    assert '12 searches' in out and 'no data' in out and 'of the variance' in out
     tree = ElementTree.parse('f.svg').getroot()
-    assert sum(node.tag.endswith('circle') for node in tree.iter()) == 10
+    assert sum(node.tag.endswith('circle') for node in tree.iter()) == 12
 
 
 def test_a_broken_csv(capsys):
