@@ -1480,11 +1480,13 @@ def greater(a, b, by=0.0):
     return 1 - student(difference / error, df)
 
 
-def bootstrap(a, b):
-    """95% interval of mean(a) - mean(b), resampling the seeds of both."""
+def bootstrap(*pairs):
+    """95% interval of mean(a) - mean(b), resampling the seeds of both; of several, of its mean."""
     rng = np.random.Generator(np.random.Philox(0))
-    means = [np.asarray(v)[rng.integers(0, len(v), (DRAWS, len(v)))].mean(1) for v in (a, b)]
-    return np.percentile(means[0] - means[1], [2.5, 97.5]).tolist()
+    means = [np.asarray(v)[rng.integers(0, len(v), (DRAWS, len(v)))].mean(1)
+             for pair in pairs for v in pair]
+    differences = sum(means[::2]) - sum(means[1::2])
+    return np.percentile(differences / len(pairs), [2.5, 97.5]).tolist()
 
 
 def holm(values):
@@ -1548,7 +1550,7 @@ def compare(rows):
             'collapsed': float(np.mean([row['collapsed'] for row in members])),
             'cells': len({row['genotype'] for row in members})}
         if len(values) > 1:
-            line['interval_random'] = bootstrap(values, [50.0])
+            line['interval_random'] = bootstrap((values, [50.0]))
             line['over_random'] = greater(values, 50.0)
             if len(none) > 1 and arm != NO_DATA:
                 line['over_no_data'] = greater(values, none)
@@ -1556,7 +1558,7 @@ def compare(rows):
             line['verdict'] = 'undecided'
             if min(len(real), len(values)) > 1:
                 line['difference'] = line['percentile'] - float(np.mean(real))
-                line['interval'] = bootstrap(values, real)
+                line['interval'] = bootstrap((values, real))
                 line['p'] = min(1.0, 2 * min(greater(values, real), greater(real, values)))
                 line['p_equivalent'] = max(greater(values, real, -MARGIN),
                                            greater(real, values, -MARGIN))
@@ -1597,6 +1599,26 @@ def answers(lines):
     return out
 
 
+def pooled(rows, lines):
+    """{arm: (methods, mean of their differences from real data, its 95% interval)}.
+
+    Of the main methods whose search on real data beats a random cell and no data at 5%: one method
+    finds little in 16 seeds, all together find more. Described beside the verdicts, which it does
+    not enter.
+    """
+    by, out = groups(rows, 'method', 'arm'), {}
+    at = {(line['method'], line['arm']): line for line in lines}
+    sound = [line for line in lines if line['method'] in MAIN_METHODS and 'difference' in line
+             and all(at[line['method'], line['against']].get(key, 1.0) < 0.05
+                     for key in ('over_random', 'over_no_data'))]
+    for (arm,), members in groups(sound, 'arm').items():
+        pairs = [[[row['percentile'] for row in by[line['method'], line[name]]]
+                  for name in ('arm', 'against')] for line in members]
+        out[arm] = ([line['method'] for line in members],
+                    float(np.mean([line['difference'] for line in members])), bootstrap(*pairs))
+    return out
+
+
 def held_out(rows):
     """Those of real data and the three unreal kinds, alphas held out: they differ in the data."""
     return [row for row in rows if row['arm'] in (REAL_ARM, *USED)]
@@ -1634,6 +1656,9 @@ def study(path, plot=None):
           'all cells).')
     for arm, answer in answers(lines).items():
         print(f'{arm}: {answer}')
+    for arm, (methods, difference, interval) in pooled(rows, lines).items():
+        print(f'{arm}: mean difference from real data over {", ".join(methods)} '
+              + '{:+.1f} [{:+.1f}, {:+.1f}]'.format(difference, *interval))
     for method, (share, chance) in explained(rows).items():
         print(f'{method}: {100 * share:.0f}% of the variance of the percentile lies between kinds '
               f'of data, alphas held out (by chance {100 * chance:.0f}%)')
@@ -1722,7 +1747,7 @@ def figure_row(arm, values, left, y, hue):
     parts += [f'<circle cx="{left + 3.2 * v:.1f}" cy="{y - 3 + 6 * (n % 2)}" r="3" fill="{hue}" '
               'fill-opacity="0.55"/>' for n, v in enumerate(values)]
     if len(values) > 1:
-        low, high = (left + 3.2 * (50 + bound) for bound in bootstrap(values, [50.0]))
+        low, high = (left + 3.2 * (50 + bound) for bound in bootstrap((values, [50.0])))
         parts.append(f'<path d="M{low:.1f} {y} H{high:.1f}" stroke="#1a202c" stroke-width="2"/>')
     mean = left + 3.2 * float(np.mean(values))
     parts.append(f'<path d="M{mean:.1f} {y - 9} V{y + 9}" stroke="#1a202c" '

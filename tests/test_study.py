@@ -179,6 +179,22 @@ def test_share_of_the_variance_between_arms():
     assert evaluate.explained(rows(cifar10=[80.0, 90.0], noise=[20.0, 30.0], **others)) == found
 
 
+def test_pooled_over_the_methods_whose_search_on_real_data_finds_something():
+    arms = {'cifar10': (80, 9, 16), 'no_data': (10, 9, 16)}
+    data = [*rows(**arms, noise=(70, 9, 16)), *rows('pcdarts', **arms, noise=(84, 9, 16)),
+            *rows('gdas', cifar10=(20, 9, 16), noise=(90, 9, 16), no_data=(10, 9, 16)),
+            *rows('sdarts', **arms, noise=(10, 9, 16))]
+    lines = evaluate.compare(data)
+    methods, difference, interval = evaluate.pooled(data, lines)['noise']
+    assert methods == ['darts', 'pcdarts'] and difference == pytest.approx(-3)
+    # Standard error of a difference 9 sqrt(2 / 16) = 3.18, of the mean of two 2.25.
+    assert interval == pytest.approx([-3 - 4.4, -3 + 4.4], abs=0.5)
+    alone = [row for row in data if row['method'] == 'darts']
+    lines = evaluate.compare(alone)
+    assert evaluate.pooled(alone, lines)['noise'][1:] == (
+        pytest.approx(-10), line(lines, 'noise')['interval'])
+
+
 TINY = ['--space', 'nb201', '--num_images', '64', '--image_size', '8', '--cells_per_stage', '1',
         '--init_channels', '4', '--batch_size', '8', '--steps_per_epoch', '2', '--epochs', '2',
         '--gpu', '-1']
