@@ -33,8 +33,9 @@ from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CHEXPERT, REAL, SETTINGS, USED, Batches, Parser, UserError,
-                           add_label_flags, auroc, choose_device, fcntl, locked, number,
-                           one_line_errors, read, read_chexpert, used_settings, world, write_file)
+                           add_label_flags, auroc, choose_device, fcntl, locked, name_or_path,
+                           number, one_line_errors, read, read_chexpert, used_settings, world,
+                           write_file)
 
 import numpy as np
 import torch
@@ -261,6 +262,8 @@ def open_run(args, device):
     checkpoint = None
     if (folder / 'checkpoint.pt').exists():
         checkpoint = load_file(folder / 'checkpoint.pt', 'delete it to start the run again')
+    elif not world()[0]:
+        (folder / 'log.jsonl').unlink(missing_ok=True)      # of a run that starts again
     return folder, checkpoint
 
 
@@ -297,10 +300,10 @@ def make_run(folder, args, device):
             write_file(folder / 'scripts' / script.name, script.read_bytes())
 
 
-def add_run_flags(parser, data, schedule, presets):
-    """The flags that search.py and retrain.py share; data, schedule: defaults."""
+def add_run_flags(parser, data, presets):
+    """The flags that search.py and retrain.py share; data: the default."""
     group = parser.add_argument_group('data')
-    group.add_argument('--data', default=data,
+    group.add_argument('--data', default=data, type=name_or_path,
                        help=f'noise, random_labels, generated, {", ".join(REAL)}, or a folder')
     group.add_argument('--image_size', type=number(int, 8, 4096),
                        help='pixels: 32 for noise; real images are resized to it')
@@ -334,7 +337,6 @@ def add_run_flags(parser, data, schedule, presets):
     group.add_argument('--weight_decay', type=number(float, 0), default=3e-4)
     group.add_argument('--grad_clip', type=number(float, 0, open_low=True), default=5.0,
                        help='largest norm of the gradient of the weights')
-    parser.set_defaults(**schedule)
     group = parser.add_argument_group('run')
     group.add_argument('--gpu', type=number(int, -1), default=0, help='CUDA device, -1: CPU')
     group.add_argument('--seed', type=number(int, 0, 2 ** 62), default=0)
@@ -376,6 +378,9 @@ def stem_of(args, image_size):
     stem = args.stem if args.stem != 'auto' else 'imagenet' if image_size > 64 else 'cifar'
     auxiliary = getattr(args, 'auxiliary', False)
     least = {'cifar': (8, 29), 'imagenet': (32, 193)}[stem][auxiliary]
+    if stem == 'imagenet' and args.init_channels == 1:
+        raise UserError('--init_channels 1 are too few for --stem imagenet, which halves them: '
+                        'take 2 or more')
     if image_size < least:
         raise UserError(f'{image_size} px are too few for --stem {stem}'
                         f'{" with --auxiliary" * auxiliary}: {least} or more are needed')
@@ -410,14 +415,13 @@ def shortened(args, full):
     """(epochs, steps per epoch, steps in all) of a run whose data give `full` steps an epoch.
 
     Without --steps_per_epoch, --max_steps shortens the epochs and not their number, so that
-    everything that goes by epochs keeps its shape.
+    everything that goes by epochs keeps its shape. --quick takes what the data give.
     """
-    if args.quick and args.steps_per_epoch:
-        args.steps_per_epoch = min(args.steps_per_epoch, full)
-    if args.steps_per_epoch and args.steps_per_epoch > full:
-        raise UserError(f'--steps_per_epoch {args.steps_per_epoch}: the data give {full} steps of '
-                        f'--batch_size {args.batch_size}; take as many at most')
     steps, total = args.steps_per_epoch or full, args.max_steps
+    if steps > full and not args.quick:
+        raise UserError(f'--steps_per_epoch {steps}: the data give {full} steps of '
+                        f'--batch_size {args.batch_size}; take as many at most')
+    steps = min(steps, full)
     if total is not None and not args.steps_per_epoch:
         steps = min(full, max(1, math.ceil(total / args.epochs)))
     total = args.epochs * steps if total is None else min(total, args.epochs * steps)
@@ -447,10 +451,9 @@ def write_log(folder, line):
     path = folder / 'log.jsonl'
     if world()[0]:
         return
-    if path.exists():
-        lines = path.read_text().splitlines()
-        if lines and json.loads(lines[-1])['epoch'] >= line['epoch']:
-            return
+    lines = read_log(folder, 'epoch')
+    if lines and lines[-1]['epoch'] >= line['epoch']:
+        return
     with open(path, 'a') as file:
         file.write(json.dumps(line) + '\n')
         file.flush()
@@ -890,7 +893,8 @@ def report(run, data_dir=None, device=None, batch_size=250, test_labels=None, po
                                              shuffle=False))
     out['test_images'] = score['n']
     if data.multilabel:
-        pooled = by_study(score['scores'], data.labels[score['rows']], data.studies, pooling)
+        pooled = by_study(score['scores'], data.labels[score['rows']],
+                           None if data.studies is None else data.studies[score['rows']], pooling)
         return {**out, 'tested_on': test_labels or 'valid.csv', 'test_studies': len(pooled[0]),
                 **areas(*pooled, meta['classes'], 1000)}
     out['test_error'] = 100 * (1 - score['top1'])
@@ -1343,8 +1347,7 @@ def arm_of(settings):
 
 def add_to_study(path, runs):
     """Append the searches of NAS-Bench-201 that have ended, and are not in the CSV yet, to it."""
-    lock = Path(path).with_name(f'.{Path(path).name}.lock')
-    with locked(lock):
+    with locked(Path(path).with_name(f'.{Path(path).name}.lock')):
         rows = read_study(path) if Path(path).exists() else []
         known, new, waiting = {row['command'] for row in rows}, [], []
         for run in runs:
@@ -1365,8 +1368,6 @@ def add_to_study(path, runs):
         before = Path(path).read_text().rstrip('\n') + '\n' if rows else ''
         if new:
             write_file(path, before + text.getvalue())
-        if fcntl:
-            lock.unlink()
     print(f'{len(new)} searches added to the {len(rows)} in {path}'
           + f'; not finished: {", ".join(waiting)}' * bool(waiting))
 
@@ -1437,8 +1438,8 @@ def given(command):
         if word.startswith('--'):
             flag, _, word = word.partition('=')
         flags[flag] = word
-    return {flag: word for flag, word in flags.items() if flag not in (
-        '--seed', '--data_seed', '--save', '--gpu', '--resume', '--data_dir', '--workers')}
+    return {flag: word for flag, word in flags.items()
+            if flag[2:] not in FREE | {'seed', 'data_seed'}}
 
 
 def student(t, df):
@@ -1789,6 +1790,15 @@ def main(argv=None):
     for flag, file in (('--csv', args.csv), ('--plot', args.plot), ('--add', args.add)):
         if file and not Path(file).resolve().parent.is_dir():
             raise UserError(f'{flag} {file}: no such folder: make it first')
+        if file and Path(file).is_dir():
+            raise UserError(f'{flag} {file} is a folder: give a file')
+    with_cost = 'arch', 'init_channels', 'layers', 'num_classes', 'image_size', 'stem'
+    without = 'csv', 'plot', 'analysis', 'add', 'study', 'test_labels'
+    for name in without if args.cost else with_cost:
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f'--{name} does nothing ' + (
+                'with --cost: leave one out' if args.cost else
+                'without --cost: add that, or leave it out'))
     if args.cost:
         if args.runs:
             raise UserError(f'--cost counts --arch alone: leave out {args.runs[0]}')

@@ -79,18 +79,26 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low=-math.inf, high=math.inf, open_low=False, open_high=False):
     """An argparse type: a finite int or float from low to high, without the bounds where open."""
+    if kind is int:
+        high = min(high, 2 ** 62)
+
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f'{text!r} is no {kind.__name__}') from None
-        inside = low <= value <= high and math.isfinite(value)
+            raise argparse.ArgumentTypeError(f'{text[:99]!r} is no {kind.__name__}') from None
+        inside = low <= value <= high and abs(value) < math.inf
         if not inside or (open_low and value == low) or (open_high and value == high):
             raise argparse.ArgumentTypeError(
-                f'{text} is not {"above" if open_low else "from"} {low} '
+                f'{text[:99]} is not {"above" if open_low else "from"} {low} '
                 f'{"and below" if open_high else "to"} {high}')
         return value
     return parse
+
+
+def name_or_path(text):
+    """An argparse type: without the slash at its end, so that a folder has one name."""
+    return text.rstrip('/') or text
 
 
 def one_line_errors(main):
@@ -170,18 +178,25 @@ def save_file(path, content):
         write_file(path, buffer.getvalue())
 
 
+@contextlib.contextmanager
 def locked(path):
-    """The file `path`, open and held by this process alone until it is closed."""
-    while True:
+    """Holds the file `path` for this process alone while the block runs; then it is removed."""
+    held = False
+    while not held:
         file = open(path, 'w')  # noqa: SIM115
-        if not fcntl:
-            return file
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
         # Who held it before may have removed it: then another file of that name is the lock.
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        file.close()
+            held = not fcntl or os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        if not held:
+            file.close()
+    with file:
+        try:
+            yield
+        finally:
+            if fcntl:                               # elsewhere no open file can be removed
+                os.unlink(path)
 
 
 def check_out(out, force):
@@ -221,8 +236,6 @@ def new_folder(out, force=False):
         finally:
             for left in (temporary, out.with_name(f'.{out.name}.tmp-old')):
                 shutil.rmtree(left, ignore_errors=True)
-            if fcntl:                               # elsewhere no open file can be removed
-                lock.unlink(missing_ok=True)
 
 
 def world():
@@ -433,8 +446,9 @@ class Procedural:
         return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
     def random(self, start, count, stream=0):
-        """(B, 32) numbers between 0 and 1 and (B, n) of 16 bits."""
+        """(B, 32) numbers between 0 and 1, never 1 itself, and (B, n) of 16 bits."""
         u = torch.from_numpy(uniforms(self.seed, DRAWS + stream, start, count, 32)).float()
+        u = u.clamp(max=1 - 2 ** -24)           # the largest of 2^24 is rounded to 1
         rolls = halves(self.seed, ROLLS + stream, start, count,
                        max(8 * LEAVES, ROUNDS * 8 * self.size)).astype(np.int32)
         return u.to(self.device), torch.from_numpy(rolls).to(self.device)
@@ -733,7 +747,7 @@ def train_generator(source, folder, steps, minutes, seed, device):
     average = copy.deepcopy(network)                    # of the weights: what draws images
     weights = [p for p in network.parameters() if p.requires_grad]
     averages = [p for p in average.parameters() if p.requires_grad]
-    adam = torch.optim.Adam(weights, 3e-4)
+    adam = torch.optim.Adam(weights)
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
     step, seconds, lines = 0, 0.0, []
     folder.mkdir(parents=True, exist_ok=True)
@@ -941,7 +955,11 @@ def grade(predict, data, rows, device):
         return 100 * (scores.argmax(1) == labels).mean().item()
     areas = [auroc(score[label >= 0], label[label >= 0] == 1)
              for score, label in zip(scores.T, labels.T)]
-    return 100 * float(np.mean([area for area in areas if area is not None]))
+    areas = [area for area in areas if area is not None]
+    if not areas:
+        raise UserError(f'--probe: no label is in some of the {len(rows)} images tested and not in '
+                        'others: make more, or leave --probe out')
+    return 100 * float(np.mean(areas))
 
 
 @torch.no_grad()
@@ -1253,8 +1271,8 @@ def read(name, data_dir='data', split='train', image_size=None, download=False, 
         data = read_folder(Path(name), split, image_size or 32)
     if data and image_size and data.image_size != image_size:
         if name not in CIFAR:
-            raise UserError(f'{name}: its images have {data.image_size} px, not --image_size '
-                            f'{image_size}: leave that out, or generate it at that size')
+            raise UserError(f'{name}: its images have {data.image_size} px, not {image_size}: take '
+                            f'--image_size {data.image_size}, or generate it at that size')
         images = [np.asarray(Image.fromarray(x).resize((image_size, image_size), Image.BICUBIC))
                   for x in data.images]
         data = replace(data, images=np.stack(images), image_size=image_size,
@@ -1733,8 +1751,8 @@ def find_or_make(args):
 def stratified_split(labels, fraction, seed, patients=None):
     """Two sorted index arrays: a share `fraction` of every class, drawn by seed, and the rest.
 
-    Of a class with n images the first gets n * fraction, rounded up. Images with several labels
-    are split without regard to them.
+    Of a class with n images the first gets n * fraction, as floating point has it (.07 of 100 are
+    a little more than 7), rounded up. Images with several labels are split without regard to them.
     patients (N,): all images of one are in one of the two, and the share is of patients.
     """
     if patients is not None:
@@ -1907,7 +1925,8 @@ def recoloured(x, brightness, contrast, saturation, hue):
 def square_mask(centres, side, size):
     """float (B, size, size): 0 in a square of `side` around each centre (B, 2), clipped, else 1."""
     at = torch.arange(size, device=centres.device)
-    inside = (at >= centres.unsqueeze(2) - side // 2) & (at < centres.unsqueeze(2) + side // 2)
+    start = centres.unsqueeze(2) - side // 2
+    inside = (at >= start) & (at < start + side)
     return (~(inside[:, 0, :, None] & inside[:, 1, None, :])).float()
 
 
@@ -2014,7 +2033,8 @@ def add_label_flags(parser):
     group.add_argument('--num_classes', type=number(int, 1, 10 ** 6), help='of an unreal set')
     group.add_argument('--multilabel', action='store_true',
                        help='labels of 0 or 1: of noise and fractals')
-    group.add_argument('--source', help='whose images get random labels, or train a generator')
+    group.add_argument('--source', type=name_or_path,
+                       help='whose images get random labels, or train a generator')
     group.add_argument('--label_mode', choices=['uniform', 'balanced', 'permute'],
                        help='how random labels are drawn')
     group.add_argument('--label_noise', type=number(float, 0, 1),

@@ -27,8 +27,8 @@ from evaluate import (GraphedStep, Running, add_run_flags, areas, averaged, by_s
                       open_run, own_sums, peak_memory_mib, preset_of, random_states, run_name,
                       shortened, start_alike, stem_of, test, widest, write_log)
 from generate_data import (REAL, Batches, Parser, Progress, UserError, choose_device,
-                           find_or_make, number, one_line_errors, read_by, save_file,
-                           stratified_split, world)
+                           find_or_make, name_or_path, number, one_line_errors, read_by,
+                           save_file, stratified_split, world)
 from genotypes import plain
 from model_search import Network
 
@@ -118,7 +118,7 @@ def parse(argv):
     """Settings: what was given, else --quick's, else DARTS's."""
     parser = Parser(prog='retrain.py', description=__doc__.split('\n')[0])
     group = parser.add_argument_group('network')
-    group.add_argument('--arch', required=True,
+    group.add_argument('--arch', required=True, type=name_or_path,
                        help='a published name, a genotype.json or the folder of a search')
     group.add_argument('--init_channels', type=number(int, 1, 4096), default=36)
     group.add_argument('--layers', type=number(int, 1, 200), default=20, help='cells')
@@ -139,7 +139,7 @@ def parse(argv):
                        help='share of the patients on whom the epoch to keep is chosen')
     group.add_argument('--train_portion', '--train_fraction', default=1.0,
                        type=number(float, 0, 1, open_low=True), help='of the images, trained on')
-    add_run_flags(parser, 'cifar10', {}, PRESETS)
+    add_run_flags(parser, 'cifar10', PRESETS)
     first = parser.parse_args(argv)
     real = first.source if first.data == 'random_labels' else first.data
     if first.preset == 'auto' and real not in PRESETS \
@@ -158,6 +158,12 @@ def parse(argv):
         raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
     check_schedule(args, sys.argv[1:] if argv is None else argv, rate_for)
     defaults = vars(parser.parse_args(['--arch', args.arch]))
+    for name, used, where in (('auxiliary_weight', args.auxiliary, 'without --auxiliary'),
+                              ('cutout_length', args.cutout, 'without --cutout'),
+                              ('init_channels', not args.max_multiply_adds,
+                               'beside --max_multiply_adds')):
+        if not used and getattr(args, name) != defaults[name]:
+            raise UserError(f'--{name} means nothing {where}: leave it out')
     args.save = args.save or run_name('retrain', args, defaults)
     return args
 
@@ -172,6 +178,9 @@ def main(argv=None):
         return
     data = find_or_make(args)
     stem = stem_of(args, data.image_size)
+    if args.label_smoothing and data.multilabel:
+        raise UserError(f'--label_smoothing {args.label_smoothing}: {args.data} has several labels '
+                        'an image, which are not smoothed: take 0')
     if args.max_multiply_adds:
         args.init_channels = widest(genotype, args.max_multiply_adds, args.layers,
                                     len(data.classes), data.image_size, stem)
@@ -292,6 +301,8 @@ def main(argv=None):
                     best = min(best, line['test_error'])
                     line['best_test_error_selected_on_test'] = best
             if epoch + 1 == epochs:             # without augmentation, in evaluation mode
+                if kept:
+                    tested.load_state_dict(kept)        # what weights.pt will hold
                 fit = test(tested, fit_batches)
                 line.update(fit_loss=fit['loss'], fit_accuracy=fit.get('top1'),
                             fit_images=fit['n'])

@@ -30,8 +30,8 @@ from evaluate import (GraphedStep, Running, add_run_flags, averaged, changed_by_
                       loss_of, open_run, own_sums, peak_memory_mib, preset_of, random_states,
                       read_log, run_name, shortened, start_alike, stem_of, write_log)
 from generate_data import (REAL, USED, Batches, Parser, Progress, UserError, choose_device,
-                           find_or_make, number, one_line_errors, save_file, set_tf32,
-                           stratified_split, world, write_file)
+                           find_or_make, number, one_line_errors, read_meta, save_file,
+                           set_tf32, stratified_split, world, write_file)
 from genotypes import (agreement, draw, from_plain, from_string, plain, random_genotype,
                        random_string, to_json, truth)
 from model_search import DARTS, NB201, Network, derive
@@ -559,7 +559,7 @@ def parse(argv):
     group.add_argument('--arch_learning_rate', type=number(float, 0), help='of the alphas')
     group.add_argument('--arch_weight_decay', type=number(float, 0), default=1e-3)
     group.add_argument('--frozen_epochs', type=number(int, 0), help='first epochs without alphas')
-    add_run_flags(parser, 'noise', {}, PRESETS)
+    add_run_flags(parser, 'noise', PRESETS)
     first = parser.parse_args(argv)
     preset = preset_of(first, PRESETS)
     rate_for = preset.pop('rate_for', None)
@@ -573,7 +573,9 @@ def parse(argv):
         parser.set_defaults(hessian=2)
     if first.method != 'pcdarts':
         parser.set_defaults(partial=1)
-    if first.data in ('noise', 'generated') and 'train_portion' in preset:
+    written = Path(first.data, 'meta.json').exists()
+    kind = read_meta(Path(first.data))['kind'] if written else first.data
+    if kind in ('noise', 'generated') and 'train_portion' in preset:
         parser.set_defaults(train_portion=0.8, valid_fraction=0.2)      # as many, of fewer images
     if first.quick:
         parser.set_defaults(**QUICK, num_classes=min(preset.get('num_classes', 10), 20))
@@ -628,7 +630,7 @@ def main(argv=None):
         open_run(args, device)
         return
 
-    # Data: half of the images for the weights, half for the alphas, no image in both.
+    # Data: images for the weights and, where they are to be held out, others for the alphas.
     data = find_or_make(args)
     stem = stem_of(args, data.image_size)
     halves = two_parts(data, args)[:2 if args.arch_data == 'valid' else 1]

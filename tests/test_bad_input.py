@@ -128,7 +128,7 @@ TABLE = [
     ('drop set set/images.npy', 'search', '--data set', 'images.npy'),
     ('drop set set/labels.npy', 'search', '--data set', 'labels.npy'),
     ('changed labels', 'search', '--data set', 'labels.npy'),
-    ('set', 'search', '--data set --image_size 16', '8 px'),
+    ('set', 'search', '--data set --image_size 16', 'take --image_size 8'),
     ('small set', 'search', '--data set', '4 px'),
     ('cut cifar data/cifar-10-batches-py/data_batch_4 500', 'search', '--data cifar10',
      'data_batch_4'),
@@ -216,6 +216,16 @@ TABLE = [
     ('own', 'generate', '--kind generated --generator train --source own --out own/x', 'own/x'),
     ('set', 'generate', '--kind random_labels --source set --out set --force', 'set'),
     ('run', 'evaluate', 'run --arch DARTS_V2 --cost', 'run'),
+    ('', 'evaluate', '--arch DARTS_V2 --cost --csv t.csv', '--csv'),
+    ('run', 'evaluate', 'run --arch DARTS_V2', '--arch'),
+    ('run', 'evaluate', 'run --num_classes 5', '--num_classes'),
+    ('run', 'evaluate', 'run --csv .', '--csv'),
+    ('', 'search', '--image_size 32 --stem imagenet --init_channels 1', '--init_channels'),
+    ('', 'search', '--epochs 1' + 400 * '0', '--epochs'),
+    ('', 'retrain', '--arch DARTS_V2 --data noise --auxiliary_weight 1', '--auxiliary_weight'),
+    ('', 'retrain', '--arch DARTS_V2 --data noise --cutout_length 4', '--cutout_length'),
+    ('', 'retrain', '--arch DARTS_V2 --data noise --max_multiply_adds 1e9 --init_channels 6',
+     '--init_channels'),
 ]
 
 
@@ -345,6 +355,24 @@ def test_a_stopped_writers_leftovers_are_removed():
     Path('run/.log.jsonl.123.tmp').write_text('half')
     run_search('run', '--max_steps', '1', '--resume')
     assert not list(Path('run').glob('.*.tmp'))
+
+
+def test_a_broken_log_of_retrain_is_one_line(capsys):
+    flags = [*RETRAIN, '--arch', 'DARTS_V2', '--data', 'noise', '--save', 'r']
+    assert retrain.main(flags) == 0
+    Path('r/weights.pt').unlink()
+    lines = Path('r/log.jsonl').read_text().splitlines()
+    Path('r/log.jsonl').write_text(f'{lines[0]}\n{{"epoch": \n')
+    saved = torch.load('r/checkpoint.pt', weights_only=True)
+    torch.save({**saved, 'epoch': 1}, 'r/checkpoint.pt')
+    check(capsys, retrain.main([*flags, '--resume']), 'log.jsonl: line 2')
+
+
+def test_a_folder_has_one_name():
+    Path('a').mkdir()
+    parse = search.parse
+    assert parse(['--data', 'a/']).save == parse(['--data', 'a']).save
+    assert retrain.parse(['--arch', 'DARTS_V2/']).arch == 'DARTS_V2'
 
 
 def test_retrain_names_a_retrained_network(capsys):

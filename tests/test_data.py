@@ -258,6 +258,8 @@ def test_augmentation():
     assert torch.equal(moved[0, 1:, :-1], x[0, :-1, 1:]) and not moved[0, 0].any()
     mask = g.square_mask(torch.tensor([[4, 4], [0, 0]]), 4, 8)
     assert mask.sum((1, 2)).tolist() == [64 - 16, 64 - 4]               # clipped at the corner
+    assert g.square_mask(torch.tensor([[4, 4]]), 3, 8).sum() == 64 - 9
+    assert g.square_mask(torch.tensor([[0, 0]]), 1, 8).sum() == 64 - 1
     data = noise()
     first = next(g.Batches(data, range(40), 8, CPU, 'auto', seed=1).epoch())[0]
     assert torch.equal(first, next(g.Batches(data, range(40), 8, CPU, 'none', seed=1).epoch())[0])

@@ -59,6 +59,13 @@ def test_what_is_the_same_on_every_machine():
     assert hashlib.sha256(labels.astype('<i8').tobytes()).hexdigest()[:16] == '4adca254f5e7763e'
 
 
+def test_no_draw_reaches_the_next_class():
+    numbers = g.uniforms(534, g.DRAWS, 22557, 1, 32)    # one of them is 1 when rounded to float32
+    assert numbers.max() < 1 and numbers.astype(np.float32).max() == 1
+    images = g.Procedural('fractal', np.zeros(22558, np.int64), 4, 8, 534)
+    assert images.random(22557, 1)[0].max() < 1
+
+
 def test_systems_are_contractive_and_of_the_published_size():
     maps, table = g.fractal_bank(3, 200)
     singular = np.linalg.svd(maps.double().numpy()[:, :, [0, 1, 3, 4]].reshape(200, 4, 2, 2),
@@ -141,6 +148,9 @@ def test_probe_says_how_learnable_a_set_is(capsys):
     assert found['s']['network'] > found['s']['nearest_neighbour'] + 10
     assert found['n'].keys() == {'network', 'nearest_neighbour', 'measure', 'n_train', 'n_test'}
     assert found['n']['n_test'] == pytest.approx(120, abs=4)
+    check(capsys, g.main(['--kind', 'noise', '--out', 'm', '--multilabel', '--num_images', '10',
+                          '--num_classes', '4', '--image_size', '8', '--probe']), '--probe')
+    assert not Path('m').exists()
 
 
 def test_area_under_the_curve():

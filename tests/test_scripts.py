@@ -19,6 +19,7 @@ from test_data import fake_cifar, folder_of_images
 import evaluate
 import retrain
 import search
+from generate_data import Batches, find_or_make, stratified_split
 from genotypes import PUBLISHED, from_json, random_genotype, to_json
 
 TINY = ['--num_images', '64', '--image_size', '8', '--layers', '3', '--init_channels', '4',
@@ -408,4 +409,35 @@ def test_learning_rate_min_gives_way():
 
 def test_quick_takes_the_steps_that_there_are():
     args = retrain.parse(['--arch', 'DARTS_V2', '--quick'])
-    assert evaluate.shortened(args, 31) == (2, 31, 62)
+    before = dict(vars(args))
+    assert evaluate.shortened(args, 31) == (2, 31, 62) and vars(args) == before
+
+
+def test_quick_is_resumed_when_it_is_done(capsys):
+    flags = ['--quick', '--resume', '--num_images', '128', '--image_size', '8', '--layers', '3',
+             '--gpu', '-1', '--epochs', '1']
+    for main, more in ((search.main, []), (retrain.main, ['--arch', 'DARTS_V2', '--data',
+                                                          'noise', '--layers', '4'])):
+        for _ in range(2):
+            assert main([*flags, *more]) == 0
+        assert 'is finished' in capsys.readouterr().out
+
+
+def test_a_run_started_again_has_a_log_of_its_own():
+    whole = run_search('run')
+    Path('run/log.jsonl').write_text(''.join(
+        json.dumps({**line, 'train_loss': 99, 'seconds': 1}) + '\n' for line in whole))
+    for name in ('genotype.json', 'checkpoint.pt'):
+        Path('run', name).unlink()
+    assert run_search('run', '--resume') == whole
+
+
+def test_the_fit_is_that_of_the_weights_that_are_kept():
+    flags = ['--holdout_patients', '0.5', '--epochs', '6', '--learning_rate', '0.5']
+    lines = run_retrain('r', *flags)
+    assert min(lines, key=lambda line: line['holdout_error']) != lines[-1]
+    network, _ = evaluate.load_weights('r/weights.pt')
+    data = find_or_make(retrain.parse([*RETRAIN, *flags]))
+    rows = stratified_split(data.labels, 0.5, 0)[0]
+    fit = evaluate.test(network, Batches(data, rows, 50, torch.device('cpu'), shuffle=False))
+    assert fit['loss'] == pytest.approx(lines[-1]['fit_loss'], rel=1e-5)

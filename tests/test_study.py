@@ -213,6 +213,11 @@ def test_csv_table_and_figure(capsys):
             about = json.loads(Path(runs[-1], 'args.json').read_text())
             about['command'] = ' '.join(['python search.py', *command])     # not that of pytest
             Path(runs[-1], 'args.json').write_text(json.dumps(about))
+    before = Path('r00/args.json').read_text()          # an unlike row leaves no lock behind
+    Path('r00/args.json').write_text(before.replace('--save', '--epochs 9 --save'))
+    assert evaluate.main([*runs, '--add', 's.csv']) == 2 and '--epochs' in capsys.readouterr().err
+    assert not Path('s.csv').exists() and not list(Path().glob('.*.lock'))
+    Path('r00/args.json').write_text(before)
     Path('unfinished').mkdir()
     Path('unfinished/args.json').write_text(Path(runs[0], 'args.json').read_text())
     assert evaluate.main([*runs[:5], runs[0], 'unfinished', '--add', 's.csv']) == 0
@@ -259,8 +264,8 @@ def test_a_broken_csv(capsys):
         return evaluate.main(['--study', 's.csv'])
 
     assert write({}, {'seed': '2'}) == 0
-    assert write(*({'seed': str(k), 'command': f'python search.py --seed {k} --epochs=50 --resume'}
-                   for k in (1, 2))) == 0
+    assert write(*({'seed': str(k), 'command': f'python search.py --seed {k} --epochs=50 --resume'
+                    f' --checkpoint_minutes {k} --download'} for k in (1, 2))) == 0
     for changes in ([], [{'genotype': '|x|'}], [{'alphas': '1 2 3'}], [{'alphas': 'x'}],
                     [{'percentile': 'nan'}], [{'percentile': '101'}], [{'seconds': 'inf'}],
                     [{'cifar10': ''}], [{}, {}], [{'command': 'python x.py --name "'}],

@@ -2,6 +2,7 @@
 import textbook
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import genotypes
 import model_search
@@ -181,6 +182,10 @@ def test_parameter_counts():
         assert (counts['params'], counts['params_auxiliary']) == (without, with_head)
     assert cost(PUBLISHED['DARTS_V2'], num_classes=100)['params'] == 3_401_272
     assert round(cost(PUBLISHED['DARTS_V2'])['multiply_adds'] / 1e6, 1) == 528.4
+    # Narrow ones too: 1x1 convolutions that are computed as one dense product count as they are.
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        textbook.Network(8, 10, 4, PUBLISHED['DARTS_V2'], auxiliary=True).eval()(batch(32, 1)[0])
+    assert cost(PUBLISHED['DARTS_V2'], 8, 4)['multiply_adds'] == counter.get_total_flops() // 2
 
 
 def test_genotype_rule_on_ties_and_none():

@@ -125,6 +125,9 @@ def test_presets():
                          '512']).learning_rate == 0.3
     noise = search.parse(['--preset', 'imagenet'])
     assert (noise.num_classes, noise.image_size, noise.train_portion) == (1000, 224, 0.8)
+    g.write_noise('set', 40, 4, 8, 0)
+    for data, share in (('noise', 0.8), ('generated', 0.8), ('set', 0.8), ('imagenet', 0.1)):
+        assert search.parse(['--data', data, '--preset', 'imagenet']).train_portion == share
     assert search.parse(['--data', 'random_labels', '--source', 'chexpert']).image_size == 224
     args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet'])
     assert (args.epochs, args.batch_size, args.learning_rate, args.schedule, args.warmup_epochs,
@@ -302,7 +305,7 @@ def test_no_patient_is_in_both_halves():
     assert not set(data.patients[first]) & set(data.patients[second])
 
 
-def test_search_retrain_evaluate_on_chest_x_rays(capsys):
+def test_search_retrain_evaluate_on_chest_x_rays(capsys, monkeypatch):
     chest('d', patients=40)
     flags = [*TINY, '--data', 'chexpert', '--data_dir', 'd', '--image_size', '16']
     assert search.main([*flags, '--save', 'r', '--train_fraction', '0.5', '--valid_fraction',
@@ -312,6 +315,8 @@ def test_search_retrain_evaluate_on_chest_x_rays(capsys):
                         '--train_fraction', '0.5', '--valid_fraction', '0.5']) == 0
     assert retrain.main([*flags, '--arch', 'r', '--save', 'n', '--holdout_patients', '0.2',
                          '--train_portion', '0.9', '--uncertain', 'ignore', '--views', 'all']) == 0
+    assert 'several labels' in message(capsys, retrain.main([
+        *flags, '--arch', 'r', '--label_smoothing', '0.1', '--save', 'smooth']))
     lines = [json.loads(line) for line in Path('n/log.jsonl').read_text().splitlines()]
     assert all(0 <= line['holdout_auroc'] <= 1 and 0 <= line['test_auroc'] <= 1 for line in lines)
     capsys.readouterr()
@@ -323,6 +328,17 @@ def test_search_retrain_evaluate_on_chest_x_rays(capsys):
     assert row['auroc_tasks_interval'][0] <= row['auroc_tasks'] <= row['auroc_tasks_interval'][1]
     assert evaluate.main(['n', '--gpu', '-1', '--json', '--view_pooling', 'mean']) == 0
     assert json.loads(capsys.readouterr().out)['auroc'] != row['auroc']
+    # Under torchrun scores come in another order, with their rows.
+    in_order = evaluate.test
+
+    def by_process(network, batches):
+        score = in_order(network, batches)
+        order = np.argsort(score['rows'] % 2, kind='stable')
+        return {**score, **{k: score[k][order] for k in ('rows', 'scores')}}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, 'test', by_process)
+        assert evaluate.main(['n', '--gpu', '-1', '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['auroc'] == row['auroc']
     # Labels of the test set: by study, its images in test/ beside them.
     os.rename('d/CheXpert-v1.0-small/valid', 'd/test')
     with open('d/CheXpert-v1.0-small/valid.csv') as file:
