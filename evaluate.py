@@ -1713,7 +1713,7 @@ def study_figure(rows):
     largest = truth(NB201_LARGEST)['percentile']
     parts, top, below, arms = [], 64, 64, ARMS + [row['arm'] for row in rows]
     for panel, ((method,), members) in enumerate(groups(rows, 'method').items()):
-        left, top = 225 + 565 * (panel % 2), top if panel % 2 else below
+        left, top = 240 + 570 * (panel % 2), top if panel % 2 else below
         parts.append(f'<text x="{left}" y="{top}" font-weight="bold">{escape(method)}</text>')
         by_arm = groups(members, 'arm')
         bottom = top + 24 * len(by_arm) + 8
@@ -1734,9 +1734,9 @@ def study_figure(rows):
             f'({largest:.1f}, {truth(NB201_LARGEST)["cifar10"]:.2f}%), the best cell (100, '
             f'{ordered["cifar10"][-1]:.2f}%).']
     return '\n'.join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1130 {height}" font-size="12" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1150 {height}" font-size="12" '
         'font-family="Helvetica, Arial, sans-serif" fill="#1a202c">',
-        f'<rect width="1130" height="{height}" fill="white"/>',
+        f'<rect width="1150" height="{height}" fill="white"/>',
         f'<text x="16" y="24" font-size="15">{note[0]}</text>', *parts,
         f'<text x="16" y="{height - 18}">{note[1]}</text>', '</svg>\n'])
 
