@@ -179,6 +179,12 @@ def test_share_of_the_variance_between_arms():
     assert evaluate.explained(rows(cifar10=[80.0, 90.0], noise=[20.0, 30.0], **others)) == found
 
 
+def test_seeds_over_the_largest_network():
+    largest = truth(evaluate.NB201_LARGEST)['percentile']
+    found = evaluate.compare(rows(noise=[99.9, largest, 10.0, largest + 0.01]))
+    assert line(found, 'noise')['over_largest'] == 2
+
+
 def test_pooled_over_the_methods_whose_search_on_real_data_finds_something():
     arms = {'cifar10': (80, 9, 16), 'no_data': (10, 9, 16)}
     data = [*rows(**arms, noise=(70, 9, 16)), *rows('pcdarts', **arms, noise=(84, 9, 16)),
