@@ -262,8 +262,6 @@ def open_run(args, device):
     checkpoint = None
     if (folder / 'checkpoint.pt').exists():
         checkpoint = load_file(folder / 'checkpoint.pt', 'delete it to start the run again')
-    elif not world()[0]:
-        (folder / 'log.jsonl').unlink(missing_ok=True)      # of a run that starts again
     return folder, checkpoint
 
 
@@ -537,6 +535,8 @@ class Running:
                 raise UserError(f'{self.folder} was finished by another process just now')
             for left in self.folder.glob('.*.tmp'):     # of runs that were killed as they wrote
                 left.unlink(missing_ok=True)
+            if not (self.folder / 'checkpoint.pt').exists():
+                (self.folder / 'log.jsonl').unlink(missing_ok=True)     # of a run that starts again
             drop_torn_line(self.folder / 'log.jsonl')
         self.signal, self.heard, self.before = None, None, {}
         for number_ in (signal.SIGINT, signal.SIGTERM):
@@ -1576,13 +1576,16 @@ def compare(rows):
     return list(out.values())
 
 
+def beats_controls(line):
+    """Whether an arm is better than a random cell and than no data, at 5%."""
+    return all(line.get(key, 1.0) < 0.05 for key in ('over_random', 'over_no_data'))
+
+
 def verdict(line, real, is_pinned):
     higher = real if line['difference'] < 0 else line
     if line['p'] < 0.05 <= line['p_equivalent'] and higher['over_random'] < 0.05:
         return 'worse' if line['difference'] < 0 else 'better'
-    sound = all(arm.get(key, 1.0) < 0.05 for arm in (line, real)
-                for key in ('over_random', 'over_no_data'))
-    if is_pinned or not sound:
+    if is_pinned or not (beats_controls(line) and beats_controls(real)):
         return 'uninformative'
     return 'equivalent' if line['p_equivalent'] < 0.05 else 'undecided'
 
@@ -1603,9 +1606,8 @@ def answers(lines):
 
 def sound(lines, arm=REAL_ARM):
     """The main methods that beat a random cell and their own search without data on an arm."""
-    return [line['method'] for line in lines if line['arm'] == arm
-            and line['method'] in MAIN_METHODS
-            and all(line.get(key, 1.0) < 0.05 for key in ('over_random', 'over_no_data'))]
+    return [line['method'] for line in lines
+            if line['arm'] == arm and line['method'] in MAIN_METHODS and beats_controls(line)]
 
 
 def pooled(rows, lines):

@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low=-math.inf, high=math.inf, open_low=False, open_high=False):
-    """An argparse type: a finite int or float from low to high, without the bounds where open."""
+    """An argparse type: a finite float, or int to 2^62, from low to high, open bounds left out."""
     if kind is int:
         high = min(high, 2 ** 62)
 

@@ -663,8 +663,8 @@ def main(argv=None):
         for pair, saved in zip(moments, checkpoint.get('moments', ())):
             pair.copy_(saved)
         sgd.param_groups[0]['lr'] = sgd.param_groups[0]['lr'].to(device)
-    log = [line for line in read_log(folder, 'epoch', 'genotype', torn=True)
-           if line['epoch'] < start]
+    lines = read_log(folder, 'epoch', 'genotype', torn=True) if checkpoint else []
+    log = [line for line in lines if line['epoch'] < start]
 
     def one_step(is_frozen, *batch):
         return bilevel_step(network, batch[:2], batch[-2:], sgd, adam, args, is_frozen, moments)
