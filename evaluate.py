@@ -16,6 +16,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -1110,19 +1111,23 @@ def agreements(rows):
 # ---------------------------------------------------------------------------------------------
 # Expressivity and generalisation
 
+KNOWN = 'CIFAR-10, by NAS-Bench-201'        # a test error that is looked up
+
 
 def analysis(rows):
     """(expressivity, generalisation, correlations) of retrained networks.
 
-    Grouped by where the architecture came from (search data, method). Expressivity, by the data
-    that it was given: loss and accuracy on training images at the end, area under the curve of the
-    training accuracy (its mean over epochs). Generalisation, on real data: test error and gap, the
-    accuracy on training less that on test images, in points. correlations: Spearman's, over
-    architectures, between the fit to each kind of data and the test error, with n.
+    Grouped by where the architecture came from (search data, method; then all methods together).
+    Expressivity, by the data that it was given: loss and accuracy on training images at the end,
+    area under the curve of the training accuracy (its mean over epochs). Generalisation, on real
+    data: test error and gap, the accuracy on training less that on test images, in points.
     """
     fit, general = [], []
-    keys = 'searched_on', 'method', 'arch_data', 'data'
-    for (data, method, alphas, given), members in groups(rows, *keys).items():
+    found = groups(rows, 'searched_on', 'method', 'arch_data', 'data')
+    for (data, alphas, given), members in groups(rows, 'searched_on', 'arch_data', 'data').items():
+        if len({row['method'] for row in members}) > 1:
+            found[data, 'all', alphas, given] = members
+    for (data, method, alphas, given), members in found.items():
         origin = {'searched_on': data, 'method': method, 'arch_data': alphas,
                   'trained_on': given, 'n': len(members)}
         fit.append({**origin, **{name: mean_std_interval([row[name] for row in members])
@@ -1155,22 +1160,37 @@ def read_reports(path):
 
 
 def correlations(rows):
-    """[{'fit_on', 'measure', 'tested_on', 'spearman', 'n', 'points'}] over architectures."""
-    by_arch, out = {}, []
+    """Spearman's, over architectures, of the fit to each kind of data and the test error.
+
+    [{'fit_on', 'measure', 'tested_on', 'spearman', 'interval', 'n', 'points', 'origins'}]:
+    tested_on is real data on which they were trained too, or KNOWN; origins are where the
+    architecture of each point was found (first).
+    """
+    by_arch, tested, out = {}, {}, []
     for row in rows:
         arch = by_arch.setdefault(json.dumps(row['genotype']), {})
         arch.setdefault(row['data'], []).append(row)
-    given = dict.fromkeys(row['data'] for row in rows)
-    for real in dict.fromkeys(row['data'] for row in rows if row['test_error'] is not None):
-        for kind in given:
-            for measure in ('fit_accuracy', 'train_area'):
-                points = [(float(np.mean([row[measure] for row in arch[kind]])),
-                           float(np.mean([row['test_error'] for row in arch[real]])))
-                          for arch in by_arch.values() if kind in arch and real in arch]
-                if len(points) > 2:
-                    out.append({'fit_on': kind, 'measure': measure, 'tested_on': real,
-                                'spearman': spearman(*zip(*points)), 'n': len(points),
-                                'points': points})
+    for name, arch in by_arch.items():
+        for data, members in arch.items():
+            if members[0]['test_error'] is not None:
+                error = float(np.mean([row['test_error'] for row in members]))
+                tested.setdefault(data, {})[name] = error
+        if name.startswith('"|'):
+            error = 100 - truth(json.loads(name))['cifar10']
+            tested.setdefault(KNOWN, {})[name] = error
+    for (data, errors), kind, measure in itertools.product(
+            tested.items(), dict.fromkeys(row['data'] for row in rows),
+            ('fit_accuracy', 'train_area')):
+        both = {name: by_arch[name][kind] for name in errors if kind in by_arch[name]}
+        points = [(float(np.mean([row[measure] for row in members])), errors[name])
+                  for name, members in both.items()]
+        if len(points) > 2:
+            value = spearman(*zip(*points))
+            out.append({'fit_on': kind, 'measure': measure, 'tested_on': data, 'spearman': value,
+                        'interval': spearman_interval(value, len(points)), 'n': len(points),
+                        'points': points, 'origins': [
+                            members[0]['searched_on'] or members[0]['method']
+                            for members in both.values()]})
     return out
 
 
@@ -1184,6 +1204,14 @@ def spearman(x, y):
     """Rank correlation; None where all values are the same."""
     x, y = np.array(ranks(x)), np.array(ranks(y))
     return float(np.corrcoef(x, y)[0, 1]) if x.std() * y.std() else None
+
+
+def spearman_interval(value, n):
+    """Its 95% interval (Bonett and Wright 2000, Psychometrika 65); None where it has none."""
+    if value is None or n < 4 or abs(value) > 1 - 1e-9:
+        return None
+    reach = 1.96 * math.sqrt((1 + value ** 2 / 2) / (n - 3))
+    return [math.tanh(math.atanh(value) - reach), math.tanh(math.atanh(value) + reach)]
 
 
 def show_analysis(rows):
@@ -1213,6 +1241,8 @@ def show_analysis(rows):
                    for line in general]])
     for line in related:
         value = '-' if line['spearman'] is None else f'{line["spearman"]:+.2f}'
+        if line['interval']:
+            value += ' [{:+.2f}, {:+.2f}]'.format(*line['interval'])
         print(f'rank correlation of {line["measure"]} on {line["fit_on"]} with the test error on '
               f'{line["tested_on"]}: {value} (n = {line["n"]} architectures)')
 
@@ -1306,12 +1336,21 @@ def plot_searches(rows):
 
 
 def plot_fit(related):
-    """SVG of the test error against each fit, a dot for each architecture."""
-    related = [line for line in related if line['measure'] == 'fit_accuracy']
-    names = [f'fit to {line["fit_on"]}' for line in related]
-    return chart([(f'test error on {line["tested_on"]}, %',
-                   f'accuracy on training images of {line["fit_on"]}',
-                   [(name, 'dots', line['points'])]) for name, line in zip(names, related)], names)
+    """SVG of the test error on real data against each fit, a dot for each architecture.
+
+    The area under the training curve tells apart what ends at 100%.
+    """
+    panels, names = [], {}
+    for line in related:
+        if line['measure'] == 'train_area' and line['tested_on'] != KNOWN:
+            series = {}
+            for origin, (area, error) in zip(line['origins'], line['points']):
+                series.setdefault(f'architecture from {origin}', []).append((100 * area, error))
+            names.update(dict.fromkeys(series))
+            panels.append((f'test error on {line["tested_on"]}, %',
+                           f'area under the training curve on {line["fit_on"]}, %',
+                           [(name, 'dots', points) for name, points in series.items()]))
+    return chart(panels, list(names))
 
 
 # ---------------------------------------------------------------------------------------------

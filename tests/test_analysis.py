@@ -8,7 +8,7 @@ import torch
 import evaluate
 import retrain
 import search
-from genotypes import PUBLISHED, plain, to_json, to_string, truth
+from genotypes import PUBLISHED, nas_bench_201, plain, to_json, to_string, truth
 
 import pytest
 
@@ -111,7 +111,7 @@ def test_analysis_of_made_up_networks(capsys):
     rows = []
     for k, (fit, area, error) in enumerate([(0.9, 0.5, 10.0), (0.8, 0.6, 12.0), (0.6, 0.7, 11.0),
                                             (0.5, 0.8, 13.0)]):
-        origin = ('noise', 'darts') if k < 2 else ('none', 'random')
+        origin = ('noise', 'darts') if k < 2 else (None, 'random')
         rows += [retrained(str(k), 'random_labels', fit, area, origin=origin),
                  retrained(str(k), 'cifar10', 0.99, 0.9, error, origin=origin)]
     fit, general, related = evaluate.analysis(rows)
@@ -128,9 +128,31 @@ def test_analysis_of_made_up_networks(capsys):
     assert by['cifar10', 'fit_accuracy']['spearman'] is None            # all the same
     evaluate.show_analysis(rows)
     out = capsys.readouterr().out
-    assert '-0.80 (n = 4 architectures)' in out and '11.00 ± 1.41' in out
+    assert '-0.80 [-1.00, +0.82] (n = 4 architectures)' in out and '11.00 ± 1.41' in out
     svg = evaluate.plot_fit(related)
     assert svg.count('<circle') == 8 and ElementTree.fromstring(svg) is not None
+    assert 'architecture from noise' in svg and 'architecture from random' in svg
+
+
+def test_analysis_over_methods_and_against_the_truth():
+    """Two methods on noise are told together too; a better fit is a better cell, or a worse one."""
+    cells = sorted(nas_bench_201()[0], key=lambda arch: truth(arch)['rank'])
+    rows = [retrained(arch, 'random_labels', 0.9 - 0.1 * k, 0.1 * k, origin=('noise', method))
+            for k, (arch, method) in enumerate(zip(cells[::3000], ['darts', 'gdas'] * 3))]
+    fit, general, related = evaluate.analysis(rows)
+    assert [(line['method'], line['n']) for line in fit] == [('darts', 3), ('gdas', 3), ('all', 6)]
+    assert fit[2]['fit_accuracy'][0] == pytest.approx(0.65) and not general
+    by = {line['measure']: line for line in related}
+    assert all(line['tested_on'] == evaluate.KNOWN for line in related) and len(related) == 2
+    assert by['fit_accuracy']['spearman'] == pytest.approx(-1)          # with the error
+    assert by['train_area']['spearman'] == pytest.approx(1)
+    assert by['train_area']['origins'] == ['noise'] * 6 and by['train_area']['n'] == 6
+
+
+def test_interval_of_spearman():
+    low, high = evaluate.spearman_interval(0.5, 28)
+    assert (low, high) == pytest.approx((0.1327, 0.7465), abs=1e-4)
+    assert evaluate.spearman_interval(1.0, 9) is None is evaluate.spearman_interval(None, 9)
 
 
 def test_spearman_with_ties():
