@@ -201,6 +201,7 @@ def hardware(device):
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         cpu = next((ln.split(':')[1].strip() for ln in lines if ln.startswith('model name')), cpu)
     return {'cpu': cpu, 'threads': torch.get_num_threads(),
+            'instructions': torch.backends.cpu.get_cpu_capability(),        # decide the last bits
             'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}
 
 
@@ -1112,6 +1113,7 @@ def agreements(rows):
 # Expressivity and generalisation
 
 KNOWN = 'CIFAR-10, by NAS-Bench-201'        # a test error that is looked up
+FITS = 'fit_loss', 'fit_accuracy', 'train_area'
 
 
 def analysis(rows):
@@ -1131,7 +1133,7 @@ def analysis(rows):
         origin = {'searched_on': data, 'method': method, 'arch_data': alphas,
                   'trained_on': given, 'n': len(members)}
         fit.append({**origin, **{name: mean_std_interval([row[name] for row in members])
-                                 for name in ('fit_loss', 'fit_accuracy', 'train_area')}})
+                                 for name in FITS}})
         tested = [row for row in members if row['test_error'] is not None]
         if tested:
             gaps = [100 * row['fit_accuracy'] - row['top1'] for row in tested]
@@ -1149,7 +1151,7 @@ def read_reports(path):
             tested = [row['top1'], row['test_error']] if row['test_error'] is not None else []
             known = {'searched_on', 'method', 'arch_data', 'data'} <= row.keys()
             if row['type'] != 'retrain' or not known or not math.isfinite(
-                    sum([row['fit_loss'], row['fit_accuracy'], row['train_area'], *tested])):
+                    sum([*(row[name] for name in FITS), row['params'], *tested])):
                 raise ValueError(f'{row["run"]} is no whole run of retrain.py')
         if not rows:
             raise ValueError('it is empty')
@@ -1163,28 +1165,30 @@ def correlations(rows):
     """Spearman's, over architectures, of the fit to each kind of data and the test error.
 
     [{'fit_on', 'measure', 'tested_on', 'spearman', 'interval', 'n', 'points', 'origins'}]:
-    tested_on is real data on which they were trained too, or KNOWN; origins are where the
-    architecture of each point was found (first).
+    tested_on is real data on which they were trained too, or KNOWN, with which their own test
+    error is compared as well; the number of parameters is what a measure has to beat; origins
+    are where the architecture of each point was found (first).
     """
     by_arch, tested, out = {}, {}, []
     for row in rows:
         arch = by_arch.setdefault(json.dumps(row['genotype']), {})
         arch.setdefault(row['data'], []).append(row)
+        arch.setdefault(None, []).append(row)        # trained on whatever
     for name, arch in by_arch.items():
         for data, members in arch.items():
-            if members[0]['test_error'] is not None:
+            if data and members[0]['test_error'] is not None:
                 error = float(np.mean([row['test_error'] for row in members]))
                 tested.setdefault(data, {})[name] = error
         if name.startswith('"|'):
             error = 100 - truth(json.loads(name))['cifar10']
             tested.setdefault(KNOWN, {})[name] = error
-    for (data, errors), kind, measure in itertools.product(
-            tested.items(), dict.fromkeys(row['data'] for row in rows),
-            ('fit_accuracy', 'train_area')):
+    measures = [*itertools.product(dict.fromkeys(row['data'] for row in rows), FITS),
+                *((data, 'test_error') for data in tested if data != KNOWN), (None, 'params')]
+    for (data, errors), (kind, measure) in itertools.product(tested.items(), measures):
         both = {name: by_arch[name][kind] for name in errors if kind in by_arch[name]}
         points = [(float(np.mean([row[measure] for row in members])), errors[name])
                   for name, members in both.items()]
-        if len(points) > 2:
+        if len(points) > 2 and not (measure == 'test_error' and kind == data):
             value = spearman(*zip(*points))
             out.append({'fit_on': kind, 'measure': measure, 'tested_on': data, 'spearman': value,
                         'interval': spearman_interval(value, len(points)), 'n': len(points),
@@ -1229,6 +1233,10 @@ def show_analysis(rows):
         return [str(line['searched_on'] or '-'), str(line['method']), str(line['arch_data'] or '-'),
                 str(line['trained_on']), str(line['n'])]
 
+    def correlation(line):
+        value = '-' if line['spearman'] is None else f'{line["spearman"]:+.2f}'
+        return value + (' [{:+.2f}, {:+.2f}]'.format(*line['interval']) if line['interval'] else '')
+
     head = ['architecture from', 'method', 'alphas on', 'trained on', 'n']
     print('Expressivity: the fit to what it was given')
     columns([[*head, 'loss', 'accuracy %', 'area under the training curve %'],
@@ -1239,12 +1247,11 @@ def show_analysis(rows):
         columns([[*head, 'test error %', 'train - test, points'],
                  *[[*origin(line), text(line['test_error']), text(line['gap'])]
                    for line in general]])
-    for line in related:
-        value = '-' if line['spearman'] is None else f'{line["spearman"]:+.2f}'
-        if line['interval']:
-            value += ' [{:+.2f}, {:+.2f}]'.format(*line['interval'])
-        print(f'rank correlation of {line["measure"]} on {line["fit_on"]} with the test error on '
-              f'{line["tested_on"]}: {value} (n = {line["n"]} architectures)')
+    if related:
+        print('\nRank correlation with the test error, over architectures')
+        columns([['measure', 'trained on', 'test error on', 'n', 'correlation'], *[
+            [line['measure'], line['fit_on'] or '-', line['tested_on'], str(line['n']),
+             correlation(line)] for line in related]])
 
 
 # ---------------------------------------------------------------------------------------------

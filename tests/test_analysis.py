@@ -104,7 +104,7 @@ def retrained(arch, data, fit, area, error=None, origin=('noise', 'darts')):
             'fit_accuracy': fit, 'train_area': area, 'test_error': error,
             'top1': None if error is None else 100 - error, 'searched_on': origin[0],
             'method': origin[1],
-            'arch_data': 'valid'}
+            'arch_data': 'valid', 'params': 1000 * area}
 
 
 def test_analysis_of_made_up_networks(capsys):
@@ -128,7 +128,11 @@ def test_analysis_of_made_up_networks(capsys):
     assert by['cifar10', 'fit_accuracy']['spearman'] is None            # all the same
     evaluate.show_analysis(rows)
     out = capsys.readouterr().out
-    assert '-0.80 [-1.00, +0.82] (n = 4 architectures)' in out and '11.00 ± 1.41' in out
+    line = next(line for line in out.splitlines() if '-0.80' in line)
+    assert line.split() == ['fit_accuracy', 'random_labels', 'cifar10', '4', '-0.80', '[-1.00,',
+                            '+0.82]'] and '11.00 ± 1.41' in out
+    assert by['random_labels', 'fit_loss']['spearman'] == pytest.approx(0.8)
+    assert by[None, 'params']['spearman'] == pytest.approx(0.8) and len(related) == 7
     svg = evaluate.plot_fit(related)
     assert svg.count('<circle') == 8 and ElementTree.fromstring(svg) is not None
     assert 'architecture from noise' in svg and 'architecture from random' in svg
@@ -143,9 +147,13 @@ def test_analysis_over_methods_and_against_the_truth():
     assert [(line['method'], line['n']) for line in fit] == [('darts', 3), ('gdas', 3), ('all', 6)]
     assert fit[2]['fit_accuracy'][0] == pytest.approx(0.65) and not general
     by = {line['measure']: line for line in related}
-    assert all(line['tested_on'] == evaluate.KNOWN for line in related) and len(related) == 2
+    assert all(line['tested_on'] == evaluate.KNOWN for line in related) and len(related) == 4
     assert by['fit_accuracy']['spearman'] == pytest.approx(-1)          # with the error
     assert by['train_area']['spearman'] == pytest.approx(1)
+    tested = [{**row, 'data': 'cifar10', 'test_error': 50.0 - k} for k, row in enumerate(rows)]
+    own = [line for line in evaluate.correlations(rows + tested) if line['measure'] == 'test_error']
+    assert [(line['tested_on'], line['spearman']) for line in own] == \
+        [(evaluate.KNOWN, pytest.approx(-1))]
     assert by['train_area']['origins'] == ['noise'] * 6 and by['train_area']['n'] == 6
 
 
