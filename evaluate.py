@@ -867,10 +867,11 @@ def report(run, data_dir=None, device=None, batch_size=250, test_labels=None, po
     log, found_by = read_log(folder, 'seconds', 'train_loss', 'train_accuracy'), meta['found_by']
     last = log[-1] if log else {}
     area = sum(line['train_accuracy'] for line in log) / len(log) if log else None
+    noise = settings['label_noise'] if settings['data'] == 'random_labels' else 1
     out = {'run': str(folder), 'type': 'retrain', 'arch': meta['arch'],
            'searched_on': found_by['data'], 'method': found_by['method'],
            'arch_data': found_by.get('arch_data'),
-           'data': settings['data'], 'seed': settings['seed'],
+           'data': settings['data'] + f' {noise:g}' * (noise < 1), 'seed': settings['seed'],
            **{key: last.get(key) for key in ('train_loss', 'train_accuracy', 'fit_loss',
                                              'fit_accuracy')},
            'test_error': None, 'top1': None, 'top5': None, 'top1_interval': None,
@@ -1122,7 +1123,8 @@ def analysis(rows):
     Grouped by where the architecture came from (search data, method; then all methods together).
     Expressivity, by the data that it was given: loss and accuracy on training images at the end,
     area under the curve of the training accuracy (its mean over epochs). Generalisation, on real
-    data: test error and gap, the accuracy on training less that on test images, in points.
+    data: test error and gap, the accuracy on training less that on test images, in points. n counts
+    runs, which should be of one recipe.
     """
     fit, general = [], []
     found = groups(rows, 'searched_on', 'method', 'arch_data', 'data')
@@ -1145,13 +1147,15 @@ def analysis(rows):
 def read_reports(path):
     """Rows of retrained networks, as --json printed them, for --analysis without the runs."""
     try:
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
         for row in rows:
             from_plain(row['genotype'])
-            tested = [row['top1'], row['test_error']] if row['test_error'] is not None else []
-            known = {'searched_on', 'method', 'arch_data', 'data'} <= row.keys()
-            if row['type'] != 'retrain' or not known or not math.isfinite(
-                    sum([*(row[name] for name in FITS), row['params'], *tested])):
+            hash((row['searched_on'], row['method'], row['arch_data'], row['data']))
+            numbers = [row[name] for name in (*FITS, 'params')]
+            numbers += [row['top1'], row['test_error']] if row['test_error'] is not None else []
+            if row['fit_accuracy'] is None:         # of several labels: main() says so
+                numbers = []
+            if row['type'] != 'retrain' or not math.isfinite(sum(numbers)):
                 raise ValueError(f'{row["run"]} is no whole run of retrain.py')
         if not rows:
             raise ValueError('it is empty')
@@ -1164,11 +1168,15 @@ def read_reports(path):
 def correlations(rows):
     """Spearman's, over architectures, of the fit to each kind of data and the test error.
 
-    [{'fit_on', 'measure', 'tested_on', 'spearman', 'interval', 'n', 'points', 'origins'}]:
-    tested_on is real data on which they were trained too, or KNOWN, with which their own test
-    error is compared as well; the number of parameters is what a measure has to beat; origins
-    are where the architecture of each point was found (first).
+    [{'fit_on', 'measure', 'tested_on', 'spearman', 'interval', 'given_params', 'n', 'points',
+    'origins'}]: tested_on is real data on which they were trained too, or KNOWN, with which their
+    own test error is compared as well; the number of parameters is what a measure has to beat, and
+    given_params the partial correlation where it is held; origins are where the architecture of
+    each point was found (first).
     """
+    def mean(members, measure):
+        return float(np.mean([row[measure] for row in members]))
+
     by_arch, tested, out = {}, {}, []
     for row in rows:
         arch = by_arch.setdefault(json.dumps(row['genotype']), {})
@@ -1176,25 +1184,33 @@ def correlations(rows):
         arch.setdefault(None, []).append(row)        # trained on whatever
     for name, arch in by_arch.items():
         for data, members in arch.items():
-            if data and members[0]['test_error'] is not None:
-                error = float(np.mean([row['test_error'] for row in members]))
-                tested.setdefault(data, {})[name] = error
+            members = [row for row in members if row['test_error'] is not None]
+            if data and members:
+                tested.setdefault(data, {})[name] = mean(members, 'test_error')
         if name.startswith('"|'):
-            error = 100 - truth(json.loads(name))['cifar10']
-            tested.setdefault(KNOWN, {})[name] = error
-    measures = [*itertools.product(dict.fromkeys(row['data'] for row in rows), FITS),
-                *((data, 'test_error') for data in tested if data != KNOWN), (None, 'params')]
-    for (data, errors), (kind, measure) in itertools.product(tested.items(), measures):
-        both = {name: by_arch[name][kind] for name in errors if kind in by_arch[name]}
-        points = [(float(np.mean([row[measure] for row in members])), errors[name])
-                  for name, members in both.items()]
-        if len(points) > 2 and not (measure == 'test_error' and kind == data):
-            value = spearman(*zip(*points))
+            tested.setdefault(KNOWN, {})[name] = 100 - truth(json.loads(name))['cifar10']
+    kinds = dict.fromkeys(row['data'] for row in rows)
+    for data, errors in tested.items():
+        found = [(kind, measure, {name: (mean(by_arch[name][kind], measure), error)
+                                  for name, error in errors.items() if kind in by_arch[name]})
+                 for kind, measure in [*itertools.product(kinds, FITS), (None, 'params')]]
+        if data == KNOWN:
+            found += [(kind, 'test_error', {name: (error, errors[name])
+                                            for name, error in own.items() if name in errors})
+                      for kind, own in tested.items() if kind != KNOWN]
+        for kind, measure, points in found:
+            if len(points) < 3:
+                continue
+            firsts = [by_arch[name][None][0] for name in points]
+            x, y = zip(*points.values())
+            size = [mean(by_arch[name][None], 'params') for name in points]
+            value, n = spearman(x, y), len(points)
+            partial = None if measure == 'params' else partial_correlation(
+                value, spearman(x, size), spearman(y, size))
             out.append({'fit_on': kind, 'measure': measure, 'tested_on': data, 'spearman': value,
-                        'interval': spearman_interval(value, len(points)), 'n': len(points),
-                        'points': points, 'origins': [
-                            members[0]['searched_on'] or members[0]['method']
-                            for members in both.values()]})
+                        'interval': spearman_interval(value, n), 'given_params': partial, 'n': n,
+                        'points': list(points.values()),
+                        'origins': [row['searched_on'] or row['method'] for row in firsts]})
     return out
 
 
@@ -1208,6 +1224,13 @@ def spearman(x, y):
     """Rank correlation; None where all values are the same."""
     x, y = np.array(ranks(x)), np.array(ranks(y))
     return float(np.corrcoef(x, y)[0, 1]) if x.std() * y.std() else None
+
+
+def partial_correlation(xy, xz, yz):
+    """Of x and y where z is held, from the three; None where it is not defined."""
+    if None in (xy, xz, yz) or max(abs(xz), abs(yz)) > 1 - 1e-9:
+        return None
+    return (xy - xz * yz) / math.sqrt((1 - xz ** 2) * (1 - yz ** 2))
 
 
 def spearman_interval(value, n):
@@ -1249,9 +1272,10 @@ def show_analysis(rows):
                    for line in general]])
     if related:
         print('\nRank correlation with the test error, over architectures')
-        columns([['measure', 'trained on', 'test error on', 'n', 'correlation'], *[
+        columns([['measure', 'trained on', 'test error on', 'n', 'correlation', 'given params'], *[
             [line['measure'], line['fit_on'] or '-', line['tested_on'], str(line['n']),
-             correlation(line)] for line in related]])
+             correlation(line), '-' if line['given_params'] is None
+             else f'{line["given_params"]:+.2f}'] for line in related]])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1343,13 +1367,13 @@ def plot_searches(rows):
 
 
 def plot_fit(related):
-    """SVG of the test error on real data against each fit, a dot for each architecture.
+    """SVG of the test error against each fit, a dot for each architecture.
 
     The area under the training curve tells apart what ends at 100%.
     """
     panels, names = [], {}
     for line in related:
-        if line['measure'] == 'train_area' and line['tested_on'] != KNOWN:
+        if line['measure'] == 'train_area':
             series = {}
             for origin, (area, error) in zip(line['origins'], line['points']):
                 series.setdefault(f'architecture from {origin}', []).append((100 * area, error))
@@ -1357,6 +1381,8 @@ def plot_fit(related):
             panels.append((f'test error on {line["tested_on"]}, %',
                            f'area under the training curve on {line["fit_on"]}, %',
                            [(name, 'dots', points) for name, points in series.items()]))
+    if not panels:
+        raise UserError('--plot: nothing to draw: it takes three architectures with a test error')
     return chart(panels, list(names))
 
 
@@ -1906,6 +1932,9 @@ def main(argv=None):
         if other:
             raise UserError(f'--analysis: {other} has no accuracy (several labels, or no log): '
                             'leave it out')
+    twice = next((members for members in groups(rows, 'run').values() if len(members) > 1), None)
+    if twice:
+        raise UserError(f'{twice[0]["run"]} is given twice: leave one out')
     lines = table(rows)
     for row in rows:
         if args.json:

@@ -27,8 +27,8 @@ from pathlib import Path
 
 from evaluate import (GraphedStep, Running, add_run_flags, averaged, changed_by_a_step, check_alike,
                       check_schedule, correct, finished, gathered, learning_rate_at, load_states,
-                      loss_of, open_run, own_sums, peak_memory_mib, preset_of, random_states,
-                      read_log, run_name, shortened, start_alike, stem_of, write_log)
+                      loss_of, method_of, open_run, own_sums, peak_memory_mib, preset_of,
+                      random_states, read_log, run_name, shortened, start_alike, stem_of, write_log)
 from generate_data import (REAL, USED, Batches, Parser, Progress, UserError, choose_device,
                            find_or_make, number, one_line_errors, read_meta, save_file,
                            set_tf32, stratified_split, world, write_file)
@@ -460,7 +460,7 @@ def finish(folder, genotype, args, **beside):
     title = f'{args.method}{f" on {args.data}" * used}, seed {args.seed}'
     write_file(folder / 'genotype.svg', draw(genotype, title))
     write_file(folder / 'genotype.json', to_json(
-        genotype, data=args.data if used else None, method=args.method, seed=args.seed,
+        genotype, data=args.data if used else None, method=method_of(vars(args)), seed=args.seed,
         arch_data=args.arch_data if used else None, **beside) + '\n')
     if isinstance(genotype, str):
         print(genotype)

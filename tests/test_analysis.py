@@ -3,12 +3,15 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import torch
 
 import evaluate
 import retrain
 import search
 from genotypes import PUBLISHED, nas_bench_201, plain, to_json, to_string, truth
+
+from test_data import folder_of_images
 
 import pytest
 
@@ -130,9 +133,13 @@ def test_analysis_of_made_up_networks(capsys):
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if '-0.80' in line)
     assert line.split() == ['fit_accuracy', 'random_labels', 'cifar10', '4', '-0.80', '[-1.00,',
-                            '+0.82]'] and '11.00 ± 1.41' in out
+                            '+0.82]', '-'] and '11.00 ± 1.41' in out
     assert by['random_labels', 'fit_loss']['spearman'] == pytest.approx(0.8)
     assert by[None, 'params']['spearman'] == pytest.approx(0.8) and len(related) == 7
+    # A folder of one's own that had no test images when the first of two was trained.
+    rows.insert(0, {**rows[1], 'run': 'first', 'test_error': None, 'top1': None})
+    again = {(line['fit_on'], line['measure']): line for line in evaluate.correlations(rows)}
+    assert again['random_labels', 'fit_accuracy']['spearman'] == pytest.approx(-0.8)
     svg = evaluate.plot_fit(related)
     assert svg.count('<circle') == 8 and ElementTree.fromstring(svg) is not None
     assert 'architecture from noise' in svg and 'architecture from random' in svg
@@ -155,6 +162,15 @@ def test_analysis_over_methods_and_against_the_truth():
     assert [(line['tested_on'], line['spearman']) for line in own] == \
         [(evaluate.KNOWN, pytest.approx(-1))]
     assert by['train_area']['origins'] == ['noise'] * 6 and by['train_area']['n'] == 6
+
+
+def test_correlation_where_size_is_held():
+    """Of x, y and z with known ranks, by the residuals of ranks on those of z."""
+    x, y, z = [1, 2, 3, 4, 5, 6], [2, 1, 4, 3, 6, 5], [1, 3, 2, 6, 5, 4]
+    rest = [np.array(v) - np.polyval(np.polyfit(z, v, 1), z) for v in (x, y)]
+    pairs = [evaluate.spearman(*pair) for pair in ((x, y), (x, z), (y, z))]
+    assert evaluate.partial_correlation(*pairs) == pytest.approx(np.corrcoef(rest)[0, 1])
+    assert evaluate.partial_correlation(0.5, 1.0, 0.5) is None
 
 
 def test_interval_of_spearman():
@@ -219,9 +235,11 @@ def test_search_retrain_and_analysis_in_nas_bench_201(capsys):
     assert meta['genotype'] == json.loads(Path('s/genotype.json').read_text())['arch_str']
     assert network(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
     capsys.readouterr()
-    assert evaluate.main(['--analysis', 'noise', 'generated', '--plot', 'f.svg']) == 0
+    assert evaluate.main(['--analysis', 'noise', 'generated']) == 0
     out = capsys.readouterr().out
-    assert 'Expressivity' in out and 'Generalisation' not in out and Path('f.svg').exists()
+    assert 'Expressivity' in out and 'Generalisation' not in out
+    assert evaluate.main(['--analysis', 'noise', '--plot', 'f.svg']) == 2
+    assert '--plot: nothing to draw' in capsys.readouterr().err and not Path('f.svg').exists()
     log = [json.loads(line) for line in Path('noise/log.jsonl').read_text().splitlines()]
     area = sum(line['train_accuracy'] for line in log) / 2
     assert f'{100 * area:.2f}' in out and f'{log[-1]["fit_loss"]:.3f}' in out
@@ -231,12 +249,33 @@ def test_search_retrain_and_analysis_in_nas_bench_201(capsys):
     Path('fit.jsonl').write_text(printed)
     assert evaluate.main(['--analysis', 'fit.jsonl']) == 0
     assert capsys.readouterr().out == out
+    assert evaluate.main(['--analysis', 'fit.jsonl', 'noise']) == 2
+    assert 'noise is given twice' in capsys.readouterr().err
+    Path('labels.jsonl').write_text(json.dumps(
+        {**json.loads(printed.splitlines()[0]), 'fit_accuracy': None, 'fit_loss': None}))
+    assert evaluate.main(['--analysis', 'labels.jsonl']) == 2
+    assert 'has no accuracy (several labels' in capsys.readouterr().err
     for broken in (printed[:-9], printed.replace('train_area', 'area'), 'null\n',
                    printed.replace('retrain', 'search'), printed.replace('"fit_loss"', '"loss"')):
         Path('fit.jsonl').write_text(broken)
         assert evaluate.main(['--analysis', 'fit.jsonl']) == 2
         error = capsys.readouterr().err
         assert 'fit.jsonl: not what' in error and 'Traceback' not in error
+
+
+def test_what_was_not_the_same_search_or_data_is_told_apart(capsys):
+    """No steps, another order and label noise are names of their own in --analysis."""
+    space = ['--space', 'nb201', '--cells_per_stage', '1']
+    assert search.main([*TINY, *space, '--max_steps', '0', '--save', 's']) == 0
+    assert json.loads(Path('s/genotype.json').read_text())['method'] == 'darts, no steps'
+    folder_of_images('photos', n=16)
+    assert retrain.main([*TINY[2:], '--arch', 's', '--data', 'random_labels', '--source', 'photos',
+                         '--label_noise', '0.5', '--layers', '5', '--init_channels', '4',
+                         '--save', 'n']) == 0
+    capsys.readouterr()
+    assert evaluate.main(['--json', 'n']) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row['data'], row['method']) == ('random_labels 0.5', 'darts, no steps')
 
 
 def test_recipe_of_the_benchmark():
