@@ -276,13 +276,16 @@ def make_run(folder, args, device):
     """The folder with args.json and the scripts; UserError for one that is not of these args."""
     settings = vars(args)
     if (folder / 'args.json').exists():
+        held = any((folder / name).exists() for name in ('log.jsonl', 'checkpoint.pt'))
+        mend = 'or choose another --save' if held or finished(folder) else \
+            'choose another --save, or delete it: it has no checkpoint'
         if not args.resume:
-            raise UserError(f'{folder} holds a run already: --resume it, or choose another --save')
+            raise UserError(f'{folder} holds a run already: --resume it, {mend}')
         before = read_json(folder / 'args.json', 'settings')['settings']
         for name in sorted((settings.keys() | before.keys()) - FREE):
             if settings.get(name) != before.get(name):
                 raise UserError(f'{folder} was run with --{name} {before.get(name)}, not '
-                                f'{settings.get(name)}: give the same, or choose another --save')
+                                f'{settings.get(name)}: give the same, {mend}')
     else:
         folder.mkdir(parents=True, exist_ok=True)
         if any(not path.name.startswith('.') for path in folder.iterdir()):
@@ -872,6 +875,7 @@ def report(run, data_dir=None, device=None, batch_size=250, test_labels=None, po
            'searched_on': found_by['data'], 'method': found_by['method'],
            'arch_data': found_by.get('arch_data'),
            'data': settings['data'] + f' {noise:g}' * (noise < 1), 'seed': settings['seed'],
+           'settings': settings,
            **{key: last.get(key) for key in ('train_loss', 'train_accuracy', 'fit_loss',
                                              'fit_accuracy')},
            'test_error': None, 'top1': None, 'top5': None, 'top1_interval': None,
@@ -916,7 +920,7 @@ def report_search(folder, about):
     out = {'run': str(folder), 'type': 'search', 'space': settings.get('space', 'darts'),
            'searched_on': found_by['data'], 'method': method_of(settings),
            'arch_data': found_by['arch_data'], 'seed': settings['seed'],
-           'genotype': plain(genotype)}
+           'genotype': plain(genotype), 'settings': settings}
     if isinstance(genotype, str):
         out.update(look_up(genotype))
     else:
@@ -990,11 +994,28 @@ def groups(rows, *keys):
     return out
 
 
+ONE_LINE = 'type', 'space', 'searched_on', 'method', 'arch_data', 'data'
+
+
+def mixtures(rows):
+    """Lines that say which settings, seeds apart, differ between runs that a table averages."""
+    out = []
+    for key, members in groups(rows, *ONE_LINE).items():
+        given = [row['settings'] for row in members if 'settings' in row]
+        names = sorted(name for name in {name for settings in given for name in settings}
+                       - FREE - {'seed', 'data_seed', 'arch'}
+                       if any(settings.get(name) != given[0].get(name) for settings in given))
+        if names:
+            what = ' '.join(str(word) for word in key if word)
+            out.append(f'{what}: averaged over runs that differ in {", ".join(names)}')
+    return out
+
+
 def table(rows):
     """Rows grouped by what was run, as a list of dicts: mean, deviation, interval of measures."""
-    out, keys = [], ('type', 'space', 'searched_on', 'method', 'arch_data', 'data')
-    for key, members in groups(rows, *keys).items():
-        line = {**dict(zip(keys, key)), 'n': len(members)}
+    out = []
+    for key, members in groups(rows, *ONE_LINE).items():
+        line = {**dict(zip(ONE_LINE, key)), 'n': len(members)}
         line['trained_on'] = line.pop('data')
         for measure in MEASURES:
             values = [row[measure] for row in members if row.get(measure) is not None]
@@ -1362,8 +1383,11 @@ def plot_searches(rows):
                     values = [v['cifar10'] if isinstance(v, dict) else v for v in values]
                     points.append((line['epoch'], sum(values) / len(values)))
             series[title].append((name, 'line', points))
-    return chart([(title, 'epoch', lines) for title, lines in series.items()
-                  if any(points for *_, points in lines)], list(names))
+    drawn = [(title, 'epoch', lines) for title, lines in series.items()
+             if any(points for *_, points in lines)]
+    if not drawn:
+        raise UserError('--plot: nothing to draw: these searches had no alphas')
+    return chart(drawn, list(names))
 
 
 def plot_fit(related):
@@ -1462,8 +1486,8 @@ def read_study(path):
     try:
         with open(path, newline='') as file:
             reader = csv.DictReader(file)
-            rows = list(reader)
-        if reader.fieldnames != STUDY or not rows:
+            rows, names = list(reader), reader.fieldnames
+        if names != STUDY or not rows:
             raise ValueError('its columns are not ours, or it has no rows')
         for row in rows:
             from_string(row['genotype'])
@@ -1915,7 +1939,8 @@ def main(argv=None):
         return
     if not args.runs:
         raise UserError('nothing to evaluate: give run folders, or --arch NAME --cost')
-    device = choose_device(args.gpu)
+    computes = any((Path(run) / 'weights.pt').exists() for run in args.runs)
+    device = choose_device(args.gpu if computes else -1)
     runs = {Path(run).resolve(): run for run in args.runs}
     rows = []
     for run in runs.values():
@@ -1936,9 +1961,12 @@ def main(argv=None):
     if twice:
         raise UserError(f'{twice[0]["run"]} is given twice: leave one out')
     lines = table(rows)
+    for line in mixtures(rows):
+        print(line, file=sys.stderr)
     for row in rows:
         if args.json:
-            print(json.dumps({key: value for key, value in row.items() if key != 'log'}))
+            print(json.dumps({key: value for key, value in row.items()
+                              if key not in ('log', 'settings')}))
         elif len(rows) == 1 and not args.analysis:
             show(row)
     if not args.json and not args.analysis:

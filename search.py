@@ -472,10 +472,18 @@ def finish(folder, genotype, args, **beside):
     if args.quick:
         print('this was --quick: the pipeline works, the genotype means nothing')
     target = args.source if args.data == 'random_labels' else args.data
-    target = args.preset if args.preset in REAL else 'cifar10' if target in USED else target
-    recipe = ' --auxiliary --cutout' if target.startswith('cifar') and args.space == 'darts' else ''
-    print(f'next: python retrain.py --arch {shlex.quote(str(folder))} --data {shlex.quote(target)}'
-          f'{recipe} --gpu 0')
+    made = target in USED or (Path(target) / 'meta.json').exists()
+    target = args.preset if args.preset in REAL else 'cifar10' if made else target
+    then = ['python', 'retrain.py', '--arch', str(folder), '--data', target]
+    if args.preset == 'laptop':
+        then += ['--preset', 'laptop']
+    elif target.startswith('cifar') and args.space == 'darts':
+        then += ['--auxiliary', '--cutout']
+    if target not in REAL and args.image_size:
+        then += ['--image_size', str(args.image_size)]
+    if target in REAL and args.data_dir != 'data':
+        then += ['--data_dir', args.data_dir]
+    print('next:', shlex.join([*then, '--gpu', '0']))
 
 
 # ---------------------------------------------------------------------------------------------

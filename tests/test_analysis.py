@@ -1,5 +1,6 @@
 """Look-ups, agreement, analysis and plots: of made-up runs with known answers, and of real ones."""
 import json
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -185,6 +186,12 @@ def test_spearman_with_ties():
     assert evaluate.spearman([1, 2, 2, 3], [4, 3, 2, 1]) == pytest.approx(-0.9486833)
 
 
+def test_plot_of_what_had_no_alphas(capsys):
+    assert search.main(['--method', 'random', '--save', 'r']) == 0
+    assert evaluate.main(['r', '--plot', 'p.svg']) == 2
+    assert '--plot: nothing to draw' in capsys.readouterr().err and not Path('p.svg').exists()
+
+
 def test_plot_of_searches():
     made_up('a', 'darts', 'noise', SKIPS, [[0.0] * 5] * 6)
     made_up('b', 'gdas', 'cifar10', CONVS, [[0.0] * 5] * 6)
@@ -276,6 +283,33 @@ def test_what_was_not_the_same_search_or_data_is_told_apart(capsys):
     assert evaluate.main(['--json', 'n']) == 0
     row = json.loads(capsys.readouterr().out)
     assert (row['data'], row['method']) == ('random_labels 0.5', 'darts, no steps')
+    # Seeds are averaged, and other settings too, but not without a word.
+    for k, width in enumerate(('8', '8', '4')):
+        assert search.main([*TINY, *space, '--seed', str(k), '--init_channels', width,
+                            '--save', f's{k}']) == 0
+    capsys.readouterr()
+    assert evaluate.main(['s0', 's1']) == 0 and 'averaged' not in capsys.readouterr().err
+    assert evaluate.main(['s0', 's1', 's2']) == 0
+    assert capsys.readouterr().err.strip() == \
+        'search nb201 noise darts valid: averaged over runs that differ in init_channels'
+
+
+def test_what_comes_next_has_the_settings(capsys):
+    def after(*flags):
+        """The line that a search of no steps ends with."""
+        assert search.main([*flags, '--image_size', '16', '--batch_size', '8', '--max_steps', '0',
+                            '--init_channels', '4', '--gpu', '-1', '--save', 'next']) == 0
+        shutil.rmtree('next')
+        return capsys.readouterr().out.splitlines()[-1]
+    folder_of_images('photos', n=16)
+    assert after('--data', 'photos') == \
+        'next: python retrain.py --arch next --data photos --image_size 16 --gpu 0'
+    assert after('--data', 'noise', '--num_images', '64', '--data_dir', 'sets') == \
+        'next: python retrain.py --arch next --data cifar10 --auxiliary --cutout ' \
+        '--data_dir sets --gpu 0'
+    made = str(next(Path('data').glob('noise-*')))
+    assert after('--data', made, '--preset', 'laptop', '--steps_per_epoch', '3') == \
+        'next: python retrain.py --arch next --data cifar10 --preset laptop --gpu 0'
 
 
 def test_recipe_of_the_benchmark():
