@@ -276,16 +276,13 @@ def make_run(folder, args, device):
     """The folder with args.json and the scripts; UserError for one that is not of these args."""
     settings = vars(args)
     if (folder / 'args.json').exists():
-        held = any((folder / name).exists() for name in ('log.jsonl', 'checkpoint.pt'))
-        mend = 'or choose another --save' if held or finished(folder) else \
-            'choose another --save, or delete it: it has no checkpoint'
         if not args.resume:
-            raise UserError(f'{folder} holds a run already: --resume it, {mend}')
+            raise UserError(f'{folder} holds a run already: --resume it, or choose another --save')
         before = read_json(folder / 'args.json', 'settings')['settings']
         for name in sorted((settings.keys() | before.keys()) - FREE):
             if settings.get(name) != before.get(name):
                 raise UserError(f'{folder} was run with --{name} {before.get(name)}, not '
-                                f'{settings.get(name)}: give the same, {mend}')
+                                f'{settings.get(name)}: give the same, or choose another --save')
     else:
         folder.mkdir(parents=True, exist_ok=True)
         if any(not path.name.startswith('.') for path in folder.iterdir()):
@@ -998,7 +995,10 @@ ONE_LINE = 'type', 'space', 'searched_on', 'method', 'arch_data', 'data'
 
 
 def mixtures(rows):
-    """Lines that say which settings, seeds apart, differ between runs that a table averages."""
+    """Lines that say which settings, seeds apart, differ between runs that a table averages.
+
+    Rows that were read from a file of --json have no settings, and are not compared.
+    """
     out = []
     for key, members in groups(rows, *ONE_LINE).items():
         given = [row['settings'] for row in members if 'settings' in row]
@@ -1171,7 +1171,7 @@ def read_reports(path):
         rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
         for row in rows:
             from_plain(row['genotype'])
-            hash((row['searched_on'], row['method'], row['arch_data'], row['data']))
+            hash(tuple(row[key] for key in ('run', 'searched_on', 'method', 'arch_data', 'data')))
             numbers = [row[name] for name in (*FITS, 'params')]
             numbers += [row['top1'], row['test_error']] if row['test_error'] is not None else []
             if row['fit_accuracy'] is None:         # of several labels: main() says so
@@ -1248,7 +1248,7 @@ def spearman(x, y):
 
 
 def partial_correlation(xy, xz, yz):
-    """Of x and y where z is held, from the three; None where it is not defined."""
+    """Of x and y where z is held, from the three of pairs; None where it is not defined."""
     if None in (xy, xz, yz) or max(abs(xz), abs(yz)) > 1 - 1e-9:
         return None
     return (xy - xz * yz) / math.sqrt((1 - xz ** 2) * (1 - yz ** 2))
