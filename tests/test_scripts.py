@@ -228,6 +228,16 @@ def run_retrain(save, *flags, base=RETRAIN):
     return log(save)
 
 
+@pytest.mark.parametrize('main, flags', [(search.main, TINY), (retrain.main, RETRAIN)])
+def test_without_its_checkpoint_a_run_and_its_log_start_again(main, flags):
+    assert main([*flags, '--save', 'r']) == 0
+    lines = log('r')
+    for name in ('checkpoint.pt', 'genotype.json', 'weights.pt'):
+        Path('r', name).unlink(missing_ok=True)
+    Path('r/log.jsonl').write_text('{"epoch": 9}\n')                    # of another day
+    assert main([*flags, '--save', 'r', '--resume']) == 0 and log('r') == lines
+
+
 @pytest.fixture(scope='module')
 def plain_retrain(tmp_path_factory):
     before = os.getcwd()
