@@ -11,63 +11,618 @@ r"""Train the network of a genotype from scratch: on CIFAR, ImageNet, CheXpert, 
     ... --resume                                                     # go on, or start
 
 The last epoch's test error is the result; on CheXpert the epoch is chosen on held-out patients.
+This file owns how one trains here: settings, the folder of a run, schedules, the CUDA graph and
+what several processes share. search.py adds the alphas.
 Recipe: DARTS (arXiv 1806.09055), with cutout (arXiv 1708.04552), an auxiliary head (arXiv
 1409.4842) and drop-path (arXiv 1605.07648); on ImageNet that of PC-DARTS (arXiv 1907.05737).
 """
 import contextlib
+import hashlib
+import json
 import math
+import os
+import platform
 import shlex
+import shutil
+import signal
+import subprocess
 import sys
+import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
-from evaluate import (GraphedStep, Running, add_run_flags, areas, averaged, by_study,
-                      changed_by_a_step, check_finite, check_layers, check_schedule, correct,
-                      find_genotype, finished, gathered, learning_rate_at, load_states, loss_of,
-                      open_run, own_sums, peak_memory_mib, preset_of, random_states, run_name,
-                      shortened, start_alike, stem_of, test, widest, write_log)
-from generate_data import (REAL, Batches, Parser, Progress, UserError, choose_device,
-                           find_or_make, name_or_path, number, one_line_errors, read_by,
-                           save_file, stratified_split, world)
-from genotypes import plain
-from model_search import Network
+# Before torch: generate_data sets how OpenMP's threads wait.
+from generate_data import (DATA, REAL, Batches, Progress, Setting, UserError, choose_device, fcntl,
+                           find_or_make, name_or_path, number, one_line_errors, parse_flags, read,
+                           refuse_unused, stratified_split, taken, world, write_file)
+from evaluate import (EVALUATION_BATCH, FREE, correct, find_genotype, gathered, load_file, loss_of,
+                      read_json, stem_for, test)
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-# Recipes. nb201: that of the benchmark, three stages of five cells; by default for its cells.
-# ImageNet: that of PC-DARTS and P-DARTS, whose linear fall from 0.5 is worth more than a point over
-# DARTS's own; the learning rate is for 1,024 images. CheXpert: our own choice.
+from genotypes import check_layers, plain, short_name
+from model_search import Network
+
+# ---------------------------------------------------------------------------------------------
+# Settings: those that a search shares, then those of this script. Defaults are DARTS's.
+
+INPUT = {
+    'data': Setting('cifar10', f'noise, random_labels, generated, {", ".join(REAL)}, or a folder',
+                    name_or_path),
+    **DATA,
+    'augment': Setting('auto', 'auto: what suits the images, none for noise',
+                       ['auto', 'none', 'standard', 'imagenet', 'affine']),
+    'workers': Setting(2, 'processes that read large data sets', number(int, 0, 1024)),
+}
+SCHEDULE = {
+    'epochs': Setting(600, 'passes over the data', number(int, 1)),
+    'steps_per_epoch': Setting(None, 'fewer than the data give', number(int, 1)),
+    'max_steps': Setting(None, 'steps in all; every schedule is scaled to them', number(int, 0)),
+    'batch_size': Setting(96, 'of all processes together', number(int, 2)),
+    'grad_accum': Setting(1, 'parts of a batch, computed one at a time to save memory',
+                          number(int, 1)),
+    'learning_rate': Setting(0.025, 'of the weights', number(float, 0)),
+    'learning_rate_min': Setting(0.0, 'at the end', number(float, 0)),
+    'schedule': Setting('cosine', 'of the learning rate', ['cosine', 'linear']),
+    'warmup_epochs': Setting(0, 'in which the learning rate rises linearly', number(int, 0)),
+    'momentum': Setting(0.9, 'of SGD', number(float, 0, below=1)),
+    'nesterov': Setting(False, "Nesterov's momentum"),
+    'weight_decay': Setting(3e-4, 'of the weights', number(float, 0)),
+    'grad_clip': Setting(5.0, 'largest norm of the gradient of the weights',
+                         number(float, above=0)),
+}
+RUN = {
+    'gpu': Setting(0, 'CUDA device, -1: the CPU', number(int, -1)),
+    'seed': Setting(0, 'of everything that is drawn', number(int, 0)),
+    'save': Setting(None, 'run folder; by default runs/ and a name by what was typed'),
+    'resume': Setting(False, 'go on from the last checkpoint, or start if there is none'),
+    'checkpoint_minutes': Setting(10.0, 'between checkpoints within an epoch', number(float, 0)),
+    'amp': Setting(False, 'bf16 autocast'),
+    'tf32': Setting(False, 'TF32 products on CUDA'),
+    'graph': Setting('auto', 'auto: replay the step as a CUDA graph if that gives the same',
+                     ['auto', 'off']),
+    'quick': Setting(False, 'a minute on two cores; the result means nothing'),
+}
+STEM = Setting('auto', 'one convolution, or three of stride 2; auto: these above 64 px',
+               ['auto', 'cifar', 'imagenet'])
+NETWORK = {
+    'arch': Setting(None, 'a published name, a genotype.json or the folder of a search',
+                    name_or_path),
+    'init_channels': Setting(36, 'channels of the first cell', number(int, 1, 4096)),
+    'layers': Setting(20, 'cells', number(int, 1, 200)),
+    'stem': STEM,
+    'auxiliary': Setting(False, 'a second head while training'),
+    'auxiliary_weight': Setting(0.4, 'of its loss', number(float, 0)),
+    'drop_path_prob': Setting(0.2, 'reached linearly at the end', number(float, 0, below=1)),
+    'cutout': Setting(False, 'blank a square of each image'),
+    'cutout_length': Setting(16, 'pixels', number(int, 1)),
+}
+RECIPE = {
+    'optimizer': Setting('sgd', 'of the weights', ['sgd', 'adam']),
+    'label_smoothing': Setting(0.0, 'share of the label spread over all classes',
+                               number(float, 0, below=1)),
+    'holdout_patients': Setting(0.0, 'share of the patients on whom the epoch is chosen',
+                                number(float, 0, below=1)),
+    'train_portion': Setting(1.0, 'share of the images that is trained on',
+                             number(float, high=1, above=0)),
+}
+# nb201: the benchmark's recipe, three stages of five cells; by default for its cells. ImageNet:
+# that of PC-DARTS and P-DARTS, whose linear fall from 0.5 is worth more than a point over DARTS's
+# own; the learning rate is for 1,024 images. CheXpert and laptop: our own choice.
 PRESETS = {
-    'cifar': dict(epochs=600, batch_size=96, learning_rate=0.025, learning_rate_min=0.0),
-    'nb201': dict(epochs=200, batch_size=256, learning_rate=0.1, learning_rate_min=0.0,
-                  nesterov=True, weight_decay=5e-4, drop_path_prob=0.0, init_channels=16,
-                  layers=17),
-    # Our own: how well does a cell of NAS-Bench-201 fit, and generalise? In a minute on one core.
-    'laptop': dict(epochs=20, batch_size=64, learning_rate=0.1, learning_rate_min=0.0,
-                   nesterov=True, weight_decay=5e-4, drop_path_prob=0.0, init_channels=16,
-                   layers=5, image_size=16, train_portion=0.04, augment='none'),
+    'cifar': {},
+    'nb201': dict(epochs=200, batch_size=256, learning_rate=0.1, nesterov=True, weight_decay=5e-4,
+                  drop_path_prob=0.0, init_channels=16, layers=17),
+    'laptop': dict(epochs=20, batch_size=64, learning_rate=0.1, nesterov=True, weight_decay=5e-4,
+                   drop_path_prob=0.0, init_channels=16, layers=5, image_size=16,
+                   train_portion=0.04, augment='none'),
     'imagenet': dict(epochs=250, batch_size=1024, rate_for=1024, learning_rate=0.5,
-                     learning_rate_min=0.0, schedule='linear', warmup_epochs=5, weight_decay=3e-5,
-                     label_smoothing=0.1, drop_path_prob=0.0, init_channels=48, layers=14,
-                     image_size=224, num_images=128000, num_classes=1000, source='imagenet'),
+                     schedule='linear', warmup_epochs=5, weight_decay=3e-5, label_smoothing=0.1,
+                     drop_path_prob=0.0, init_channels=48, layers=14, image_size=224,
+                     num_images=128000, num_classes=1000, source='imagenet'),
     'chexpert': dict(epochs=5, batch_size=32, optimizer='adam', learning_rate=1e-4,
-                     learning_rate_min=0.0, weight_decay=0.0, drop_path_prob=0.0, init_channels=48,
-                     layers=14, image_size=320, holdout_patients=0.02, num_images=20000,
-                     num_classes=14, multilabel=True, source='chexpert')}
+                     weight_decay=0.0, drop_path_prob=0.0, init_channels=48, layers=14,
+                     image_size=320, holdout_patients=0.02, num_images=20000, num_classes=14,
+                     multilabel=True, source='chexpert')}
 QUICK = dict(num_images=1000, epochs=2, steps_per_epoch=40, batch_size=32, init_channels=8,
              layers=5, warmup_epochs=0)
 FIT_IMAGES = 10000          # training images on which the fit is measured at the end
-EVALUATION_BATCH = 250, 50  # up to 64 px, above; in evaluation mode images do not meet
 
 
-def train_step(network, batch, sgd, args):
+def preset_name(chosen, presets):
+    """--preset, or for auto the one that suits the data."""
+    if chosen['preset'] != 'auto':
+        return chosen['preset']
+    real = chosen['source'] if chosen['data'] == 'random_labels' else chosen['data']
+    return real if real in presets else 'cifar'
+
+
+def that_data_take(settings, chosen):
+    """A preset's settings, without those of data that the data of the run do not take."""
+    known = taken(chosen['data'], chosen)
+    return {key: value for key, value in settings.items() if key not in DATA or key in known}
+
+
+def settle(s, typed, defaults):
+    """Settings as a namespace, with those that follow from others; UserError if they clash."""
+    refuse_unused(s['data'], s, typed)
+    if s['data_seed'] is None:
+        s['data_seed'] = s['seed']
+    for name in {'warmup_epochs', 'frozen_epochs'} & s.keys() - typed.keys():
+        s[name] = round(defaults[name] / defaults['epochs'] * s['epochs'])      # the same share
+    rate_for = s.pop('rate_for', None)
+    if rate_for and 'learning_rate' not in typed:
+        s['learning_rate'] *= s['batch_size'] / rate_for
+    if 'learning_rate_min' not in typed:
+        s['learning_rate_min'] = min(s['learning_rate_min'], s['learning_rate'])
+    args = SimpleNamespace(**s)
+    parts = args.grad_accum * int(os.environ.get('WORLD_SIZE', 1))
+    if args.batch_size % parts or args.batch_size // parts < 2:
+        raise UserError(f'--batch_size {args.batch_size} makes no {parts} parts of two images or '
+                        'more (--grad_accum times the processes): take a multiple')
+    if args.nesterov and not args.momentum:
+        raise UserError('--momentum 0 goes without Nesterov: add --no-nesterov')
+    if args.warmup_epochs >= args.epochs:
+        raise UserError(f'--warmup_epochs {args.warmup_epochs} leaves none of {args.epochs} '
+                        'epochs: take fewer')
+    if args.learning_rate_min > args.learning_rate:
+        raise UserError(f'--learning_rate_min {args.learning_rate_min} is more than '
+                        f'--learning_rate {args.learning_rate}: take less')
+    return args
+
+
+def run_name(script, first, args, typed, defaults):
+    """runs/SCRIPT-first words-seed, and what else was typed that is not the default."""
+    def word(value):
+        if isinstance(value, float):
+            return f'{value:g}'
+        if str(value).startswith('|'):
+            return short_name(value)
+        path = Path(str(value))
+        return (path.parent.name if path.name == 'genotype.json' else path.name).replace(' ', '_')
+
+    words = [script, *map(word, first), f'seed{args.seed}']
+    defaults = {**defaults, 'data_seed': args.seed}
+    for name in sorted(typed.keys() - FREE - {'data', 'method', 'arch', 'seed'}):
+        if typed[name] is True and not defaults[name]:
+            words.append(name)
+        elif typed[name] != defaults[name]:
+            words.append(f'{name}={word(typed[name])}')
+    name = '-'.join(words)
+    if len(name) > 200:                         # file systems end at 255
+        raise UserError('the name of this run would be too long: give it one by --save')
+    return str(Path('runs', name))
+
+
+def learning_rate_at(args, epoch, epochs):
+    """Learning rate of an epoch: a linear rise, then a fall to learning_rate_min."""
+    rise = round(args.warmup_epochs * epochs / args.epochs)
+    if epoch < rise:
+        return args.learning_rate * (epoch + 1) / rise
+    done = (epoch - rise) / (epochs - rise)
+    left = 1 - done if args.schedule == 'linear' else (1 + math.cos(math.pi * done)) / 2
+    return args.learning_rate_min + (args.learning_rate - args.learning_rate_min) * left
+
+
+# ---------------------------------------------------------------------------------------------
+# The folder of a run
+
+
+class Run:
+    """A run's folder: args.json, scripts/, checkpoint.pt with the log in it, log.jsonl, a result.
+
+    run = Run(args, device, 'weights.pt')   UserError if the folder is not of these settings
+    run.finished                            the result is there
+    run.plan(full)                          epochs and steps, of data that give `full` steps
+    with run.of(data):                      takes the folder for this process, reads the checkpoint
+        run.start(...)                      loads the checkpoint into networks and optimizers
+        for epoch in range(run.epoch, run.epochs):
+            run.train(...), run.end_epoch(...)      True if a signal stopped the run: it is saved
+    run.log                                 a dictionary an epoch
+
+    log.jsonl is written from the log in the checkpoint, so the two are always of the same step.
+    Of several processes the first reads and writes; all save and stop at the same step.
+    """
+    def __init__(self, args, device, result):
+        self.args, self.device, self.folder = args, device, Path(args.save)
+        self.finished = (self.folder / result).exists()
+        self.checkpoint, self.log, self.stop, self.signal = {}, [], 0, 0
+        self.epoch = self.step = 0
+        about = self.folder / 'args.json'
+        if world()[0]:
+            return
+        if about.exists():
+            if not args.resume:
+                raise UserError(f'{self.folder} holds a run: --resume it, or choose another --save')
+            before, now = read_json(about)['settings'], vars(args)
+            for name in sorted((now.keys() | before.keys()) - FREE):
+                if now.get(name) != before.get(name):
+                    raise UserError(f'{self.folder} was run with --{name} {before.get(name)}, not '
+                                    f'{now.get(name)}: give the same, or choose another --save')
+        elif self.folder.is_dir() and any(not path.name.startswith('.')
+                                          for path in self.folder.iterdir()):
+            raise UserError(f'{self.folder} holds something that is no run: choose another --save')
+        if self.finished:
+            print(f'{self.folder} is finished')
+
+    def plan(self, full):
+        """Set epochs, steps of an epoch and total steps, of data that give `full` steps an epoch.
+
+        Without --steps_per_epoch, --max_steps shortens the epochs and not their number, so that
+        everything that goes by epochs keeps its shape. --quick takes what the data give.
+        """
+        args = self.args
+        steps, total = args.steps_per_epoch or full, args.max_steps
+        if steps > full and not args.quick:
+            raise UserError(f'--steps_per_epoch {steps}: the data give {full} steps of '
+                            f'--batch_size {args.batch_size}: take as many at most')
+        steps = min(steps, full)
+        if total is not None and not args.steps_per_epoch:
+            steps = min(full, max(1, math.ceil(total / args.epochs)))
+        self.steps = steps
+        self.total = args.epochs * steps if total is None else min(total, args.epochs * steps)
+        self.epochs = math.ceil(self.total / steps)
+
+    def of(self, data):
+        """This run on a Data, or None: on resume its images and labels must be as at the start."""
+        self.sha256 = None
+        if data is not None and not world()[0]:
+            labels = hashlib.sha256(data.labels.tobytes()).hexdigest()
+            self.sha256 = {'images': data.sha256(), 'labels': labels}
+        return self
+
+    def __enter__(self):
+        if not world()[0]:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / '.lock', 'a')
+            try:
+                if fcntl:
+                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f'{self.folder} is being run by another process: wait for it, or '
+                                'choose another --save') from None
+            for left in self.folder.glob('.*.tmp'):     # of runs that were killed as they wrote
+                left.unlink(missing_ok=True)
+            self.describe()
+        if world()[1] > 1:
+            torch.distributed.barrier()
+        if (self.folder / 'checkpoint.pt').exists():
+            self.checkpoint = load_file(self.folder / 'checkpoint.pt',
+                                        'delete it to start the run again')
+            self.log = self.checkpoint['log']
+            self.epoch, self.step = self.checkpoint['epoch'], self.checkpoint['step']
+        self.write_log()
+        self.handlers = {number_: signal.signal(number_, self.catch)
+                         for number_ in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number_, handler in self.handlers.items():
+            signal.signal(number_, handler)
+        if not world()[0]:
+            self.lock.close()
+
+    def describe(self):
+        """Write args.json and scripts/ of a new run; compare the data of one that goes on."""
+        about = self.folder / 'args.json'
+        if about.exists():
+            if read_json(about).get('data_sha256') != self.sha256:
+                raise UserError(f'{self.folder} was run on other images or labels under the name '
+                                f'{self.args.data}: bring them back, or choose another --save')
+            return
+        (self.folder / 'scripts').mkdir(exist_ok=True)
+        for script in Path(__file__).resolve().parent.glob('*.py'):
+            shutil.copy(script, self.folder / 'scripts')
+        write_file(about, json.dumps({
+            'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
+            'settings': vars(self.args), 'data_sha256': self.sha256, 'git_commit': git_commit(),
+            'date': time.strftime('%Y-%m-%d'), 'hardware': hardware(self.device),
+            'world_size': world()[1],
+            'versions': {'python': platform.python_version(), 'torch': torch.__version__,
+                         **{name: version(name) for name in ('torchvision', 'numpy', 'pillow')}},
+        }, indent=1) + '\n')
+
+    def catch(self, number_, _frame):
+        if self.signal:                         # the second one ends the run at once
+            raise KeyboardInterrupt
+        self.signal = number_
+
+    def start(self, what, sums, state, **objects):
+        """Load the checkpoint into `objects`, networks and optimizers, and torch's generators.
+
+        what: said of the run in a line. sums: (n,) zeros, to which the steps of an epoch add.
+        state: a function that returns what the checkpoint is to hold beside what a Run knows.
+        """
+        print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}, in '
+              f'{self.folder}')
+        self.sums, self.state, saved = sums, state, self.checkpoint
+        done = min(self.epoch * self.steps + self.step, self.total)
+        self.progress = Progress(self.total, 'steps', done)
+        if not saved:
+            return
+        try:
+            for name, target in objects.items():
+                for group in saved[name].get('param_groups', ()):   # what suits this device
+                    group.update({key: target.defaults[key] for key in (
+                        'foreach', 'fused', 'capturable') if key in target.defaults})
+                target.load_state_dict(saved[name])
+                for group in getattr(target, 'param_groups', ()):
+                    if torch.is_tensor(group['lr']):
+                        group['lr'] = group['lr'].to(self.device)
+        except (KeyError, RuntimeError, ValueError):
+            raise UserError(f'{self.folder}/checkpoint.pt is of another network or method: delete '
+                            'it to start the run again') from None
+        set_random_states(saved['random'][world()[0] % len(saved['random'])], self.device)
+        # With another number of processes each takes the mean of their sums.
+        same = len(saved['sums']) == world()[1]
+        self.sums = (saved['sums'][world()[0]] if same else saved['sums'].mean(0)).to(self.device)
+
+    def train(self, epoch, draws, step_of, tensors):
+        """Take the steps of an epoch that are left; True if a signal stopped the run.
+
+        draws: batches, each the arguments of step_of, which returns what the sums get. tensors:
+        what must stay finite. self.last is the number of steps of the epoch, and self.seconds
+        what they took, those before a stop included; self.batch the
+        last one.
+        """
+        self.last = min(self.steps, self.total - epoch * self.steps)
+        self.saved = time.time()
+        began = self.saved - (self.checkpoint['seconds'] if self.step else 0.0)
+        for step, batch in zip(range(self.step, self.last), draws):
+            self.sums += step_of(*batch)
+            self.progress.update(epoch * self.steps + step + 1, f'epoch {epoch + 1}/{self.epochs}')
+            if self.due(epoch, step, [self.sums, *tensors]):
+                self.seconds = time.time() - began
+                self.save(epoch, step + 1)
+                if self.stop:
+                    return self.say_stopped()
+        self.batch, self.seconds = batch, time.time() - began
+        return False
+
+    def end_epoch(self, epoch, line, images):
+        """Log an epoch of so many `images` and save; True if a signal stopped the run."""
+        self.log.append({'epoch': epoch, **line, 'seconds': round(self.seconds, 3),
+                         'images_per_second': round(images / self.seconds, 1),
+                         'peak_memory_mib': peak_memory_mib(self.device)})
+        self.sums = torch.zeros_like(self.sums)
+        self.save(epoch + 1, 0)
+        return bool(self.stop) and epoch + 1 < self.epochs and self.say_stopped()
+
+    def due(self, epoch, step, tensors):
+        """Whether to save after a step, the last of an epoch apart, after which the run saves.
+
+        UserError if `tensors` are not finite. On a GPU they are not looked at in every step,
+        because that makes it wait.
+        """
+        alone, limit = world()[1] == 1, 60 * self.args.checkpoint_minutes
+        due = alone and (self.signal or time.time() - self.saved > limit)
+        is_last = step + 1 == self.last
+        if not (due or self.device.type == 'cpu' or step % 50 == 49 or is_last):
+            return False
+        self.check_finite(tensors, epoch * self.steps + step)
+        self.stop = self.signal
+        if not alone:
+            flags = torch.tensor([self.signal, time.time() - self.saved], device=self.device)
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+            self.stop = int(flags[0])
+            due = self.stop or flags[1] > limit
+        return bool(due) and not is_last
+
+    def check_finite(self, tensors, step):
+        """UserError if a loss, a weight or an alpha is not finite."""
+        norms = torch._foreach_norm([t.detach() for t in tensors])
+        if not torch.stack([norm.float() for norm in norms]).isfinite().all():
+            raise UserError(f'the loss or a weight is not finite at step {step}: lower '
+                            '--learning_rate (the last checkpoint is from before)')
+
+    def save(self, epoch, step):
+        """Write the checkpoint, `step` steps into `epoch`, and then log.jsonl."""
+        self.step, self.saved = step, time.time()
+        content = {**self.state(), 'epoch': epoch, 'step': step, 'log': self.log,
+                   'seconds': self.seconds, 'sums': torch.stack(gathered(self.sums.cpu())),
+                   'random': gathered(random_states(self.device))}
+        if not world()[0]:
+            write_file(self.folder / 'checkpoint.pt', content)
+        self.write_log()
+
+    def write_log(self):
+        if not world()[0]:
+            text = ''.join(json.dumps(line) + '\n' for line in self.log)
+            write_file(self.folder / 'log.jsonl', text)
+
+    def say_stopped(self):
+        print(f'stopped and saved in {self.folder}: run the same with --resume')
+        return True
+
+
+def git_commit():
+    try:
+        return subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], text=True,
+                              cwd=Path(__file__).resolve().parent, capture_output=True,
+                              timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware(device):
+    """What a measured number was measured on."""
+    cpu, about = platform.processor() or platform.machine(), Path('/proc/cpuinfo')
+    if about.exists():
+        names = [line for line in about.read_text().splitlines() if line.startswith('model name')]
+        cpu = names[0].split(':')[1].strip() if names else cpu
+    return {'cpu': cpu, 'threads': torch.get_num_threads(),
+            'instructions': torch.backends.cpu.get_cpu_capability(),        # decide the last bits
+            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}
+
+
+def peak_memory_mib(device):
+    """Largest memory so far, of the GPU or of this process; None where nothing tells."""
+    if device.type == 'cuda':
+        return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    status = Path('/proc/self/status')
+    if not status.exists():
+        return None
+    return round(int(status.read_text().split('VmHWM:')[1].split()[0]) / 1024)
+
+
+def random_states(device):
+    """States of torch's generators, of the CPU and of the GPU that the run uses."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == 'cuda' else states
+
+
+def set_random_states(states, device):
+    torch.set_rng_state(states[0])
+    if device.type == 'cuda' and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+# ---------------------------------------------------------------------------------------------
+# The processes of torchrun
+
+
+def averaged(tensors):
+    """The mean over all processes of each of some tensors of one type, in one all_reduce."""
+    if world()[1] == 1:
+        return list(tensors)
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    torch.distributed.all_reduce(flat)
+    parts = (flat / world()[1]).split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors)]
+
+
+def start_alike(network):
+    """Every process takes the weights, alphas and statistics of the first."""
+    if world()[1] > 1:
+        for t in network.state_dict().values():
+            torch.distributed.broadcast(t, 0)
+
+
+def check_alike(tensors, what):
+    """UserError if processes that do the same sums have come apart."""
+    mine = torch.cat([t.detach().double().flatten() for t in tensors]).cpu()
+    for rank, other in enumerate(gathered(mine)):
+        if not torch.equal(other, mine):
+            raise UserError(f'the {what} of process {rank} differ from those of {world()[0]}: use '
+                            'one kind of GPU and one version of torch')
+
+
+# ---------------------------------------------------------------------------------------------
+# The CUDA graph
+
+
+class GraphedStep:
+    """A training step that CUDA replays as one graph, if that gives what the eager step gives.
+
+    step(*batch) returns a tensor and changes the tensors in changed(), a dict of lists, in place.
+    On CUDA with `on`, after WARM_UP eager steps, the step is captured and compared with the eager
+    one from the same state on the same batch. If capture fails, or a list changes otherwise by
+    more than TOLERANCE of its change, one line says why and the eager step goes on.
+    """
+    WARM_UP, TOLERANCE = 3, 0.05
+
+    def __init__(self, step, changed, device, on=True):
+        self.step, self.changed, self.device = step, changed, device
+        self.on, self.calls, self.graph = on and device.type == 'cuda', 0, None
+        # One stream for eager steps and capture: autograd keeps the stream that it met first.
+        self.stream = torch.cuda.Stream(device) if self.on else None
+
+    def __call__(self, *batch):
+        self.calls += 1
+        if self.graph is not None:
+            torch._foreach_copy_(self.batch, list(batch))
+            self.graph.replay()
+            return self.result.clone()
+        if not self.on:
+            return self.step(*batch)
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(self.stream):
+            result = self.step(*batch) if self.calls <= self.WARM_UP else self.first_replay(batch)
+        torch.cuda.synchronize(self.device)
+        return result
+
+    def capture(self):
+        """(object with replay(), result): the step, recorded but not run."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: a DataLoader's thread that pins memory must not break it off.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode='thread_local'):
+            result = self.step(*self.batch)
+        return graph, result
+
+    def first_replay(self, batch):
+        """Capture, compare, and leave the state one step further."""
+        self.on, self.batch = False, [t.clone() for t in batch]
+        before, expected, after = self.state(), self.step(*batch), self.state()
+        try:
+            self.set_state(before)
+            graph, self.result = self.capture()
+            self.set_state(before)
+            graph.replay()
+            reason = self.difference(before[0], after[0])
+        except RuntimeError as error:
+            reason = f'capture failed ({str(error).splitlines()[0][:100]})'
+            if self.device.type == 'cuda':      # before torch 2.14 it would count as capturing on
+                generator = torch.cuda.default_generators[self.device.index]
+                generator.graphsafe_set_state(generator.clone_state())
+        if not reason:
+            self.graph = graph
+            return self.result.clone()
+        self.set_state(after)
+        print(f'no CUDA graph: {reason}; going on without', file=sys.stderr)
+        return expected
+
+    def state(self):
+        copies = {name: [t.detach().clone() for t in part] for name, part in self.changed().items()}
+        return copies, random_states(self.device)
+
+    @torch.no_grad()
+    def set_state(self, state):
+        for name, part in self.changed().items():
+            torch._foreach_copy_(part, state[0][name])
+            for t in part:
+                t.grad = None                   # of a step that broke off
+        set_random_states(state[1], self.device)
+
+    @torch.no_grad()
+    def difference(self, before, after):
+        """What the replay changed otherwise than the eager step did, or None."""
+        for name, part in self.changed().items():
+            moved, off = distance(after[name], before[name]), distance(part, after[name])
+            if not off <= self.TOLERANCE * moved:
+                return f"the {name} differ from the eager step's by {off:.2g} in {moved:.2g}"
+        return None
+
+
+def distance(a, b):
+    """Euclidean distance of two lists of tensors, in float64."""
+    return math.sqrt(sum((x.double() - y.double()).square().sum().item() for x, y in zip(a, b)))
+
+
+def changed_by_a_step(network, *optimizers):
+    """What GraphedStep compares: {name: tensors}."""
+    states = []
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            states += [t for t in state.values() if torch.is_tensor(t)]
+    lists = {'weights': network.weight_parameters(), 'alphas': network.architecture_parameters(),
+             'statistics': [b for b in network.buffers() if b.is_floating_point()],
+             'optimizers': states}
+    return {name: part for name, part in lists.items() if part}
+
+
+# ---------------------------------------------------------------------------------------------
+# Training the network of a genotype
+
+
+def train_step(network, batch, optimizer, args):
     """One step of the weights; returns (loss without the auxiliary head's, right answers).
 
-    In --grad_accum parts, one at a time; of several processes each has its share of the batch,
-    and DistributedDataParallel averages what the last part leaves.
+    The batch is computed in --grad_accum parts. Of several processes each has its share of the
+    batch, and DistributedDataParallel averages what the last part leaves.
     """
     parts, sums = list(zip(*(t.chunk(args.grad_accum) for t in batch))), 0
     for k, (x, y) in enumerate(parts):
@@ -84,12 +639,12 @@ def train_step(network, batch, sgd, args):
             (total / len(parts)).backward()
         sums = sums + torch.stack([loss.detach() / len(parts), correct(logits.detach(), y)])
     torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip, foreach=True)
-    sgd.step()
-    sgd.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     return sums.unbind()
 
 
-def optimizer(network, args):
+def make_optimizer(network, args):
     """SGD or Adam, whose learning rate is a tensor, so that a CUDA graph sees it change."""
     device = next(network.parameters()).device
     warnings.filterwarnings('ignore', 'This instance was constructed with capturable')
@@ -102,69 +657,82 @@ def optimizer(network, args):
                            foreach=not cuda)
 
 
-def scored(network, batches, prefix):
-    """What log.jsonl says of a test on some images: error, or with several labels AUROC."""
-    score = test(network, batches)
-    if 'top1' in score:
-        return {f'{prefix}_error': 100 * (1 - score['top1']), f'{prefix}_loss': score['loss']}
-    data, rows = batches.data, score['rows']
-    pooled = by_study(score['scores'], data.labels[rows],
-                      None if data.studies is None else data.studies[rows])
-    return {f'{prefix}_auroc': areas(*pooled, data.classes)['auroc_tasks'],
-            f'{prefix}_loss': score['loss']}
+def build(args, genotype, num_classes, stem, device):
+    """(network, the same with gradients averaged over the processes, its optimizer)."""
+    torch.manual_seed(args.seed)
+    network = Network(args.init_channels, num_classes, args.layers, genotype,
+                      auxiliary=args.auxiliary, stem=stem).to(device)
+    start_alike(network)
+    if args.drop_path_prob:
+        network.drop_path_prob = torch.zeros((), device=device)
+    if world()[1] == 1:
+        return network, network, make_optimizer(network, args)
+    rank = world()[0]
+    if rank:                                    # each process draws its own drop-path
+        torch.manual_seed((args.seed + rank * 1_000_003) % 2 ** 62)
+    warnings.filterwarnings('ignore', 'Grad strides do not match')      # of 1x1 kernels
+    # A node of the cell may lead nowhere: then its operations get no gradient.
+    idle = isinstance(genotype, str) or min(len(genotype.normal_concat),
+                                            len(genotype.reduce_concat)) < 4
+    shared = DistributedDataParallel(network, [device] if device.type == 'cuda' else None,
+                                     find_unused_parameters=idle)
+    return network, shared, make_optimizer(network, args)
+
+
+def split_rows(data, args):
+    """(images to train on, images on which the epoch to keep is chosen): int arrays.
+
+    With --holdout_patients a patient is in one of them only.
+    """
+    rows = np.arange(len(data))
+    if args.train_portion < 1:
+        rows, _ = stratified_split(data.labels, args.train_portion, args.seed, data.patients)
+    if not args.holdout_patients:
+        return rows, rows[:0]
+    patients = None if data.patients is None else data.patients[rows]
+    kept, held = stratified_split(data.labels[rows], 1 - args.holdout_patients, args.seed, patients)
+    if not len(held):
+        raise UserError(f'--holdout_patients {args.holdout_patients} of {args.data} is nobody: '
+                        'take more')
+    return rows[kept], rows[held]
+
+
+def scored(part, network, batches):
+    """What the log says of a test: {part_loss, part_error, ...}, by METRICS."""
+    return {f'{part}_{name}': value for name, value in test(network, batches).items()}
 
 
 def parse(argv):
-    """Settings: what was given, else --quick's, else DARTS's."""
-    parser = Parser(prog='retrain.py', description=__doc__.split('\n')[0])
-    group = parser.add_argument_group('network')
-    group.add_argument('--arch', required=True, type=name_or_path,
-                       help='a published name, a genotype.json or the folder of a search')
-    group.add_argument('--init_channels', type=number(int, 1, 4096), default=36)
-    group.add_argument('--layers', type=number(int, 1, 200), default=20, help='cells')
-    group.add_argument('--auxiliary', action='store_true', help='a second head while training')
-    group.add_argument('--auxiliary_weight', type=number(float, 0), default=0.4)
-    group.add_argument('--drop_path_prob', type=number(float, 0, 1, open_high=True), default=0.2,
-                       help='reached linearly at the end')
-    group.add_argument('--max_multiply_adds', type=number(float, 0, open_low=True),
-                       help='of one image: takes the most --init_channels that fit')
-    group.add_argument('--cutout', action='store_true')
-    group.add_argument('--cutout_length', type=number(int, 1), default=16, help='pixels')
-    group = parser.add_argument_group('recipe')
-    group.add_argument('--optimizer', choices=['sgd', 'adam'], default='sgd')
-    group.add_argument('--label_smoothing', type=number(float, 0, 1, open_high=True), default=0.0)
-    group.add_argument('--ema', type=number(float, 0, 1, open_high=True), default=0.0,
-                       help='decay of an average of the weights, which is what is tested')
-    group.add_argument('--holdout_patients', type=number(float, 0, 1, open_high=True), default=0.0,
-                       help='share of the patients on whom the epoch to keep is chosen')
-    group.add_argument('--train_portion', '--train_fraction', default=1.0,
-                       type=number(float, 0, 1, open_low=True), help='of the images, trained on')
-    add_run_flags(parser, 'cifar10', PRESETS)
-    first = parser.parse_args(argv)
-    real = first.source if first.data == 'random_labels' else first.data
-    if first.preset == 'auto' and real not in PRESETS \
-            and isinstance(find_genotype(first.arch)[0], str):
-        first.preset = 'nb201'
-    preset = preset_of(first, PRESETS)
-    rate_for = preset.pop('rate_for', None)
-    parser.set_defaults(**preset)
-    if first.quick:
-        rate = {'learning_rate': 0.05} if parser.parse_args(argv).optimizer == 'sgd' else {}
-        parser.set_defaults(**QUICK, **rate, num_classes=min(preset.get('num_classes', 10), 20))
-        rate_for = None
-    args = parser.parse_args(argv)
-    check_layers(find_genotype(args.arch)[0], args.layers)
+    """Settings as a namespace: typed, over --quick, over the preset, over DARTS's."""
+    def layers(typed, chosen):
+        name = preset_name(chosen, PRESETS)
+        if name == 'cifar' and chosen['preset'] == 'auto' and chosen['arch'] \
+                and isinstance(find_genotype(chosen['arch'])[0], str):
+            name = 'nb201'
+        out = dict(PRESETS[name])
+        if chosen['quick']:
+            out.update(QUICK, num_classes=min(out.get('num_classes', 10), 20), rate_for=None)
+            if {'optimizer': 'sgd', **out, **typed}['optimizer'] == 'sgd':
+                out['learning_rate'] = 0.05
+        return that_data_take(out, chosen)
+
+    run = {'preset': Setting('auto', 'defaults of all settings; auto: by the data and the cell',
+                             ['auto', *PRESETS]), **RUN}
+    tables = {'network': NETWORK, 'data': INPUT, 'recipe': {**RECIPE, **SCHEDULE}, 'run': run}
+    s, typed, defaults = parse_flags(__doc__, tables, argv, layers)
+    if not s['arch']:
+        raise UserError('--arch is missing: give a published name, a genotype.json or a search')
+    args = settle(s, typed, defaults)
+    try:
+        check_layers(find_genotype(args.arch)[0], args.layers)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if args.max_steps == 0:
         raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
-    check_schedule(args, sys.argv[1:] if argv is None else argv, rate_for)
-    defaults = vars(parser.parse_args(['--arch', args.arch]))
-    for name, used, where in (('auxiliary_weight', args.auxiliary, 'without --auxiliary'),
-                              ('cutout_length', args.cutout, 'without --cutout'),
-                              ('init_channels', not args.max_multiply_adds,
-                               'beside --max_multiply_adds')):
-        if not used and getattr(args, name) != defaults[name]:
-            raise UserError(f'--{name} means nothing {where}: leave it out')
-    args.save = args.save or run_name('retrain', args, defaults)
+    for name, flag in (('auxiliary_weight', 'auxiliary'), ('cutout_length', 'cutout')):
+        if name in typed and not s[flag]:
+            raise UserError(f'--{name} means nothing without --{flag}: leave it out')
+    args.save = args.save or run_name('retrain', [args.data, args.arch], args, typed, defaults)
     return args
 
 
@@ -172,166 +740,97 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     device = choose_device(args.gpu, args.tf32)
-    genotype, found_by = find_genotype(args.arch)
-    if finished(Path(args.save)) and not args.max_multiply_adds:
-        open_run(args, device)                  # a loop goes on without reading the data
+    run = Run(args, device, 'weights.pt')
+    if run.finished:                            # a loop goes on without reading the data
         return
-    data = find_or_make(args)
-    stem = stem_of(args, data.image_size)
+
+    # Data: images to train on, to choose the epoch on, to measure the fit on, and to test on.
+    data = find_or_make(args.data, vars(args))
+    genotype, found_by = find_genotype(args.arch)
+    stem = stem_for(args.stem, data.image_size, args.init_channels, args.auxiliary)
     if args.label_smoothing and data.multilabel:
         raise UserError(f'--label_smoothing {args.label_smoothing}: {args.data} has several labels '
                         'an image, which are not smoothed: take 0')
-    if args.max_multiply_adds:
-        args.init_channels = widest(genotype, args.max_multiply_adds, args.layers,
-                                    len(data.classes), data.image_size, stem)
-    rows, held = np.arange(len(data)), ()
-    if args.train_portion < 1:
-        rows, _ = stratified_split(data.labels, args.train_portion, args.seed, data.patients)
-    if args.holdout_patients:               # of the images, where there are no patients
-        parts = stratified_split(data.labels[rows], 1 - args.holdout_patients, args.seed,
-                                 None if data.patients is None else data.patients[rows])
-        rows, held = (rows[part] for part in parts)
-        if not len(held):
-            raise UserError(f'--holdout_patients {args.holdout_patients} of {args.data} is '
-                            'nobody: raise it')
+    rows, held = split_rows(data, args)
+    test_data = read(args.data, vars(args), 'test') if data.kind == 'real' else None
 
     def whole(data, rows):
-        return Batches(data, rows, EVALUATION_BATCH[data.image_size > 64], device,
-                       shuffle=False, workers=args.workers)
+        return Batches(data, rows, EVALUATION_BATCH[data.image_size > 64], device, shuffle=False,
+                       workers=args.workers)
 
     batches = Batches(data, rows, args.batch_size, device, args.augment,
                       args.cutout_length if args.cutout else 0, 2 * args.seed, True, args.workers)
-    chosen = np.linspace(0, len(rows) - 1, min(len(rows), FIT_IMAGES)).astype(int)
-    fit_batches, held_batches = whole(data, rows[chosen]), whole(data, held)
-    test_data, test_batches = None, None
-    if data.kind == 'real':
-        test_data = read_by(args, args.data, 'test')
-    if test_data:
-        test_batches = whole(test_data, range(len(test_data)))
-    epochs, steps, total = shortened(args, len(batches))
+    fit_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), FIT_IMAGES)).astype(int)]
+    run.plan(len(batches))
 
-    run = open_run(args, device)
-    if run is None:
-        return
-    folder, checkpoint = run
-
-    torch.manual_seed(args.seed)
-    network = Network(args.init_channels, len(data.classes), args.layers, genotype,
-                      auxiliary=args.auxiliary, stem=stem).to(device)
-    start_alike(network)
-    if world()[0]:
-        torch.manual_seed((args.seed + world()[0] * 1_000_003) % 2 ** 62)       # of drop-path
-    if args.drop_path_prob:
-        network.drop_path_prob = torch.zeros((), device=device)
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(args.ema),
-                            use_buffers=True) if args.ema else None
-    tested = average.module if args.ema else network
-    shared = network
-    if world()[1] > 1:      # batch statistics are of each process, running ones those of the first
-        warnings.filterwarnings('ignore', 'Grad strides do not match')      # of 1x1 kernels
-        idle = isinstance(genotype, str) or min(
-            len(genotype.normal_concat), len(genotype.reduce_concat)) < 4
-        shared = DistributedDataParallel(
-            network, [device] if device.type == 'cuda' else None, find_unused_parameters=idle)
-    sgd = optimizer(network, args)
-    start, start_step, seconds, best, best_held = 0, 0, 0.0, math.inf, math.inf
-    sums, kept = torch.zeros(2, device=device), {}          # loss and right answers
-    if checkpoint:
-        parts = {'network': network, 'sgd': sgd, **({'average': average} if average else {})}
-        start, start_step, seconds, best, best_held = load_states(
-            checkpoint, folder / 'checkpoint.pt', ('epoch', 'step', 'seconds', 'best',
-                                                   'best_held'), **parts)
-        sums, kept = own_sums(checkpoint['sums']).to(device), checkpoint['kept']
-    rate = sgd.param_groups[0]['lr'] = sgd.param_groups[0]['lr'].to(device)
-    graphed = GraphedStep(lambda *batch: torch.stack(train_step(shared, batch, sgd, args)),
-                          lambda: changed_by_a_step(network, sgd), device,
-                          args.graph == 'auto' and world()[1] == 1)
-
-    def save(epoch, step):
-        save_file(folder / 'checkpoint.pt', {
-            'network': network.state_dict(), 'sgd': sgd.state_dict(), 'epoch': epoch,
-            'step': step, 'sums': torch.stack(gathered(sums.cpu())), 'best': best,
-            'best_held': best_held, 'kept': kept, 'seconds': running.seconds if step else 0.0,
-            'random': gathered(random_states(device)),
-            **({'average': average.state_dict()} if average else {})})
-
-    print(f'{args.arch} (C={args.init_channels}) on {data.name} ({len(rows):,} images of '
-          f'{data.image_size} px, {len(data.classes)} classes), {total:,} steps on '
-          f'{world()[1]} x {device.type}, in {folder}')
-    progress = Progress(total, 'steps', min(start * steps + start_step, total))
-    with Running(folder, device, args.checkpoint_minutes) as running:
-        for epoch in range(start, epochs):
-            learning_rate = learning_rate_at(args, epoch, epochs)
-            rate.fill_(learning_rate)
-            drop_path_prob = args.drop_path_prob * epoch / epochs
+    with run.of(data):
+        network, shared, optimizer = build(args, genotype, len(data.classes), stem, device)
+        best, best_held, kept = (run.checkpoint.get(name, start) for name, start in (
+            ('best', math.inf), ('best_held', math.inf), ('kept', {})))
+        run.start(f'{args.arch} (C={args.init_channels}) on {data.name} ({len(rows):,} images of '
+                  f'{data.image_size} px, {len(data.classes)} classes)',
+                  torch.zeros(2, device=device),            # loss and right answers
+                  lambda: dict(network=network.state_dict(), optimizer=optimizer.state_dict(),
+                               best=best, best_held=best_held, kept=kept),
+                  network=network, optimizer=optimizer)
+        step = GraphedStep(lambda *batch: torch.stack(train_step(shared, batch, optimizer, args)),
+                           lambda: changed_by_a_step(network, optimizer), device,
+                           args.graph == 'auto' and world()[1] == 1)
+        for epoch in range(run.epoch, run.epochs):
+            learning_rate = learning_rate_at(args, epoch, run.epochs)
+            optimizer.param_groups[0]['lr'].fill_(learning_rate)
+            drop_path_prob = args.drop_path_prob * epoch / run.epochs
             if drop_path_prob:
                 network.drop_path_prob.fill_(drop_path_prob)
             network.train()
-            last = min(steps, total - epoch * steps)
-            running.epoch(seconds, epoch * steps)
-            for step, batch in zip(range(start_step, last), batches.epoch(epoch, start_step)):
-                sums += graphed(*batch)
-                if average:
-                    average.update_parameters(network)
-                progress.update(epoch * steps + step + 1, f'epoch {epoch + 1}/{epochs}')
-                if running.is_to_save([sums, *network.parameters()], step, last):
-                    save(epoch, step + 1)
-                    if running:
-                        return running.stopped()
-            seconds = running.seconds
+            if run.train(epoch, batches.epoch(epoch, run.step), step, network.parameters()):
+                return 128 + run.stop
             start_alike(network)                # with the running statistics of the first process
-            start_alike(tested)
-            train_loss, right = averaged([sums])[0].div(last).tolist()
-            line = {'epoch': epoch, 'learning_rate': learning_rate,
-                    'drop_path_prob': drop_path_prob, 'train_loss': train_loss,
-                    'train_accuracy': right * world()[1] / args.batch_size, 'test_error': None,
-                    'test_loss': None, 'best_test_error_selected_on_test': None}
+            loss, right = averaged([run.sums])[0].div(run.last).tolist()
+            line = {'learning_rate': learning_rate, 'drop_path_prob': drop_path_prob,
+                    'train_loss': loss, 'train_accuracy': right * world()[1] / args.batch_size}
             if len(held):
-                line.update(scored(tested, held_batches, 'holdout'))
-                worth = line.get('holdout_error')
-                if data.multilabel:
-                    worth = -(line['holdout_auroc'] or 0)
+                line.update(scored('holdout', network, whole(data, held)))
+                worth = line.get('holdout_error', -(line.get('holdout_auroc_tasks') or 0))
                 if worth < best_held:
                     best_held = worth
-                    kept = {name: t.detach().cpu().clone()
-                            for name, t in tested.state_dict().items()}
-            if test_batches:
-                line.update(scored(tested, test_batches, 'test'))
-                if not data.multilabel:
-                    best = min(best, line['test_error'])
-                    line['best_test_error_selected_on_test'] = best
-            if epoch + 1 == epochs:             # without augmentation, in evaluation mode
+                    kept = {name: t.cpu().clone() for name, t in network.state_dict().items()}
+            if test_data:
+                line.update(scored('test', network, whole(test_data, range(len(test_data)))))
+            if 'test_error' in line:
+                best = min(best, line['test_error'])
+                line['best_test_error_selected_on_test'] = best
+            if epoch + 1 == run.epochs:         # without augmentation, in evaluation mode
                 if kept:
-                    tested.load_state_dict(kept)        # what weights.pt will hold
-                fit = test(tested, fit_batches)
-                line.update(fit_loss=fit['loss'], fit_accuracy=fit.get('top1'),
-                            fit_images=fit['n'])
-                if data.multilabel:
-                    line['fit_auroc'] = areas(fit['scores'], data.labels[fit['rows']],
-                                              data.classes)['auroc_tasks']
-            measured = [line[k] for k in ('test_loss', 'fit_loss') if line.get(k) is not None]
-            check_finite([torch.tensor(measured or [0.0])], folder, epoch * steps + last)
-            write_log(folder, {
-                **line, 'seconds': round(seconds, 3),
-                'images_per_second': round(last * args.batch_size / seconds, 1),
-                'peak_memory_mib': peak_memory_mib(device)})
-            sums, start_step, seconds = torch.zeros_like(sums), 0, 0.0
-            save(epoch + 1, 0)
-            if running and epoch + 1 < epochs:
-                return running.stopped()
-        progress.close()
-        save_file(folder / 'weights.pt', {'network': kept or tested.state_dict(), 'meta': {
-            'arch': args.arch, 'genotype': plain(genotype),
-            'found_by': found_by, 'init_channels': args.init_channels, 'layers': args.layers,
+                    network.load_state_dict(kept)       # what weights.pt will hold
+                line.update(scored('fit', network, whole(data, fit_rows)))
+            measured = [line[name] for name in ('test_loss', 'fit_loss') if name in line]
+            run.check_finite([torch.tensor(measured or [0.0])], epoch * run.steps + run.last)
+            if run.end_epoch(epoch, line, run.last * args.batch_size):
+                return 128 + run.stop
+        run.progress.close()
+        if not world()[0]:
+            finish(run, args, data, test_data, stem, genotype, found_by,
+                   kept or network.state_dict())
+
+
+def finish(run, args, data, test_data, stem, genotype, found_by, weights):
+    """Write weights.pt, and say what came out and what comes next."""
+    meta = {'arch': args.arch, 'genotype': plain(genotype), 'found_by': found_by,
+            'init_channels': args.init_channels, 'layers': args.layers,
             'auxiliary': args.auxiliary, 'stem': stem, 'classes': data.classes, 'mean': data.mean,
-            'std': data.std, 'image_size': data.image_size, 'multilabel': data.multilabel,
-            'has_test': test_data is not None,
-            'chexpert': data.origin.get('chexpert', {}),
-            'data_dir': str(Path(args.data_dir).resolve()),
-            'data': args.data if args.data in REAL else str(Path(args.data).resolve())}})
+            'std': data.std, 'image_size': data.image_size, 'zoom': data.zoom,
+            'multilabel': data.multilabel, 'has_test': test_data is not None,
+            'data': args.data if args.data in REAL else str(Path(args.data).resolve()),
+            'settings': {'data_dir': str(Path(args.data_dir).resolve()),
+                         'uncertain': args.uncertain, 'views': args.views}}
+    write_file(run.folder / 'weights.pt', {'network': weights, 'meta': meta})
+    for name, value in run.log[-1].items():
+        if name.startswith(('test_', 'fit_')) and value is not None:
+            print(f'{name} {value:.4g}')
     if args.quick:
         print('this was --quick: the pipeline works, the result means little')
-    print(f'next: python evaluate.py {shlex.quote(str(folder))}')
+    print(f'next: python evaluate.py {shlex.quote(str(run.folder))}')
 
 
 if __name__ == '__main__':
