@@ -569,7 +569,7 @@ def draw_method(axis, method, arms):
     for arm in [arm for name, arm in arms if name == method]:
         found, y = percentiles(arms, method, arm), len(names)
         names.append(f'{arm} ({len(found)})')
-        colour = f'C{ARMS.index(arm) % 10}' if arm in ARMS else 'gray'
+        colour = f'C{ARMS.index(arm)}' if arm in ARMS[:10] else 'gray'
         heights = y + np.where(np.arange(len(found)) % 2, 0.15, -0.15)
         axis.plot(found, heights, '.', color=colour, alpha=0.6, ms=7, mew=0)
         reach = RANDOM + bootstrap((found, [RANDOM]))
