@@ -49,7 +49,13 @@ COLUMNS = ['command', 'commit', 'arm', 'method', 'arch_data', 'seed', 'genotype'
 
 
 def read_rows(path):
-    """Return {(method, arm): rows}, in the order of the tables; arms of one seed are left out."""
+    """Return {(method, arm): rows}, in the order of ARMS; arms of one seed are left out."""
+    def place(key):
+        method, arm = key
+        return [*METHODS, method].index(method), method, [*ARMS, arm].index(arm)
+
+    if not Path(path).exists():
+        sys.exit(f'{path} is missing. Make it with --add.')
     arms = {}
     with open(path, newline='') as file:
         for row in csv.DictReader(file):
@@ -58,23 +64,17 @@ def read_rows(path):
             row['collapsed'] = row['skips'] + row['nones'] >= 4
             arms.setdefault((row['method'], row['arm']), []).append(row)
     ordered = {}
-    for key in sorted(arms, key=place_in_tables):
+    for key in sorted(arms, key=place):
         if len(arms[key]) > 1:
             ordered[key] = sorted(arms[key], key=lambda row: int(row['seed']))
     return ordered
-
-
-def place_in_tables(key):
-    """Return a sort key: methods and arms in the order above, others after them by name."""
-    method, arm = key
-    return ([*METHODS, method].index(method), method, [*ARMS, arm].index(arm), arm)
 
 
 def arm_of(settings):
     """Return the arm of the study that a search belongs to, by its settings."""
     if settings['method'] == 'random':
         return 'random cell'
-    if settings['max_steps'] == 0:
+    if settings.get('max_steps') == 0:
         return 'no steps'
     if settings['arch_data'] == 'none':
         return NO_DATA
@@ -92,7 +92,7 @@ def row_of(run):
     alphas = np.ravel(last.get('alphas', {}).get('cell', []))
     row = {key: run[key] for key in COLUMNS if key in run}
     row.update(commit=run['git_commit'], arm=arm_of(run['settings']),
-               method=run['settings']['method'], seconds=round(run['seconds'], 1),
+               method=run['method'].removesuffix(', no steps'), seconds=round(run['seconds'], 1),
                steps=sum(line.get('steps', 0) for line in run['log']),
                alphas=' '.join(f'{alpha:.9g}' for alpha in alphas))     # all of a float32
     for name in ('entropy', 'signal'):
@@ -107,14 +107,12 @@ def add_runs(path, folders):
     with open(path, 'a+', newline='') as file:
         fcntl.flock(file, fcntl.LOCK_EX)                # one writer at a time
         file.seek(0)
+        text = file.read()
         known, new = {}, []
-        for row in csv.DictReader(file):
+        for row in csv.DictReader(text.splitlines()):
             known[row['method'], row['arm'], row['seed']] = row['command']
-        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
-        if not known:
-            writer.writeheader()
         for run in map(read_run, folders):
-            if run['type'] != 'search' or run['settings']['space'] != 'nb201':
+            if run['type'] != 'search' or run['settings'].get('space') != 'nb201':
                 sys.exit(f'{run["run"]} is no search of --space nb201. Leave it out.')
             if not run['finished']:
                 print(f'{run["run"]} is not finished, so it was left out')
@@ -127,6 +125,11 @@ def add_runs(path, folders):
             elif known[key] != row['command']:
                 sys.exit(f'{run["run"]}: {path} or another run has seed {key[2]} of {key[0]} on '
                          f'{key[1]}. Leave one of the two out.')
+        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        if not text:
+            writer.writeheader()
+        elif not text.endswith('\n'):                   # as an editor may leave it
+            file.write('\n')
         writer.writerows(new)
     print(f'{len(new)} searches added to {path}')
 
@@ -191,7 +194,7 @@ def holm(p):
     return corrected
 
 
-def power(error, df, tests=1, difference=20.0, margin=MARGIN):
+def power(error, df, tests, difference=20.0, margin=MARGIN):
     """Return the chances to find such a difference, and to find equal arms equivalent.
 
     The level is 5% / tests, the strictest of Holm's correction. Student's distribution is shifted
@@ -247,10 +250,9 @@ def judge(arms, lines, family):
     for name in ('p', 'p_equivalent'):
         for key, p in zip(family, holm([lines[key][name] for key in family])):
             lines[key][name] = p
-    for method, arm in family:
-        line = lines[method, arm]
-        real = method, line['real']
-        stuck = is_pinned(arms[method, arm]) or is_pinned(arms[real])
+    for key in family:
+        line, real = lines[key], (key[0], lines[key]['real'])
+        stuck = is_pinned(arms[key]) or is_pinned(arms[real])
         line['verdict'] = verdict(line, lines[real], stuck)
         line['power'] = power(*line['contrast'][1:], len(family))
 
@@ -359,6 +361,8 @@ def operation_probabilities(row):
 # ---------------------------------------------------------------------------------------------
 # Tables of the study
 
+DIFFERENCE = '{:+.1f} [{:+.1f}, {:+.1f}]'
+
 
 def print_table(rows):
     """Print lists of texts as a table of Markdown; the first is the header."""
@@ -367,14 +371,9 @@ def print_table(rows):
         print('| ' + ' | '.join(map(str.ljust, row, widths)) + ' |')
 
 
-def fill(form, value):
-    """Return the format with its value, or a dash if that is missing."""
-    return '-' if value is None else form.format(value)
-
-
-def difference_text(value, interval):
-    """Return a difference with its interval, or a dash if it is missing."""
-    return '-' if value is None else f'{value:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]'
+def fill(form, *values):
+    """Return the format with its values, or a dash if one is missing."""
+    return '-' if None in values else form.format(*values)
 
 
 def main_table(lines):
@@ -384,8 +383,8 @@ def main_table(lines):
     for (method, arm), line in lines.items():
         table.append([
             method, arm, str(line['n']), f'{line["mean"]:.1f} ± {line["std"]:.1f}',
-            difference_text(line.get('difference'), line.get('interval')),
-            difference_text(line['mean'] - RANDOM, line['from_random']),
+            fill(DIFFERENCE, line.get('difference'), *line.get('interval', [None, None])),
+            DIFFERENCE.format(line['mean'] - RANDOM, *line['from_random']),
             line.get('verdict', '-'), f'{line["collapsed"]:.0%}', str(line['over_largest']),
             str(line['cells'])])
     return table
@@ -421,14 +420,15 @@ def print_study(arms):
     print('\nCollapsed: 4 or more of 6 edges skip or none (17.9% of all cells). Over largest: '
           'seeds\nwhose cell is better than the largest network, which is at '
           f'{truth(NB201_LARGEST)["percentile"]:.1f}.')
-    print_times(arms)
+    seconds = [row['seconds'] for rows in arms.values() for row in rows]
+    print(f'{len(seconds)} searches, {sum(seconds) / 3600:.1f} hours of them')
     for arm in UNREAL:
         print(f'{arm}: {answer(lines, arm)}')
     for arm in dict.fromkeys(arm for _, arm in arms):
-        methods, *difference = pooled(arms, lines, arm)
+        methods, difference, interval = pooled(arms, lines, arm)
         if methods:
             print(f'{arm}: mean difference from real data over {", ".join(methods)} '
-                  + difference_text(*difference))
+                  + DIFFERENCE.format(difference, *interval))
     for method in dict.fromkeys(method for method, _ in arms):
         shares = explained(arms, method)
         if shares:
@@ -438,18 +438,6 @@ def print_study(arms):
         for pairs, (n, genotypes, alphas) in agreements(arms, methods).items():
             print(f'{", ".join(methods)}, {pairs}: {n} pairs, genotypes agree in '
                   f'{genotypes:.2f} of the edges, probabilities correlate by {alphas:+.2f}')
-
-
-def print_times(arms):
-    """Print how many searches there are, and how long they took."""
-    seconds = {'with data': [], 'without': [], 'of no steps': []}
-    for (_, arm), rows in arms.items():
-        group = 'with data' if arm not in CONTROLS else \
-            'without' if arm == NO_DATA else 'of no steps'
-        seconds[group] += [row['seconds'] for row in rows]
-    parts = [f'{len(s)} {group} of {np.mean(s):.0f} s' for group, s in seconds.items() if s]
-    print(f'{sum(map(len, seconds.values()))} searches, '
-          f'{sum(map(sum, seconds.values())) / 3600:.1f} hours of them: ' + ', '.join(parts))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -552,7 +540,8 @@ def draw_study(arms, path):
         sys.exit('--plot needs matplotlib: pip install matplotlib')
     plt.rcParams.update({'font.size': 9, 'svg.hashsalt': 'study', 'svg.fonttype': 'none'})
     methods = list(dict.fromkeys(method for method, _ in arms))
-    figure, axes = plt.subplots(len(methods) // 2 + 1, 2, figsize=(11, 11), squeeze=False)
+    rows = len(methods) // 2 + 1                        # at least one place is left to the legend
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 2.75 * rows), squeeze=False)
     for axis in axes.flat[len(methods):]:
         axis.axis('off')
     for axis, method in zip(axes.flat, methods):
