@@ -1,16 +1,15 @@
-"""Look-ups, agreement, analysis and plots: of made-up runs with known answers, and of real ones."""
+"""Look-ups, agreement and plots: of made-up runs with known answers, and of real ones."""
 import json
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
 import torch
 
 import evaluate
 import retrain
 import search
-from genotypes import PUBLISHED, nas_bench_201, plain, to_json, to_string, truth
+from genotypes import PUBLISHED, plain, to_json, to_string, truth
 
 from test_data import folder_of_images
 
@@ -103,89 +102,6 @@ def test_agreement_within_and_between():
     assert {line['pairs']: line for line in evaluate.agreements(rows)} == found     # other space
 
 
-def retrained(arch, data, fit, area, error=None, origin=('noise', 'darts')):
-    return {'type': 'retrain', 'run': 'r', 'genotype': arch, 'data': data, 'fit_loss': 1 - fit,
-            'fit_accuracy': fit, 'train_area': area, 'test_error': error,
-            'top1': None if error is None else 100 - error, 'searched_on': origin[0],
-            'method': origin[1],
-            'arch_data': 'valid', 'params': 1000 * area}
-
-
-def test_analysis_of_made_up_networks(capsys):
-    rows = []
-    for k, (fit, area, error) in enumerate([(0.9, 0.5, 10.0), (0.8, 0.6, 12.0), (0.6, 0.7, 11.0),
-                                            (0.5, 0.8, 13.0)]):
-        origin = ('noise', 'darts') if k < 2 else (None, 'random')
-        rows += [retrained(str(k), 'random_labels', fit, area, origin=origin),
-                 retrained(str(k), 'cifar10', 0.99, 0.9, error, origin=origin)]
-    fit, general, related = evaluate.analysis(rows)
-    first = next(line for line in fit if line['trained_on'] == 'random_labels')
-    assert first['n'] == 2 and first['fit_accuracy'][0] == pytest.approx(0.85)
-    assert first['fit_loss'][0] == pytest.approx(0.15)
-    assert first['train_area'][0] == pytest.approx(0.55)
-    assert [line['test_error'][0] for line in general] == [11.0, 12.0]
-    assert general[0]['gap'][0] == pytest.approx(99 - 89)
-    by = {(line['fit_on'], line['measure']): line for line in related}
-    assert by['random_labels', 'fit_accuracy']['spearman'] == pytest.approx(-0.8)
-    assert by['random_labels', 'train_area']['spearman'] == pytest.approx(0.8)
-    assert by['random_labels', 'fit_accuracy']['n'] == 4
-    assert by['cifar10', 'fit_accuracy']['spearman'] is None            # all the same
-    evaluate.show_analysis(rows)
-    out = capsys.readouterr().out
-    line = next(line for line in out.splitlines() if '-0.80' in line)
-    assert line.split() == ['fit_accuracy', 'random_labels', 'cifar10', '4', '-0.80', '[-1.00,',
-                            '+0.82]', '-'] and '11.00 ± 1.41' in out
-    assert by['random_labels', 'fit_loss']['spearman'] == pytest.approx(0.8)
-    assert by[None, 'params']['spearman'] == pytest.approx(0.8) and len(related) == 7
-    # A folder of one's own that had no test images when the first of two was trained.
-    rows.insert(0, {**rows[1], 'run': 'first', 'test_error': None, 'top1': None})
-    again = {(line['fit_on'], line['measure']): line for line in evaluate.correlations(rows)}
-    assert again['random_labels', 'fit_accuracy']['spearman'] == pytest.approx(-0.8)
-    svg = evaluate.plot_fit(related)
-    assert svg.count('<circle') == 8 and ElementTree.fromstring(svg) is not None
-    assert 'architecture from noise' in svg and 'architecture from random' in svg
-
-
-def test_analysis_over_methods_and_against_the_truth():
-    """Two methods on noise are told together too; a better fit is a better cell, or a worse one."""
-    cells = sorted(nas_bench_201()[0], key=lambda arch: truth(arch)['rank'])
-    rows = [retrained(arch, 'random_labels', 0.9 - 0.1 * k, 0.1 * k, origin=('noise', method))
-            for k, (arch, method) in enumerate(zip(cells[::3000], ['darts', 'gdas'] * 3))]
-    fit, general, related = evaluate.analysis(rows)
-    assert [(line['method'], line['n']) for line in fit] == [('darts', 3), ('gdas', 3), ('all', 6)]
-    assert fit[2]['fit_accuracy'][0] == pytest.approx(0.65) and not general
-    by = {line['measure']: line for line in related}
-    assert all(line['tested_on'] == evaluate.KNOWN for line in related) and len(related) == 4
-    assert by['fit_accuracy']['spearman'] == pytest.approx(-1)          # with the error
-    assert by['train_area']['spearman'] == pytest.approx(1)
-    tested = [{**row, 'data': 'cifar10', 'test_error': 50.0 - k} for k, row in enumerate(rows)]
-    own = [line for line in evaluate.correlations(rows + tested) if line['measure'] == 'test_error']
-    assert [(line['tested_on'], line['spearman']) for line in own] == \
-        [(evaluate.KNOWN, pytest.approx(-1))]
-    assert by['train_area']['origins'] == ['noise'] * 6 and by['train_area']['n'] == 6
-
-
-def test_correlation_where_size_is_held():
-    """Of x, y and z with known ranks, by the residuals of ranks on those of z."""
-    x, y, z = [1, 2, 3, 4, 5, 6], [2, 1, 4, 3, 6, 5], [1, 3, 2, 6, 5, 4]
-    rest = [np.array(v) - np.polyval(np.polyfit(z, v, 1), z) for v in (x, y)]
-    pairs = [evaluate.spearman(*pair) for pair in ((x, y), (x, z), (y, z))]
-    assert evaluate.partial_correlation(*pairs) == pytest.approx(np.corrcoef(rest)[0, 1])
-    assert evaluate.partial_correlation(0.5, 1.0, 0.5) is None
-
-
-def test_interval_of_spearman():
-    low, high = evaluate.spearman_interval(0.5, 28)
-    assert (low, high) == pytest.approx((0.1327, 0.7465), abs=1e-4)
-    assert evaluate.spearman_interval(1.0, 9) is None is evaluate.spearman_interval(None, 9)
-
-
-def test_spearman_with_ties():
-    assert evaluate.ranks([3, 1, 3, 2]) == [3.5, 1, 3.5, 2]
-    assert evaluate.spearman([1, 2, 3], [10, 20, 15]) == pytest.approx(0.5)
-    assert evaluate.spearman([1, 2, 2, 3], [4, 3, 2, 1]) == pytest.approx(-0.9486833)
-
-
 def test_plot_of_what_had_no_alphas(capsys):
     assert search.main(['--method', 'random', '--save', 'r']) == 0
     assert evaluate.main(['r', '--plot', 'p.svg']) == 2
@@ -211,7 +127,7 @@ def test_ticks(low, high):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['a', '--plot', 'no/p.svg'], '--plot no/p.svg'), (['a', '--analysis'], 'a is not a run of'),
+    (['a', '--plot', 'no/p.svg'], '--plot no/p.svg'),
     (['--cost', '--arch', '|none~0|'], '--arch'),
     (['--cost', '--arch', CONVS, '--layers', '6'], '--layers 6')])
 def test_what_cannot_be(flags, words, capsys):
@@ -230,7 +146,7 @@ TINY = ['--num_images', '64', '--image_size', '8', '--batch_size', '8', '--steps
         '--epochs', '2', '--gpu', '-1']
 
 
-def test_search_retrain_and_analysis_in_nas_bench_201(capsys):
+def test_search_and_retrain_in_nas_bench_201():
     assert search.main([*TINY, '--space', 'nb201', '--cells_per_stage', '1', '--save', 's']) == 0
     for data in ('noise', 'generated'):
         assert retrain.main([*TINY, '--arch', 's', '--data', data, '--layers', '5',
@@ -241,38 +157,10 @@ def test_search_retrain_and_analysis_in_nas_bench_201(capsys):
     network, meta = evaluate.load_weights('noise/weights.pt')
     assert meta['genotype'] == json.loads(Path('s/genotype.json').read_text())['arch_str']
     assert network(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
-    capsys.readouterr()
-    assert evaluate.main(['--analysis', 'noise', 'generated']) == 0
-    out = capsys.readouterr().out
-    assert 'Expressivity' in out and 'Generalisation' not in out
-    assert evaluate.main(['--analysis', 'noise', '--plot', 'f.svg']) == 2
-    assert '--plot: nothing to draw' in capsys.readouterr().err and not Path('f.svg').exists()
-    log = [json.loads(line) for line in Path('noise/log.jsonl').read_text().splitlines()]
-    area = sum(line['train_accuracy'] for line in log) / 2
-    assert f'{100 * area:.2f}' in out and f'{log[-1]["fit_loss"]:.3f}' in out
-    # The same from what --json printed of the two, in one file.
-    assert evaluate.main(['--json', 'noise', 'generated']) == 0
-    printed = capsys.readouterr().out
-    Path('fit.jsonl').write_text(printed)
-    assert evaluate.main(['--analysis', 'fit.jsonl']) == 0
-    assert capsys.readouterr().out == out
-    assert evaluate.main(['--analysis', 'fit.jsonl', 'noise']) == 2
-    assert 'noise is given twice' in capsys.readouterr().err
-    Path('labels.jsonl').write_text(json.dumps(
-        {**json.loads(printed.splitlines()[0]), 'fit_accuracy': None, 'fit_loss': None}))
-    assert evaluate.main(['--analysis', 'labels.jsonl']) == 2
-    assert 'has no accuracy (several labels' in capsys.readouterr().err
-    for broken in (printed[:-9], printed.replace('train_area', 'area'), 'null\n',
-                   printed.replace('retrain', 'search'), printed.replace('"fit_loss"', '"loss"'),
-                   printed.replace('"run": "noise"', '"run": []')):
-        Path('fit.jsonl').write_text(broken)
-        assert evaluate.main(['--analysis', 'fit.jsonl']) == 2
-        error = capsys.readouterr().err
-        assert 'fit.jsonl: not what' in error and 'Traceback' not in error
 
 
 def test_what_was_not_the_same_search_or_data_is_told_apart(capsys):
-    """No steps, another order and label noise are names of their own in --analysis."""
+    """No steps, another order and label noise are names of their own in tables."""
     space = ['--space', 'nb201', '--cells_per_stage', '1']
     assert search.main([*TINY, *space, '--max_steps', '0', '--save', 's']) == 0
     assert json.loads(Path('s/genotype.json').read_text())['method'] == 'darts, no steps'
