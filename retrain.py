@@ -422,6 +422,8 @@ class Run:
     def save(self, epoch, step):
         """Write the checkpoint, `step` steps into `epoch`, and then log.jsonl."""
         self.step, self.saved = step, time.time()
+        if world()[1] == 1:                     # a signal may come after the last step as well
+            self.stop = self.signal
         content = {**self.state(), 'epoch': epoch, 'step': step, 'log': self.log,
                    'seconds': self.seconds, 'sums': torch.stack(gathered(self.sums.cpu())),
                    'random': gathered(random_states(self.device))}
