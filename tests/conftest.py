@@ -19,9 +19,9 @@ import torch  # noqa: E402
 SIZES = ['--layers', '3', '--init_channels', '4', '--batch_size', '8', '--epochs', '2',
          '--steps_per_epoch', '2', '--gpu', '-1']
 NOISE = ['--data', 'noise', '--num_images', '64', '--image_size', '8']
-TINY = [*NOISE, *SIZES]
+TINY = [*NOISE, *SIZES, '--cells_per_stage', '1', '--space', 'nb201']    # the cheaper space
+DARTS = [*TINY[:-1], 'darts']
 RETRAIN = ['--arch', 'DARTS_V2', *NOISE, *SIZES]
-NB201 = [*TINY, '--space', 'nb201', '--cells_per_stage', '1', '--arch_learning_rate', '0.01']
 
 
 @pytest.fixture(autouse=True)

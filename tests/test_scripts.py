@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (NB201, NOISE, RETRAIN, ROOT, SIZES, TINY, log, one_line, run, same_run,
+from conftest import (DARTS, NOISE, RETRAIN, ROOT, SIZES, TINY, log, one_line, run, same_run,
                       stop_in_every_step)
 from PIL import Image
 from test_data import fake_cifar, folder_of_images
@@ -79,7 +79,7 @@ def test_controls_need_no_data_or_no_steps(space, draw):
     assert search.main(['--method', 'random', '--space', space, '--seed', '5', '--save', 'r']) == 0
     fields = json.loads(Path('r/genotype.json').read_text())
     assert from_plain(fields) == draw(5) and fields['data'] is None and not Path('data').exists()
-    flags = [*(TINY if space == 'darts' else NB201), '--max_steps', '0']
+    flags = [*(DARTS if space == 'darts' else TINY), '--max_steps', '0']
     assert run(search.main, 'untrained', *flags) == []
     args = search.parse(flags)
     torch.manual_seed(0)
@@ -90,9 +90,9 @@ def test_controls_need_no_data_or_no_steps(space, draw):
 def test_alphas_move_only_after_the_frozen_epochs():
     lines = run(search.main, 'f', *TINY, '--frozen_epochs', '1')
     torch.manual_seed(0)
-    first = search.Network(4, 10, 3).alphas['normal'].tolist()
-    assert lines[0]['alphas']['normal'] == first and lines[0]['valid_loss'] is None
-    assert lines[1]['alphas']['normal'] != first and lines[1]['valid_loss'] is not None
+    first = search.Network(4, 10, 5, space=search.NB201).alphas['cell'].tolist()
+    assert lines[0]['alphas']['cell'] == first and lines[0]['valid_loss'] is None
+    assert lines[1]['alphas']['cell'] != first and lines[1]['valid_loss'] is not None
 
 
 def test_search_and_retrain_on_real_images(real_data):
@@ -111,19 +111,26 @@ def test_search_and_retrain_on_real_images(real_data):
 # Stopped, killed, resumed
 
 
-@pytest.mark.parametrize('main, flags', [
-    (search.main, TINY),
-    (search.main, [*TINY, '--method', 'pcdarts', '--unrolled', '--frozen_epochs', '1']),
-    (search.main, [*TINY, '--method', 'pdarts', '--epochs', '5', '--frozen_epochs', '1']),
-    (search.main, [*NB201, '--method', 'gdas']),
-    (search.main, [*NB201, '--method', 'sdarts', '--perturb', 'adversarial']),
-    (search.main, [*NB201, '--hessian', '1', '--arch_data', 'train', '--amp']),
-    (retrain.main, [*RETRAIN, '--auxiliary', '--cutout', '--image_size', '32',
-                    '--holdout_patients', '0.2', '--drop_path_prob', '0.9'])],
-    ids=['darts', 'pcdarts', 'pdarts', 'gdas', 'sdarts', 'hessian', 'retrain'])
-def test_stopped_in_every_step_equals_never_stopped(main, flags):
-    whole = run(main, 'whole', *flags)
-    assert stop_in_every_step(main, 'parts', *flags) == 2 * len(whole)
+ONE = ['--epochs', '4', '--steps_per_epoch', '1', '--frozen_epochs', '0', '--init_channels', '2']
+COMMANDS = {
+    'darts': (search.main, DARTS),
+    'pcdarts': (search.main, [*TINY, '--method', 'pcdarts', '--unrolled', '--frozen_epochs', '1']),
+    'pdarts': (search.main, [*DARTS, '--method', 'pdarts', *ONE]),
+    'gdas': (search.main, [*TINY, '--method', 'gdas']),
+    'sdarts': (search.main, [*TINY, '--method', 'sdarts', '--perturb', 'adversarial']),
+    'dartsminus': (search.main, [*TINY, '--method', 'dartsminus', '--arch_data', 'train']),
+    'betadarts': (search.main, [*TINY, '--method', 'betadarts', '--arch_data', 'none', '--amp']),
+    'hessian': (search.main, [*TINY, '--hessian', '1']),
+    'retrain': (retrain.main, [*RETRAIN, '--auxiliary', '--cutout', '--image_size', '32',
+                               '--holdout_patients', '0.2', '--drop_path_prob', '0.9'])}
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_stopped_in_every_step_equals_never_stopped(name, monkeypatch):
+    monkeypatch.setattr(search.PDarts, 'MORE_CELLS', (0, 1, 2))         # quicker
+    main, flags = COMMANDS[name]
+    run(main, 'whole', *flags)
+    assert stop_in_every_step(main, 'parts', *flags) == 4
     same_run('parts', 'whole')
 
 
@@ -136,7 +143,7 @@ def test_a_seed_gives_one_result_and_another_seed_another(main, flags):
 
 
 def test_kill_9_at_random_moments(empty_folder):
-    flags = [*TINY, '--epochs', '4', '--checkpoint_minutes', '0', '--resume']
+    flags = [*TINY, '--epochs', '12', '--checkpoint_minutes', '0', '--resume']
     run(search.main, 'whole', *flags)
     command, rng = [sys.executable, str(ROOT / 'search.py'), *flags, '--save', 'killed'], \
         random.Random(0)
@@ -146,7 +153,7 @@ def test_kill_9_at_random_moments(empty_folder):
                 time.sleep(0.02)
             before = Path('killed/checkpoint.pt').exists() and \
                 Path('killed/checkpoint.pt').stat().st_mtime_ns
-            time.sleep(rng.uniform(0, 0.6))
+            time.sleep(rng.uniform(0, 0.3))
             while before and Path('killed/checkpoint.pt').stat().st_mtime_ns == before \
                     and process.poll() is None:         # at least a step further
                 time.sleep(0.01)
@@ -193,7 +200,7 @@ def test_a_finished_run_is_skipped_without_reading_data(capsys):
 def test_resume_with_other_settings_or_other_images_is_refused(capsys):
     run(search.main, 'r', *TINY)
     Path('r/genotype.json').unlink()
-    for flags, needle in ((['--seed', '1'], '--'), (['--layers', '4'], '--layers 3, not 4'),
+    for flags, needle in ((['--seed', '1'], '--'), (['--layers', '4'], '--layers 3, not 4'), (['--amp'], '--amp False, not True'),
                           (['--method', 'sdarts'], '--method darts, not sdarts')):
         one_line(capsys, search.main([*TINY, '--save', 'r', '--resume', *flags]), needle)
     shutil.rmtree('data')
@@ -212,11 +219,10 @@ def test_resume_with_other_settings_or_other_images_is_refused(capsys):
 
 # Each flag of search.py: (more flags, a value that gives another result, a value before it).
 SEARCH_FLAGS = {
-    'method': ('', 'gdas'), 'space': ('', 'nb201'), 'unrolled': ('', ''),
+    'method': ('', 'gdas'), 'space': ('--epochs 1', 'darts'), 'unrolled': ('', ''),
     'arch_data': ('', 'train'), 'perturb': ('--method sdarts', 'adversarial'),
-    'partial': ('', '2'), 'init_channels': ('', '8'), 'layers': ('', '4'),
-    'cells_per_stage': ('--space nb201 --cells_per_stage 1', '2'),
-    'stem': ('--image_size 32', 'imagenet'), 'train_portion': ('', '0.6'),
+    'partial': ('', '2'), 'init_channels': ('', '8'), 'layers': ('--space darts --epochs 1', '4'),
+    'cells_per_stage': ('', '2'), 'stem': ('--image_size 32', 'imagenet'), 'train_portion': ('', '0.6'),
     'valid_fraction': ('', '0.3'), 'arch_learning_rate': ('', '0.01'),
     'arch_weight_decay': ('', '0.5'), 'frozen_epochs': ('', '1'), 'hessian': ('', '1'),
     'early_stop': ('', ''), 'data': ('', 'generated'), 'image_size': ('', '12'),
@@ -227,9 +233,9 @@ SEARCH_FLAGS = {
     'uncertain': ('chexpert', 'ones'), 'views': ('chexpert', 'all'), 'augment': ('', 'standard'),
     'epochs': ('', '3'), 'steps_per_epoch': ('', '1'), 'max_steps': ('', '3'),
     'batch_size': ('', '4'), 'grad_accum': ('', '2'), 'learning_rate': ('', '0.1'),
-    'learning_rate_min': ('', '0.01'), 'schedule': ('', 'linear'), 'warmup_epochs': ('', '1'),
-    'momentum': ('', '0.1'), 'nesterov': ('', ''), 'weight_decay': ('', '0.1'),
-    'grad_clip': ('', '0.1'), 'seed': ('', '9'), 'amp': ('', ''), 'preset': ('', 'laptop'),
+    'learning_rate_min': ('', '0.01'), 'schedule': ('--epochs 3', 'linear'), 'warmup_epochs': ('', '1'),
+    'momentum': ('', '0.1'), 'nesterov': ('--no-nesterov', ''), 'weight_decay': ('', '0.1'),
+    'grad_clip': ('', '0.1'), 'seed': ('', '9'), 'amp': ('', ''), 'preset': ('', 'chexpert'),
     'quick': ('', '')}
 RETRAIN_FLAGS = {
     **{name: SEARCH_FLAGS[name] for name in retrain.INPUT.keys() | retrain.SCHEDULE.keys()
@@ -244,7 +250,7 @@ RETRAIN_FLAGS = {
 SCRIPTS = {'search': (search, TINY, SEARCH_FLAGS), 'retrain': (retrain, RETRAIN, RETRAIN_FLAGS)}
 SAME = evaluate.FREE | {'tf32'}                 # flags that change no result; tf32 none on a CPU
 PLACES = {'random_labels': '--data random_labels --image_size 8',
-          'chexpert': '--data chexpert --image_size 16 --train_portion 0.5'}
+          'chexpert': '--data chexpert --image_size 16 --preset cifar'}
 
 
 @pytest.fixture(scope='module')
@@ -278,7 +284,8 @@ def test_every_flag_changes_the_result(script, flag, shared_folder, monkeypatch)
     _, base, table = SCRIPTS[script]
     more, value = table[flag]
     if more in PLACES:
-        base = [f for f in base if f not in NOISE] + PLACES[more].split()
+        at = base.index('--data')
+        base = base[:at] + base[at + len(NOISE):] + PLACES[more].split()
         more = '--uncertain ones' if flag == 'views' else ''
     base = [*base, *more.split()]
     changed = [*base, f'--{flag}', *value.split()]
@@ -311,9 +318,9 @@ def test_help_shows_the_defaults_of_what_stands_beside_it(script, flags, capsys)
     words = ' '.join(text.split())
     args = vars(module.parse(flags.split()))
     for name, value in args.items():
-        if value in (None, False) or name in ('save', 'data_seed', 'arch'):
+        if value in (None, False) or name in ('save', 'data_seed') or f'--{name}' in flags:
             continue
-        about = words[words.rindex(f'--{name} '):].split(' --')[1]
+        about = words[words.rindex(f'--{"no-" if value is True else ""}{name} '):].split(' --')[0]
         assert f'({value})' in about, about
 
 
@@ -324,7 +331,7 @@ def test_there_are_at_most_78_flags(capsys):
             main(['--help'])
         flags |= {word for word in capsys.readouterr().out.replace(',', ' ').split()
                   if word.startswith('--') and not word.startswith('--no-')}
-    assert 60 < len(flags) <= 78
+    assert 60 < len(flags - {'--help'}) <= 78
 
 
 # ---------------------------------------------------------------------------------------------
@@ -394,8 +401,8 @@ def test_names_of_runs_hold_what_was_typed_and_nothing_that_was_derived():
 
 
 def test_names_of_runs_are_short_without_bars_and_differ():
-    common = ['--seed 12', '--data cifar10 --method sdarts --perturb adversarial', '--unrolled',
-              '--preset laptop --method betadarts --data random_labels --seed 3', '--quick',
+    common = ['--seed 12', '--data cifar10 --method sdarts --perturb adversarial',
+              '--preset laptop --method betadarts --data random_labels --seed 3',
               '--data generated --generator deadleaves --difficulty hard --preset laptop']
     arch = shlex.quote(random_string(0))
     names = [name(flags) for flags in common]
@@ -415,16 +422,13 @@ def test_names_of_runs_are_short_without_bars_and_differ():
     ('--data noise --num_images 64 --quick', '--data cifar10 --quick --gpu -1'),
     ('--data noise --num_images 64 --preset laptop', '--data cifar10 --preset laptop --gpu -1'),
     ('--data random_labels --source own --data_dir d', '--data own --image_size 8 --gpu -1'),
-    ('--data chexpert --uncertain ones --data_dir d --train_portion 0.5 --image_size 16',
+    ('--data chexpert --uncertain ones --data_dir d --preset cifar --image_size 16',
      '--data chexpert --data_dir d --uncertain ones --views frontal --gpu -1')])
 def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):
     folder_of_images('own', n=16)
     chest('d')
-    given = flags.split()
-    base = SIZES[:-4] + SIZES[-2:]
-    if '--image_size' not in given:
-        base += ['--image_size', '8']
-    assert search.main([*given, *base, '--max_steps', '0', '--save', 'my run']) == 0
+    assert search.main(['--image_size', '8', *SIZES, '--batch_size', '4', *flags.split(),
+                        '--max_steps', '0', '--save', 'my run']) == 0
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == f"next: python retrain.py --arch 'my run' {expected}"
     retrain.parse(shlex.split(said)[3:])

@@ -93,7 +93,8 @@ def test_search_retrain_and_evaluate_on_imagenet(capsys):
 def test_unreal_data_of_imagenets_size():
     tree('in')
     flags = [*SIZES, '--batch_size', '4', '--image_size', '72', '--warmup_epochs', '0',
-             '--frozen_epochs', '0', '--epochs', '1']
+             '--frozen_epochs', '0', '--epochs', '1', '--steps_per_epoch',
+             '1']
     run(search.main, 'a', *flags, '--data', 'random_labels', '--source', 'imagenet', '--data_dir',
         'in', '--train_portion', '0.5', '--valid_fraction', '0.5')
     for name in ('noise', 'generated'):
