@@ -473,9 +473,7 @@ def drawn(s, device):
         names = list(CHEXPERT) if classes == len(CHEXPERT) else names
     formula = Formula(s['generator'], labels, classes, s['image_size'], seed, s['difficulty'],
                       device)
-    chunks = (formula.images(part.start, len(part))
-              for part in parts_of(n, formula.chunk * torch.get_num_threads()))
-    return Made(labels, names, chunks)
+    return Made(labels, names, formula.chunks())
 
 
 class Formula:
@@ -496,18 +494,18 @@ class Formula:
         self.maps, self.table = maps.to(device), table.to(device)
         self.places = torch.from_numpy(spread(seed, num_classes, 8)).float().to(device)
 
-    def images(self, start, count):
-        """uint8 (count, size, size, 3)."""
-        ks = range(start // self.chunk, -(-(start + count) // self.chunk))
-        if self.device.type == 'cuda':
-            chunks = [self.draw(k) for k in ks]
-        else:       # a thread for each chunk: within one, their number would show in last digits
-            threads = torch.get_num_threads()
+    def chunks(self):
+        """All images in order, uint8 (n, size, size, 3) at a time.
+
+        A thread draws a chunk: if it used more, their number would show in the last digits.
+        """
+        threads = torch.get_num_threads() if self.device.type == 'cpu' else 1
+        for ks in parts_of(-(-len(self.labels) // self.chunk), threads):
             torch.set_num_threads(1)
             with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
-                chunks = list(pool.map(self.draw, ks))
+                images = list(pool.map(self.draw, ks))
             torch.set_num_threads(threads)
-        return np.concatenate(chunks)[start - ks[0] * self.chunk:][:count]
+            yield np.concatenate(images)
 
     def draw(self, k):
         """uint8 (B, size, size, 3): the k-th chunk."""
@@ -799,45 +797,42 @@ def moving_average(averages, weights, steps):
     torch._foreach_lerp_(averages, weights, 1 - min(0.999, float(steps) / (float(steps) + 10)))
 
 
-def train_flow(source, folder, steps, minutes, seed, device):
-    """Return a UNet with averaged weights, trained on a Data; goes on where `folder` left off.
+def train_flow(source, path, steps, minutes, seed, device):
+    """Return a UNet with averaged weights, trained on a Data; goes on from a checkpoint at `path`.
 
-    log.jsonl gets the mean loss of every 20 steps. All draws of a step come from its number.
+    All draws of a step come from its number.
     """
     torch.manual_seed(seed)
     network = UNet(source.image_size, len(source.classes)).to(device)
     average = AveragedModel(network, multi_avg_fn=moving_average)
     weights = [p for p in network.parameters() if p.requires_grad]
-    parts = {'network': network, 'average': average, 'adam': torch.optim.Adam(weights)}
-    state = {'step': 0, 'seconds': 0.0, 'log': [], 'about': {
-        'images': source.sha256(), 'labels': hashlib.sha256(source.labels.tobytes()).hexdigest(),
-        'classes': source.classes, 'size': source.image_size, 'seed': seed}}
-    path = folder / 'checkpoint.pt'
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob('.*.tmp'):                  # of a killed run
+    adam = torch.optim.Adam(weights)
+    about = [source.sha256(), hashlib.sha256(source.labels.tobytes()).hexdigest(), source.classes,
+             source.image_size, seed]
+    step, seconds, parts = 0, 0.0, {'network': network, 'average': average, 'adam': adam}
+    for left in path.parent.glob('.*.tmp'):             # of a killed run
         left.unlink()
     if path.exists():
-        with readable(f'{path} is damaged', f'Remove {folder}.'):
-            saved = torch.load(path, map_location='cpu', weights_only=True)
-            if saved['about'] != state['about']:
-                raise UserError(f'{folder} is of other images, labels or another seed. Remove it, '
-                                'or choose another --out.')
-            state = saved
+        with readable(f'{path} is damaged', 'Remove it.'):
+            state = torch.load(path, map_location='cpu', weights_only=True)
+            if state['about'] != about:
+                raise UserError(f'{path} is of other images, labels or another seed. Remove it, or '
+                                'choose another --out.')
+            step, seconds = state['step'], state['seconds']
             for name, part in parts.items():
                 part.load_state_dict(state[name])
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
-    step, losses, limit = state['step'], [], 60 * (minutes or math.inf)
-    progress, began, saved = Progress(steps, 'steps', step), time.time() - state['seconds'], 0.0
-    stop = step >= steps or state['seconds'] > limit
-    while not stop:
+    progress, began, saved = Progress(steps, 'steps', step), time.time() - seconds, 0.0
+    limit, losses = 60 * (minutes or math.inf), []
+    while step < steps and seconds < limit:
         for x, y in batches.epoch(*divmod(step, len(batches))):
             loss = flow_loss(network, x, conditions(y, len(source.classes)),
                              (seed * 10 ** 9 + step) % 2 ** 63, device)
             loss.backward()
             nn.utils.clip_grad_norm_(weights, 1)
-            parts['adam'].param_groups[0]['lr'] = 5e-4 * min(1, (step + 1) / 100)
-            parts['adam'].step()
-            parts['adam'].zero_grad()
+            adam.param_groups[0]['lr'] = 5e-4 * min(1, (step + 1) / 100)
+            adam.step()
+            adam.zero_grad()
             average.update_parameters(network)
             losses.append(loss.detach())
             step += 1
@@ -845,18 +840,13 @@ def train_flow(source, folder, steps, minutes, seed, device):
                 continue
             mean, losses, seconds = torch.stack(losses).mean().item(), [], time.time() - began
             if not math.isfinite(mean):
-                raise UserError(f'{folder}: the loss is not finite at step {step}. Remove the '
-                                'folder and use another --seed.')
+                raise UserError(f'{path}: the loss is not finite. Remove it, use another --seed.')
             progress.update(step, f'loss {mean:.3f}')
-            state['log'].append({'step': step, 'loss': mean, 'seconds': round(seconds, 1)})
-            stop = step >= steps or seconds > limit
+            stop = step >= steps or seconds >= limit
             if stop or time.time() - saved > 60:
                 saved = time.time()
-                state.update({name: part.state_dict() for name, part in parts.items()},
-                             step=step, seconds=seconds)
-                write_file(path, state)
-                write_file(folder / 'log.jsonl',
-                           ''.join(json.dumps(line) + '\n' for line in state['log']))
+                write_file(path, {'about': about, 'step': step, 'seconds': seconds,
+                                  **{name: part.state_dict() for name, part in parts.items()}})
             if stop:
                 break
     progress.close()
@@ -883,15 +873,16 @@ def trained(s, device):
     source, n, seed = read(s['source'], s), s['num_images'], s['data_seed']
     size, classes = source.image_size, len(source.classes)
     if size % 8:
-        raise UserError(f'{s["source"]}: {size} px. --generator train needs a multiple of 8: set '
-                        '--image_size.')
-    network = train_flow(source, Path(f'{s["out"]}.generator'), s['generator_steps'],
-                         s['time_limit'], seed, device)
+        raise UserError(f'--generator train needs a multiple of 8 px, not {size}: --image_size.')
+    folder = Path(f'{s["out"]}.generator')
+    folder.mkdir(parents=True, exist_ok=True)
+    network = train_flow(source, folder / 'checkpoint.pt', s['generator_steps'], s['time_limit'],
+                         seed, device)
     labels = draw_labels(seed, n, classes, 'balanced')
     if source.multilabel:               # vectors of labels that the source has
-        rows = philox(seed, LABELS, count=n) % np.uint64(len(source))
-        labels = (source.labels[rows.astype(np.int64)] == 1).astype(np.uint8)
-    mean, std = torch.tensor(source.mean, device=device), torch.tensor(source.std, device=device)
+        rows = draw_labels(seed, n, len(source))
+        labels = (source.labels[rows] == 1).astype(np.uint8)
+    mean, std = torch.tensor([source.mean, source.std], device=device)
 
     def images(part):
         z = uniforms(seed, DRAWS, part.start, len(part), 3 * size * size)
@@ -900,7 +891,7 @@ def trained(s, device):
         x = sample_flow(network, z.to(device), y.to(device)).permute(0, 2, 3, 1) * std + mean
         return (x.clamp(0, 1) * 255).round().byte().cpu().numpy()
 
-    return Made(labels, source.classes, (images(part) for part in parts_of(n, 64)))
+    return Made(labels, source.classes, map(images, parts_of(n, 64)))
 
 
 def generated(s, device):
@@ -926,30 +917,24 @@ KINDS = {
 @contextlib.contextmanager
 def locked(path):
     """Hold the file `path` for this process alone while the block runs, then remove it."""
-    held = False
+    held = fcntl is None
     while not held:
         file = open(path, 'w')  # noqa: SIM115
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         # Who held it before may have removed it: then another file of that name is the lock.
         with contextlib.suppress(FileNotFoundError):
-            held = not fcntl or os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-        if not held:
-            file.close()
-    with file:
-        try:
-            yield
-        finally:
-            if fcntl:                               # elsewhere no open file can be removed
-                os.unlink(path)
+            held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def put_back(out):
     """Give a set its name again if a run was killed while --force replaced it."""
-    old = out.with_name(f'.{out.name}.old')
-    if old.exists() and not out.exists():
-        with contextlib.suppress(FileNotFoundError):        # another run has just done it
-            os.replace(old, out)
+    if not out.exists():
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(out.with_name(f'.{out.name}.old'), out)
 
 
 def check_out(out, force):
@@ -1025,24 +1010,22 @@ def write_set(out, made, about, force=False):
     with new_folder(out, force) as folder:
         if source:
             images, pixels = next(iter(made.chunks)), {
-                'image_size': source.image_size, 'mean': source.mean, 'std': source.std,
-                'sha256': {'images': source.sha256()}}
+                'image_size': source.image_size, 'mean': source.mean, 'std': source.std}
+            digest = source.sha256()
         else:
-            images, pixels = write_images(folder / 'images.npy', len(labels), made.chunks)
-        meta = {**about, 'classes': made.classes, 'num_images': len(labels),
-                'multilabel': labels.ndim == 2, **pixels, **made.meta}
-        meta['sha256']['labels'] = hashlib.sha256(labels.tobytes()).hexdigest()
-        meta['command'] = shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]])
-        meta['versions'] = {'python': sys.version.split()[0], 'numpy': np.__version__,
-                            'pillow': Image.__version__, 'torch': torch.__version__}
+            images, digest, pixels = write_images(folder / 'images.npy', len(labels), made.chunks)
         np.save(folder / 'labels.npy', labels)
-        contact_sheet(images, labels[:len(images)], meta).save(folder / 'sheet.png')
+        meta = {**about, 'classes': made.classes, 'num_images': len(labels), **pixels, **made.meta,
+                'sha256': {'images': digest, 'labels': hashlib.sha256(labels).hexdigest()},
+                'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
+                'versions': {'numpy': np.__version__, 'torch': torch.__version__}}
+        contact_sheet(images, labels, meta).save(folder / 'sheet.png')
         write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
     return len(labels) / max(time.time() - began, 1e-9)
 
 
 def write_images(path, n, chunks):
-    """Stream n images into an .npy file: (the first 100, what meta.json says of the pixels)."""
+    """Stream n images into an .npy file: (the first 100, SHA-256, image_size, mean and std)."""
     progress, digest, first, done = Progress(n, 'images'), hashlib.sha256(), [], 0
     counts, values = np.zeros((3, 256), np.int64), np.arange(256)
     with open(path, 'wb') as file:
@@ -1059,37 +1042,34 @@ def write_images(path, n, chunks):
     progress.close()
     mean = counts @ values / counts.sum(1)
     variance = counts @ values ** 2 / counts.sum(1) - mean ** 2
-    return np.stack(first), {
-        'image_size': first[0].shape[0], 'sha256': {'images': digest.hexdigest()},
-        'mean': (mean / 255).tolist(), 'std': (np.sqrt(np.maximum(variance, 1)) / 255).tolist()}
+    return np.stack(first), digest.hexdigest(), {
+        'image_size': len(first[0]), 'mean': (mean / 255).tolist(),
+        'std': (np.sqrt(np.maximum(variance, 1)) / 255).tolist()}
 
 
 def contact_sheet(images, labels, meta):
     """A labelled PIL image of up to 100 images, in ten columns, sorted by class where possible."""
     size, gap, text, top = 72, 8, 18, 34
-    order = np.argsort(labels, kind='stable') if labels.ndim == 1 else np.arange(len(images))
+    order = np.arange(len(images))
+    if labels.ndim == 1:
+        order = np.argsort(labels[order], kind='stable')
     x = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
     how = v2.InterpolationMode.NEAREST if x.shape[-1] <= size else v2.InterpolationMode.BICUBIC
     x = nn.functional.pad(v2.functional.resize(x, [size, size], how), (0, 0, 0, text), value=255)
-    grid = make_grid(x, 10, gap, pad_value=255)
-    margin = 10 * (size + gap) + gap - grid.shape[2]        # so that there is room for the title
-    sheet = v2.functional.to_pil_image(nn.functional.pad(grid, (0, margin, top, 0), value=255))
+    grid = nn.functional.pad(make_grid(x, 10, gap, pad_value=255), (0, 0, top, 0), value=255)
+    sheet = v2.functional.to_pil_image(grid)
     pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    settings = meta.get('settings', {})
-    names = [meta['kind'], *(settings[k] for k in ('generator', 'difficulty') if k in settings)]
-    title = f'{", ".join(names)}: {meta["num_images"]:,} images of {meta["image_size"]} px, ' \
-            f'{len(meta["classes"])} {"labels" if labels.ndim == 2 else "classes"}, ' \
-            f'seed {meta["seed"]}'
-    pen.text((gap, 8), title, 'black', ImageFont.load_default(15))
+    title = f'{meta["kind"]}: {len(labels):,} images of {meta["image_size"]} px, ' \
+            f'{len(meta["classes"])} classes, seed {meta["seed"]}'
+    pen.text((gap, gap), title, 'black', ImageFont.load_default(15))
     for place, k in enumerate(order):
         row, column = divmod(place, 10)
         present = [labels[k]] if labels.ndim == 1 else np.flatnonzero(labels[k] == 1)
         name = ' '.join(' '.join(meta['classes'][c] for c in present).split())
         while pen.textlength(name, small) > size:
             name = name[:-1]
-        pen.text((gap + column * (size + gap) + size / 2,
-                  top + gap + row * (size + text + gap) + size + 2), name, 'dimgray', small,
-                 anchor='ma')
+        x, y = gap + column * (size + gap), top + (row + 1) * (size + text + gap) - text
+        pen.text((x + size / 2, y + 2), name, 'dimgray', small, anchor='ma')
     return sheet
 
 
@@ -1204,28 +1184,31 @@ def read_written(folder, s):
         digests = meta['sha256']['labels'], meta['sha256']['images']
         data = Data(str(folder), meta['kind'], None, None, list(meta['classes']), meta['mean'],
                     meta['std'], meta['image_size'], {'name': str(folder.resolve())})
-    labels, high = load_array(folder / 'labels.npy'), len(data.classes) - 1
-    low, high = (0, high) if labels.ndim == 1 else (-1, 1)
-    if labels.shape[1:] not in ((), (len(data.classes),)) or not labels.size:
-        raise UserError(f'{folder}/labels.npy has the shape {labels.shape}. {again}')
-    if labels.dtype.kind not in 'iu' or labels.min() < low or labels.max() > high:
-        raise UserError(f'{folder}/labels.npy holds {labels.dtype} from {labels.min()} to '
-                        f'{labels.max()}, not integers from {low} to {high}. {again}')
-    if hashlib.sha256(labels.tobytes()).hexdigest() != digests[0]:
-        raise UserError(f'{folder}/labels.npy is not what meta.json says. {again}')
-    data.labels = labels if labels.ndim == 2 else labels.astype(np.int64)
+    with readable(f'{folder}/labels.npy is not what meta.json says', again):
+        labels = np.load(folder / 'labels.npy', allow_pickle=False)
+        data.labels = check_labels(labels, len(labels), len(data.classes))
+        if hashlib.sha256(labels).hexdigest() != digests[0]:
+            raise ValueError('other labels')
     if 'source' in meta:
         source = read_source(folder, meta, s)
-        if len(source) != len(labels):
-            raise UserError(f'{folder}/labels.npy does not fit {source.name}. {again}')
         return replace(source, name=data.name, kind=data.kind, labels=data.labels,
                        origin=data.origin)
-    data.images = images = load_array(folder / 'images.npy', mmap_mode='r')
-    size = data.image_size
-    if images.shape != (len(labels), size, size, 3) or images.dtype != np.uint8 \
-            or (data.resident and data.sha256() != digests[1]):
-        raise UserError(f'{folder}/images.npy is not what meta.json says. {again}')
+    with readable(f'{folder}/images.npy is not what meta.json says', again):
+        data.images = images = np.load(folder / 'images.npy', 'r', allow_pickle=False)
+        if images.shape != (len(labels), data.image_size, data.image_size, 3) \
+                or images.dtype != np.uint8 or data.resident and data.sha256() != digests[1]:
+            raise ValueError('other images')
     return data
+
+
+def check_labels(labels, n, classes):
+    """The labels if they are (n,) classes, as int64, or (n, classes) of -1, 0, 1; or ValueError."""
+    low, high = (0, classes - 1) if labels.ndim == 1 else (-1, 1)
+    if labels.shape not in ((n,), (n, classes)) or not n or labels.dtype.kind not in 'iu':
+        raise ValueError(f'{labels.shape} of {labels.dtype}, not integers for {n} images')
+    if labels.min() < low or labels.max() > high:
+        raise ValueError(f'{labels.min()} to {labels.max()}, not {low} to {high}')
+    return labels if labels.ndim == 2 else labels.astype(np.int64)
 
 
 def read_source(folder, meta, s):
@@ -1242,11 +1225,6 @@ def read_source(folder, meta, s):
                     'as they were. Give their --data_dir, or generate it again.')
 
 
-def load_array(path, **kwargs):
-    with readable(f'{path} is truncated or not an array', 'Generate the set again.'):
-        return np.load(path, allow_pickle=False, **kwargs)
-
-
 # CIFAR: folder, means and standard deviations of the training images (those that DARTS's code
 # uses; for CIFAR-100 those of its own images).
 CIFAR = {
@@ -1261,54 +1239,40 @@ def read_cifar(name, s, split):
     official = getattr(datasets, name.upper())
     inner, mean, std = CIFAR[name]
     folder = Path(s['data_dir'])
+    if s['download']:
+        try:
+            official(str(folder), download=True)
+        except Exception as error:
+            raise UserError(f'no download ({error}). Put {inner}/ into {folder}.') from None
     if folder.name != inner or not folder.is_dir():
         folder /= inner
-    if not folder.is_dir() and s['download']:
-        download_cifar(official, folder)
     if not folder.is_dir():
-        raise UserError(f'{name}: no {inner}/ in {s["data_dir"]}. Give its --data_dir, or '
+        raise UserError(f'{name}: no {inner}/ in {folder.parent}. Give its --data_dir, or '
                         '--download.')
-    key, count = ('labels', 10) if name == 'cifar10' else ('fine_labels', 100)
+    key, count, size = 'labels', 10, s['image_size'] or 32
+    if name == 'cifar100':
+        key, count = 'fine_labels', 100
     images, labels, unusual = [], [], []
     for file, md5 in official.train_list if split == 'train' else official.test_list:
-        raw, batch = load_pickle(folder / file)
-        images.append(cifar_images(folder / file, batch.get('data')))
-        values = batch.get(key)
-        if not isinstance(values, list) or len(values) != len(images[-1]) \
-                or not all(type(k) is int and 0 <= k < count for k in values):
-            raise UserError(f'{folder / file}: "{key}" is no list of classes. Unpack it again.')
-        labels += values
-        if hashlib.md5(raw).hexdigest() != md5:
+        with readable(f'{folder / file} is no CIFAR file', 'Unpack it again.'):
+            digest, batch = load_pickle(folder / file)
+            images.append(cifar_images(batch['data']))
+            labels.append(check_labels(np.array(batch[key]), len(images[-1]), count))
+        if digest != md5:
             unusual.append(file)
     images = np.concatenate(images)
-    if unusual or len(images) != (50000 if split == 'train' else 10000):
-        print(f'warning: {folder}: {len(images):,} {split} images; '
-              f'{", ".join(unusual) or "no file"} not as officially published', file=sys.stderr)
-    _, meta = load_pickle(folder / official.meta['filename'])
-    names = meta.get(official.meta['key'])
-    if not isinstance(names, list) or len(names) != count \
-            or not all(isinstance(n, (str, bytes)) for n in names):
-        raise UserError(f'{folder}/{official.meta["filename"]} names no classes. Unpack it again.')
-    names = [n if isinstance(n, str) else n.decode(errors='replace') for n in names]
-    size, origin = s['image_size'] or 32, {'name': name, 'data_dir': os.path.abspath(s['data_dir'])}
+    if unusual:
+        print(f'warning: {folder}: {len(images):,} {split} images; {", ".join(unusual)} not as '
+              'officially published', file=sys.stderr)
+    path = folder / official.meta['filename']
+    with readable(f'{path} names no classes', 'Unpack it again.'):
+        names = load_pickle(path)[1][official.meta['key']]
+        names = [n if isinstance(n, str) else n.decode() for n in names]
     if size != 32:
         images = np.stack([np.asarray(Image.fromarray(x).resize((size, size), Image.BICUBIC))
                            for x in images])
-    return Data(name, 'real', images, np.array(labels, np.int64), names, mean, std, size, origin)
-
-
-def download_cifar(official, folder):
-    try:
-        with new_folder(folder) as new:                 # by one process, whole or not at all
-            official(str(new), download=True)
-            for file in [*(new / folder.name).iterdir()]:
-                file.rename(new / file.name)
-            (new / folder.name).rmdir()
-            (new / official.filename).unlink(missing_ok=True)
-    except Exception as error:
-        if not folder.is_dir():                         # else another run has just fetched it
-            raise UserError(f'no download ({error}). Put {folder.name}/ into {folder.parent}.') \
-                from None
+    return Data(name, 'real', images, np.concatenate(labels), names, mean, std, size,
+                {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
 
 
 class Inert:
@@ -1330,28 +1294,24 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def load_pickle(path):
-    """(bytes, dictionary with text keys) of a file; keys of Python 2, as the official ones, too."""
-    with readable(f'{path} is no CIFAR file', 'Unpack it again.'):
-        if not path.is_file():
-            raise ValueError('not there, or no regular file')
-        raw = path.read_bytes()
-        entries = PlainUnpickler(io.BytesIO(raw), encoding='bytes').load()
-        return raw, {k if isinstance(k, str) else k.decode(): v for k, v in entries.items()}
+    """(MD5, dictionary with text keys) of a file; the official ones are of Python 2."""
+    if not path.is_file():
+        raise ValueError('not there, or no regular file')
+    raw = path.read_bytes()
+    entries = PlainUnpickler(io.BytesIO(raw), encoding='bytes').load()
+    return hashlib.md5(raw).hexdigest(), {k if isinstance(k, str) else k.decode(): v
+                                          for k, v in entries.items()}
 
 
-def cifar_images(path, array):
+def cifar_images(array):
     """uint8 (n, 32, 32, 3) of an Inert that stands for a C array of bytes, n x 3072."""
-    with readable(f'{path}: "data" is not an array of bytes, n x 3072', 'Unpack it again.'):
-        _, shape, dtype, fortran, raw = array.state
-        if isinstance(raw, Inert):                      # Python 3 writes bytes as text, protocol 2
-            raw = raw.args[0].encode('latin-1')
-        if type(raw) is not bytes or dtype.args[0] not in ('u1', b'u1') or fortran \
-                or len(shape) != 2 or not raw:
-            raise ValueError(f'its shape is {str(shape)[:40]}')
-        pixels = np.frombuffer(raw, np.uint8).reshape(shape).reshape(-1, 3, 32, 32)
-        if shape[1] != 3072:
-            raise ValueError(f'its shape is {shape}')
-        return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+    _, shape, dtype, fortran, raw = array.state
+    if isinstance(raw, Inert):                      # how Python 3 writes bytes in protocol 2
+        raw = raw.args[0].encode('latin-1')
+    if dtype.args[0] not in ('u1', b'u1') or fortran or len(shape) != 2 or shape[1] != 3072:
+        raise ValueError('"data" is no array of bytes, n x 3072')
+    images = np.frombuffer(raw, np.uint8).reshape(shape[0], 3, 32, 32)
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
 
 
 def read_imagenet(name, s, split):
@@ -1457,17 +1417,15 @@ def chexpert_files(root, table, paths, views):
         patient = inside.split('/')[0]
         return owners[patient] / inside if patient in owners else place / path
 
-    tried = [(find(place, path), place) for place in (root, table.parent, root.parent)
-             for path in paths[:3]]
-    place = next((place for file, place in tried if file.exists()), None)
-    if place is None:
-        looked = ', '.join(dict.fromkeys(str(file) for file, _ in tried))
-        raise UserError(f'{table}: none of its first files is there; looked at {looked}. Give the '
-                        'right --data_dir.')
-    studies = not any(Path(path).suffix for path in paths[:3])
+    places = [place for place in (root, table.parent, root.parent)
+              if any(find(place, path).exists() for path in paths[:3])]
+    if not places:
+        raise UserError(f'{table}: none of its first files is there; looked at '
+                        f'{find(root, paths[0])}. Give the right --data_dir.')
+    studies = not Path(paths[0]).suffix
     files, rows = [], []
     for row, path in enumerate(paths):
-        file = find(place, path)
+        file = find(places[0], path)
         for view in sorted(file.glob('view*')) if studies else [file]:
             if views == 'all' or 'frontal' in view.name:
                 files.append(view)
@@ -1485,14 +1443,15 @@ def read_folder(root, split, image_size, mean=None, std=None):
     A tree without val/ has no test split. Resident sets are decoded at once. Above 64 px images
     are resized to 8/7 of the size and their middle is cut out, as 256 and 224 px of ImageNet's.
     """
-    train = root / 'train' if (root / 'train').is_dir() else root
-    test = next((root / name for name in ('val', 'test')
-                 if train != root and (root / name).is_dir()), None)
+    train, test = root, None
+    if (root / 'train').is_dir():
+        train = root / 'train'
+        test = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
     classes = class_names(train)
-    differ = sorted(set(classes) ^ set(class_names(test))) if test else ()
+    differ = set(classes) ^ set(class_names(test)) if test else ()
     if differ:
-        raise UserError(f'{test} and {train} differ in their classes: {", ".join(differ[:5])}. '
-                        'Give both the same folders.')
+        raise UserError(f'{test} and {train} differ in their classes: '
+                        f'{", ".join(sorted(differ)[:5])}. Give both the same folders.')
     if split == 'test' and not test:
         return None
     files, labels = list_images(test if split == 'test' else train, classes)
@@ -1611,9 +1570,8 @@ def find_or_make(name, s):
     need it, one makes it and the others wait. UserError if a folder of that name was made with
     other settings, as of another source.
     """
-    if name not in KINDS:
-        data = read(name, s)
-    else:
+    own, folder = {}, Path(name)
+    if name in KINDS:
         own = own_settings(name, s)
         folder = Path('data', folder_name(name, own))
         put_back(folder)
@@ -1629,12 +1587,12 @@ def find_or_make(name, s):
                     raise
         if shared:
             torch.distributed.barrier(waiting)
-        data = read(str(folder), s)
-        made = json.loads((folder / 'meta.json').read_text()).get('settings', {})
-        for key, value in own.items():
-            if made.get(key) != value:
-                raise UserError(f'{folder} was made with {key} {made.get(key)}, not {value}. '
-                                'Rename or remove that folder.')
+    data = read(str(folder), s)
+    for key, value in own.items():
+        made = json.loads((folder / 'meta.json').read_text()).get('settings', {}).get(key)
+        if made != value:
+            raise UserError(f'{folder} was made with {key} {made}, not {value}. Rename or remove '
+                            'that folder.')
     if data.image_size < 8:
         raise UserError(f'{name}: {data.image_size} px are too few: 8 or more are needed.')
     return data
