@@ -140,23 +140,23 @@ def test_killed_in_the_middle_nothing_is_left_under_the_name():
 
 def test_trained_generator_learns_stops_and_goes_on(capsys):
     folder_of_images('own', n=12, size=(8, 8))
-    common = ['--generator', 'train', '--source', 'own', '--image_size', '8', '--num_images', '24']
-    assert generate('whole', *common, '--generator_steps', '40') == 0
+    common = ['--generator', 'train', '--source', 'own', '--image_size', '8', '--num_images', '8']
+    assert generate('whole', *common, '--generator_steps', '22') == 0
     assert generate('part', *common, '--generator_steps', '20', '--num_images', '10') == 0
     left = Path('part.generator/.checkpoint.pt.123.tmp')
     left.touch()                                        # of a run that was killed while saving
-    assert generate('part/', *common, '--generator_steps', '40', '--force') == 0
+    assert generate('part/', *common, '--generator_steps', '22', '--force') == 0
     assert not left.exists()
     states = [torch.load(f'{name}.generator/checkpoint.pt', weights_only=True)
               for name in ('whole', 'part')]
     assert all(torch.equal(a, b) for a, b in zip(*(s['average'].values() for s in states)))
     assert (np.load('whole/images.npy') == np.load('part/images.npy')).all()
     data = g.read('whole', {})
-    assert data.classes == ['cat', 'dog'] and (np.bincount(data.labels) == 12).all()
+    assert data.classes == ['cat', 'dog'] and (np.bincount(data.labels) == 4).all()
     assert generate('short', *common, '--time_limit', '1e-6', '--num_images', '10') == 0
     steps = [torch.load(f'{name}.generator/checkpoint.pt', weights_only=True)['step']
              for name in ('whole', 'short')]
-    assert steps == [40, 20]
+    assert steps == [22, 20]
     capsys.readouterr()
     one_line(capsys, generate('part', *common, '--force', '--seed', '1'), 'part.generator')
     one_line(capsys, generate('odd', *common[:-4], '--image_size', '17', '--num_images', '24'),
