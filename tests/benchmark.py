@@ -307,8 +307,11 @@ def main():
     parser.add_argument('--floor', action='store_true', help='what a step must take')
     parser.add_argument('--methods', action='store_true', help="every method's step")
     parser.add_argument('--peak', choices=['ours', 'book'], help=argparse.SUPPRESS)
+    add_probe_flags(parser)
     args = parser.parse_args()
     device = evaluate.choose_device(-1)
+    if args.probe:
+        return print_probe(args.probe, args.against, args.data_dir, device)
     if args.peak:
         return print_peak(args.only, args.peak)
     results = curve() if args.curve else data_costs() if args.input else \
@@ -324,6 +327,125 @@ def main():
     for name in results if args.curve or args.input or args.floor or args.methods else ():
         show(name, results[name])
     print(evaluate.hardware(device), 'torch', torch.__version__)
+
+
+
+# ---------------------------------------------------------------------------------------------
+# How learnable a set is: a fixed small network, and the nearest neighbour
+
+
+def add_probe_flags(parser):
+    parser.add_argument('--probe', metavar='FOLDER', help='how learnable a data set is')
+    parser.add_argument('--against', metavar='SOURCE', help='with --probe: the real set that its '
+                        'generator learned')
+    parser.add_argument('--data_dir', default='data', help='of --against')
+
+
+def pool_to_64(data):
+    """Averages images above 64 px down to about that."""
+    return torch.nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)
+
+
+def fit_probe(data, rows, device):
+    """Train four convolutions on some images of a Data: 10 epochs, batch 128, Adam 1e-3."""
+    torch.manual_seed(0)
+    layers = [pool_to_64(data)]
+    for c_in, c_out in ((3, 32), (32, 64), (64, 128), (128, 128)):
+        layers += [torch.nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
+                   torch.nn.BatchNorm2d(c_out), torch.nn.ReLU(),
+                   torch.nn.MaxPool2d(2, ceil_mode=True)]
+    network = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+                                  torch.nn.Linear(128, len(data.classes)))
+    network = network.to(device, memory_format=torch.channels_last)
+    adam = torch.optim.Adam(network.parameters(), 1e-3)
+    batches = generate_data.Batches(data, rows, min(128, len(rows)), device)
+    progress = generate_data.Progress(10 * len(batches), 'steps of the probe')
+    for epoch in range(10):
+        for step, (x, y) in enumerate(batches.epoch(epoch)):
+            if data.multilabel:                             # -1: not known
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(
+                    network(x), y, weight=(y >= 0).float())
+            else:
+                loss = torch.nn.functional.cross_entropy(network(x), y)
+            loss.backward()
+            adam.step()
+            adam.zero_grad()
+            progress.update(epoch * len(batches) + step)
+    progress.close()
+    return network.eval()
+
+
+@torch.no_grad()
+def nearest_neighbour(data, rows, device):
+    """predict(x): the labels of the nearest of some images of a Data, by pixels."""
+    pool = pool_to_64(data)
+    batches = generate_data.Batches(data, rows, 200, device, shuffle=False)
+    known = torch.cat([pool(x).flatten(1) for x, _ in batches.epoch()])
+    labels = generate_data.conditions(torch.from_numpy(data.labels[rows]).to(device),
+                                      len(data.classes))
+    return lambda x: labels[torch.cdist(pool(x).flatten(1), known).argmin(1)]
+
+
+def area_under_curve(scores, labels):
+    """Of the ROC curve by Mann and Whitney's statistic; None if all labels are the same."""
+    if not labels.any() or labels.all():
+        return None
+    negative, positive = np.sort(scores[~labels].astype(np.float64)), scores[labels]
+    below = np.searchsorted(negative, positive, 'left')
+    upto = np.searchsorted(negative, positive, 'right')
+    return float((below + upto).mean() / 2 / len(negative))
+
+
+@torch.no_grad()
+def grade(predict, data, rows, device):
+    """Per cent right of predict(x) -> scores (B, classes); with several labels the mean AUC."""
+    batches = generate_data.Batches(data, rows, 200, device, shuffle=False)
+    scores = torch.cat([predict(x).float() for x, _ in batches.epoch()]).cpu().numpy()
+    labels = data.labels[np.asarray(rows)]
+    if not data.multilabel:
+        return 100 * (scores.argmax(1) == labels).mean().item()
+    areas = [area_under_curve(score[label >= 0], label[label >= 0] == 1)
+             for score, label in zip(scores.T, labels.T)]
+    areas = [area for area in areas if area is not None]
+    if not areas:
+        raise generate_data.UserError(f'no label is in some of the {len(rows)} images tested and '
+                                      'not in others. Make more.')
+    return 100 * float(np.mean(areas))
+
+
+def probe(data, device):
+    """Train on nine tenths of a Data, test on the rest."""
+    train, test = generate_data.stratified_split(data.labels, 0.9, 0)
+    if not len(test):
+        raise generate_data.UserError(f'{data.name}: {len(data)} images are too few. Make more.')
+    return {'network': grade(fit_probe(data, train, device), data, test, device),
+            'nearest_neighbour': grade(nearest_neighbour(data, train, device), data, test, device),
+            'measure': 'mean AUC' if data.multilabel else 'accuracy', 'n_train': len(train),
+            'n_test': len(test)}
+
+
+def probe_against(data, real, test, device):
+    """Probes of a Data and of the real images that its generator learned, each on the other.
+
+    test: the real set's test split, or None. Real images are as many as those of `data`.
+    """
+    test, rng = test or real, np.random.default_rng(0)
+    some = np.sort(rng.permutation(len(real))[:len(data)])
+    made_network = fit_probe(data, range(len(data)), device)
+    real_network = fit_probe(real, some, device)
+    return {'generated_to_real': grade(made_network, test, range(len(test)), device),
+            'real_to_generated': grade(real_network, data, range(len(data)), device),
+            'real_to_real': grade(real_network, test, range(len(test)), device)}
+
+
+def print_probe(folder, against, data_dir, device):
+    data = generate_data.read(folder, {})
+    found = probe(data, device)
+    if against:
+        s = {'data_dir': data_dir, 'image_size': data.image_size}
+        real, test = (generate_data.read(against, s, split) for split in ('train', 'test'))
+        found.update(probe_against(data, real, test, device))
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == '__main__':
