@@ -1,4 +1,6 @@
 """The supernet and the derived network against the textbook, counts, and the genotype rule."""
+import json
+
 import textbook
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ import operations
 import search
 from evaluate import cost
 from genotypes import PUBLISHED, Genotype, random_genotype
-from model_search import EDGES, Network, derive
+from model_search import EDGES, Drawn, Network, derive
 
 import pytest
 
@@ -143,21 +145,14 @@ def test_derived_network_equals_the_textbook(genotype):
     close(ours.eval()(x), book.eval()(x))
 
 
-def test_backwards_of_our_own():
-    """Gradients of kernels, ours beside torch's; also on maps narrower than a kernel."""
-    for height, width, groups, size, stride in ((5, 6, 2, 1, 1), (5, 6, 3, 1, 1), (5, 6, 6, 5, 1),
-                                                (6, 8, 6, 5, 2), (4, 4, 6, 5, 1), (3, 2, 6, 5, 2)):
-        x = torch.randn(2, 6, height, width).to(memory_format=torch.channels_last)
-        x.requires_grad_()
-        weight = torch.randn(6, 6 // groups, size, size, requires_grad=True)
-        gradient = operations.pointwise_gradient if size == 1 else operations.depthwise_gradient
-
-        def call(x, weight, stride=stride, groups=groups, gradient=gradient):
-            return operations.ConvOnCPU.apply(x, weight, stride, groups, gradient)
-        assert torch.autograd.gradcheck(call, (x, weight))
-        close(call(x, weight), nn.functional.conv2d(x, weight, None, stride, size // 2, 1, groups))
-    x = torch.randn(2, 3, 4, 2).to(memory_format=torch.channels_last).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: operations.Repeated.apply(x, 3), x)
+def test_gradients_of_a_5x5_depthwise_kernel():
+    """Ours beside torch's, also on maps narrower than the kernel."""
+    for height, width, stride in ((5, 6, 1), (6, 8, 2), (4, 4, 1), (3, 2, 2)):
+        x = torch.randn(2, 3, height, width).to(memory_format=torch.channels_last)
+        x, weight = x.requires_grad_(), torch.randn(3, 1, 5, 5, requires_grad=True)
+        call = operations.DepthwiseOnCPU.apply
+        assert torch.autograd.gradcheck(lambda *tensors: call(*tensors, stride), (x, weight))  # noqa: B023
+        close(call(x, weight, stride), nn.functional.conv2d(x, weight, None, stride, 2, 1, 3))
 
 
 def test_sub_grids_and_back():
@@ -166,6 +161,7 @@ def test_sub_grids_and_back():
     assert torch.equal(grids.chunk(4)[2], x[:, :, 1::2, ::2])           # odd rows, even columns
     assert torch.equal(operations.from_grids(grids), x)
     assert torch.equal(operations.from_grids(grids, 2 * x), 3 * x)
+    assert torch.equal(operations.repeat_channels(x, 3), torch.cat([x] * 3, 1))
     odd = operations.sub_grids(torch.ones(1, 1, 3, 5))
     assert odd.shape == (4, 1, 2, 3) and odd.sum() == 15                # padded with zeros
 
@@ -208,7 +204,7 @@ def test_partial_channels_weigh_by_alpha_times_beta():
             alpha.zero_()
         network.alphas['normal'][:, 4] = 1.0
         network.alphas['beta_normal'][EDGES.index((5, 4))] = 3.0
-    weights, shares = network.mixing()['normal']
+    weights, _, shares = network.edge_weights('normal')
     assert torch.allclose(weights.sum(1), shares) and shares.split([2, 3, 4, 5])[3].argmax() == 4
     assert network.genotype().normal[-1] == ('sep_conv_3x3', 4)
 
@@ -236,36 +232,69 @@ def test_drop_path_drops_whole_images_and_spares_identities(monkeypatch):
     assert len(calls) == 16
 
 
-def test_an_operation_is_added_in_one_place(monkeypatch):
-    """The README's example: a module and a line in OPERATIONS."""
-    class Conv3x3(nn.Module):
-        shared = False
+SEVEN = """OPERATIONS['conv_7x1_1x7'] = per_edge(lambda C, stride, affine: nn.Sequential(
+    nn.ReLU(), nn.Conv2d(C, C, (1, 7), (1, stride), (0, 3), bias=False),
+    nn.Conv2d(C, C, (7, 1), (stride, 1), (3, 0), bias=False), nn.BatchNorm2d(C, affine=affine)))
+"""
 
-        def __init__(self, channels, edges, stride, affine):
-            super().__init__()
-            c, self.edges = channels * edges, edges
-            self.conv = nn.Conv2d(c, c, 3, stride, 1, groups=edges, bias=False)
-            self.norm = nn.BatchNorm2d(c, affine=affine)
 
-        def forward(self, inputs):
-            return self.norm(self.conv(inputs.relu(self.edges)))
+@pytest.fixture
+def seven(monkeypatch):
+    """An operation added as below the table in operations.py."""
+    monkeypatch.setattr(operations, 'OPERATIONS', operations.OPERATIONS)
+    before = dict(operations.OPERATIONS)
+    exec(SEVEN, vars(operations))
+    yield 'conv_7x1_1x7'
+    operations.OPERATIONS.clear()
+    operations.OPERATIONS.update(before)
 
-    monkeypatch.setitem(operations.OPERATIONS, 'conv_3x3', Conv3x3)
-    for module in (genotypes, model_search):
-        monkeypatch.setattr(module, 'PRIMITIVES', list(operations.OPERATIONS))
+
+def test_an_operation_is_added_in_one_place(seven):
     network = Network(4, 10, 3)
     x, y = batch()
     with torch.no_grad():
         network.alphas['normal'][:, -1] += 1
         network.alphas['reduce'][:, -1] += 1
-    loss = nn.functional.cross_entropy(network(x), y)
-    loss.backward()
+    nn.functional.cross_entropy(network(x), y).backward()
     assert network.alphas['normal'].shape == (14, 9) and network.alphas['normal'].grad[:, -1].any()
+    assert all(p.grad is not None for p in network.parameters())
     genotype = network.genotype()
-    assert {op for op, _ in genotype.normal + genotype.reduce} == {'conv_3x3'}
-    text = genotypes.to_json(genotype)
-    assert genotypes.from_json(text) == genotype and 'conv_3x3' in genotypes.draw(genotype)
+    assert {op for op, _ in genotype.normal + genotype.reduce} == {seven}
+    fields = json.loads(genotypes.to_json(genotype))
+    assert genotypes.from_plain(fields) == genotype and seven in genotypes.draw(genotype)
     assert Network(4, 10, 3, genotype)(x).isfinite().all() and cost(genotype)['params'] > 0
+    assert any(seven in str(random_genotype(seed)) for seed in range(3))
+
+
+def test_an_added_operation_is_drawn_and_kept(seven):
+    """By GDAS, and in the later stages of P-DARTS."""
+    network = Network(4, 10, 3, width=1)
+    one_hot = nn.functional.one_hot(torch.full((14,), 8), 9).double().requires_grad_()
+    network.mix = lambda cell_type, p: Drawn(one_hot, [8] * 14)
+    network(batch()[0]).sum().backward()
+    assert one_hot.grad[:, 8].all() and not one_hot.grad[:, :8].any()
+    edges = [[seven, 'skip_connect'] if e % 2 else ['sep_conv_3x3', seven] for e in range(14)]
+    network = Network(4, 10, 3, kept={'normal': edges, 'reduce': edges})
+    network(batch()[0]).sum().backward()
+    assert (network.alphas['normal'].grad != 0).sum(1).eq(2).all()
+
+
+def test_what_is_drawn_equals_the_whole_mixture():
+    """One-hot weights give the same logits, whether the rest is computed or not."""
+    torch.manual_seed(0)
+    whole, network = Network(4, 10, 3), Network(4, 10, 3, width=1)
+    book = textbook.Network(4, 10, 3)
+    best = {'normal': [k % 8 for k in range(14)], 'reduce': [7 - k % 8 for k in range(14)]}
+    weights = {name: nn.functional.one_hot(torch.tensor(columns), 8).double()
+               for name, columns in best.items()}
+    whole.mix = lambda cell_type, p: weights[cell_type]
+    network.mix = lambda cell_type, p: Drawn(weights[cell_type], best[cell_type])
+    textbook.copy_weights(whole, book)
+    with torch.no_grad():
+        for a, block, b in textbook.pairs_of_weights(network, book):
+            a[block] = b
+    x, _ = batch()
+    close(network(x), whole(x))
 
 
 @pytest.mark.parametrize('affine', [False, True])
@@ -273,17 +302,24 @@ def test_operations_of_fewer_edges(affine):
     """An edge may keep any of the operations, as in P-DARTS; the others do not change."""
     names = [('sep_conv_3x3', 'skip_connect'), ('sep_conv_3x3',), ('avg_pool_3x3', 'skip_connect')]
     mixed_op = model_search.MixedOp(operations.OPERATIONS, 4, 2, names, affine, width=2)
-    state, weights = torch.randn(3, 4, 8, 8), torch.rand(3, 8)
-    whole = mixed_op(state, mixed_op.mixing(weights))
+    has = torch.tensor([[name in own for name in operations.OPERATIONS] for own in names])
+    state, weights = torch.randn(3, 4, 8, 8), torch.rand(3, 8) * has
+    whole = mixed_op(state, mixed_op.factors(weights))
     for e in range(3):
         alone = torch.zeros(3, 8)
         alone[e] = weights[e]
-        got = mixed_op(state, mixed_op.mixing(alone))
-        assert torch.allclose(got[e], whole[e])
-        assert all(not got[other].any() for other in range(3) if other != e)
-    lacks = torch.zeros(3, 8)                           # a weight on what an edge has no more
-    lacks[0, 2] = lacks[1, 3] = lacks[2, 4] = 1
-    assert not any(y.any() for y in mixed_op(state, mixed_op.mixing(lacks)))
+        maps = mixed_op(state, mixed_op.factors(alone))
+        assert torch.allclose(maps[e], whole[e])
+        assert all(not maps[other].any() for other in range(3) if other != e)
+
+
+def test_a_weight_on_what_an_edge_lacks_is_zero():
+    """Whatever `mix` gives: DARTS-'s skip, for example."""
+    edges = [['sep_conv_3x3', 'none']] * 14
+    network = Network(4, 10, 3, kept={'normal': edges, 'reduce': edges})
+    network.mix = lambda cell_type, p: p + 1
+    weights, _, _ = network.edge_weights('normal')
+    assert (weights > 0).sum(1).eq(2).all()
 
 
 def test_autocast_and_evaluation_run():
