@@ -100,9 +100,9 @@ def test_gpu_check_equality_on_the_cpu():
     assert row['logits'] < 1e-12 and row['alpha gradients'] < 1e-11 and row['weights'] < 1e-6
 
 
-@pytest.mark.parametrize('run, ways', [((4, False, 2, 4, 9), ['textbook', 'graph']),
-                                       ((0, False, 2, 2, 9), ['graph'])])
-def test_gpu_check_times_a_step(monkeypatch, run, ways):
+@pytest.mark.parametrize('partial, ways', [(4, ['textbook', 'graph']), (0, ['graph'])])
+def test_gpu_check_times_a_step(monkeypatch, partial, ways):
+    run = benchmark.Case(partial, False, 2, 0), 2, 9
     monkeypatch.setattr(gpu_check, 'RUNS', {'run': run})
     for module in (benchmark, benchmark.textbook):
         real = module.Network
@@ -120,7 +120,7 @@ def test_gpu_check_without_cuda_says_so():
 
 
 def test_benchmark_counts_calls():
-    pair = benchmark.steps(4, False, 2, width=4, pixels=8)
+    pair = benchmark.steps(benchmark.Case(4, False, 2, 1, pixels=8, width=4))
     counts = {}
     for side, step in pair.items():
         with benchmark.Calls() as calls:
