@@ -1,6 +1,5 @@
 """The graphed step, its comparison with the eager one, and the scripts that measure."""
 import contextlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -131,13 +130,6 @@ def test_benchmark_counts_calls():
         x = torch.empty(4).view(2, 2).detach()
         (x + 1).sum()
     assert calls.count == 2
-
-
-def test_benchmark_json(monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--only', 'darts1_b16', '--json'])
-    monkeypatch.setattr(benchmark, 'measure', lambda case: {'ratio': 3.0})
-    benchmark.main()
-    assert json.loads(capsys.readouterr().out) == {'darts1_b16': {'ratio': 3.0}}
 
 
 def test_benchmark_times_every_method(monkeypatch):

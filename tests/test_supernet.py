@@ -48,26 +48,39 @@ def arguments(unrolled, lr=0.025):
     return search.parse(['--seed', '0', '--learning_rate', str(lr)] + ['--unrolled'] * unrolled)
 
 
-@pytest.mark.parametrize('partial', [1, 4])
-@pytest.mark.parametrize('size', [8, 14])
-def test_forward_and_gradients_equal_the_textbook(partial, size):
-    ours, book = both(partial)
-    x, y = batch(size)
-    a, b = ours(x), book(x)
-    close(a, b)
-    nn.functional.cross_entropy(a, y).backward()
-    nn.functional.cross_entropy(b, y).backward()
-    for p, q in zip(ours.architecture_parameters(), book.alphas):
-        close(p.grad, q.grad)
+def agree(ours, book, x, y):
+    """The same logits, gradients of everything, running statistics, and logits in evaluation."""
+    logits = [z if isinstance(z, tuple) else (z,) for z in (ours(x), book(x))]
+    for a, b in zip(*logits):
+        close(a, b)
+    for outputs in logits:
+        sum(nn.functional.cross_entropy(z, y) for z in outputs).backward()
     total = 0
     for p, block, q in textbook.pairs_of_weights(ours, book):
-        if p.requires_grad:
-            close(p.grad[block], q.grad)
-            total += q.numel()
-        else:
-            close(p[block], q)              # running statistics
+        close(p.grad[block] if p.requires_grad else p[block], q.grad if p.requires_grad else q)
+        total += q.numel() if p.requires_grad else 0
     assert total == sum(p.numel() for p in ours.weight_parameters())
+    for p, q in zip(ours.architecture_parameters(), book.alphas):
+        close(p.grad, q.grad)
     close(ours.eval()(x), book.eval()(x))
+
+
+@pytest.mark.parametrize('partial', [1, 4])
+@pytest.mark.parametrize('size', [8, 14])
+def test_supernet_equals_the_textbook(partial, size):
+    agree(*both(partial), *batch(size))
+
+
+@pytest.mark.parametrize('shape, more, size', [
+    ((4, 10, 4, PUBLISHED['DARTS_V1']), {'auxiliary': True}, 32),
+    ((4, 10, 4, random_genotype(3)), {'auxiliary': True}, 32),
+    ((4, 10, 4, random_genotype(4)), {'auxiliary': True}, 32),
+    ((8, 10, 3), {'partial': 2, 'stem': 'imagenet'}, 45),
+    ((4, 10, 3, PUBLISHED['DARTS_V2']), {'auxiliary': True, 'stem': 'imagenet'}, 193)])
+def test_networks_equal_the_textbook(shape, more, size):
+    ours, book = Network(*shape, **more), textbook.Network(*shape, **more)
+    textbook.copy_weights(ours, book)
+    agree(ours, book, *batch(size, 3))
 
 
 @pytest.mark.parametrize('partial', [1, 4])
@@ -126,25 +139,6 @@ def test_second_order_gradient_is_that_through_the_virtual_step(monkeypatch):
         assert (a - b).norm() < 0.02 * b.norm() < 0.1 * (c - b).norm(), (a, b)
 
 
-@pytest.mark.parametrize('genotype', ['DARTS_V1', 'PDARTS', 3, 4])
-def test_derived_network_equals_the_textbook(genotype):
-    genotype = PUBLISHED.get(genotype) or random_genotype(genotype)
-    ours = Network(4, 10, 4, genotype, auxiliary=True)
-    book = textbook.Network(4, 10, 4, genotype, auxiliary=True)
-    textbook.copy_weights(ours, book)
-    x, _ = batch(32, 4)
-    results = []
-    for network in (ours, book):
-        logits, auxiliary = network(x)
-        (logits.square().sum() + auxiliary.sum()).backward()
-        results.append((logits, auxiliary))
-    close(results[0][0], results[1][0])
-    close(results[0][1], results[1][1])
-    for p, block, q in textbook.pairs_of_weights(ours, book):
-        close(p.grad[block] if p.requires_grad else p[block], q.grad if p.requires_grad else q)
-    close(ours.eval()(x), book.eval()(x))
-
-
 def test_gradients_of_a_5x5_depthwise_kernel():
     """Ours beside torch's, also on maps narrower than the kernel."""
     for height, width, stride in ((5, 6, 1), (6, 8, 2), (4, 4, 1), (3, 2, 2)):
@@ -182,6 +176,27 @@ def test_parameter_counts():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         textbook.Network(8, 10, 4, PUBLISHED['DARTS_V2'], auxiliary=True).eval()(batch(32, 1)[0])
     assert cost(PUBLISHED['DARTS_V2'], 8, 4)['multiply_adds'] == counter.get_total_flops() // 2
+
+
+def test_what_arch_names(tmp_path):
+    genotype, text = random_genotype(7), genotypes.random_string(7)
+    (tmp_path / 'genotype.json').write_text(genotypes.to_json(genotype, data='noise', seed=1))
+    for arch in (str(tmp_path), str(tmp_path / 'genotype.json')):
+        found, found_by = genotypes.find_genotype(arch)
+        assert found == genotype and (found_by['data'], found_by['seed']) == ('noise', 1)
+        assert genotypes.short_name(arch) == tmp_path.name
+    assert genotypes.find_genotype('DARTS_V2')[0] == PUBLISHED['DARTS_V2']
+    assert genotypes.find_genotype(text)[0] == text
+    assert genotypes.short_name(genotypes.NB201_LARGEST) == 'nb201-333333'
+    (tmp_path / 'list.json').write_text('[1]')
+    (tmp_path / 'old.json').write_text(genotypes.to_json(genotype).replace('_conv_', '_'))
+    for arch, words in (('nothing', 'neither'), ('|x~0|', "unknown operation 'x'"),
+                        (str(tmp_path / 'list.json'), 'no JSON object'),
+                        (str(tmp_path / 'old.json'), 'unknown operation')):
+        with pytest.raises(ValueError, match=words):
+            genotypes.find_genotype(arch)
+    with pytest.raises(ValueError, match='--layers 6'):
+        genotypes.check_layers(text, 6)
 
 
 def test_genotype_rule_on_ties_and_none():
@@ -241,12 +256,9 @@ SEVEN = """OPERATIONS['conv_7x1_1x7'] = per_edge(lambda C, stride, affine: nn.Se
 @pytest.fixture
 def seven(monkeypatch):
     """An operation added as below the table in operations.py."""
-    monkeypatch.setattr(operations, 'OPERATIONS', operations.OPERATIONS)
-    before = dict(operations.OPERATIONS)
+    monkeypatch.setitem(operations.OPERATIONS, 'conv_7x1_1x7', None)        # removes it at the end
     exec(SEVEN, vars(operations))
-    yield 'conv_7x1_1x7'
-    operations.OPERATIONS.clear()
-    operations.OPERATIONS.update(before)
+    return 'conv_7x1_1x7'
 
 
 def test_an_operation_is_added_in_one_place(seven):
@@ -281,45 +293,28 @@ def test_an_added_operation_is_drawn_and_kept(seven):
 
 def test_what_is_drawn_equals_the_whole_mixture():
     """One-hot weights give the same logits, whether the rest is computed or not."""
-    torch.manual_seed(0)
-    whole, network = Network(4, 10, 3), Network(4, 10, 3, width=1)
-    book = textbook.Network(4, 10, 3)
-    best = {'normal': [k % 8 for k in range(14)], 'reduce': [7 - k % 8 for k in range(14)]}
-    weights = {name: nn.functional.one_hot(torch.tensor(columns), 8).double()
-               for name, columns in best.items()}
-    whole.mix = lambda cell_type, p: weights[cell_type]
-    network.mix = lambda cell_type, p: Drawn(weights[cell_type], best[cell_type])
-    textbook.copy_weights(whole, book)
-    with torch.no_grad():
-        for a, block, b in textbook.pairs_of_weights(network, book):
-            a[block] = b
+    ours, book = Network(4, 10, 3, width=1), textbook.Network(4, 10, 3)
+    best = [k % 8 for k in range(14)]
+    weights = nn.functional.one_hot(torch.tensor(best), 8).double()
+    ours.mix, book.mix = lambda cell_type, p: Drawn(weights, best), lambda alpha: weights
+    textbook.copy_weights(ours, book)
     x, _ = batch()
-    close(network(x), whole(x))
+    close(ours(x), book(x))
 
 
-@pytest.mark.parametrize('affine', [False, True])
-def test_operations_of_fewer_edges(affine):
-    """An edge may keep any of the operations, as in P-DARTS; the others do not change."""
-    names = [('sep_conv_3x3', 'skip_connect'), ('sep_conv_3x3',), ('avg_pool_3x3', 'skip_connect')]
-    mixed_op = model_search.MixedOp(operations.OPERATIONS, 4, 2, names, affine, width=2)
-    has = torch.tensor([[name in own for name in operations.OPERATIONS] for own in names])
-    state, weights = torch.randn(3, 4, 8, 8), torch.rand(3, 8) * has
-    whole = mixed_op(state, mixed_op.factors(weights))
-    for e in range(3):
-        alone = torch.zeros(3, 8)
-        alone[e] = weights[e]
-        maps = mixed_op(state, mixed_op.factors(alone))
-        assert torch.allclose(maps[e], whole[e])
-        assert all(not maps[other].any() for other in range(3) if other != e)
-
-
-def test_a_weight_on_what_an_edge_lacks_is_zero():
-    """Whatever `mix` gives: DARTS-'s skip, for example."""
-    edges = [['sep_conv_3x3', 'none']] * 14
-    network = Network(4, 10, 3, kept={'normal': edges, 'reduce': edges})
-    network.mix = lambda cell_type, p: p + 1
-    weights, _, _ = network.edge_weights('normal')
-    assert (weights > 0).sum(1).eq(2).all()
+def test_kept_operations_equal_the_textbook():
+    """Of P-DARTS: the others have no weight, whatever `mix` gives them."""
+    names = list(operations.OPERATIONS)
+    kept = [[names[k] for k in sorted(torch.randperm(8)[:3].tolist())] for _ in range(14)]
+    dropped = torch.tensor([[name not in own for name in names] for own in kept])
+    ours = Network(4, 10, 3, kept={'normal': kept, 'reduce': kept})
+    book = textbook.Network(4, 10, 3)
+    textbook.copy_weights(ours, book)
+    ours.mix = lambda cell_type, p: p + 1
+    book.mix = lambda alpha: nn.functional.softmax(
+        alpha.masked_fill(dropped, -torch.inf), 1) + ~dropped
+    x, _ = batch()
+    close(ours(x), book(x))
 
 
 def test_autocast_and_evaluation_run():
@@ -330,21 +325,3 @@ def test_autocast_and_evaluation_run():
     with torch.autocast('cpu', torch.bfloat16):
         half = network(x)
     assert half.dtype == torch.bfloat16 and (full - half.float()).abs().max() < 0.3
-
-
-@pytest.mark.parametrize('shape, more, size', [
-    ((8, 5, 3), {'partial': 2}, 45), ((4, 5, 3, PUBLISHED['DARTS_V2']), {'auxiliary': True}, 193)])
-def test_imagenet_stem_and_head_equal_the_textbook(shape, more, size):
-    ours = Network(*shape, **more, stem='imagenet')
-    book = textbook.Network(*shape, **more, stem='imagenet')
-    textbook.copy_weights(ours, book)
-    x, y = torch.randn(3, 3, size, size), torch.randint(5, (3,))
-    logits = [z if isinstance(z, tuple) else (z,) for z in (ours(x), book(x))]
-    for a, b in zip(*logits):
-        close(a, b)
-        nn.functional.cross_entropy(a, y).backward(retain_graph=True)
-        nn.functional.cross_entropy(b, y).backward(retain_graph=True)
-    for p, block, q in textbook.pairs_of_weights(ours, book):
-        if p.requires_grad:
-            close(p.grad[block], q.grad)
-    assert all(p.grad is not None for p in ours.parameters())
