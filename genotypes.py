@@ -135,9 +135,7 @@ def check_layers(genotype, layers):
 
 
 def short_name(arch):
-    """What a run's name says of `--arch`: of a string, nb201- and the six operations' numbers."""
-    if not arch.startswith('|'):
-        return arch.removesuffix('/genotype.json').split('/')[-1]
+    """nb201- and the numbers of the six operations of a string, for the names of runs."""
     names = list(NB201_OPERATIONS)
     return 'nb201-' + ''.join(str(names.index(name)) for name in from_string(arch))
 

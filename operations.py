@@ -49,12 +49,6 @@ def from_grids(x, other=None):
     return x.view(b // 4, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
 
 
-def repeat_channels(x, edges):
-    """(B, C, H, W) -> (B, E*C, H, W), the same C channels for every edge."""
-    x = x.permute(0, 2, 3, 1).unsqueeze(3).expand(-1, -1, -1, edges, -1)
-    return x.flatten(3).permute(0, 3, 1, 2)
-
-
 class Inputs:
     """A state (B, C, H, W) in every form that operations take, its channels repeated `edges` times.
 
@@ -66,7 +60,7 @@ class Inputs:
     def form(self, name, edges, make):
         if (name, edges) not in self.forms:
             self.forms[name, edges] = make() if edges == 1 else \
-                repeat_channels(self.form(name, 1, make), edges)
+                torch.cat([self.form(name, 1, make)] * edges, 1)
         return self.forms[name, edges]
 
     def relu(self, edges=1):

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import evaluate
 import generate_data
 import retrain
 import search
@@ -106,7 +105,7 @@ def steps(case, sides=('ours', 'book'), device=CPU, graph=False, flags=()):
             step, changed = retrain_step(network, flags)
         else:
             step, changed = search_step(network, case.unrolled, flags)
-        step = evaluate.GraphedStep(step, changed, device, graph and side == 'ours')
+        step = retrain.GraphedStep(step, changed, device, graph and side == 'ours')
         functions[side] = functools.partial(step, *data[0], *(() if retraining else data[1]))
     return functions
 
@@ -114,16 +113,18 @@ def steps(case, sides=('ours', 'book'), device=CPU, graph=False, flags=()):
 def search_step(network, unrolled, flags=()):
     """(our step, what it changes), with search.py's own optimizers."""
     args = search.parse([*flags, *(['--unrolled'] if unrolled else [])])
+    method = search.Darts(args, 10, 'cifar', next(network.parameters()).device)
+    method.network = network
     sgd, adam = search.optimizers(network, args)
-    return (lambda a, b, c, d: search.bilevel_step(network, (a, b), (c, d), sgd, adam, args),
-            lambda: evaluate.changed_by_a_step(network, sgd, adam))
+    return (lambda a, b, c, d: search.bilevel_step(method, (a, b), (c, d), sgd, adam),
+            lambda: retrain.changed_by_a_step(network, sgd, adam))
 
 
 def retrain_step(network, flags=()):
     args = retrain.parse(['--arch', 'DARTS_V2', '--auxiliary', *flags])
-    sgd = retrain.optimizer(network, args)
+    sgd = retrain.make_optimizer(network, args)
     return (lambda *batch: torch.stack(retrain.train_step(network, batch, sgd, args)),
-            lambda: evaluate.changed_by_a_step(network, sgd))
+            lambda: retrain.changed_by_a_step(network, sgd))
 
 
 def seconds(functions, n):
@@ -151,9 +152,9 @@ def peak(name, side):
 def print_peak(name, side):
     sides = ('ours',) if side == 'ours' else ('ours', 'book')
     step = steps({**CASES, **IMAGENET}[name], sides)[side]
-    held = evaluate.peak_memory_mib(CPU)
+    held = retrain.peak_memory_mib(CPU)
     step()
-    print(evaluate.peak_memory_mib(CPU) - held)
+    print(retrain.peak_memory_mib(CPU) - held)
 
 
 def measure(name):
@@ -218,10 +219,11 @@ def methods(n=5):
         for name, flags in METHODS.items():
             args = search.parse(['--space', space, '--method', name.split()[0], '--layers',
                                  str(max(3, cells)), '--cells_per_stage', str(cells), *flags])
-            network, sgd, adam = search.build(args, 10, 'cifar', CPU, 0, None)
-            network.strength.fill_(search.strength_at(args, 10, 50, 0))
-            functions[name] = functools.partial(search.bilevel_step, network, *data, sgd, adam,
-                                                args)
+            method = search.METHODS[args.method](args, 10, 'cifar', CPU)
+            network = method.build()
+            method.begin_epoch(10, 50, 0)
+            functions[name] = functools.partial(search.bilevel_step, method, *data,
+                                                *search.optimizers(network, args))
             if name == 'darts' and space == 'nb201':
                 book = textbook.NB201Network(16, 10, cells)
                 textbook.copy_weights(network, book)
@@ -290,7 +292,7 @@ def main():
         return
     for name, row in results.items():
         show(name, row)
-    print(evaluate.hardware(device), 'torch', torch.__version__)
+    print(retrain.hardware(device), 'torch', torch.__version__)
 
 
 

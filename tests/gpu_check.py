@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import benchmark
-import evaluate
 import generate_data
+import retrain
 from model_search import Network
 
 import textbook
@@ -56,7 +56,7 @@ def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16
     out['alpha gradients'] = max(relative(a, b) for a, b in zip(*grads))
     textbook.copy_weights(ours, book)               # of the running statistics
     step, changed = benchmark.search_step(ours, unrolled)
-    step = evaluate.GraphedStep(step, changed, device, graph)
+    step = retrain.GraphedStep(step, changed, device, graph)
     book_step = textbook.Step(book, unrolled)
     for _ in range(5):
         step(*train, *valid)
@@ -82,7 +82,7 @@ def timing(name, way, device, seconds=6.0):
             torch.cuda.synchronize()
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(evaluate.GraphedStep.WARM_UP + 2):
+    for _ in range(retrain.GraphedStep.WARM_UP + 2):
         step()
     synchronize()
     began, count = time.perf_counter(), 0
@@ -94,7 +94,7 @@ def timing(name, way, device, seconds=6.0):
     synchronize()
     ms = 1000 * (time.perf_counter() - began) / count
     generate_data.set_tf32(False)
-    return {'ms': ms, 'calls': calls.count, 'peak_mib': evaluate.peak_memory_mib(device),
+    return {'ms': ms, 'calls': calls.count, 'peak_mib': retrain.peak_memory_mib(device),
             'images_per_second': 1000 * images / ms, 'n': count}
 
 
@@ -129,10 +129,10 @@ def main():
         print('no CUDA on this machine: nothing to check here')
         return
     device = generate_data.choose_device(args.gpu)
-    print(evaluate.hardware(device), 'torch', torch.__version__)
+    print(retrain.hardware(device), 'torch', torch.__version__)
     differences, timings = check(device)
     if args.json:
-        print(json.dumps({'hardware': evaluate.hardware(device), 'equality': differences,
+        print(json.dumps({'hardware': retrain.hardware(device), 'equality': differences,
                           'timing': timings}))
     for name, row in differences.items():
         limit = 1e-9 if name.startswith('float64') else 1e-2
