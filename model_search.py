@@ -7,7 +7,7 @@
     network = Network(48, 1000, 14, DARTS_V2, stem='imagenet')    # for images of 224 px
 
 A derived cell is a supernet cell with one operation left per edge, affine BatchNorm and nothing to
-mix. Work is done state by state, not edge by edge: see MixedOp.
+mix. Work is done by state, not by edge: see MixedOp.
 Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737), NAS-Bench-201 (arXiv 2001.00326).
 """
 import math
@@ -121,7 +121,7 @@ class MixedOp(nn.Module):
         for (start, end), block, scale in zip(self.spans, self.blocks.values(), scales):
             total = add_up([operation(inputs) for operation in block.values()], scale)
             for e, y in zip(range(start, end), total.chunk(end - start, 1)):
-                out[e] = y if out[e] is None else out[e] + y
+                out[e] = add_map(out[e], y)
         return out
 
     def forward_drawn(self, state, drawn):
@@ -147,10 +147,10 @@ def spans(indices, longest):
     """[(start, end), ...] of the consecutive numbers in a sorted list, cut to `longest`."""
     out = []
     for k in indices:
+        start = k
         if out and out[-1][1] == k and k - out[-1][0] < longest:
-            out[-1] = (out[-1][0], k + 1)
-        else:
-            out.append((k, k + 1))
+            start, _ = out.pop()
+        out.append((start, k + 1))
     return out
 
 
@@ -171,9 +171,14 @@ def add_up(results, scales=(None,)):
         elif scale is not None:
             result = result * scale.view(-1, 1, 1)
         totals[on_grids] = totals[on_grids].add_(result) if on_grids in totals else result
-    if True in totals:
-        return from_grids(totals[True], totals.get(False))
-    return totals[False]
+    return from_grids(totals[True], totals.get(False)) if True in totals else totals[False]
+
+
+def add_map(total, y, factor=None):
+    """total + y * factor, in one pass. total and factor may be None."""
+    if total is None:
+        return y if factor is None else y * factor
+    return total + y if factor is None else torch.addcmul(total, y, factor)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -248,12 +253,10 @@ class Cell(nn.Module):
             maps = mixed_op(x, factors and factors[state])
             for (node, _), names, y in zip(leaving, mixed_op.names, maps):
                 identity = names == ('skip_connect',) and mixed_op.stride == 1
-                if not self.training or drop_path_prob is None or identity:
-                    totals[node] = totals[node] + y if node in totals else y
-                    continue
-                keep = drop_path(y, drop_path_prob)
-                totals[node] = torch.addcmul(totals[node], y, keep) if node in totals \
-                    else y * keep
+                keep = None
+                if self.training and drop_path_prob is not None and not identity:
+                    keep = drop_path(y, drop_path_prob)
+                totals[node] = add_map(totals.get(node), y, keep)
         states.append(self.node(totals, rests, shares, states))
         if states[-1].requires_grad:    # else each edge would copy its slice of the gradient
             states[-1].register_hook(
@@ -277,10 +280,9 @@ class Cell(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """A classifier at two thirds of the depth that helps training.
+    """A classifier at two thirds of the depth that helps training, on maps of 8 px or more.
 
-    Maps of 8 px or more; with the ImageNet stem 7 or more, and then, as in DARTS's code, without
-    BatchNorm after the last convolution.
+    With the ImageNet stem 7 px are enough, and the last BatchNorm is left out, as in DARTS's code.
     """
     def __init__(self, channels, num_classes, stem):
         super().__init__()
@@ -379,8 +381,8 @@ class Network(nn.Module):
         if self.stem1:
             s1 = self.stem1(s0)
         mixed, factors, auxiliary_logits = {}, {}, None
-        for cell_type in self.space.cell_types if hasattr(self, 'alphas') else ():
-            mixed[cell_type] = self.edge_weights(cell_type)
+        if hasattr(self, 'alphas'):
+            mixed = {name: self.edge_weights(name) for name in self.space.cell_types}
         for layer, (cell, cell_type) in enumerate(zip(self.cells, self.cell_types)):
             key, shares = None, None
             if cell_type in mixed:
@@ -433,8 +435,7 @@ class Network(nn.Module):
     @contextmanager
     def frozen_statistics(self):
         """Forward passes inside normalise with batch statistics but leave the running ones."""
-        norms = [m for m in self.modules()
-                 if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+        norms = [m for m in self.modules() if getattr(m, 'track_running_stats', False)]
         for norm in norms:
             norm.track_running_stats = False
         try:

@@ -35,8 +35,7 @@ def sub_grids(x):
     """
     b, c, h, w = x.shape
     if h % 2 or w % 2:
-        x = F.pad(x, (0, w % 2, 0, h % 2))
-        h, w = h + h % 2, w + w % 2
+        return sub_grids(F.pad(x, (0, w % 2, 0, h % 2)))
     x = x.permute(0, 2, 3, 1).reshape(b, h // 2, 2, w // 2, 2, c).permute(2, 4, 0, 1, 3, 5)
     return x.contiguous().view(4 * b, h // 2, w // 2, c).permute(0, 3, 1, 2)
 
