@@ -391,7 +391,7 @@ def test_data(meta, data_dir=None, table=None):
         if meta['classes'] != list(CHEXPERT):
             raise UserError(f'--test_labels {table}: the network was not trained on chexpert: '
                             'leave it out')
-        data = read_chexpert('test', settings, table=table)
+        data = read_chexpert('chexpert', settings, 'test', table)
     elif not meta['has_test']:
         return None
     else:
