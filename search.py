@@ -68,7 +68,7 @@ SEARCH = {
                        number(int, 1)),
     'early_stop': Setting(False, 'stop when it grows, as RobustDARTS does'),
 }
-DEFAULTS = dict(data='noise', epochs=50, batch_size=64, learning_rate=0.025,
+DEFAULTS = dict(epochs=50, batch_size=64, learning_rate=0.025,
                 learning_rate_min=0.001)
 SPACES = {'darts': {}, 'nb201': dict(nesterov=True, weight_decay=5e-4)}     # of its own searches
 # ImageNet: as PC-DARTS searched on it (section 4.3 of its paper), 10% of the images for the weights
@@ -627,7 +627,8 @@ def parse(argv):
     table = {'method': Setting('darts', 'how to search', list(METHODS)), **SEARCH}
     run = {'preset': Setting('auto', 'defaults of all settings; auto: by the data',
                              ['auto', *PRESETS]), **RUN}
-    tables = {'method': table, 'data': INPUT, 'schedule': SCHEDULE, 'run': run}
+    data = {**INPUT, 'data': INPUT['data']._replace(default='noise')}
+    tables = {'method': table, 'data': data, 'schedule': SCHEDULE, 'run': run}
     s, typed, defaults = parse_flags(__doc__, tables, argv, layers)
     args = settle(s, typed, defaults)
     method = METHODS[args.method]
