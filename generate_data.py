@@ -102,16 +102,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'{message} (see --help)')
 
 
-def parse_flags(doc, tables, argv=None, layers=lambda chosen: {}):
+def parse_flags(doc, tables, argv=None, layers=lambda typed, chosen: {}):
     """(settings, what was typed, defaults) of a command line, each {name: value}.
 
-    doc: the script's docstring. tables: {title: {name: Setting}}. layers(chosen) returns the
-    defaults of the method, the preset and so on that take the place of those in the tables, where
+    doc: the script's docstring. tables: {title: {name: Setting}}. layers(typed, chosen) returns
+    the defaults of the method, the preset and so on that take the place of those in the tables;
     `chosen` is what was typed over the tables. --help shows the defaults that result.
     """
-    parser = Parser(description=doc.split('\n')[0], argument_default=argparse.SUPPRESS,
-                    allow_abbrev=False, add_help=False, formatter_class=functools.partial(
-                        argparse.HelpFormatter, max_help_position=30, width=100))
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=30, width=100)
+    parser = Parser(description=doc.split('\n')[0], usage='%(prog)s [flags]', add_help=False,
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False, formatter_class=layout)
     parser.add_argument('-h', '--help', action='store_true', help='show this and end')
     defaults = {}
     for title, table in tables.items():
@@ -128,7 +128,7 @@ def parse_flags(doc, tables, argv=None, layers=lambda chosen: {}):
                 group.add_argument(f'--{name}', type=values, metavar='X', help=text)
     typed = vars(parser.parse_args(argv))
     wants_help = typed.pop('help', False)
-    defaults.update(layers({**defaults, **typed}))
+    defaults.update(layers(typed, {**defaults, **typed}))
     if wants_help:
         for action in parser._actions:
             value = defaults.get(action.dest)
@@ -1772,7 +1772,7 @@ def main(argv=None):
            'gpu': Setting(-1, 'CUDA device of generators, -1: the CPU', number(int, -1))}
     data = {name: setting for name, setting in DATA.items() if name != 'data_seed'}
     s, typed, _ = parse_flags(__doc__, {'set': own, 'data': data, '--generator train': TRAINING},
-                              argv, lambda chosen: LIKE.get(chosen['like'], {}))
+                              argv, lambda _, chosen: LIKE.get(chosen['like'], {}))
     kind, out = s['kind'], s['out']
     if not kind or not out:
         raise UserError('Give --kind and --out (see --help).')
