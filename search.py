@@ -26,9 +26,9 @@ from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (KINDS, REAL, Batches, Setting, UserError, choose_device,
-                           find_or_make, number, one_line_errors, parse_flags, read_meta, set_tf32,
+                           find_or_make, number, one_line_errors, parse_flags, set_tf32,
                            stratified_split, world, write_file)
-from evaluate import correct, loss_of, method_name, stem_for
+from evaluate import correct, loss_of, method_name, read_json, stem_for
 from retrain import (INPUT, RUN, SCHEDULE, STEM, GraphedStep, Run, averaged, changed_by_a_step,
                      check_alike, learning_rate_at, preset_name, run_name, settle, start_alike,
                      that_data_take)
@@ -660,8 +660,8 @@ def parse(argv):
 def has_own_images(name):
     """Whether data are unreal images, not real ones with other labels."""
     if Path(name, 'meta.json').exists():
-        name = read_meta(Path(name))['kind']
-    return name in KINDS and name != 'random_labels'
+        name = read_json(Path(name, 'meta.json')).get('kind')
+    return name in KINDS and 'source' not in KINDS[name].settings.split()
 
 
 def two_parts(data, args):
