@@ -1,6 +1,6 @@
 """ImageNet and CheXpert: searches and retrainings on files laid out as theirs; published numbers.
 
-How these data are read and augmented is in test_data.py.
+How these data are read and augmented is in test_readers.py.
 """
 import csv
 import json
@@ -11,57 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import NOISE, ROOT, SIZES, log, one_line, run
-from PIL import Image
+from test_readers import COLUMNS, chest, tree, write_rows
 
 import evaluate
 import generate_data
 import retrain
 import search
-
-
-def tree(root, classes=('n01', 'n02', 'n03'), train=8, val=2, size=(80, 72)):
-    """ImageNet's folders, train/ and val/, with a folder of JPEG files for each class."""
-    rng = np.random.default_rng(0)
-    for split, n in (('train', train), ('val', val)):
-        for name in classes:
-            folder = Path(root, split, name)
-            folder.mkdir(parents=True)
-            for k in range(n):
-                pixels = rng.integers(0, 256, (size[1] // 8, size[0] // 8, 3), np.uint8)
-                Image.fromarray(pixels).resize(size).save(folder / f'{name}_{k}.JPEG')
-    return root
-
-
-COLUMNS = ['Path', 'Sex', 'Age', 'Frontal/Lateral', 'AP/PA', *generate_data.CHEXPERT]
-
-
-def write_rows(path, rows, columns=COLUMNS):
-    with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def chest(root, patients=12):
-    """CheXpert's layout: a frontal and a lateral view of each patient, uncertain labels in train.
-
-    Six more patients are in valid/. Fracture is never mentioned.
-    """
-    rng, splits = np.random.default_rng(0), {'train': [], 'valid': []}
-    for p in range(patients + 6):
-        split = 'train' if p < patients else 'valid'
-        study = f'CheXpert-v1.0-small/{split}/patient{p:05d}/study1'
-        Path(root, study).mkdir(parents=True)
-        values = ['', '1.0', '0.0', '-1.0' if split == 'train' else '1.0']
-        labels = {name: values[(p + k) % 4] for k, name in enumerate(generate_data.CHEXPERT)}
-        labels['Fracture'] = ''
-        for view in ('view1_frontal', 'view2_lateral'):
-            pixels = rng.integers(0, 256, (6, 5), np.uint8)
-            Image.fromarray(pixels).resize((20, 24)).save(Path(root, study, f'{view}.jpg'))
-            splits[split].append({'Path': f'{study}/{view}.jpg', 'Sex': 'Male', 'Age': 5,
-                                  'Frontal/Lateral': view[6:].title(), 'AP/PA': 'PA', **labels})
-    for split, rows in splits.items():
-        write_rows(Path(root, 'CheXpert-v1.0-small', f'{split}.csv'), rows)
 
 
 def reported(capsys, *flags):
@@ -128,7 +83,7 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
                 for r in csv.DictReader(file)}
     write_rows('d/labels.csv', [{'Study': study.split('/', 1)[1],
                                  **{k: r[k] for k in generate_data.CHEXPERT}}
-                                for study, r in rows.items()], ['Study', *generate_data.CHEXPERT])
+                                for study, r in rows.items()], ['Study', *COLUMNS[5:]])
     again = reported(capsys, 'n', '--test_labels', 'd/labels.csv')
     assert again['test_areas'] == row['test_areas']
     one_line(capsys, retrain.main([*flags, '--data', 'chexpert', '--arch', 'r', '--save', 's',
@@ -215,8 +170,9 @@ def test_real_files(capsys):
     data = Path(os.environ.get('UNREALNAS_DATA', ROOT / 'data'))
     if not (data / 'tiny-imagenet-20').is_dir() or not (data / 'CheXpert-v1.0-small').is_dir():
         pytest.skip('no real files in data/')
-    flags = ['--quick', '--max_steps', '3', '--gpu', '-1']
-    for k, more in enumerate((['imagenet', '--data_dir', str(data / 'tiny-imagenet-20')],
+    flags = ['--quick', '--max_steps', '1', '--layers', '3', '--gpu', '-1']
+    for k, more in enumerate((['imagenet', '--data_dir', str(data / 'tiny-imagenet-20'),
+                               '--image_size', '72'],
                               ['chexpert', '--data_dir', str(data), '--image_size', '64'])):
         run(search.main, f's{k}', *flags, '--data', *more)
         run(retrain.main, f'n{k}', *flags, '--data', *more, '--arch', f's{k}')
