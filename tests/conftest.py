@@ -12,8 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import generate_data  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wait)
-import retrain  # noqa: E402
-import search  # noqa: E402
 import torch  # noqa: E402
 
 SIZES = ['--layers', '3', '--init_channels', '4', '--batch_size', '8', '--epochs', '2',
@@ -64,7 +62,8 @@ def run(main, save, *flags):
 
 def stop_in_every_step(main, save, *flags):
     """Send this process SIGTERM in every step, and resume, until the run is done: starts needed."""
-    module, name = (search, 'weight_step') if main is search.main else (retrain, 'train_step')
+    module = sys.modules[main.__module__]
+    name = 'weight_step' if module.__name__ == 'search' else 'train_step'
     original, starts, status = getattr(module, name), 0, 143
 
     def step(*given):

@@ -34,6 +34,10 @@ def network(*shape, **more):
     return out
 
 
+def vector(network):
+    return torch.cat([p.flatten() for p in network.parameters()])
+
+
 def steps(*flags):
     """{name: numbers} after three steps on this process's part of a batch of 8."""
     rank, processes = generate_data.world()
@@ -49,14 +53,14 @@ def steps(*flags):
             train, valid = ((x[k, n, part], y[k, n, part]) for n in (0, 1))
             sums = search.bilevel_step(method, train, valid, sgd, adam)
         out[f'losses {order}'] = retrain.averaged([sums])[0][[0, 2]]
-        out[f'weights {order}'] = torch.nn.utils.parameters_to_vector(method.network.parameters())
+        out[f'weights {order}'] = vector(method.network)
     args = retrain.parse([*RETRAIN, *flags])
     ours = network(4, 4, 3, DARTS_V2)
     shared = DistributedDataParallel(ours) if processes > 1 else ours
     sgd = retrain.make_optimizer(ours, args)
     for k in range(3):
         retrain.train_step(shared, (x[k, 0, part], y[k, 0, part]), sgd, args)
-    out['retrained'] = torch.nn.utils.parameters_to_vector(ours.parameters())
+    out['retrained'] = vector(ours)
     images = (x[0, 0].permute(0, 2, 3, 1) * 9 + 99).byte().numpy()[:7]
     data = generate_data.Data('x', 'noise', images, y[0, 0, :7].numpy(), list('abcd'), [.5] * 3,
                               [.2] * 3, 8, {})
