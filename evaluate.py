@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CHEXPERT, DATA, REAL, Batches, Setting, UserError, choose_device, number,
-                           one_line_errors, parse_flags, read, read_chexpert, read_image, world,
-                           write_file)
+from generate_data import (CHEXPERT, DATA, REAL, Batches, Setting, UserError, choose_device,
+                           number, one_line_errors, parse_flags, read, read_chexpert, read_image,
+                           world, write_file)
 
 import numpy as np
 import torch

@@ -1642,6 +1642,9 @@ TRANSFORMS = {
                                interpolation=v2.InterpolationMode.BILINEAR)]}
 
 
+AUGMENTATIONS = ['none', 'standard', *TRANSFORMS]
+
+
 class Batches:
     """Normalised batches of some images of a Data, every epoch in an order of its own.
 

@@ -25,11 +25,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (KINDS, REAL, Batches, Setting, UserError, choose_device,
-                           find_or_make, number, one_line_errors, parse_flags, set_tf32,
-                           stratified_split, world, write_file)
-from evaluate import correct, loss_of, method_name, read_json, stem_for
-from retrain import (INPUT, RUN, SCHEDULE, STEM, GraphedStep, Run, averaged, changed_by_a_step,
+from generate_data import (KINDS, REAL, Batches, Setting, UserError, choose_device, find_or_make,
+                           number, one_line_errors, parse_flags, set_tf32, stratified_split, world,
+                           write_file)
+from evaluate import COST, correct, loss_of, method_name, read_json, stem_for
+from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, averaged, changed_by_a_step,
                      check_alike, learning_rate_at, preset_name, run_name, settle, start_alike,
                      that_data_take)
 
@@ -45,27 +45,23 @@ from operations import DroppedSkip, dropped_skip
 # Settings. Defaults are DARTS's; a method's own are in its class.
 
 SEARCH = {
-    'space': Setting('darts', 'nb201: NAS-Bench-201, where the truth is known',
-                     ['darts', 'nb201']),
+    'space': Setting('darts', 'nb201: where the truth is known', ['darts', 'nb201']),
     'unrolled': Setting(False, 'second-order step'),
-    'arch_data': Setting('valid', 'images for the alphas: held out, those of the weights, or none '
-                         '(a control)', ['valid', 'train', 'none']),
+    'arch_data': Setting('valid', 'of the alphas: held-out images, those of the weights, or none',
+                         ['valid', 'train', 'none']),
     'perturb': Setting('random', 'of sdarts', ['random', 'adversarial']),
     'partial': Setting(1, 'operations see 1/partial of the channels', number(int, 1)),
     'init_channels': Setting(16, 'channels of the first cell', number(int, 1)),
     'layers': Setting(8, 'cells; of pdarts in its first stage', number(int, 3, 200)),
     'cells_per_stage': Setting(5, 'of nb201', number(int, 1, 60)),
-    'stem': STEM,
-    'train_portion': Setting(0.5, 'share of the images for the weights',
-                             number(float, above=0, below=1)),
-    'valid_fraction': Setting(None, 'share of the images for the alphas, instead of all others',
+    'stem': COST['stem'],
+    'train_portion': Setting(0.5, "the weights' share of images", number(float, above=0, below=1)),
+    'valid_fraction': Setting(None, "the alphas' share, not all others",
                               number(float, above=0, below=1)),
     'arch_learning_rate': Setting(3e-4, 'of the alphas', number(float, 0)),
     'arch_weight_decay': Setting(1e-3, 'of the alphas', number(float, 0)),
-    'frozen_epochs': Setting(0, 'first epochs, in which only the weights are trained',
-                             number(int, 0)),
-    'hessian': Setting(None, 'log the largest eigenvalue of the Hessian every so many epochs',
-                       number(int, 1)),
+    'frozen_epochs': Setting(0, 'first epochs, of the weights alone', number(int, 0)),
+    'hessian': Setting(None, 'log its largest eigenvalue every so many epochs', number(int, 1)),
     'early_stop': Setting(False, 'stop when it grows, as RobustDARTS does'),
 }
 DEFAULTS = dict(epochs=50, batch_size=64, learning_rate=0.025,
