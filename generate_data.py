@@ -47,6 +47,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
 from torchvision import datasets  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
@@ -304,6 +305,7 @@ DATA = {
     'uncertain': Setting('mixed', 'what -1.0 of CheXpert becomes; mixed: ones for Atelectasis and '
                          'Edema, else zeros', ['mixed', 'ones', 'zeros', 'ignore']),
     'views': Setting('frontal', 'of CheXpert', ['frontal', 'all'])}
+DEFAULTS = {name: setting.default for name, setting in DATA.items()}
 # Of generate_data.py alone, for --generator train
 TRAINING = {'generator_steps': Setting(50000, 'steps of training', number(int, 1)),
             'time_limit': Setting(None, 'minutes of training', number(float, above=0))}
@@ -580,7 +582,7 @@ class Formula:
         x = np.stack([draw_leaves(*image, fine) for image in zip(leaves.tolist(),
                                                                  colours.tolist())])
         x = torch.from_numpy(x).to(u.device).permute(0, 3, 1, 2) / 255
-        x = nn.functional.adaptive_avg_pool2d(x, self.size)
+        x = F.adaptive_avg_pool2d(x, self.size)
         return x + self.contrast / 3 * smooth_field(noise[:, :1], 2 + u[:, 3])
 
 
@@ -647,7 +649,7 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     maps, path = maps.flatten(0, 1)[:, :6].contiguous(), []
     x = y = torch.zeros(b, points, device=u.device)
     for t, hop in enumerate(chosen.view(b, ROUNDS, points).unbind(1)):
-        m = nn.functional.embedding(hop, maps).unbind(-1)
+        m = F.embedding(hop, maps).unbind(-1)
         x, y = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
         if t >= SETTLE:
             path.append(torch.stack([x, y], 1))
@@ -663,7 +665,7 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     at += rows[:, None] * (2 * size) ** 2
     counts = torch.bincount(torch.where(inside, at, b * (2 * size) ** 2).flatten(),
                             minlength=b * (2 * size) ** 2 + 1)[:-1]
-    tone = nn.functional.avg_pool2d(counts.view(b, 1, 2 * size, 2 * size).float().log1p(), 2)
+    tone = F.avg_pool2d(counts.view(b, 1, 2 * size, 2 * size).float().log1p(), 2)
     return tone / tone.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
 def spread(seed, n, k):
@@ -727,8 +729,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x, e):
         scale, shift = self.condition(e)[:, :, None, None].chunk(2, 1)
-        y = self.norm2(self.conv1(nn.functional.silu(self.norm1(x)))) * (1 + scale) + shift
-        x = self.skip(x) + self.conv2(nn.functional.silu(y))
+        y = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
+        x = self.skip(x) + self.conv2(F.silu(y))
         if self.attention is not None:
             tokens = self.norm3(x).flatten(2).transpose(1, 2)
             tokens, _ = self.attention(tokens, tokens, tokens, need_weights=False)
@@ -765,20 +767,20 @@ class UNet(nn.Module):
         e = self.embed(torch.cat([phase.cos(), phase.sin(), 8 * y], 1))     # 8: as much as time
         x, kept = self.stem(x), []
         for block in self.down:
-            x = block(nn.functional.avg_pool2d(x, 2) if kept else x, e)
+            x = block(F.avg_pool2d(x, 2) if kept else x, e)
             kept.append(x)
         x = self.middle(x, e)
         for block in self.up:
             if x.shape[-1] != kept[-1].shape[-1]:
-                x = nn.functional.interpolate(x, scale_factor=2.0)
+                x = F.interpolate(x, scale_factor=2.0)
             x = block(torch.cat([x, kept.pop()], 1), e)
         return self.head(x)
 
 
 def conditions(labels, num_classes):
     """float (B, classes + 1) of labels (B,) or (B, classes); the last column stands for "any"."""
-    rows = labels if labels.ndim == 2 else nn.functional.one_hot(labels, num_classes)
-    return nn.functional.pad(rows.float(), (0, 1))
+    rows = labels if labels.ndim == 2 else F.one_hot(labels, num_classes)
+    return F.pad(rows.float(), (0, 1))
 
 
 def flow_loss(network, x, y, seed, device):
@@ -939,6 +941,7 @@ def put_back(out):
 
 def check_out(out, force):
     """UserError if a set must not be written."""
+    put_back(out)
     if out.exists() and not force:
         raise UserError(f'{out} exists. Use --force to replace it, or choose another --out.')
     if out.is_file() or out.exists() and not (out / 'meta.json').exists() and any(out.iterdir()):
@@ -957,10 +960,10 @@ def new_folder(out, force=False):
     old, new = out.with_name(f'.{out.name}.old'), out.with_name(f'.{out.name}.new')
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.with_name(f'.{out.name}.lock')):
-        put_back(out)
         check_out(out, force)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_left = functools.partial(shutil.rmtree, ignore_errors=True)
+        remove_left(new)
+        remove_left(old)
         try:
             new.mkdir()
             yield new
@@ -972,8 +975,8 @@ def new_folder(out, force=False):
             raise
         finally:
             put_back(out)
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            remove_left(new)
+            remove_left(old)
 
 
 def own_settings(name, s):
@@ -991,7 +994,6 @@ def make_set(out, name, s, device, force=False):
     """Write a set of the kind `name` with the settings s into the folder `out`; images/s."""
     if name not in KINDS:
         raise UserError(f'{name} is no kind of unreal data. Use one of {", ".join(KINDS)}.')
-    put_back(Path(out))
     check_out(Path(out), force)
     own = own_settings(name, s)
     if 'num_classes' in own and not own.get('multilabel') and s['num_images'] < s['num_classes']:
@@ -1026,25 +1028,35 @@ def write_set(out, made, about, force=False):
 
 def write_images(path, n, chunks):
     """Stream n images into an .npy file: (the first 100, SHA-256, image_size, mean and std)."""
-    progress, digest, first, done = Progress(n, 'images'), hashlib.sha256(), [], 0
-    counts, values = np.zeros((3, 256), np.int64), np.arange(256)
+    progress, digest, first, done, counts = Progress(n, 'images'), hashlib.sha256(), [], 0, 0
     with open(path, 'wb') as file:
         for chunk in chunks:
             if not done:
                 np.lib.format.write_array_header_1_0(file, {
                     'descr': '|u1', 'fortran_order': False, 'shape': (n, *chunk.shape[1:])})
             first.extend(chunk[:100 - len(first)])
-            counts += [np.bincount(channel, minlength=256) for channel in chunk.reshape(-1, 3).T]
+            counts = counts + count_values(chunk)
             digest.update(chunk.tobytes())
             file.write(chunk.tobytes())
             done += len(chunk)
             progress.update(done)
     progress.close()
-    mean = counts @ values / counts.sum(1)
-    variance = counts @ values ** 2 / counts.sum(1) - mean ** 2
-    return np.stack(first), digest.hexdigest(), {
-        'image_size': len(first[0]), 'mean': (mean / 255).tolist(),
-        'std': (np.sqrt(np.maximum(variance, 1)) / 255).tolist()}
+    mean, std = mean_and_std(counts)
+    return np.stack(first), digest.hexdigest(), {'image_size': len(first[0]), 'mean': mean,
+                                                 'std': std}
+
+
+def count_values(images):
+    """int64 (3, 256): how often each value is in a channel of uint8 images."""
+    return np.stack([np.bincount(c, minlength=256) for c in images.reshape(-1, 3).T])
+
+
+def mean_and_std(counts):
+    """Two lists by channel, of pixels / 255, from count_values; no deviation is below 1 / 255."""
+    values, n = np.arange(256), counts.sum(1)
+    mean = counts @ values / n
+    variance = counts @ values ** 2 / n - mean ** 2
+    return (mean / 255).tolist(), (np.sqrt(np.maximum(variance, 1)) / 255).tolist()
 
 
 def contact_sheet(images, labels, meta):
@@ -1055,8 +1067,8 @@ def contact_sheet(images, labels, meta):
         order = np.argsort(labels[order], kind='stable')
     x = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
     how = v2.InterpolationMode.NEAREST if x.shape[-1] <= size else v2.InterpolationMode.BICUBIC
-    x = nn.functional.pad(v2.functional.resize(x, [size, size], how), (0, 0, 0, text), value=255)
-    grid = nn.functional.pad(make_grid(x, 10, gap, pad_value=255), (0, 0, top, 0), value=255)
+    x = F.pad(v2.functional.resize(x, [size, size], how), (0, 0, 0, text), value=255)
+    grid = F.pad(make_grid(x, 10, gap, pad_value=255), (0, 0, top, 0), value=255)
     sheet = v2.functional.to_pil_image(grid)
     pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     title = f'{meta["kind"]}: {len(labels):,} images of {meta["image_size"]} px, ' \
@@ -1157,7 +1169,7 @@ def read(name, s, split='train'):
     s: settings of DATA, defaults for those that are missing. Real images are resized to
     image_size; a written set never is. None if the set has no test split.
     """
-    s = {**{key: setting.default for key, setting in DATA.items()}, **s}
+    s = {**DEFAULTS, **s}
     if name in REAL:
         return REAL[name](name, s, split)
     folder = Path(name)
@@ -1239,13 +1251,10 @@ def read_cifar(name, s, split):
     official = getattr(datasets, name.upper())
     inner, mean, std = CIFAR[name]
     folder = Path(s['data_dir'])
-    if s['download']:
-        try:
-            official(str(folder), download=True)
-        except Exception as error:
-            raise UserError(f'no download ({error}). Put {inner}/ into {folder}.') from None
     if folder.name != inner or not folder.is_dir():
         folder /= inner
+    if s['download'] and not folder.is_dir():
+        download_cifar(official, folder)
     if not folder.is_dir():
         raise UserError(f'{name}: no {inner}/ in {folder.parent}. Give its --data_dir, or '
                         '--download.')
@@ -1273,6 +1282,20 @@ def read_cifar(name, s, split):
                            for x in images])
     return Data(name, 'real', images, np.concatenate(labels), names, mean, std, size,
                 {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
+
+
+def download_cifar(official, folder):
+    try:
+        with new_folder(folder) as new:                 # by one process, whole or not at all
+            official(str(new), download=True)
+            for file in [*(new / folder.name).iterdir()]:
+                file.rename(new / file.name)
+            (new / folder.name).rmdir()
+            (new / official.filename).unlink(missing_ok=True)
+    except Exception as error:
+        if not folder.is_dir():                         # else another run has just fetched it
+            raise UserError(f'no download ({error}). Put {folder.name}/ into {folder.parent}.') \
+                from None
 
 
 class Inert:
@@ -1316,12 +1339,13 @@ def cifar_images(array):
 
 def read_imagenet(name, s, split):
     """ImageNet as train/<synset>/ and val/<synset>/ in data_dir, or in its folder imagenet/."""
-    for place in (Path(s['data_dir']), Path(s['data_dir'], 'imagenet')):
+    for place in (Path(s['data_dir']), Path(s['data_dir'], name)):
         if (place / 'train').is_dir() and (place / 'val').is_dir():
             data = read_folder(place, split, s['image_size'] or 224, [0.485, 0.456, 0.406],
                                [0.229, 0.224, 0.225])
-            return replace(data, name=name, origin={'name': name,
-                                                    'data_dir': os.path.abspath(s['data_dir'])})
+            data.name = name
+            data.origin = {'name': name, 'data_dir': os.path.abspath(s['data_dir'])}
+            return data
     raise UserError(f'imagenet: no train/ and val/ in {s["data_dir"]} or its folder imagenet/. '
                     'Give its --data_dir.')
 
@@ -1447,34 +1471,29 @@ def read_folder(root, split, image_size, mean=None, std=None):
     if (root / 'train').is_dir():
         train = root / 'train'
         test = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
+    if split == 'test' and not test:
+        return None
     classes = class_names(train)
     differ = set(classes) ^ set(class_names(test)) if test else ()
     if differ:
         raise UserError(f'{test} and {train} differ in their classes: '
                         f'{", ".join(sorted(differ)[:5])}. Give both the same folders.')
-    if split == 'test' and not test:
-        return None
     files, labels = list_images(test if split == 'test' else train, classes)
+    if mean is None:
+        known = files if split == 'train' else list_images(train, classes)[0]
+        mean, std = training_statistics(tuple(known), image_size)
     data = Data(str(root), 'real', files, labels, classes, mean, std, image_size,
                 {'name': str(root.resolve())}, zoom=8 / 7 if image_size > 64 else 1)
     if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
         data.images = decode(files, image_size, data.zoom)
-    if mean is None:
-        files, _ = list_images(train, classes)
-        data.mean, data.std = mean_and_std(tuple(files), image_size)
     return data
 
 
 @functools.lru_cache(4)
-def mean_and_std(files, image_size):
-    """Of pixels / 255, by channel, over at most 2,000 training images, few in memory at a time."""
+def training_statistics(files, image_size):
+    """mean_and_std of at most 2,000 training images."""
     chosen = [files[k] for k in np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)]
-    sums = np.zeros((2, 3))
-    for part in parts_of(len(chosen), 32):
-        for pixels in decode(chosen[part.start:part.stop], image_size) / 255:
-            sums += pixels.mean((0, 1)), (pixels ** 2).mean((0, 1))
-    mean, square = sums / len(chosen)
-    return mean.tolist(), np.sqrt(np.maximum(square - mean ** 2, 1 / 255 ** 2)).tolist()
+    return mean_and_std(count_values(decode(chosen, image_size)))
 
 
 def list_images(folder, classes):
@@ -1600,13 +1619,11 @@ def find_or_make(name, s):
 
 def folder_name(name, own):
     """noise-num_images=1000-seed0: the own_settings that differ from the defaults."""
-    parts = [name]
-    defaults = {**{key: setting.default for key, setting in DATA.items()},
-                'image_size': None if 'source' in own else 32}
-    for key, value in own.items():
-        if key != 'data_seed' and value != defaults[key]:
-            parts.append(f'{key}={Path(str(value)).name}')
-    return '-'.join([*parts, f'seed{own["data_seed"]}'])
+    usual = {**DEFAULTS, 'data_seed': own['data_seed']}
+    if 'source' not in own:
+        usual['image_size'] = 32
+    parts = [f'{k}={Path(str(value)).name}' for k, value in own.items() if value != usual[k]]
+    return '-'.join([name, *parts, f'seed{own["data_seed"]}'])
 
 
 def stratified_split(labels, fraction, seed, patients=None):
@@ -1694,27 +1711,26 @@ class Batches:
         """Batches start, start + 1, ... of an epoch."""
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
         n, step = len(self.indices), self.batch_size
-        order = self.indices[rng.permutation(n)] if self.shuffle else self.indices
+        indices = self.indices[rng.permutation(n)] if self.shuffle else self.indices
         random = self.augment == 'standard' or self.cutout
         draws = torch.from_numpy(rng.random((n if random else 0, 11), np.float32)).to(self.device)
-        order = torch.from_numpy(order).to(self.device)
+        order = torch.from_numpy(indices).to(self.device)
         parts = [slice(k * step + self.part.start, k * step + self.part.stop)
                  for k in range(start, len(self))]
-        for part, x in zip(parts, self.pixels(order, parts, epoch)):
-            yield self.prepared(x, draws[part]), self.labels[order[part]]
-
-    def pixels(self, order, parts, epoch):
-        """uint8 (B, H, W, 3) on the device for each slice of `order`."""
         if self.resident:
             images = self.data.on_device[str(self.device)]
-            for part in parts:
-                yield images[order[part]]
-            return
+            batches = (images[order[part]] for part in parts)
+        else:
+            batches = self.from_workers((indices[part].tolist() for part in parts), epoch)
+        for part, x in zip(parts, batches):
+            yield self.prepared(x, draws[part]), self.labels[order[part]]
+
+    def from_workers(self, batches, epoch):
+        """uint8 (B, H, W, 3) on the device for each list of indices."""
         seeds = self.seed, epoch
-        batches = [[(index, self.augment, seeds) for index in order[part].tolist()]
-                   for part in parts]
+        items = ([(index, self.augment, seeds) for index in batch] for batch in batches)
         loader = torch.utils.data.DataLoader(
-            self.data, batch_sampler=batches, num_workers=self.workers, collate_fn=stack_images,
+            self.data, batch_sampler=items, num_workers=self.workers, collate_fn=stack_images,
             pin_memory=self.device.type == 'cuda', generator=torch.Generator())
         for x in loader:
             if isinstance(x, UserError):
@@ -1743,7 +1759,7 @@ def stack_images(images):
 def crop_and_flip(x, offsets, flips, padding):
     """x: uint8 (B, H, W, 3); offsets (B, 2) into x padded with black; flips (B,) 0 or 1."""
     b, h, w, _ = x.shape
-    x = nn.functional.pad(x, (0, 0, padding, padding, padding, padding))
+    x = F.pad(x, (0, 0, padding, padding, padding, padding))
     rows = offsets[:, :1] + torch.arange(h, device=x.device)
     columns = torch.arange(w, device=x.device)
     columns = torch.where(flips.unsqueeze(1) == 1, w - 1 - columns, columns) + offsets[:, 1:]
