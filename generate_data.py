@@ -740,12 +740,12 @@ class ResBlock(nn.Module):
 
 class UNet(nn.Module):
     """Velocity of the flow: images (B, 3, S, S), time (B,), condition (B, classes + 1)."""
-    def __init__(self, size, num_classes, emb=256):
+    def __init__(self, size, num_classes, emb=256, widths=(64, 128, 192, 240)):
         super().__init__()
         levels = 2
         while size % 2 ** levels == 0 and size >> levels >= 4:
             levels += 1
-        widths = ([64] * levels + [128, 192, 240])[-levels:]
+        widths = (widths[:1] * levels + widths[1:])[-levels:]
         small = [size >> k <= 8 for k in range(levels)]             # where there is attention
         self.frequencies = nn.Parameter(torch.randn(64) * 8, requires_grad=False)
         self.embed = nn.Sequential(nn.Linear(128 + num_classes + 1, emb), nn.SiLU(),
