@@ -621,7 +621,8 @@ def fractal_bank(seed, n):
     fits = (total >= (5 + count) / 2) & (total <= (6 + count) / 2)
     s = tries[np.arange(n), fits.argmax(1)]
     angles, signs, shift = (2 * u[:, 1:25].reshape(3, n, 4, 2) - 1)
-    (c1, c2), (s1, s2) = (np.moveaxis(f(np.pi * angles), -1, 0) for f in (np.cos, np.sin))
+    c1, c2 = np.moveaxis(np.cos(np.pi * angles), -1, 0)
+    s1, s2 = np.moveaxis(np.sin(np.pi * angles), -1, 0)
     d1, d2 = np.moveaxis(s * np.sign(signs), -1, 0)
     maps = np.stack([c1 * d1 * c2 - s1 * d2 * s2, -c1 * d1 * s2 - s1 * d2 * c2, shift[..., 0],
                      s1 * d1 * c2 + c1 * d2 * s2, c1 * d2 * c2 - s1 * d1 * s2, shift[..., 1],
@@ -683,7 +684,8 @@ def smooth_field(noise, slope, stretch=None, angle=None):
     fy = torch.fft.fftfreq(size, device=noise.device)[:, None]
     fx = torch.fft.rfftfreq(size, device=noise.device)
     if angle is not None:
-        c, s, stretch = (v[:, None, None] for v in (angle.cos(), angle.sin(), stretch))
+        c, s = angle.cos()[:, None, None], angle.sin()[:, None, None]
+        stretch = stretch[:, None, None]
         fx, fy = (c * fx + s * fy) * stretch ** 0.5, (c * fy - s * fx) / stretch ** 0.5
     square = (fx ** 2 + fy ** 2).expand(len(noise), -1, -1).clone()
     square[:, 0, 0] = math.inf                  # no mean
@@ -1557,7 +1559,7 @@ def read_image(path, image_size, zoom=1, crop=False):
                                                tuple(shares * [w, h, w, h])))
             # Whole pixels, as if the resized image had been cut.
             scale = round(image_size * zoom) / min(w, h)
-            wide, high = (max(image_size, round(side * scale)) for side in (w, h))
+            wide, high = max(image_size, round(w * scale)), max(image_size, round(h * scale))
             left, top = (wide - image_size) // 2, (high - image_size) // 2
             box = (left * w / wide, top * h / high, (left + image_size) * w / wide,
                    (top + image_size) * h / high)
@@ -1727,15 +1729,20 @@ class Batches:
 
     def from_workers(self, batches, epoch):
         """uint8 (B, H, W, 3) on the device for each list of indices."""
-        seeds = self.seed, epoch
-        items = ([(index, self.augment, seeds) for index in batch] for batch in batches)
         loader = torch.utils.data.DataLoader(
-            self.data, batch_sampler=items, num_workers=self.workers, collate_fn=stack_images,
-            pin_memory=self.device.type == 'cuda', generator=torch.Generator())
+            self.data, batch_sampler=self.items(batches, epoch), num_workers=self.workers,
+            collate_fn=stack_images, pin_memory=self.device.type == 'cuda',
+            generator=torch.Generator())
         for x in loader:
             if isinstance(x, UserError):
                 raise x
             yield x.to(self.device, non_blocking=True)
+
+    def items(self, batches, epoch):
+        """What Data's __getitem__ takes, for each list of indices."""
+        seeds = self.seed, epoch
+        for batch in batches:
+            yield [(index, self.augment, seeds) for index in batch]
 
     def prepared(self, x, u):
         """x: uint8 (B, H, W, 3), u: (B, 11) from 0 to 1, whose first columns are a flip, the place
