@@ -49,9 +49,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
-from torchvision import datasets  # noqa: E402
-from torchvision.transforms import v2  # noqa: E402
-from torchvision.utils import make_grid  # noqa: E402
 
 try:
     import fcntl
@@ -273,6 +270,12 @@ def choose_device(gpu, tf32=False):
         print(f'no CUDA on this machine: --gpu {gpu} runs on the CPU '
               f'({torch.get_num_threads()} threads)', file=sys.stderr)
     return torch.device('cuda', gpu) if cuda else torch.device('cpu')
+
+
+def vision():
+    """torchvision, loaded when it is needed: it takes as long as torch."""
+    import torchvision.transforms.v2
+    return torchvision
 
 
 def set_tf32(on):
@@ -1063,14 +1066,15 @@ def mean_and_std(counts):
 
 def contact_sheet(images, labels, meta):
     """A labelled PIL image of up to 100 images, in ten columns, sorted by class where possible."""
-    size, gap, text, top = 72, 8, 18, 34
+    size, gap, text, top, v2 = 72, 8, 18, 34, vision().transforms.v2
     order = np.arange(len(images))
     if labels.ndim == 1:
         order = np.argsort(labels[order], kind='stable')
     x = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
     how = v2.InterpolationMode.NEAREST if x.shape[-1] <= size else v2.InterpolationMode.BICUBIC
     x = F.pad(v2.functional.resize(x, [size, size], how), (0, 0, 0, text), value=255)
-    grid = F.pad(make_grid(x, 10, gap, pad_value=255), (0, 0, top, 0), value=255)
+    grid = vision().utils.make_grid(x, 10, gap, pad_value=255)
+    grid = F.pad(grid, (0, 0, top, 0), value=255)
     sheet = v2.functional.to_pil_image(grid)
     pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     title = f'{meta["kind"]}: {len(labels):,} images of {meta["image_size"]} px, ' \
@@ -1141,11 +1145,11 @@ class Data:
                 if isinstance(self.images, np.ndarray):
                     image = Image.fromarray(self.images[index])
                     if augment in CROPS:
-                        image = v2.RandomResizedCrop(self.image_size)(image)
+                        image = vision().transforms.RandomResizedCrop(self.image_size)(image)
                 else:
                     image = Image.fromarray(read_image(self.images[index], self.image_size,
                                                        self.zoom, augment in CROPS))
-                for transform in TRANSFORMS.get(augment, ()):
+                for transform in transforms_of(augment) if augment in IN_WORKERS else ():
                     image = transform(image)
                 return torch.from_numpy(np.array(image))
         except UserError as error:
@@ -1250,7 +1254,7 @@ CIFAR = {
 
 def read_cifar(name, s, split):
     """CIFAR-10 or -100 in the layout of its python archive, in data_dir or data_dir itself."""
-    official = getattr(datasets, name.upper())
+    official = getattr(vision().datasets, name.upper())
     inner, mean, std = CIFAR[name]
     folder = Path(s['data_dir'])
     if folder.name != inner or not folder.is_dir():
@@ -1500,6 +1504,7 @@ def training_statistics(files, image_size):
 
 def list_images(folder, classes):
     """(paths, int64 labels) of all images in the folders of the classes."""
+    datasets = vision().datasets
     try:
         samples = datasets.ImageFolder.make_dataset(
             str(folder), {name: k for k, name in enumerate(classes)},
@@ -1545,7 +1550,7 @@ def read_image(path, image_size, zoom=1, crop=False):
                 w, h = h, w
             part = 1 / zoom
             if crop:
-                top, left, high, wide = v2.RandomResizedCrop.get_params(
+                top, left, high, wide = vision().transforms.RandomResizedCrop.get_params(
                     torch.empty(1, h, w, device='meta'), (0.08, 1), (3 / 4, 4 / 3))
                 part = min(high, wide) / min(w, h)
                 shares = np.array([left / w, top / h, (left + wide) / w, (top + high) / h])
@@ -1650,15 +1655,22 @@ def stratified_split(labels, fraction, seed, patients=None):
     return np.sort(order[first]), np.sort(order[~first])
 
 
-# What happens to an image in the loader's workers, by `augment`. The slight turn, shift and zoom
-# of chest X-rays are our own choice.
-FLIP = v2.RandomHorizontalFlip()
 CROPS = ('crop', 'imagenet')                # these begin with RandomResizedCrop
-TRANSFORMS = {
-    'crop': [FLIP],
-    'imagenet': [FLIP, v2.ColorJitter(0.4, 0.4, 0.4, 0.2)],
-    'affine': [v2.RandomAffine(5, (0.05, 0.05), (0.95, 1.05),
-                               interpolation=v2.InterpolationMode.BILINEAR)]}
+IN_WORKERS = (*CROPS, 'affine')             # these are done by the processes that read images
+
+
+@functools.cache
+def transforms_of(augment):
+    """What `augment`, one of IN_WORKERS, does to an image that is cropped already.
+
+    The slight turn, shift and zoom of chest X-rays are our own choice.
+    """
+    v2 = vision().transforms.v2
+    if augment == 'affine':
+        return [v2.RandomAffine(5, (0.05, 0.05), (0.95, 1.05),
+                                interpolation=v2.InterpolationMode.BILINEAR)]
+    colours = [v2.ColorJitter(0.4, 0.4, 0.4, 0.2)] if augment == 'imagenet' else []
+    return [v2.RandomHorizontalFlip(), *colours]
 
 
 class Batches:
@@ -1701,7 +1713,9 @@ class Batches:
         self.scale = 1 / (torch.tensor(data.std, device=device) * 255)
         labels = torch.from_numpy(np.ascontiguousarray(data.labels))
         self.labels = (labels.float() if data.multilabel else labels).to(device)
-        self.resident = data.resident and self.augment not in TRANSFORMS
+        self.resident = data.resident and self.augment not in IN_WORKERS
+        if self.augment in IN_WORKERS:          # so that the workers find torchvision loaded
+            transforms_of(self.augment)
         if self.resident and str(device) not in data.on_device:
             data.on_device[str(device)] = torch.from_numpy(np.array(data.images)).to(device)
 

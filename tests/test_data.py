@@ -336,7 +336,7 @@ def test_an_unfinished_download_leaves_nothing(monkeypatch):
         if not Path('works').exists():
             raise RuntimeError('the line is cut')
 
-    monkeypatch.setattr(g.datasets.CIFAR10, '__init__', download)
+    monkeypatch.setattr(g.vision().datasets.CIFAR10, '__init__', download)
     with pytest.raises(g.UserError, match='the line is cut'):
         g.read('cifar10', {'download': True})
     assert names('data') == []
