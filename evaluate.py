@@ -12,6 +12,7 @@ NAS-Bench-201 is looked up. A metric is a row of METRICS: it is then in the log 
 the report and in the table.
 """
 import csv
+import hashlib
 import io
 import json
 import math
@@ -22,9 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CHEXPERT, DATA, REAL, Batches, Setting, UserError, choose_device, number,
-                           one_line_errors, parse_flags, read, read_chexpert, read_image, world,
-                           write_file)
+from generate_data import (CHEXPERT, DATA, REAL, Batches, Setting, UserError, choose_device, leave,
+                           number, one_line_errors, parse_flags, read, read_chexpert, read_image,
+                           world, write_file)
 
 import numpy as np
 import torch
@@ -228,17 +229,22 @@ def stem_for(stem, image_size, init_channels, auxiliary=False):
 
 
 def load_file(path, mend):
-    """The dictionary that torch.save wrote; UserError, with the mend, for a damaged file."""
+    """The dictionary that write_file wrote; UserError, with the mend, if one bit of it has changed.
+
+    Files of older runs have no checksum at their end.
+    """
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-        if isinstance(content, dict):
-            return content
-        reason = 'no dictionary'
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f'{path} is missing: {mend}') from None
+    zipped, checksum = content[:-32], content[-32:]
+    if hashlib.sha256(zipped).digest() != checksum and b'PK\5\6' not in checksum:
+        raise UserError(f'{path} is damaged: {mend}')
+    try:
+        return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
     except Exception as error:                  # whatever a damaged file makes torch say
         reason = (str(error) or 'truncated').splitlines()[0][:100]
-    raise UserError(f'{path} is not readable ({reason}): {mend}')
+        raise UserError(f'{path} is not readable ({reason}): {mend}') from None
 
 
 def load_weights(path):
@@ -711,4 +717,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())

@@ -35,8 +35,8 @@ from types import SimpleNamespace
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (DATA, REAL, Batches, Progress, Setting, UserError, choose_device, fcntl,
-                           find_or_make, name_or_path, number, one_line_errors, parse_flags, read,
-                           refuse_unused, stratified_split, taken, world, write_file)
+                           find_or_make, leave, name_or_path, number, one_line_errors, parse_flags,
+                           read, refuse_unused, stratified_split, taken, world, write_file)
 from evaluate import (EVALUATION_BATCH, FREE, correct, find_genotype, gathered, load_file, loss_of,
                       read_json, stem_for, test)
 
@@ -844,4 +844,4 @@ def finish(run, args, data, test_data, stem, genotype, found_by, weights):
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())

@@ -25,9 +25,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (KINDS, REAL, Batches, Setting, UserError, choose_device,
-                           find_or_make, number, one_line_errors, parse_flags, read_meta, set_tf32,
-                           stratified_split, world, write_file)
+from generate_data import (CIFAR, KINDS, REAL, Batches, Setting, UserError, choose_device,
+                           find_or_make, leave, number, one_line_errors, parse_flags, read_meta,
+                           set_tf32, stratified_split, world, write_file)
 from evaluate import correct, loss_of, method_name, stem_for
 from retrain import (INPUT, RUN, SCHEDULE, STEM, GraphedStep, Run, averaged, changed_by_a_step,
                      check_alike, learning_rate_at, preset_name, run_name, settle, start_alike,
@@ -817,8 +817,10 @@ def next_command(folder, args):
         words.append('--quick')
     elif args.preset == 'laptop':
         words += ['--preset', 'laptop']
-    elif target in ('cifar10', 'cifar100') and args.space == 'darts':
+    elif target in CIFAR and args.space == 'darts':
         words += ['--auxiliary', '--cutout']
+    if target in CIFAR and not Path(args.data_dir, CIFAR[target][0]).is_dir():
+        words.append('--download')
     if target not in REAL and args.image_size:
         words += ['--image_size', str(args.image_size)]
     if target in REAL and args.data_dir != 'data':
@@ -829,4 +831,4 @@ def next_command(folder, args):
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())
