@@ -19,7 +19,6 @@ SDARTS (2002.05283), DARTS- (2009.01027), beta-DARTS (2203.01665), RobustDARTS (
 """
 import math
 import shlex
-import sys
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
