@@ -260,7 +260,7 @@ class BetaDarts(Darts):
     recipe_on = {'nb201': dict(epochs=100, nesterov=False, weight_decay=3e-4)}
 
     def begin_epoch(self, epoch, epochs, frozen):
-        return self.set(lambda_=50 * epoch / epochs)
+        return self.set(lambda_=50 * (epoch / epochs))
 
     def alpha_gradients(self, grads):
         network = self.network
@@ -282,7 +282,7 @@ class SDarts(Darts):
     recipe_on = {'nb201': dict(epochs=100, nesterov=False, weight_decay=3e-4)}
 
     def begin_epoch(self, epoch, epochs, frozen):
-        return self.set(radius=0.03 + 0.27 * epoch / epochs)
+        return self.set(radius=0.03 + 0.27 * (epoch / epochs))
 
     @contextmanager
     def weight_training(self, train):
