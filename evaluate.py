@@ -12,7 +12,6 @@ NAS-Bench-201 is looked up. A metric is a row of METRICS: it is then in the log 
 the report and in the table.
 """
 import csv
-import hashlib
 import io
 import json
 import math
@@ -24,8 +23,8 @@ from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CHEXPERT, DATA, REAL, Batches, Setting, UserError, choose_device, leave,
-                           number, one_line_errors, parse_flags, read, read_chexpert, read_image,
-                           world, write_file)
+                           load_file, number, one_line_errors, parse_flags, read, read_chexpert,
+                           read_image, world, write_file)
 
 import numpy as np
 import torch
@@ -228,25 +227,6 @@ def stem_for(stem, image_size, init_channels, auxiliary=False):
     return stem
 
 
-def load_file(path, mend):
-    """The dictionary that write_file wrote; UserError, with the mend, if one bit of it has changed.
-
-    Files of older runs have no checksum at their end.
-    """
-    try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing: {mend}') from None
-    zipped, checksum = content[:-32], content[-32:]
-    if hashlib.sha256(zipped).digest() != checksum and b'PK\5\6' not in checksum:
-        raise UserError(f'{path} is damaged: {mend}')
-    try:
-        return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
-    except Exception as error:                  # whatever a damaged file makes torch say
-        reason = (str(error) or 'truncated').splitlines()[0][:100]
-        raise UserError(f'{path} is not readable ({reason}): {mend}') from None
-
-
 def load_weights(path):
     """(network in evaluation mode, meta) from a weights.pt.
 
@@ -397,7 +377,7 @@ def test_data(meta, data_dir=None, table=None):
         if meta['classes'] != list(CHEXPERT):
             raise UserError(f'--test_labels {table}: the network was not trained on chexpert: '
                             'leave it out')
-        data = read_chexpert('test', settings, table=table)
+        data = read_chexpert('chexpert', settings, 'test', table)
     elif not meta['has_test']:
         return None
     else:

@@ -3,30 +3,27 @@
     python generate_data.py --kind noise --out data/noise             # 50,000 x 32 px, seconds
     python generate_data.py --kind random_labels --source cifar10 --out data/random_labels
     python generate_data.py --kind generated --out data/generated     # fractals, about a minute
-    python generate_data.py --kind generated --generator mixed --like imagenet --out data/mixed
     python generate_data.py --kind generated --generator train --source cifar10 --out data/learned
-    python generate_data.py --kind generated --num_images 2000 --probe --out data/small   # a minute
+    python generate_data.py --kind noise --num_images 1000 --out data/small     # a second
 
-A set is made in a hidden folder and renamed when whole, so a run that was stopped is simply run
-again; `--generator train` keeps its training in OUT.generator/ and goes on from there. `noise` is
-Gaussian pixels with random labels; `random_labels` is new labels for a source's images, which stay
-where they are: cifar10 or cifar100 in their python layout under --data_dir, imagenet, chexpert, a
+`noise` is Gaussian pixels with random labels. `random_labels` is new labels for the images of a
+source, which stay where they are. `generated` draws an image for each label, by a formula
+(fractal, spectrum, deadleaves) or by a network that is trained on a source's images (train).
+A source is cifar10 or cifar100 in their python layout under --data_dir, imagenet, chexpert, a
 written set, or a folder with a folder of images for each class (train/ and val/, or one tree).
-`generated` draws images for labels: by formula (fractal, spectrum, deadleaves, mixed), by a
-generator that is trained on a source's images, or by FILE, a generator of yours.
+
+A set appears under its name when it is complete, so you can simply repeat a run that was stopped.
+`--generator train` keeps its training in OUT.generator/ and goes on from there.
 """
 import argparse
 import contextlib
-import copy
 import csv
 import ctypes
 import errno
 import functools
 import hashlib
-import importlib.util
 import io
 import json
-import logging
 import math
 import os
 import pickle
@@ -34,6 +31,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -41,15 +39,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-
-# Idle threads of OpenMP soon wait asleep: spinning on, they take the cores from other runs (two
-# searches at once were 25 times as slow). It is read when torch is loaded.
+# Idle threads of OpenMP soon wait asleep. If they spin on, they take the cores from other runs:
+# two searches at once are then many times as slow. OpenMP reads this when torch is loaded.
 os.environ.setdefault('GOMP_SPINCOUNT', '300')
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.optim.swa_utils import AveragedModel  # noqa: E402
+from torchvision import datasets  # noqa: E402
+from torchvision.transforms import v2  # noqa: E402
+from torchvision.utils import make_grid  # noqa: E402
 
 try:
     import fcntl
@@ -57,52 +59,97 @@ except ImportError:             # Windows: two runs at once may both make a miss
     fcntl = None
 
 RESIDENT = 2 << 30              # bytes: smaller sets live on the device, larger ones are streamed
+MAX_PIXELS = 10 ** 8            # of an image file: a larger one is not decoded
+Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit, which warns first
 
 
 # ---------------------------------------------------------------------------------------------
-# User errors, files, progress: shared by every script
+# Settings: tables of defaults, from which every script makes its flags
+
+
+class Setting(NamedTuple):
+    """A flag: its default, a few words for --help, and its values: a list or a function of text.
+
+    A default of True or False makes a switch, [] the words that no flag stands before.
+    """
+    default: object
+    help: str
+    values: object = str
+
+
+def number(kind, low=-2 ** 62, high=2 ** 62, above=-math.inf, below=math.inf):
+    """Values of a Setting: int or float (`kind`) from low to high, over `above`, under `below`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {kind.__name__}') from None
+        if not (low <= value <= high and above < value < below):
+            limits = f'from {low} to {high}' if above == -math.inf == -below \
+                else f'above {max(low, above)} and below {min(high, below)}'
+            raise argparse.ArgumentTypeError(f'{text[:40]} is out of range: take one {limits}')
+        return value
+    return parse
+
+
+def name_or_path(text):
+    """Values of a Setting: without the slash at its end, so that a folder has one name."""
+    return text.rstrip('/') or text
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, without the page of usage."""
+    def error(self, message):
+        raise UserError(f'{message} (see --help)')
+
+
+def parse_flags(doc, tables, argv=None, layers=lambda typed, chosen: {}):
+    """(settings, what was typed, defaults) of a command line, each {name: value}.
+
+    doc: the script's docstring. tables: {title: {name: Setting}}. layers(typed, chosen) returns
+    the defaults of the method, the preset and so on that take the place of those in the tables;
+    `chosen` is what was typed over the tables. --help shows the defaults that result.
+    """
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=30, width=100)
+    parser = Parser(description=doc.split('\n')[0], usage='%(prog)s [flags]', add_help=False,
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False, formatter_class=layout)
+    parser.add_argument('-h', '--help', action='store_true', help='show this and end')
+    defaults = {}
+    for title, table in tables.items():
+        group = parser.add_argument_group(title)
+        for name, (default, text, values) in table.items():
+            defaults[name] = default
+            if default == []:
+                group.add_argument(name, nargs='*', help=text)
+            elif isinstance(default, bool):
+                group.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, help=text)
+            elif isinstance(values, list):
+                group.add_argument(f'--{name}', choices=values, help=text)
+            else:
+                group.add_argument(f'--{name}', type=values, metavar='X', help=text)
+    typed = vars(parser.parse_args(argv))
+    wants_help = typed.pop('help', False)
+    defaults.update(layers(typed, {**defaults, **typed}))
+    if wants_help:
+        for action in parser._actions:
+            value = defaults.get(action.dest)
+            if value is not None and value is not False and value != []:
+                action.help = f'{action.help} ({value})'
+        parser.print_help()
+        raise SystemExit(0)
+    return {**defaults, **typed}, typed, defaults
+
+
+# ---------------------------------------------------------------------------------------------
+# User errors, files, progress, device: the ground of every script
 
 
 class UserError(Exception):
     """Something the user can mend. The text is one line: the thing, what is wrong, the mend."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, without the page of usage."""
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                         allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise UserError(f'{message} (see --help)')
-
-
-def number(kind, low=-math.inf, high=math.inf, open_low=False, open_high=False):
-    """An argparse type: a finite float, or int to 2^62, from low to high, open bounds left out."""
-    if kind is int:
-        high = min(high, 2 ** 62)
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f'{text[:99]!r} is no {kind.__name__}') from None
-        inside = low <= value <= high and abs(value) < math.inf
-        if not inside or (open_low and value == low) or (open_high and value == high):
-            raise argparse.ArgumentTypeError(
-                f'{text[:99]} is not {"above" if open_low else "from"} {low} '
-                f'{"and below" if open_high else "to"} {high}')
-        return value
-    return parse
-
-
-def name_or_path(text):
-    """An argparse type: without the slash at its end, so that a folder has one name."""
-    return text.rstrip('/') or text
-
-
 def one_line_errors(main):
-    """main(argv=None) -> exit status, where whatever the user can mend is one line and status 2."""
+    """main(argv=None) -> exit status; what the user can mend is one line and status 2."""
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
@@ -110,18 +157,7 @@ def one_line_errors(main):
         except UserError as error:
             message = str(error)
         except torch.OutOfMemoryError:
-            message = 'the device is out of memory: take a smaller --batch_size'
-        except RuntimeError as error:
-            ends = {"can't allocate memory": 'out of memory: take fewer or smaller images, or a '
-                    'smaller --batch_size',
-                    'DataLoader worker': 'a process that reads images has ended, of too little '
-                    'memory or /dev/shm: take --workers 0'}
-            if world()[1] > 1:                  # gloo's or NCCL's, of a process that is gone
-                ends['peer|gloo|NCCL'] = 'another process of this run has ended: see what it ' \
-                    'says; --resume goes on'
-            message = next((text for end, text in ends.items() if re.search(end, str(error))), None)
-            if message is None:
-                raise
+            message = 'the GPU is out of memory: take a smaller --batch_size, or --grad_accum'
         except MemoryError:
             message = 'out of memory: take fewer or smaller images, or a smaller --batch_size'
         except BrokenPipeError:                 # the reader of a pipe has gone, as `head` does
@@ -140,25 +176,28 @@ def one_line_errors(main):
     return wrapped
 
 
-@contextlib.contextmanager
-def readable(what, mend):
-    """UserError, `what` (why): `mend`, for whatever fails in the block; files' own errors pass."""
-    try:
-        yield
-    except (OSError, UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f'{what} ({why}): {mend}') from None
+def leave(status):
+    """End the script; above 128 by that signal, so that a loop in a shell stops too."""
+    if status > 128:
+        signal.signal(status - 128, signal.SIG_DFL)
+        os.kill(os.getpid(), status - 128)
+    sys.exit(status)
 
 
 def write_file(path, content):
-    """Write text or bytes so that `path` is always the old file or the whole new one."""
+    """Write text, bytes, or by torch.save anything else; `path` is the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    if isinstance(content, str):
+        content = content.encode()
+    elif not isinstance(content, bytes):    # in memory first: torch hides that a disk is full
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        content = buffer.getvalue()
+        content += hashlib.sha256(content).digest()     # torch.load passes over it
     try:
         with open(temporary, 'wb') as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -166,76 +205,38 @@ def write_file(path, content):
         error.filename = str(path)
         raise
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
-def save_file(path, content):
-    """torch.save of plain types and tensors, whole or not at all; by the first process alone."""
-    if not world()[0]:
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_file(path, buffer.getvalue())
+def load_file(path, mend):
+    """The dictionary that write_file wrote; UserError, with the mend, if one bit of it has changed.
 
-
-@contextlib.contextmanager
-def locked(path):
-    """Holds the file `path` for this process alone while the block runs; then it is removed."""
-    held = False
-    while not held:
-        file = open(path, 'w')  # noqa: SIM115
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        # Who held it before may have removed it: then another file of that name is the lock.
-        with contextlib.suppress(FileNotFoundError):
-            held = not fcntl or os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-        if not held:
-            file.close()
-    with file:
-        try:
-            yield
-        finally:
-            if fcntl:                               # elsewhere no open file can be removed
-                os.unlink(path)
-
-
-def check_out(out, force):
-    """UserError where a set must not be written."""
-    out = Path(out)
-    if out.exists() and not force:
-        raise UserError(f'{out} exists already: choose another --out, or --force to replace it')
-    if out.is_file() or out.exists() and not (out / 'meta.json').exists() and any(out.iterdir()):
-        raise UserError(f'{out} is no data set of ours: --force does not replace it')
-
-
-@contextlib.contextmanager
-def new_folder(out, force=False):
-    """Yields a hidden folder beside `out` that takes its name when the block ends well.
-
-    One process at a time; an `out` that exists, or came to be while this one waited, is refused
-    without `force`. What killed runs left is removed.
+    Files of older runs have no checksum at their end.
     """
-    out = Path(os.path.realpath(out))
-    check_out(out, force)
-    lock, temporary = (out.with_name(f'.{out.name}.{end}') for end in ('lock', f'tmp{os.getpid()}'))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock):
-        if fcntl:
-            for left in out.parent.glob(f'.{out.name}.tmp*'):
-                shutil.rmtree(left, ignore_errors=True)
-        try:
-            check_out(out, force)
-            temporary.mkdir()
-            yield temporary
-            if out.exists():
-                os.replace(out, out.with_name(f'.{out.name}.tmp-old'))
-            os.replace(temporary, out)
-        except OSError as error:
-            error.filename = error.filename or str(out)
-            raise
-        finally:
-            for left in (temporary, out.with_name(f'.{out.name}.tmp-old')):
-                shutil.rmtree(left, ignore_errors=True)
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing: {mend}') from None
+    zipped, checksum = content[:-32], content[-32:]
+    if hashlib.sha256(zipped).digest() != checksum and b'PK\5\6' not in checksum:
+        raise UserError(f'{path} is damaged: {mend}')
+    try:
+        return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
+    except Exception as error:                  # whatever a damaged file makes torch say
+        reason = (str(error) or 'truncated').splitlines()[0][:100]
+        raise UserError(f'{path} is not readable ({reason}): {mend}') from None
+
+
+@contextlib.contextmanager
+def readable(what, mend):
+    """UserError, `what` (why): `mend`, for whatever fails in the block; files' own errors pass."""
+    try:
+        yield
+    except (OSError, UserError, MemoryError):
+        raise
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f'{what} ({why}). {mend}') from None
 
 
 def world():
@@ -287,9 +288,10 @@ def choose_device(gpu, tf32=False):
         gpu = int(os.environ['LOCAL_RANK'])
     if cuda and gpu >= torch.cuda.device_count():
         raise UserError(f'--gpu {gpu}: this machine has CUDA devices 0 to '
-                        f'{torch.cuda.device_count() - 1}; take one of them, or -1 for the CPU')
-    if shared:              # the time is for a rank that makes a data set while the others wait
-        torch.distributed.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=6))
+                        f'{torch.cuda.device_count() - 1}. Use one of them, or -1 for the CPU.')
+    if shared:
+        torch.distributed.init_process_group('nccl' if cuda else 'gloo',
+                                             timeout=timedelta(minutes=10))
         if world()[0]:                          # one process speaks
             sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
     if cuda:
@@ -303,6 +305,79 @@ def choose_device(gpu, tf32=False):
 
 def set_tf32(on):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings of data
+
+# How far images stray from their class (1: as published) and their background's deviation
+DIFFICULTY = {'easy': (0.5, 0.08), 'medium': (1.0, 0.15), 'hard': (1.3, 0.17)}
+DATA = {
+    'data_dir': Setting('data', 'folder of the real data sets'),
+    'download': Setting(False, 'let torchvision fetch CIFAR'),
+    'image_size': Setting(None, 'pixels; without it 32, or the size that the data have',
+                          number(int, 8, 4096)),
+    'data_seed': Setting(None, "of unreal data; without it the run's seed", number(int, 0)),
+    'num_images': Setting(50000, 'of an unreal set', number(int, 1, 10 ** 9)),
+    'num_classes': Setting(10, 'of an unreal set', number(int, 1, 10 ** 6)),
+    'multilabel': Setting(False, 'labels of 0 or 1: of noise and fractals'),
+    'source': Setting('cifar10', 'whose images get random labels, or train a generator',
+                      name_or_path),
+    'label_mode': Setting('uniform', 'how random labels are drawn',
+                          ['uniform', 'balanced', 'permute']),
+    'label_noise': Setting(1.0, 'share of the true labels that is drawn anew',
+                           number(float, 0, 1)),
+    'generator': Setting('fractal', 'what draws generated images',
+                         ['fractal', 'spectrum', 'deadleaves', 'train']),
+    'difficulty': Setting('medium', 'of generated images', list(DIFFICULTY)),
+    'uncertain': Setting('mixed', 'what -1.0 of CheXpert becomes; mixed: ones for Atelectasis and '
+                         'Edema, else zeros', ['mixed', 'ones', 'zeros', 'ignore']),
+    'views': Setting('frontal', 'of CheXpert', ['frontal', 'all'])}
+# Of generate_data.py alone, for --generator train
+TRAINING = {'generator_steps': Setting(50000, 'steps of training', number(int, 1)),
+            'time_limit': Setting(None, 'minutes of training', number(float, above=0))}
+# --like: number, classes and size of a target
+LIKE = {'cifar10': {'num_images': 50000, 'num_classes': 10, 'image_size': 32},
+        'cifar100': {'num_images': 50000, 'num_classes': 100, 'image_size': 32},
+        'imagenet': {'num_images': 128000, 'num_classes': 1000, 'image_size': 224},
+        'chexpert': {'num_images': 20000, 'num_classes': 14, 'image_size': 224,
+                     'multilabel': True}}
+
+
+class Kind(NamedTuple):
+    """A kind of unreal data, or a generator."""
+    make: object            # make(settings, device) -> Made
+    settings: str           # names of the DATA that it takes, beside image_size and data_seed
+    augment: bool = False   # whether Batches' augment='auto' augments it
+
+
+class Made(NamedTuple):
+    """What a Kind makes, for write_set."""
+    labels: np.ndarray      # int64 (N,), or with several labels uint8 (N, classes) of 0 and 1
+    classes: list           # names
+    chunks: object          # the images in order: an iterator of uint8 (n, H, W, 3)
+    meta: dict = {}         # more for meta.json; mean and std are computed if they are not in it
+    source: object = None   # the Data that has the images; then the chunks are for sheet.png alone
+
+
+def taken(name, s):
+    """The set of settings that `--data name` makes something of."""
+    names = {'data_dir', 'download', 'image_size'}
+    if name in KINDS:
+        names |= {'data_seed', *KINDS[name].settings.split()}
+    if 'generator' in names:
+        names |= set(GENERATORS[s['generator']].settings.split())
+    if name == 'chexpert' or ('source' in names and s['source'] == 'chexpert'):
+        names |= {'uncertain', 'views'}
+    return names
+
+
+def refuse_unused(name, s, typed):
+    """UserError for a setting among `typed` that `--data name` would pass over in silence."""
+    used = taken(name, s)
+    for setting in sorted(set(typed) & {*DATA, *TRAINING} - used):
+        what = f'{name} (--generator {s["generator"]})' if 'generator' in used else name
+        raise UserError(f'--{setting} means nothing for {what}. Leave it out.')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -354,8 +429,8 @@ def draw_labels(seed, num_images, num_classes, mode='uniform', true=None, multil
     raw = philox(seed, LABELS, count=num_images * columns).reshape(num_images, columns)
     values = 2 if multilabel else num_classes
     if mode == 'balanced':
-        raw = np.argsort(np.argsort(raw, 0, kind='stable'), 0, kind='stable')
-    labels = raw % np.uint64(values) if mode == 'uniform' else raw % values
+        raw = np.argsort(np.argsort(raw, 0, kind='stable'), 0, kind='stable').astype(np.uint64)
+    labels = raw % np.uint64(values)
     return labels.astype(np.uint8) if multilabel else labels[:, 0].astype(np.int64)
 
 
@@ -368,15 +443,39 @@ def redraw_labels(true, num_classes, seed, mode, label_noise):
     return labels
 
 
+def parts_of(count, size):
+    """Ranges of up to `size` numbers that together are 0 to count - 1."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def noise(s, device):
+    """Made: Gaussian pixels with mean 127.5 and deviation 32, and random labels."""
+    if s['label_mode'] == 'permute':
+        raise UserError('--label_mode permute: noise has no true labels. Use balanced.')
+    size, seed = s['image_size'], s['data_seed']
+    labels = draw_labels(seed, s['num_images'], s['num_classes'], s['label_mode'],
+                         multilabel=s['multilabel'])
+    chunks = (noise_images(seed, part.start, len(part), size)
+              for part in parts_of(len(labels), max(1, (32 << 20) // (size * size * 3))))
+    return Made(labels, [str(k) for k in range(s['num_classes'])], chunks,
+                {'mean': [0.5] * 3, 'std': [32 / 255] * 3})
+
+
+def random_labels(s, device):
+    """Made: new labels for the images of a source."""
+    source = read(s['source'], s)
+    labels = redraw_labels(source.labels, len(source.classes), s['data_seed'], s['label_mode'],
+                           s['label_noise'])
+    some = source.get(range(min(100, len(source))))
+    return Made(labels, source.classes, [some], {'source': source.origin}, source)
+
+
 # ---------------------------------------------------------------------------------------------
-# Generated images, procedural. All that is drawn at random comes from Philox, by the place of an
+# Images drawn by formulas. All that is drawn at random comes from Philox, by the place of an
 # image in the set; torch does the drawing, always in the same chunks, so that any slice can be
 # made by itself: the same bytes on machines of one type with one version of torch.
 
 BANK, DRAWS, FIELD, ROLLS = 3, 4, 5, 6      # more streams of a seed; glyph j adds 10 (j + 1)
-FAMILIES = ['fractal', 'spectrum', 'deadleaves']
-# How far images stray from their class (1: as published) and their background's deviation
-DIFFICULTY = {'easy': (0.5, 0.08), 'medium': (1.0, 0.15), 'hard': (1.3, 0.17)}
 SETTLE, ROUNDS = 16, 48                     # moves of a point before it counts, and in all
 LEAVES = 128
 # Labels of CheXpert, and the share of its training images that have them (arXiv 1901.07031)
@@ -393,39 +492,49 @@ def uniforms(seed, stream, start, count, n):
     return ((raw[:, :n] >> np.uint64(40)) + 0.5) / 2 ** 24
 
 
-class Procedural:
-    """Images of one of FAMILIES, or of `mixed`, where each image draws its family.
+def drawn(s, device):
+    """Made: images that a formula draws for labels; with several labels grey glyphs."""
+    n, classes, seed = s['num_images'], s['num_classes'], s['data_seed']
+    labels, names = draw_labels(seed, n, classes, 'balanced'), [str(k) for k in range(classes)]
+    if s['multilabel']:
+        shares = np.resize(list(CHEXPERT.values()), classes)
+        labels = (uniforms(seed, LABELS, 0, n, classes) < shares).astype(np.uint8)
+        names = list(CHEXPERT) if classes == len(CHEXPERT) else names
+    formula = Formula(s['generator'], labels, classes, s['image_size'], seed, s['difficulty'],
+                      device)
+    return Made(labels, names, formula.chunks())
+
+
+class Formula:
+    """Draws images: `name` is fractal, spectrum or deadleaves, as its method.
 
     labels: int64 (N,); or uint8 (N, classes), and then the images are grey and every label that
-    is present adds a fractal of its own. A method named as a family draws float (B, 3, size,
-    size), from about 0 to 1, of labels (B,), u (B, 32) uniform numbers, rolls (B, n) numbers of 16
-    bits and noise (B, 2, size, size) normal.
+    is present adds a fractal of its own. The three methods draw float (B, 3, size, size), from
+    about 0 to 1, of labels (B,), u (B, 32) uniform numbers, rolls (B, n) numbers of 16 bits and
+    noise (B, 2, size, size) normal.
     """
-    def __init__(self, family, labels, num_classes, size, seed, difficulty='medium', systems=8,
-                 device='cpu'):
-        self.labels, self.size, self.seed = labels, size, seed
-        self.device = torch.device(device)
-        self.names = FAMILIES if family == 'mixed' else [family]
+    def __init__(self, name, labels, num_classes, size, seed, difficulty='medium', device='cpu'):
+        self.labels, self.size, self.seed, self.device = labels, size, seed, torch.device(device)
+        self.draw_one_label = getattr(self, name)
         self.jitter, self.contrast = DIFFICULTY[difficulty]
-        self.chunk, self.systems = max(8, 2 ** 15 // size ** 2), systems
-        self.maps, self.table = (t.to(device) for t in fractal_bank(seed, num_classes * systems))
-        self.spectra, leaves = torch.from_numpy(spread(seed, num_classes, 8)).float().to(
-            device).split([3, 5], 1)
-        mix = leaves[:, 1:].log().abs() ** 3         # one or two shapes prevail
-        self.leaves = torch.cat([leaves[:, :1], mix / mix.sum(1, keepdim=True)], 1)
+        self.chunk = max(8, 2 ** 15 // size ** 2)
+        self.systems = 8 if num_classes < 1000 else 1           # fractals of a class
+        maps, table = fractal_bank(seed, num_classes * self.systems)
+        self.maps, self.table = maps.to(device), table.to(device)
+        self.places = torch.from_numpy(spread(seed, num_classes, 8)).float().to(device)
 
-    def images(self, start, count):
-        """uint8 (count, size, size, 3)."""
-        ks = range(start // self.chunk, -(-(start + count) // self.chunk))
-        if self.device.type == 'cuda':
-            chunks = [self.draw(k) for k in ks]
-        else:       # a thread for each chunk: within one, their number would show in last digits
-            threads = torch.get_num_threads()
+    def chunks(self):
+        """All images in order, uint8 (n, size, size, 3) at a time.
+
+        A thread draws a chunk: if it used more, their number would show in the last digits.
+        """
+        threads = torch.get_num_threads() if self.device.type == 'cpu' else 1
+        for ks in parts_of(-(-len(self.labels) // self.chunk), threads):
             torch.set_num_threads(1)
             with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
-                chunks = list(pool.map(self.draw, ks))
+                images = list(pool.map(self.draw, ks))
             torch.set_num_threads(threads)
-        return np.concatenate(chunks)[start - ks[0] * self.chunk:][:count]
+            yield np.concatenate(images)
 
     def draw(self, k):
         """uint8 (B, size, size, 3): the k-th chunk."""
@@ -438,11 +547,7 @@ class Procedural:
         if labels.ndim == 2:
             x = self.glyphs(labels, background(u, noise, self.contrast), start)
         else:
-            x, which = torch.empty_like(noise[:, :1].expand(-1, 3, -1, -1)), u[:, 31]
-            for f, name in enumerate(self.names):
-                rows = ((which * len(self.names)).long() == f).nonzero()[:, 0]
-                if len(rows):
-                    x[rows] = getattr(self, name)(*(t[rows] for t in (labels, u, rolls, noise)))
+            x = self.draw_one_label(labels, u, rolls, noise)
         return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
     def random(self, start, count, stream=0):
@@ -477,7 +582,7 @@ class Procedural:
     def spectrum(self, labels, u, rolls, noise):
         """Gaussian fields with power 1/f^slope, stretched along an angle, between two colours."""
         strays = torch.tensor([0.17, 0.17, 0.085], device=u.device) * self.jitter
-        slope, stretch, turn = (self.spectra[labels] + strays * (2 * u[:, :3] - 1)).unbind(1)
+        slope, stretch, turn = (self.places[labels, :3] + strays * (2 * u[:, :3] - 1)).unbind(1)
         angle = math.pi / 2 * turn * (1 - 2 * (u[:, 10] < 0.5).float())     # flips keep the class
         x = smooth_field(noise[:, :1], 0.8 + 2.7 * slope, 8 ** (0.1 + stretch), angle)
         x = x + 4 * self.contrast * smooth_field(noise[:, 1:], 2 + u[:, 3])
@@ -488,20 +593,44 @@ class Procedural:
 
     def deadleaves(self, labels, u, rolls, noise):
         """Shapes that cover one another (arXiv 2106.05963), more small ones than large ones."""
-        exponent, *shares = self.leaves[labels].unbind(1)
-        exponent = 8 * exponent + 0.2 * self.jitter * (2 * u[:, 0] - 1)      # published: 3
-        exponent = torch.where((exponent - 1).abs() < 0.01, 1.01, exponent)
+        exponent = 8 * self.places[labels, 3] + 0.2 * self.jitter * (2 * u[:, 0] - 1)
+        exponent = torch.where((exponent - 1).abs() < 0.01, 1.01, exponent)     # published: 3
+        shares = self.places[labels, 4:].log().abs() ** 3       # one or two shapes prevail
+        edges = (shares / shares.sum(1, keepdim=True)).cumsum(1)[:, None, :3]
         draws = ((rolls[:, :8 * LEAVES].view(-1, 8, LEAVES) + 0.5) / 65536).unbind(1)
-        which = (draws[1][..., None] > torch.stack(shares, 1).cumsum(1)[:, None, :3]).sum(-1)
-        low, high, power = 0.03, 0.5, (1 - exponent)[:, None]      # radius / size of the image
+        shape = (draws[1][..., None] > edges).sum(-1)
+        low, high, power = 0.03, 0.5, (1 - exponent)[:, None]   # radius / size of the image
         radius = (low ** power + draws[0] * (high ** power - low ** power)) ** (1 / power)
         fine = 2 * self.size if self.size < 128 else 3 * self.size // 2
-        front = front_leaves(which, radius, *draws[2:5], fine)
-        hue = (u[:, 1:2] + 0.35 * (draws[5] - 0.5)) % 1             # a palette for each image
-        colours = hsv(hue, u[:, 2:3] * draws[6], 0.15 + 0.8 * draws[7])
-        x = torch.stack([c.gather(1, front.flatten(1)) for c in colours.unbind(-1)], 1)
-        x = nn.functional.adaptive_avg_pool2d(x.view(-1, 3, fine, fine), self.size)
+        leaves = torch.stack([shape, fine * radius, 2 * math.pi * draws[2],
+                              fine * (1.2 * draws[3] - 0.1), fine * (1.2 * draws[4] - 0.1)], 2)
+        hue = (u[:, 1:2] + 0.35 * (draws[5] - 0.5)) % 1         # a palette for each image
+        colours = (255 * hsv(hue, u[:, 2:3] * draws[6], 0.15 + 0.8 * draws[7])).byte()
+        x = np.stack([draw_leaves(*image, fine) for image in zip(leaves.tolist(),
+                                                                 colours.tolist())])
+        x = torch.from_numpy(x).to(u.device).permute(0, 3, 1, 2) / 255
+        x = nn.functional.adaptive_avg_pool2d(x, self.size)
         return x + self.contrast / 3 * smooth_field(noise[:, :1], 2 + u[:, 3])
+
+
+def draw_leaves(leaves, colours, size):
+    """uint8 (size, size, 3) of leaves (shape, radius, angle, x, y) in pixels, the front one first.
+
+    Shape 0 is a disc, 1 a ring, 2 a triangle, 3 a bar.
+    """
+    corners = {2: [0.5, 7 / 6, 11 / 6], 3: [0.045, 0.955, 1.045, -0.045]}       # angles / pi
+    image = Image.new('RGB', (size, size), tuple(colours[-1]))
+    pen = ImageDraw.Draw(image)
+    for (shape, r, angle, x, y), colour in zip(leaves[::-1], colours[::-1]):
+        box, colour = (x - r, y - r, x + r, y + r), tuple(colour)
+        if shape == 0:
+            pen.ellipse(box, colour)
+        elif shape == 1:
+            pen.ellipse(box, outline=colour, width=math.ceil(r / 3))
+        else:
+            turns = [angle + math.pi * corner for corner in corners[shape]]
+            pen.polygon([(x + r * math.cos(t), y + r * math.sin(t)) for t in turns], colour)
+    return np.asarray(image)
 
 
 def fractal_bank(seed, n):
@@ -566,49 +695,6 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     tone = nn.functional.avg_pool2d(counts.view(b, 1, 2 * size, 2 * size).float().log1p(), 2)
     return tone / tone.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
-
-def in_shape(shape, x, y):
-    """Whether (x, y) lies in shape 0 disc, 1 ring, 2 triangle or 3 bar, all of radius 1."""
-    if shape == 0:
-        return x * x + y * y < 1
-    if shape == 1:
-        return (x * x + y * y - 0.72).abs() < 0.28
-    if shape == 2:
-        return (y > -0.5) & (3 ** 0.5 * x.abs() + y < 1)
-    return (x.abs() < 0.98) & (y.abs() < 0.14)
-
-
-def front_leaves(which, radius, turn, x, y, size):
-    """int64 (B, size, size): which of the leaves is the front one, the last where there is none.
-
-    which: 0 to 3, as in in_shape; radius, x, y in shares of the image, turn of a circle; (B, n).
-    """
-    b, n = which.shape
-    front = torch.full((b * size * size,), n - 1, device=which.device)
-    image, order = torch.meshgrid(torch.arange(b, device=which.device),
-                                  torch.arange(n, device=which.device), indexing='ij')
-    radius, x, y = radius * size, (1.2 * x - 0.1) * size, (1.2 * y - 0.1) * size
-    side, smaller = 2, 0
-    while smaller < radius.max():               # leaves of one shape and about one size at a time
-        at, width = torch.arange(-side, side + 1, device=which.device), 2 * side + 1
-        for shape in range(4):
-            some = ((which == shape) & (radius > smaller) & (radius <= side)).nonzero(as_tuple=True)
-            columns, lines = (c[some].long()[:, None] + at for c in (x, y))
-            dx, dy = (torch.where((cells < 0) | (cells >= size), math.inf,
-                                  (cells + 0.5 - c[some][:, None]) / radius[some][:, None])
-                      for cells, c in ((columns, x), (lines, y)))
-            c, s = (f(2 * math.pi * turn[some])[:, None] for f in (torch.cos, torch.sin))
-            px = (c * dx)[:, None, :] + (s * dy)[:, :, None]        # not finite: out of the image
-            py = (c * dy)[:, :, None] - (s * dx)[:, None, :]
-            hit = in_shape(shape, px, py).flatten().nonzero()[:, 0]
-            leaf, cell = hit // width ** 2, hit % width ** 2
-            corner = (image[some] * size + lines[:, 0]) * size + columns[:, 0]
-            front.scatter_reduce_(0, corner[leaf] + cell // width * size + cell % width,
-                                  order[some][leaf], 'amin')
-        smaller, side = side, math.ceil(1.4 * side)
-    return front.view(b, size, size)
-
-
 def spread(seed, n, k):
     """float64 (n, k): n points of the unit cube far from one another (Roberts's R sequence)."""
     phi = 2.0
@@ -651,8 +737,9 @@ def background(u, noise, contrast):
         + contrast / 2 * other * smooth_field(noise[:, 1:], slope)
 
 
+
 # ---------------------------------------------------------------------------------------------
-# Generated images from a network: one trained here, or the user's
+# Images from a network that is trained on a source: a rectified flow (arXiv 2209.03003)
 
 
 class ResBlock(nn.Module):
@@ -679,11 +766,9 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Velocity of a rectified flow: images (B, 3, S, S), time (B,), condition (B, classes + 1)."""
+    """Velocity of the flow: images (B, 3, S, S), time (B,), condition (B, classes + 1)."""
     def __init__(self, size, num_classes, emb=256):
         super().__init__()
-        if size % 8:
-            raise UserError(f'{size} px: the generator that is trained here needs a multiple of 8')
         levels = 2
         while size % 2 ** levels == 0 and size >> levels >= 4:
             levels += 1
@@ -693,13 +778,16 @@ class UNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(128 + num_classes + 1, emb), nn.SiLU(),
                                    nn.Linear(emb, emb), nn.SiLU())
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(ResBlock(widths[max(k - 1, 0)], widths[k], emb, small[k])
-                                  for k in range(levels))
-        self.middle = ResBlock(widths[-1], widths[-1], emb, True)
-        self.up = nn.ModuleList(ResBlock(widths[min(k + 1, levels - 1)] + widths[k], widths[k],
-                                         emb, small[k]) for k in reversed(range(levels)))
-        self.head = nn.Sequential(nn.GroupNorm(16, widths[0]), nn.SiLU(),
-                                  nn.Conv2d(widths[0], 3, 3, padding=1))
+        self.down, self.up, width = nn.ModuleList(), nn.ModuleList(), widths[0]
+        for k in range(levels):
+            self.down.append(ResBlock(width, widths[k], emb, small[k]))
+            width = widths[k]
+        self.middle = ResBlock(width, width, emb, True)
+        for k in reversed(range(levels)):
+            self.up.append(ResBlock(width + widths[k], widths[k], emb, small[k]))
+            width = widths[k]
+        self.head = nn.Sequential(nn.GroupNorm(16, width), nn.SiLU(),
+                                  nn.Conv2d(width, 3, 3, padding=1))
 
     def forward(self, x, t, y):
         phase = 2 * math.pi * t[:, None] * self.frequencies
@@ -710,7 +798,7 @@ class UNet(nn.Module):
             kept.append(x)
         x = self.middle(x, e)
         for block in self.up:
-            if x.shape != kept[-1].shape:
+            if x.shape[-1] != kept[-1].shape[-1]:
                 x = nn.functional.interpolate(x, scale_factor=2.0)
             x = block(torch.cat([x, kept.pop()], 1), e)
         return self.head(x)
@@ -723,7 +811,7 @@ def conditions(labels, num_classes):
 
 
 def flow_loss(network, x, y, seed, device):
-    """Of a rectified flow from noise to images x (arXiv 2209.03003), a tenth without labels y."""
+    """Of a flow from noise to images x, a tenth of them without their conditions y."""
     rng = torch.Generator(device).manual_seed(seed)
     t = torch.sigmoid(torch.randn(len(x), generator=rng, device=device))
     noise = torch.randn(x.shape, generator=rng, device=device)
@@ -734,456 +822,282 @@ def flow_loss(network, x, y, seed, device):
     return (velocity.float() - (x - noise)).square().mean()
 
 
-def train_generator(source, folder, steps, minutes, seed, device):
-    """Train a flow on a Data, going on where `folder` left off; saves its generator.pt.
+def moving_average(averages, weights, steps):
+    torch._foreach_lerp_(averages, weights, 1 - min(0.999, float(steps) / (float(steps) + 10)))
 
-    log.jsonl gets the mean loss of every 20 steps. All draws of a step come from its number.
+
+def train_flow(source, path, steps, minutes, seed, device):
+    """Return a UNet with averaged weights, trained on a Data; goes on from a checkpoint at `path`.
+
+    All draws of a step come from its number.
     """
-    about = {'classes': source.classes, 'size': source.image_size, 'mean': source.mean,
-             'std': source.std, 'labels': torch.from_numpy(source.labels), 'seed': seed,
-             'images': source.sha256()}
     torch.manual_seed(seed)
     network = UNet(source.image_size, len(source.classes)).to(device)
-    average = copy.deepcopy(network)                    # of the weights: what draws images
+    average = AveragedModel(network, multi_avg_fn=moving_average)
     weights = [p for p in network.parameters() if p.requires_grad]
-    averages = [p for p in average.parameters() if p.requires_grad]
     adam = torch.optim.Adam(weights)
+    about = [source.sha256(), hashlib.sha256(source.labels.tobytes()).hexdigest(), source.classes,
+             source.image_size, seed]
+    step, seconds, parts = 0, 0.0, {'network': network, 'average': average, 'adam': adam}
+    for left in path.parent.glob('.*.tmp'):             # of a killed run
+        left.unlink()
+    if path.exists():
+        state = load_file(path, 'remove it')
+        if state['about'] != about:
+            raise UserError(f'{path} is of other images, labels or another seed. Remove it, or '
+                            'choose another --out.')
+        step, seconds = state['step'], state['seconds']
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
-    step, seconds, lines = 0, 0.0, []
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / 'checkpoint.pt').exists():
-        state = load_generator(folder / 'checkpoint.pt')
-        if any(state[key] != about[key] for key in ('images', 'seed', 'classes', 'size')) \
-                or not torch.equal(state['labels'], about['labels']):
-            raise UserError(f'{folder} is of other images, labels or another seed: remove it, or '
-                            'choose another --out')
-        for key, item in (('network', network), ('average', average), ('adam', adam)):
-            item.load_state_dict(state[key])
-        step, seconds, lines = state['step'], state['seconds'], state['lines']
-    progress, began, saved = Progress(steps, 'steps', step), time.time() - seconds, time.time()
-    losses, late = [], seconds > 60 * minutes
-    while step < steps and not late:
+    progress, began, saved = Progress(steps, 'steps', step), time.time() - seconds, 0.0
+    limit, losses = 60 * (minutes or math.inf), []
+    while step < steps and seconds < limit:
         for x, y in batches.epoch(*divmod(step, len(batches))):
             loss = flow_loss(network, x, conditions(y, len(source.classes)),
                              (seed * 10 ** 9 + step) % 2 ** 63, device)
             loss.backward()
+            nn.utils.clip_grad_norm_(weights, 1)
             adam.param_groups[0]['lr'] = 5e-4 * min(1, (step + 1) / 100)
-            torch.nn.utils.clip_grad_norm_(weights, 1)
             adam.step()
             adam.zero_grad()
-            step += 1
-            with torch.no_grad():
-                torch._foreach_lerp_(averages, weights, 1 - min(0.999, step / (step + 10)))
+            average.update_parameters(network)
             losses.append(loss.detach())
+            step += 1
             if step % 20 and step < steps:
                 continue
-            mean, seconds, losses = torch.stack(losses).mean().item(), time.time() - began, []
+            mean, losses, seconds = torch.stack(losses).mean().item(), [], time.time() - began
             if not math.isfinite(mean):
-                raise UserError(f'{folder}: the loss is not finite at step {step}: another --seed')
-            lines.append({'step': step, 'loss': mean, 'seconds': round(seconds, 1)})
+                raise UserError(f'{path}: the loss is not finite. Remove it, use another --seed.')
             progress.update(step, f'loss {mean:.3f}')
-            late = seconds > 60 * minutes
-            if late or step == steps or time.time() - saved > 60:
+            stop = step >= steps or seconds >= limit
+            if stop or time.time() - saved > 60:
                 saved = time.time()
-                save_file(folder / 'checkpoint.pt', {
-                    **about, 'network': network.state_dict(), 'average': average.state_dict(),
-                    'adam': adam.state_dict(), 'step': step, 'seconds': seconds, 'lines': lines})
-                write_file(folder / 'log.jsonl', ''.join(json.dumps(x) + '\n' for x in lines))
-            if late or step == steps:
+                write_file(path, {'about': about, 'step': step, 'seconds': seconds,
+                                  **{name: part.state_dict() for name, part in parts.items()}})
+            if stop:
                 break
     progress.close()
-    save_file(folder / 'generator.pt', {**about, 'average': average.state_dict(),
-                                             'step': step})
-
-
-def load_generator(path):
-    """The state of a generator that was trained here; UserError where it is not one."""
-    with readable(f'{path} is no generator that was trained here',
-                  'for one of yours give a .pt2, or --generator_code as well'):
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        if not {'average', 'labels', 'classes', 'size', 'mean', 'std'} <= set(state):
-            raise ValueError('other contents')
-        return state
-
-
-def trained_flow(state, device, guidance=1.5, steps=30):
-    """f(z, y) -> images between 0 and 1, of load_generator's state: Euler steps with guidance."""
-    classes, size = len(state['classes']), state['size']
-    network = UNet(size, classes).to(device).eval()
-    network.load_state_dict(state['average'])
-    mean, std = (torch.tensor(state[key], device=device)[:, None, None] for key in ('mean', 'std'))
-
-    def f(z, y):
-        x, y = z.view(-1, 3, size, size), conditions(y, classes)
-        y = torch.cat([y, conditions(torch.zeros_like(y[:, 1:]), classes)])
-        y[len(x):, -1] = 1
-        for k in range(steps):
-            t = torch.full((2 * len(x),), k / steps, device=device)
-            given, free = network(torch.cat([x, x]), t, y).chunk(2)
-            x = x + (free + guidance * (given - free)) / steps
-        return x * std + mean
-    return f
-
-
-def users_generator(args, device):
-    """f(z, y) -> images, from a program of torch.export or from code and a state dict."""
-    path, code = Path(args.generator), args.generator_code
-    if not path.is_file():
-        raise UserError(f'--generator {path}: neither one of {", ".join(FAMILIES)}, mixed and '
-                        'train nor a file: check its path')
-    if not args.trust_generator:
-        raise UserError(f'{code or path} is a program, and opening it can run any code: check '
-                        'where it comes from, then add --trust_generator')
-    logging.getLogger('torch.export').setLevel(logging.CRITICAL)    # what fails is said below
-    with readable(f'{code or path}: cannot be loaded',
-                  'give a torch.export program, or file.py:factory and its state dict'):
-        if code:
-            file, _, factory = code.partition(':')
-            spec = importlib.util.spec_from_file_location('generator_code', file)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            network = getattr(module, factory)()
-            network.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
-            network.eval()
-        else:
-            network = torch.export.load(path).module()
-        network = network.to(device)
-    if args.label_input == 'index':
-        return network
-    return lambda z, y: network(z, nn.functional.one_hot(y, args.num_classes).float())
-
-
-def latents(seed, start, count, z_dim, dist='normal', truncation=1.0):
-    """float (count, z_dim); truncnorm is cut at 2 before it is scaled, uniform is from -1 to 1."""
-    u = torch.from_numpy(uniforms(seed, DRAWS, start, count, z_dim))
-    cut = torch.special.ndtr(torch.tensor(-2.0, dtype=u.dtype))
-    z = {'normal': lambda: torch.special.ndtri(u), 'uniform': lambda: 2 * u - 1,
-         'truncnorm': lambda: torch.special.ndtri(cut + u * (1 - 2 * cut))}[dist]()
-    return (truncation * z).float()
+    return average.module.eval()
 
 
 @torch.no_grad()
-def network_images(f, z, labels, low, high, size, device):
-    """uint8 (B, size, size, 3) of f(z, y), whose values are from low to high."""
-    with readable(f'the generator fails on z {tuple(z.shape)} and {len(labels)} labels',
-                  'check --z_dim, --num_classes, --label_input'):
-        x = f(z.to(device), torch.from_numpy(labels).to(device))
-        shape = tuple(x.shape)
-    if len(shape) != 4 or shape[0] != len(labels) or shape[1] not in (1, 3):
-        raise UserError(f'the generator gives {shape} for {len(labels)} images: N x C x H x W with '
-                        '1 or 3 channels is needed')
-    x = x.float()
-    if not x.isfinite().all():
-        raise UserError('the generator gives values that are not finite: check --truncation and z')
-    x = (x - low) / (high - low)
-    if min(shape[2:]) != size or shape[2] != shape[3]:
-        sides = [max(size, round(side * size / min(shape[2:]))) for side in shape[2:]]
-        x = nn.functional.interpolate(x, sides, mode='bicubic', antialias=True)
-        top, left = ((side - size) // 2 for side in sides)
-        x = x[:, :, top:top + size, left:left + size]
-    x = (x.clamp(0, 1) * 255).round().byte().expand(-1, 3, -1, -1)
-    return x.permute(0, 2, 3, 1).cpu().numpy()
+def sample_flow(network, x, y, guidance=1.5, steps=30):
+    """Images, normalised, of normal noise x and conditions y: Euler steps with guidance."""
+    free = torch.zeros_like(y)
+    free[:, -1] = 1
+    for k in range(steps):
+        t = torch.full((2 * len(x),), k / steps, device=x.device)
+        with_y, without = network(torch.cat([x, x]), t, torch.cat([y, free])).chunk(2)
+        x = x + (without + guidance * (with_y - without)) / steps
+    return x
 
 
-def check_generator(f, z, labels, num_classes, low, high, device):
-    """UserError where the values of a user's f(z, y) are of another range, or y changes nothing."""
-    x, other = (network_images(f, z, y, low, high, 16, device) for y in (
-        labels, (labels + 1) % num_classes))
-    with torch.no_grad():
-        values = f(z.to(device), torch.from_numpy(labels).to(device)).float()
-    outside = ((values < low) | (values > high)).float().mean()
-    if outside > 0.25 or values.min() > (low + high) / 2 or values.max() < (low + high) / 2:
-        raise UserError(f'the generator gives values from {values.min():.3g} to '
-                        f'{values.max():.3g}: that is not --output_range={low:g},{high:g}')
-    if (x == other).all():
-        raise UserError('the generator gives the same images whatever the label: take one that is '
-                        'conditional, or check --label_input')
+def trained(s, device):
+    """Made: images of a network that is trained on a source, for labels as the source has them."""
+    if 'generator_steps' not in s:
+        raise UserError('--generator train: make this set with generate_data.py, and give its '
+                        'folder as --data')
+    source, n, seed = read(s['source'], s), s['num_images'], s['data_seed']
+    size, classes = source.image_size, len(source.classes)
+    if size % 8:
+        raise UserError(f'--generator train needs a multiple of 8 px, not {size}: --image_size.')
+    folder = Path(f'{s["out"]}.generator')
+    folder.mkdir(parents=True, exist_ok=True)
+    network = train_flow(source, folder / 'checkpoint.pt', s['generator_steps'], s['time_limit'],
+                         seed, device)
+    labels = draw_labels(seed, n, classes, 'balanced')
+    if source.multilabel:               # vectors of labels that the source has
+        rows = draw_labels(seed, n, len(source))
+        labels = (source.labels[rows] == 1).astype(np.uint8)
+    mean, std = torch.tensor([source.mean, source.std], device=device)
+
+    def images(part):
+        z = uniforms(seed, DRAWS, part.start, len(part), 3 * size * size)
+        z = torch.special.ndtri(torch.from_numpy(z)).float().view(-1, 3, size, size)
+        y = conditions(torch.from_numpy(labels[part.start:part.stop]), classes)
+        x = sample_flow(network, z.to(device), y.to(device)).permute(0, 2, 3, 1) * std + mean
+        return (x.clamp(0, 1) * 255).round().byte().cpu().numpy()
+
+    return Made(labels, source.classes, map(images, parts_of(n, 64)))
 
 
-# ---------------------------------------------------------------------------------------------
-# How learnable a set is: a fixed small network, and the nearest neighbour
+def generated(s, device):
+    """Made: images by --generator."""
+    return GENERATORS[s['generator']].make(s, device)
 
 
-def fit_probe(data, rows, device):
-    """Train four convolutions on some images of a Data: 10 epochs, batch 128, Adam 1e-3.
-
-    Images above 64 px are averaged down to about that.
-    """
-    torch.manual_seed(0)
-    layers = [nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)]
-    for c_in, c_out in ((3, 32), (32, 64), (64, 128), (128, 128)):
-        layers += [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out),
-                   nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
-    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                            nn.Linear(128, len(data.classes))).to(
-        device, memory_format=torch.channels_last)
-    adam = torch.optim.Adam(network.parameters(), 1e-3)
-    loss_of = nn.functional.binary_cross_entropy_with_logits if data.multilabel \
-        else nn.functional.cross_entropy
-    batches = Batches(data, rows, min(128, len(rows)), device)
-    progress = Progress(10 * len(batches), 'steps of the probe')
-    for epoch in range(10):
-        for step, (x, y) in enumerate(batches.epoch(epoch)):
-            known = {'weight': (y >= 0).float()} if data.multilabel else {}     # -1: not known
-            loss_of(network(x), y, **known).backward()
-            adam.step()
-            adam.zero_grad()
-            progress.update(epoch * len(batches) + step)
-    progress.close()
-    return network.eval()
-
-
-def auroc(scores, labels):
-    """Area under the ROC curve by Mann and Whitney's statistic, ties counted half, in float64.
-
-    scores (n,), labels (n,) of bool; None where all labels are the same.
-    """
-    if not labels.any() or labels.all():
-        return None
-    negative, positive = np.sort(scores[~labels].astype(np.float64)), scores[labels]
-    below, upto = (np.searchsorted(negative, positive, side) for side in ('left', 'right'))
-    return float((below + upto).mean() / 2 / len(negative))
-
-
-@torch.no_grad()
-def grade(predict, data, rows, device):
-    """Per cent right of predict(x) -> scores (B, classes); with several labels the mean AUC."""
-    batches = Batches(data, rows, 200, device, shuffle=False)
-    scores = torch.cat([predict(x).float() for x, _ in batches.epoch()]).cpu().numpy()
-    labels = data.labels[np.asarray(rows)]
-    if not data.multilabel:
-        return 100 * (scores.argmax(1) == labels).mean().item()
-    areas = [auroc(score[label >= 0], label[label >= 0] == 1)
-             for score, label in zip(scores.T, labels.T)]
-    areas = [area for area in areas if area is not None]
-    if not areas:
-        raise UserError(f'--probe: no label is in some of the {len(rows)} images tested and not in '
-                        'others: make more, or leave --probe out')
-    return 100 * float(np.mean(areas))
-
-
-@torch.no_grad()
-def nearest_neighbour(data, rows, device):
-    """predict(x): the labels of the nearest of some images of a Data, by pixels."""
-    pool = nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)
-    batches = Batches(data, rows, 200, device, shuffle=False)
-    known = torch.cat([pool(x).flatten(1) for x, _ in batches.epoch()])
-    labels = conditions(torch.from_numpy(data.labels[rows]).to(device), len(data.classes))
-    return lambda x: labels[torch.cdist(pool(x).flatten(1), known).argmin(1)]
-
-
-def probe(data, device):
-    """Train on nine tenths of a Data, test on the rest: what --probe writes into meta.json."""
-    train, test = stratified_split(data.labels, 0.9, 0)
-    return {'network': grade(fit_probe(data, train, device), data, test, device),
-            'nearest_neighbour': grade(nearest_neighbour(data, train, device), data, test, device),
-            'measure': 'mean AUC' if data.multilabel else 'accuracy', 'n_train': len(train),
-            'n_test': len(test)}
-
-
-def probe_against(data, args, device):
-    """Probes of a Data and of the real images that its generator learned, each on the other."""
-    real = read_by(args, args.source)
-    test = read_by(args, args.source, 'test') or real
-    some = np.sort(np.argsort(philox(0, CHOICE, count=len(real)))[:len(data)])
-    made_network = fit_probe(data, range(len(data)), device)
-    real_network = fit_probe(real, some, device)
-    return {'generated_to_real': grade(made_network, test, range(len(test)), device),
-            'real_to_generated': grade(real_network, data, range(len(data)), device),
-            'real_to_real': grade(real_network, test, range(len(test)), device)}
+GENERATORS = {
+    'fractal': Kind(drawn, 'num_classes difficulty multilabel'),
+    'spectrum': Kind(drawn, 'num_classes difficulty'),
+    'deadleaves': Kind(drawn, 'num_classes difficulty'),
+    'train': Kind(trained, 'source generator_steps time_limit')}
+KINDS = {
+    'noise': Kind(noise, 'num_images num_classes multilabel label_mode'),
+    'random_labels': Kind(random_labels, 'source label_mode label_noise', augment=True),
+    'generated': Kind(generated, 'num_images generator', augment=True)}
 
 
 # ---------------------------------------------------------------------------------------------
 # Writing a data set
 
 
-def write_noise(out, num_images, num_classes, image_size, seed, mode='uniform', multilabel=False,
-                **how):
-    """Gaussian noise with random labels, as a data set in the folder `out`."""
-    if mode == 'permute':
-        raise UserError('--label_mode permute: noise has no true labels; take balanced')
-    if num_images < num_classes and not multilabel:
-        raise UserError(f'--num_images {num_images} cannot hold {num_classes} classes: raise it')
-    labels = draw_labels(seed, num_images, num_classes, mode, multilabel=multilabel)
-    chunk = max(1, (32 << 20) // (image_size * image_size * 3))
-    chunks = (noise_images(seed, start, min(chunk, num_images - start), image_size)
-              for start in range(0, num_images, chunk))
-    meta = {'kind': 'noise', 'seed': seed, 'mean': [127.5 / 255] * 3, 'std': [32 / 255] * 3,
-            'classes': [str(k) for k in range(num_classes)], 'image_size': image_size}
-    return write_set(out, meta, labels, chunks, **how)
+@contextlib.contextmanager
+def locked(path):
+    """Hold the file `path` for this process alone while the block runs, then remove it."""
+    held = fcntl is None
+    while not held:
+        file = open(path, 'w')  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Who held it before may have removed it: then another file of that name is the lock.
+        with contextlib.suppress(FileNotFoundError):
+            held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
-def write_random_labels(out, source, seed, mode='uniform', label_noise=1.0, **how):
-    """New labels for the images of `source`, a Data, and a reference to those images."""
-    labels = redraw_labels(source.labels, len(source.classes), seed, mode, label_noise)
-    meta = {'kind': 'random_labels', 'seed': seed, 'mean': source.mean, 'std': source.std,
-            'classes': source.classes, 'image_size': source.image_size, 'label_mode': mode,
-            'label_noise': label_noise, 'source': source.origin}
-    chunks = (source.get(range(start, min(start + 256, len(labels))))
-              for start in range(0, len(labels), 256))
-    return write_set(out, meta, labels, chunks, reference=source, **how)
+def put_back(out):
+    """Give a set its name again if a run was killed while --force replaced it."""
+    if not out.exists():
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(out.with_name(f'.{out.name}.old'), out)
 
 
-def generated_set(args, device):
-    """What --generator makes: (labels, class names, size, images to make at once, make).
+def check_out(out, force):
+    """UserError if a set must not be written."""
+    if out.exists() and not force:
+        raise UserError(f'{out} exists. Use --force to replace it, or choose another --out.')
+    if out.is_file() or out.exists() and not (out / 'meta.json').exists() and any(out.iterdir()):
+        raise UserError(f'{out} is no data set of ours: --force does not replace it. Choose '
+                        'another --out.')
 
-    make(start, count) gives the images of a slice, uint8 (count, size, size, 3).
+
+@contextlib.contextmanager
+def new_folder(out, force=False):
+    """Yield a hidden folder that takes the name `out` when the block ends well.
+
+    One process at a time. `out` is the old set or the new one, whatever kills the run: what is
+    missing for a moment lies beside it and is put back. What killed runs left is removed.
     """
-    n, classes, size, seed = args.num_images, args.num_classes, args.image_size or 32, args.seed
-    labels, names = draw_labels(seed, n, classes, 'balanced'), [str(k) for k in range(classes)]
-    if args.generator in (*FAMILIES, 'mixed'):
-        if args.multilabel:
-            shares = np.resize(list(CHEXPERT.values()), classes)
-            labels = (uniforms(seed, LABELS, 0, n, classes) < shares).astype(np.uint8)
-            names = list(CHEXPERT) if classes == len(CHEXPERT) else names
-        images = Procedural(args.generator, labels, classes, size, seed, args.difficulty,
-                            args.systems_per_class or (8 if classes < 1000 else 1), device)
-        return labels, names, size, images.chunk * torch.get_num_threads(), images.images
-    low, high, z = 0, 1, ('normal', 1)
-    path = Path(args.generator)
-    if args.generator == 'train':
-        source = read_by(args, args.source)
-        path = Path(f'{Path(args.out)}.generator')
-        train_generator(source, path, args.generator_steps, args.time_limit, seed, device)
-        path /= 'generator.pt'
-    trained = path.suffix == '.pt' and not args.generator_code      # by --generator train
-    if trained:
-        state = load_generator(path)
-        names, size, rows = state['classes'], state['size'], state['labels'].numpy()
-        if args.image_size not in (None, size):
-            raise UserError(f'{path} draws {size} px: leave --image_size {args.image_size} out')
-        f, z_dim = trained_flow(state, device), 3 * size * size
-        labels = draw_labels(seed, n, len(names), 'balanced')
-        if rows.ndim == 2:              # vectors of labels that the source has
-            labels = rows[(philox(seed, LABELS, count=n) % np.uint64(len(rows))).astype(np.int64)]
-    else:
-        f, z_dim, z = users_generator(args, device), args.z_dim, (args.z_dist, args.truncation)
-        low, high = map(float, args.output_range.split(','))
-
-        # A program may know no other number of images than 64.
-        labels_64, z_64 = np.resize(labels, 64), latents(seed, 0, 64, z_dim, *z)
-        check_generator(f, z_64, labels_64, classes, low, high, device)
-
-    def make(start, count):
-        b = count if trained else 64
-        y = np.resize(labels[start:start + count], (b, *labels.shape[1:]))
-        return network_images(f, latents(seed, start, b, z_dim, *z), y, low, high, size,
-                              device)[:count]
-
-    return labels, names, size, 64, make
+    out = Path(os.path.realpath(out))
+    old, new = out.with_name(f'.{out.name}.old'), out.with_name(f'.{out.name}.new')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.with_name(f'.{out.name}.lock')):
+        put_back(out)
+        check_out(out, force)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            new.mkdir()
+            yield new
+            if out.exists():
+                os.replace(out, old)
+            os.replace(new, out)
+        except OSError as error:
+            error.filename = error.filename or str(out)
+            raise
+        finally:
+            put_back(out)
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def write_generated(out, args, device, force=False, **how):
-    """Generated images and the labels that they were made for, as a data set in the folder."""
-    if 'num_classes' in used_settings(args, 'generated') and not args.multilabel \
-            and args.num_images < args.num_classes:
-        raise UserError(f'--num_images {args.num_images} cannot hold {args.num_classes} classes: '
-                        'raise it')
-    check_out(out, force)
-    labels, names, size, chunk, make = generated_set(args, device)
-    meta = {'kind': 'generated', 'seed': args.seed, 'classes': names, 'image_size': size,
-            'generator': args.generator, 'device': device.type}
-    if args.generator in (*FAMILIES, 'mixed'):
-        meta['difficulty'] = args.difficulty
-    chunks = (make(start, min(chunk, len(labels) - start))
-              for start in range(0, len(labels), chunk))
-    return write_set(out, meta, labels, chunks, force=force, **how)
+def own_settings(name, s):
+    """{setting: value} of what a set of this kind depends on; folders as absolute paths."""
+    used = taken(name, s)
+    own = {key: s[key] for key in DATA if key in used - {'data_dir', 'download'}}
+    if 'source' in own and own['source'] not in REAL:
+        own['source'] = str(Path(own['source']).resolve())
+    elif 'source' not in own:
+        own['image_size'] = s['image_size'] or 32
+    return own
 
 
-def write_set(out, meta, labels, chunks, form='array', force=False, reference=None, test=None):
-    """Stream chunks of images (uint8, n x H x W x 3) and their labels into the folder `out`.
+def make_set(out, name, s, device, force=False):
+    """Write a set of the kind `name` with the settings s into the folder `out`; images/s."""
+    if name not in KINDS:
+        raise UserError(f'{name} is no kind of unreal data. Use one of {", ".join(KINDS)}.')
+    put_back(Path(out))
+    check_out(Path(out), force)
+    own = own_settings(name, s)
+    if 'num_classes' in own and not own.get('multilabel') and s['num_images'] < s['num_classes']:
+        raise UserError(f'--num_images {s["num_images"]} cannot hold {s["num_classes"]} classes. '
+                        'Raise it.')
+    made = KINDS[name].make({**s, 'out': out, 'image_size': own['image_size']}, device)
+    return write_set(out, made, {'kind': name, 'seed': s['data_seed'], 'settings': own}, force)
 
-    form: 'array' writes images.npy (none where `reference` is a Data that has the images) and
-    labels.npy; 'folder' a tree of PNG files, a folder for each class. meta.json and sheet.png
-    are written beside them; meta['probe'] is what test(Data) makes of the set. Returns images/s.
+
+def write_set(out, made, about, force=False):
+    """Write a Made into the folder `out`: images.npy, labels.npy, meta.json, sheet.png; images/s.
+
+    A set that has a source has no images.npy. about: 'kind', 'seed' and more for meta.json.
     """
-    if form == 'folder' and labels.ndim == 2:
-        raise UserError('--format folder has one class for each image: leave out --multilabel')
-    if form == 'folder':                # so that the order of the folders is that of the classes
-        width = len(str(len(meta['classes']) - 1))
-        meta['classes'] = [name.zfill(width) if name.isdigit() else name
-                           for name in meta['classes']]
-        reference = None                # a tree has its images itself
-    if test and not len(stratified_split(labels, 0.9, 0)[1]):
-        raise UserError(f'--probe: {len(labels)} images of {len(meta["classes"])} classes are too '
-                        'few: take more')
-    shape = (len(labels), meta['image_size'], meta['image_size'], 3)
-    meta = {**meta, 'num_images': len(labels), 'multilabel': labels.ndim == 2, 'format': form}
-    progress, began = Progress(len(labels), 'images'), time.time()
+    labels, source, began = np.ascontiguousarray(made.labels), made.source, time.time()
     with new_folder(out, force) as folder:
-        digest, shown, done = hashlib.sha256(), [], 0
-        counts = np.zeros((3, 256), np.int64)
-        arrays = form == 'array' and not reference
-        with open(folder / 'images.npy' if arrays else os.devnull, 'wb') as images:
-            np.lib.format.write_array_header_1_0(
-                images, {'descr': '|u1', 'fortran_order': False, 'shape': shape})
-            for chunk in chunks:
-                shown += list(chunk[:max(0, 100 - len(shown))])
-                if 'mean' not in meta:
-                    counts += [np.bincount(c, minlength=256) for c in chunk.reshape(-1, 3).T]
-                digest.update(chunk.tobytes())
-                images.write(chunk.tobytes())
-                if form == 'folder':
-                    write_pngs(folder, chunk, labels, done, meta['classes'])
-                done += len(chunk)
-                progress.update(done)
-                if reference and done >= 100:
-                    break
-        progress.close()
-        rate = done / (time.time() - began)
-        if form == 'array':
-            np.save(folder / 'labels.npy', labels)
-        meta['sha256'] = {'images': reference.sha256() if reference else digest.hexdigest(),
-                          'labels': hashlib.sha256(labels.tobytes()).hexdigest()}
-        if 'mean' not in meta:
-            mean = counts @ np.arange(256) / counts.sum(1)
-            variance = counts @ np.arange(256) ** 2 / counts.sum(1) - mean ** 2
-            meta['mean'] = (mean / 255).tolist()
-            meta['std'] = (np.sqrt(np.maximum(variance, 1)) / 255).tolist()
-        contact_sheet(np.stack(shown), labels[:len(shown)], meta).save(folder / 'sheet.png')
-        meta['command'] = shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]])
-        meta['versions'] = {'python': sys.version.split()[0], 'numpy': np.__version__,
-                            'pillow': Image.__version__, 'torch': torch.__version__}
+        if source:
+            images, pixels = next(iter(made.chunks)), {
+                'image_size': source.image_size, 'mean': source.mean, 'std': source.std}
+            digest = source.sha256()
+        else:
+            images, digest, pixels = write_images(folder / 'images.npy', len(labels), made.chunks)
+        np.save(folder / 'labels.npy', labels)
+        meta = {**about, 'classes': made.classes, 'num_images': len(labels), **pixels, **made.meta,
+                'sha256': {'images': digest, 'labels': hashlib.sha256(labels).hexdigest()},
+                'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
+                'versions': {'numpy': np.__version__, 'torch': torch.__version__}}
+        contact_sheet(images, labels, meta).save(folder / 'sheet.png')
         write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
-        if test:
-            meta['probe'] = test(read_written(folder, None, 'train'))
-            write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
-    return rate
+    return len(labels) / max(time.time() - began, 1e-9)
 
 
-def write_pngs(folder, chunk, labels, start, classes):
-    for k, pixels in enumerate(chunk, start):
-        target = folder / classes[labels[k]]
-        target.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(target / f'{k:06d}.png')
+def write_images(path, n, chunks):
+    """Stream n images into an .npy file: (the first 100, SHA-256, image_size, mean and std)."""
+    progress, digest, first, done = Progress(n, 'images'), hashlib.sha256(), [], 0
+    counts, values = np.zeros((3, 256), np.int64), np.arange(256)
+    with open(path, 'wb') as file:
+        for chunk in chunks:
+            if not done:
+                np.lib.format.write_array_header_1_0(file, {
+                    'descr': '|u1', 'fortran_order': False, 'shape': (n, *chunk.shape[1:])})
+            first.extend(chunk[:100 - len(first)])
+            counts += [np.bincount(channel, minlength=256) for channel in chunk.reshape(-1, 3).T]
+            digest.update(chunk.tobytes())
+            file.write(chunk.tobytes())
+            done += len(chunk)
+            progress.update(done)
+    progress.close()
+    mean = counts @ values / counts.sum(1)
+    variance = counts @ values ** 2 / counts.sum(1) - mean ** 2
+    return np.stack(first), digest.hexdigest(), {
+        'image_size': len(first[0]), 'mean': (mean / 255).tolist(),
+        'std': (np.sqrt(np.maximum(variance, 1)) / 255).tolist()}
 
 
 def contact_sheet(images, labels, meta):
     """A labelled PIL image of up to 100 images, in ten columns, sorted by class where possible."""
-    order = range(len(images))
+    size, gap, text, top = 72, 8, 18, 34
+    order = np.arange(len(images))
     if labels.ndim == 1:
-        order = np.argsort(labels, kind='stable')
-    size, gap, text = 72, 8, 18
-    rows = -(-len(images) // 10)
-    sheet = Image.new('RGB', (10 * (size + gap) + gap, rows * (size + text + gap) + gap + 34),
-                      'white')
+        order = np.argsort(labels[order], kind='stable')
+    x = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
+    how = v2.InterpolationMode.NEAREST if x.shape[-1] <= size else v2.InterpolationMode.BICUBIC
+    x = nn.functional.pad(v2.functional.resize(x, [size, size], how), (0, 0, 0, text), value=255)
+    grid = nn.functional.pad(make_grid(x, 10, gap, pad_value=255), (0, 0, top, 0), value=255)
+    sheet = v2.functional.to_pil_image(grid)
     pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    what = ', '.join(Path(meta[key]).name for key in ('kind', 'generator', 'difficulty')
-                     if key in meta)
-    title = f'{what}: {meta["num_images"]:,} images of {meta["image_size"]} px, ' \
-            f'{len(meta["classes"])} {"labels" if labels.ndim == 2 else "classes"}, ' \
-            f'seed {meta["seed"]}'
-    pen.text((gap, 8), title, 'black', ImageFont.load_default(15))
+    title = f'{meta["kind"]}: {len(labels):,} images of {meta["image_size"]} px, ' \
+            f'{len(meta["classes"])} classes, seed {meta["seed"]}'
+    pen.text((gap, gap), title, 'black', ImageFont.load_default(15))
     for place, k in enumerate(order):
-        x = gap + place % 10 * (size + gap)
-        y = 34 + place // 10 * (size + text + gap)
-        resample = Image.NEAREST if images.shape[1] <= size else Image.LANCZOS
-        sheet.paste(Image.fromarray(images[k]).resize((size, size), resample), (x, y))
+        row, column = divmod(place, 10)
         present = [labels[k]] if labels.ndim == 1 else np.flatnonzero(labels[k] == 1)
         name = ' '.join(' '.join(meta['classes'][c] for c in present).split())
         while pen.textlength(name, small) > size:
             name = name[:-1]
-        pen.text((x + size / 2, y + size + 2), name, 'dimgray', small, anchor='ma')
+        x, y = gap + column * (size + gap), top + (row + 1) * (size + text + gap) - text
+        pen.text((x + size / 2, y + 2), name, 'dimgray', small, anchor='ma')
     return sheet
 
 
@@ -1195,14 +1109,14 @@ def contact_sheet(images, labels, meta):
 class Data:
     """One split of a data set. Images are uint8 arrays (N, H, W, 3), or files read when needed."""
     name: str                   # what the user called it
-    kind: str                   # 'real', 'noise', 'random_labels', 'generated'
+    kind: str                   # 'real', or one of KINDS
     images: object              # array, or list of paths
     labels: np.ndarray          # int64 (N,), or (N, classes) of 0, 1, -1 (not known)
     classes: list
     mean: list                  # of pixels / 255, per channel
     std: list
     image_size: int
-    origin: dict                # where it came from: enough to find it again
+    origin: dict                # where it came from: 'name' and settings to read it again
     studies: np.ndarray = None  # of chest X-rays: 'patient00001/study1' of each image
     zoom: float = 1.0           # shorter side of a file to the side that is cut out of it
     on_device: dict = field(default_factory=dict, repr=False)
@@ -1229,11 +1143,27 @@ class Data:
         return None if self.studies is None else np.array([s.split('/')[0] for s in self.studies])
 
     def __getitem__(self, item):
-        """uint8 (H, W, 3), for torch's DataLoader; item: (index, what crop_box takes or None)."""
-        image = self.images[item[0]]
-        if not isinstance(self.images, np.ndarray):
-            image = read_image(image, self.image_size, self.zoom, item[1])
-        return torch.from_numpy(image.copy())
+        """uint8 (H, W, 3) for a DataLoader, of item: (index, augment, seeds); or a UserError.
+
+        What `augment` draws depends on the seeds alone: torch's own generator stays as it is.
+        """
+        index, augment, seeds = item
+        seed = np.random.SeedSequence([*seeds, index]).generate_state(1, np.uint64)[0]
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(int(seed))
+                if isinstance(self.images, np.ndarray):
+                    image = Image.fromarray(self.images[index])
+                    if augment in CROPS:
+                        image = v2.RandomResizedCrop(self.image_size)(image)
+                else:
+                    image = Image.fromarray(read_image(self.images[index], self.image_size,
+                                                       self.zoom, augment in CROPS))
+                for transform in TRANSFORMS.get(augment, ()):
+                    image = transform(image)
+                return torch.from_numpy(np.array(image))
+        except UserError as error:
+            return error
 
     def get(self, indices):
         """uint8 (len(indices), H, W, 3)."""
@@ -1242,124 +1172,89 @@ class Data:
         return np.stack([read_image(self.images[i], self.image_size, self.zoom) for i in indices])
 
     def sha256(self):
-        """Of the images, or of the names and sizes of their files where they are not in memory."""
+        """Of the images, or of the names and sizes of their files if they are not in memory."""
         if isinstance(self.images, np.ndarray):
             return hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()
         names = [f'{path.parent.name}/{path.name} {path.stat().st_size}' for path in self.images]
         return hashlib.sha256('\n'.join(names).encode()).hexdigest()
 
 
-def read(name, data_dir='data', split='train', image_size=None, download=False, **chexpert):
+def read(name, s, split='train'):
     """Data of one split, 'train' or 'test': `name` is one of REAL or the path of a folder.
 
-    None where the set has no test split. image_size: resize real images to it (those of a folder
-    to 32 if not given); a written set is never resized. chexpert: `uncertain` and `views`, see
-    read_chexpert. UserError for what is missing or broken.
+    s: settings of DATA, defaults for those that are missing. Real images are resized to
+    image_size; a written set never is. None if the set has no test split.
     """
-    if name in CIFAR:
-        data = read_cifar(name, data_dir, split, download)
-    elif name == 'chexpert':
-        return read_chexpert(data_dir, split, image_size or 320, **chexpert)
-    elif name == 'imagenet':
-        return read_imagenet(data_dir, split, image_size or 224)
-    elif not Path(name).is_dir():
-        raise UserError(f'{name}: neither a folder nor {", ".join(REAL)}, noise, random_labels, '
-                        'generated')
-    elif (Path(name) / 'meta.json').exists():
-        data = read_written(Path(name), data_dir, split)
-    else:
-        data = read_folder(Path(name), split, image_size or 32)
-    if data and image_size and data.image_size != image_size:
-        if name not in CIFAR:
-            raise UserError(f'{name}: its images have {data.image_size} px, not {image_size}: take '
-                            f'--image_size {data.image_size}, or generate it at that size')
-        images = [np.asarray(Image.fromarray(x).resize((image_size, image_size), Image.BICUBIC))
-                  for x in data.images]
-        data = replace(data, images=np.stack(images), image_size=image_size,
-                       origin={**data.origin, 'resized': True})
-    return data
-
-
-def read_by(args, name, split='train'):
-    """`read` with the flags that the scripts share."""
-    return read(name, args.data_dir, split, args.image_size, args.download,
-                uncertain=args.uncertain, views=args.views)
-
-
-def read_written(folder, data_dir, split):
-    """A set of write_set; 'test' is None, since unreal data have no test split."""
-    meta = read_meta(folder)
-    if split != 'train':
+    s = {**{key: setting.default for key, setting in DATA.items()}, **s}
+    if name in REAL:
+        return REAL[name](name, s, split)
+    folder = Path(name)
+    put_back(folder)
+    if not folder.is_dir():
+        raise UserError(f'{name}: neither a folder nor one of {", ".join([*REAL, *KINDS])}. Check '
+                        'the path.')
+    if not (folder / 'meta.json').exists():
+        return read_folder(folder, split, s['image_size'] or 32)
+    if split != 'train':                                # unreal data have no test split
         return None
-    size = meta['image_size']
-    whole = functools.partial(Data, str(folder), meta['kind'], classes=meta['classes'],
-                              mean=meta['mean'], std=meta['std'], image_size=size,
-                              origin={'name': str(folder.resolve())})
-    if meta['format'] == 'folder':
-        names = class_names(folder)
-        files, places = list_images(folder, names)
-        if not set(names) <= set(meta['classes']) or len(files) != meta['num_images']:
-            raise UserError(f'{folder} does not hold what meta.json says: generate it again')
-        data = whole(files, np.array([meta['classes'].index(name) for name in names])[places])
-        if data.small:
-            data.images = decode(files, size)
-        return data
-    labels = load_array(folder / 'labels.npy')
-    if hashlib.sha256(labels.tobytes()).hexdigest() != meta['sha256']['labels'] \
-            or (labels.ndim == 1 and labels.max() >= len(meta['classes'])):
-        raise UserError(f'{folder}/labels.npy is not what meta.json says: generate it again')
-    if meta['kind'] == 'random_labels':
-        source = read_source(folder, meta, data_dir)
-        if len(source) != len(labels):
-            raise UserError(f'{folder}/labels.npy does not fit {source.name}: generate it again')
-        return replace(source, name=str(folder), kind='random_labels', labels=labels,
-                       origin={'name': str(folder.resolve())})
-    images = load_array(folder / 'images.npy', mmap_mode='r')
-    data = whole(images, labels)
-    sound = images.shape == (len(labels), size, size, 3) and images.dtype == np.uint8
-    if not sound or (data.resident and data.sha256() != meta['sha256']['images']):
-        raise UserError(f'{folder}/images.npy is not what meta.json says: generate it again')
+    data = read_written(folder, s)
+    if s['image_size'] not in (None, data.image_size):
+        raise UserError(f'{name}: its images have {data.image_size} px, not {s["image_size"]}. Use '
+                        f'--image_size {data.image_size}, or generate it at that size.')
     return data
 
 
-def read_meta(folder):
-    with readable(f'{folder}/meta.json is broken', 'generate the set again'):
+def read_written(folder, s):
+    """A set of write_set."""
+    again = 'Generate the set again.'
+    with readable(f'{folder}/meta.json is broken', again):
         meta = json.loads((folder / 'meta.json').read_text())
-        sound = meta['kind'] in USED and meta['format'] in ('array', 'folder') \
-            and all(type(meta[k]) is int and meta[k] > 0 for k in ('image_size', 'num_images')) \
-            and all(isinstance(name, str) for name in meta['classes']) and len(meta['classes']) \
-            and all(len(meta[k]) == 3 and all(math.isfinite(v) for v in meta[k])
-                    for k in ('mean', 'std')) and min(meta['std']) > 0
-        if meta['format'] == 'array':
-            meta['sha256']['labels'], meta['sha256']['images']
-            sound = sound and (
-                meta['kind'] != 'random_labels' or 'name' in meta['source'])
-        if not sound:
-            raise ValueError('a value is of the wrong kind')
-        return meta
+        digests = meta['sha256']['labels'], meta['sha256']['images']
+        data = Data(str(folder), meta['kind'], None, None, list(meta['classes']), meta['mean'],
+                    meta['std'], meta['image_size'], {'name': str(folder.resolve())})
+    with readable(f'{folder}/labels.npy is not what meta.json says', again):
+        labels = np.load(folder / 'labels.npy', allow_pickle=False)
+        data.labels = check_labels(labels, len(labels), len(data.classes))
+        if hashlib.sha256(labels).hexdigest() != digests[0]:
+            raise ValueError('other labels')
+    if 'source' in meta:
+        source = read_source(folder, meta, s)
+        return replace(source, name=data.name, kind=data.kind, labels=data.labels,
+                       origin=data.origin)
+    with readable(f'{folder}/images.npy is not what meta.json says', again):
+        data.images = images = np.load(folder / 'images.npy', 'r', allow_pickle=False)
+        if images.shape != (len(labels), data.image_size, data.image_size, 3) \
+                or images.dtype != np.uint8 or data.resident and data.sha256() != digests[1]:
+            raise ValueError('other images')
+    return data
 
 
-def read_source(folder, meta, data_dir):
-    """The images that a set of random labels refers to, looked for under data_dir as well."""
+def check_labels(labels, n, classes):
+    """The labels if they are (n,) classes, as int64, or (n, classes) of -1, 0, 1; or ValueError."""
+    low, high = (0, classes - 1) if labels.ndim == 1 else (-1, 1)
+    if labels.shape not in ((n,), (n, classes)) or not n or labels.dtype.kind not in 'iu':
+        raise ValueError(f'{labels.shape} of {labels.dtype}, not integers for {n} images')
+    if labels.min() < low or labels.max() > high:
+        raise ValueError(f'{labels.min()} to {labels.max()}, not {low} to {high}')
+    return labels if labels.ndim == 2 else labels.astype(np.int64)
+
+
+def read_source(folder, meta, s):
+    """The images that random labels are of: under --data_dir, or else where they were before."""
     origin = meta['source']
-    for place in dict.fromkeys([origin.get('data_dir'), data_dir]):
+    for place in (s['data_dir'], origin.get('data_dir', '.')):
         with contextlib.suppress(UserError):
-            source = read(origin['name'], place or '.', 'train',
-                          meta['image_size'] if origin.get('resized') else None,
-                          **origin.get('chexpert', {}))
+            source = read(origin['name'], {**s, **origin, 'data_dir': place, 'download': False,
+                                           'image_size': meta['image_size']})
             if source.sha256() == meta['sha256']['images']:
                 return source
+            break
     raise UserError(f'{folder}: its images, {origin["name"]} {origin.get("data_dir", "")}, are not '
-                    'as they were: give their --data_dir, or generate it again')
+                    'as they were. Give their --data_dir, or generate it again.')
 
 
-def load_array(path, **kwargs):
-    with readable(f'{path} is truncated or not an array', 'generate the set again'):
-        return np.load(path, allow_pickle=False, **kwargs)
-
-
-# CIFAR: means and standard deviations of the training images (those that DARTS's code uses; for
-# CIFAR-100 those of its own images).
+# CIFAR: folder, means and standard deviations of the training images (those that DARTS's code
+# uses; for CIFAR-100 those of its own images).
 CIFAR = {
     'cifar10': ('cifar-10-batches-py', [0.49139968, 0.48215827, 0.44653124],
                 [0.24703233, 0.24348505, 0.26158768]),
@@ -1367,97 +1262,103 @@ CIFAR = {
                  [0.26733429, 0.25643846, 0.27615047])}
 
 
-def read_cifar(name, data_dir, split, download=False):
+def read_cifar(name, s, split):
     """CIFAR-10 or -100 in the layout of its python archive, in data_dir or data_dir itself."""
-    import torchvision
-    official = getattr(torchvision.datasets, name.upper())
+    official = getattr(datasets, name.upper())
     inner, mean, std = CIFAR[name]
-    folder = Path(data_dir) / inner
-    if not folder.is_dir() and Path(data_dir).name == inner:
-        folder = Path(data_dir)
-    if not folder.is_dir() and download:
+    folder = Path(s['data_dir'])
+    if s['download']:
         try:
-            with new_folder(folder) as new:             # by one process, whole or not at all
-                official(str(new), download=True)
-                for file in [*(new / inner).iterdir()]:
-                    file.rename(new / file.name)
-                (new / inner).rmdir()
-                (new / official.filename).unlink(missing_ok=True)
+            official(str(folder), download=True)
         except Exception as error:
-            if not folder.is_dir():                     # else another run has just fetched it
-                raise UserError(f'no download ({error}): put {inner}/ into {data_dir}') from None
+            raise UserError(f'no download ({error}). Put {inner}/ into {folder}.') from None
+    if folder.name != inner or not folder.is_dir():
+        folder /= inner
     if not folder.is_dir():
-        raise UserError(f'{name}: no {inner}/ in {data_dir}: give its --data_dir, or --download')
-    key = 'labels' if name == 'cifar10' else 'fine_labels'
-    files = official.train_list if split == 'train' else official.test_list
-    parts, unusual = [], []
-    for file, md5 in files:
-        images, labels, digest = read_cifar_batch(folder / file, key, int(name[5:]))
-        parts.append((images, labels))
+        raise UserError(f'{name}: no {inner}/ in {folder.parent}. Give its --data_dir, or '
+                        '--download.')
+    key, count, size = 'labels', 10, s['image_size'] or 32
+    if name == 'cifar100':
+        key, count = 'fine_labels', 100
+    images, labels, unusual = [], [], []
+    for file, md5 in official.train_list if split == 'train' else official.test_list:
+        with readable(f'{folder / file} is no CIFAR file', 'Unpack it again.'):
+            digest, batch = load_pickle(folder / file)
+            images.append(cifar_images(batch['data']))
+            labels.append(check_labels(np.array(batch[key]), len(images[-1]), count))
         if digest != md5:
             unusual.append(file)
-    images, labels = (np.concatenate(part) for part in zip(*parts))
-    expected = 50000 if split == 'train' else 10000
-    if unusual or len(images) != expected:
-        print(f'warning: {folder}: {len(images):,} {split} images; '
-              f'{", ".join(unusual) or "no file"} not as officially published', file=sys.stderr)
-    names = load_pickle(folder / official.meta['filename']).get(official.meta['key'])
-    names = [n.decode(errors='replace') if isinstance(n, bytes) else n
-             for n in (names if isinstance(names, list) else ())]
-    if len(names) != int(name[5:]) or not all(isinstance(n, str) for n in names):
-        raise UserError(f'{folder}/{official.meta["filename"]} names no classes: unpack it again')
-    return Data(name, 'real', images, labels, names, mean, std, 32,
-                {'name': name, 'data_dir': str(Path(data_dir).resolve())})
+    images = np.concatenate(images)
+    if unusual:
+        print(f'warning: {folder}: {len(images):,} {split} images; {", ".join(unusual)} not as '
+              'officially published', file=sys.stderr)
+    path = folder / official.meta['filename']
+    with readable(f'{path} names no classes', 'Unpack it again.'):
+        names = load_pickle(path)[1][official.meta['key']]
+        names = [n if isinstance(n, str) else n.decode() for n in names]
+    if size != 32:
+        images = np.stack([np.asarray(Image.fromarray(x).resize((size, size), Image.BICUBIC))
+                           for x in images])
+    return Data(name, 'real', images, np.concatenate(labels), names, mean, std, size,
+                {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
 
 
-def read_cifar_batch(path, key, num_classes):
-    """(uint8 (n, 32, 32, 3), int64 (n,), md5) of one pickle."""
-    batch = load_pickle(path)
-    data, labels = batch.get('data'), batch.get(key)
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,) \
-            or not len(data):
-        raise UserError(f'{path}: "data" is not an array of bytes, n x 3072: not a CIFAR file')
-    if not isinstance(labels, list) or len(labels) != len(data) \
-            or not all(type(k) is int and 0 <= k < num_classes for k in labels):
-        raise UserError(f'{path}: "{key}" is not a list of {len(data)} classes: not a CIFAR file')
-    images = np.ascontiguousarray(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    return images, np.array(labels, np.int64), hashlib.md5(path.read_bytes()).hexdigest()
+class Inert:
+    """Stands for all that a pickle wants of numpy: it keeps what it is given, and runs nothing."""
+    def __init__(self, *args):
+        self.args, self.state = args, None
+
+    def __setstate__(self, state):
+        self.state = state
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and plain types only: a pickle from elsewhere could run any code."""
+    """Plain types, and Inert for numpy's: a pickle from elsewhere could run any code."""
     def find_class(self, module, name):
-        if (module, name) in {('numpy.core.multiarray', '_reconstruct'), ('numpy', 'ndarray'),
-                              ('numpy._core.multiarray', '_reconstruct'), ('numpy', 'dtype'),
-                              ('_codecs', 'encode')}:
-            return super().find_class(module, name)
+        if (module.split('.')[0], name) in {('numpy', '_reconstruct'), ('numpy', 'ndarray'),
+                                            ('numpy', 'dtype'), ('_codecs', 'encode')}:
+            return Inert
         raise pickle.UnpicklingError(f'{module}.{name} is not allowed')
 
 
 def load_pickle(path):
-    """A dictionary with text keys; those of Python 2, as in the official files, as well."""
-    with readable(f'{path} is no CIFAR file', 'unpack it again'), open(path, 'rb') as file:
-        entries = PlainUnpickler(file, encoding='bytes').load()
-        return {k.decode(errors='replace') if isinstance(k, bytes) else k: v
-                for k, v in entries.items()}
+    """(MD5, dictionary with text keys) of a file; the official ones are of Python 2."""
+    if not path.is_file():
+        raise ValueError('not there, or no regular file')
+    raw = path.read_bytes()
+    entries = PlainUnpickler(io.BytesIO(raw), encoding='bytes').load()
+    return hashlib.md5(raw).hexdigest(), {k if isinstance(k, str) else k.decode(): v
+                                          for k, v in entries.items()}
 
 
-REAL = [*CIFAR, 'imagenet', 'chexpert']
+def cifar_images(array):
+    """uint8 (n, 32, 32, 3) of an Inert that stands for a C array of bytes, n x 3072."""
+    _, shape, dtype, fortran, raw = array.state
+    if isinstance(raw, Inert):                      # how Python 3 writes bytes in protocol 2
+        raw = raw.args[0].encode('latin-1')
+    if dtype.args[0] not in ('u1', b'u1') or fortran or len(shape) != 2 or shape[1] != 3072:
+        raise ValueError('"data" is no array of bytes, n x 3072')
+    images = np.frombuffer(raw, np.uint8).reshape(shape[0], 3, 32, 32)
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
 
 
-def read_imagenet(data_dir, split, image_size):
+def read_imagenet(name, s, split):
     """ImageNet as train/<synset>/ and val/<synset>/ in data_dir, or in its folder imagenet/."""
-    places = [Path(data_dir), Path(data_dir) / 'imagenet']
-    found = [place for place in places if all((place / part).is_dir() for part in ('train', 'val'))]
-    if not found:
-        raise UserError(f'imagenet: no train/ and val/ in {places[0]} or {places[1]}: give its '
-                        '--data_dir')
-    data = read_folder(found[0], split, image_size, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    origin = {'name': 'imagenet', 'data_dir': str(Path(data_dir).resolve()), 'resized': True}
-    return replace(data, name='imagenet', origin=origin)
+    for place in (Path(s['data_dir']), Path(s['data_dir'], 'imagenet')):
+        if (place / 'train').is_dir() and (place / 'val').is_dir():
+            data = read_folder(place, split, s['image_size'] or 224, [0.485, 0.456, 0.406],
+                               [0.229, 0.224, 0.225])
+            return replace(data, name=name, origin={'name': name,
+                                                    'data_dir': os.path.abspath(s['data_dir'])})
+    raise UserError(f'imagenet: no train/ and val/ in {s["data_dir"]} or its folder imagenet/. '
+                    'Give its --data_dir.')
 
 
-def read_chexpert(data_dir, split, image_size, uncertain='mixed', views='frontal', table=None):
+CHEXPERT_FOLDERS = ['.', 'CheXpert-v1.0-small', 'CheXpert-v1.0',
+                    'CheXpert-v1.0 batch 1 (validate & csv)']
+
+
+def read_chexpert(name, s, split, table=None):
     """Chest X-rays in CheXpert's layouts (arXiv 1901.07031): train.csv, or valid.csv for 'test'.
 
     uncertain: what -1.0 becomes: ones, zeros, ignore (-1: left out of the loss and of metrics), or
@@ -1466,93 +1367,93 @@ def read_chexpert(data_dir, split, image_size, uncertain='mixed', views='frontal
     are normalised with mean 0.5 and deviation 0.25 in every split, our own choice. UserError names
     the file, line or column that is not as it should be.
     """
-    root = next((Path(data_dir) / place for place in CHEXPERT_FOLDERS
-                 if (Path(data_dir) / place / 'train.csv').is_file()), None)
+    data_dir = Path(s['data_dir'])
+    root = next((data_dir / place for place in CHEXPERT_FOLDERS
+                 if (data_dir / place / 'train.csv').is_file()), None)
     if root is None and table is None:
         raise UserError(f'chexpert: no train.csv in {data_dir}, nor in its '
-                        f'{", ".join(CHEXPERT_FOLDERS[1:])}: give its --data_dir')
+                        f'{", ".join(CHEXPERT_FOLDERS[1:])}. Give its --data_dir.')
     path = Path(table) if table else root / ('train.csv' if split == 'train' else 'valid.csv')
-    paths, labels = read_chexpert_table(path, uncertain)
-    files, kept = chexpert_files(root or Path(data_dir), path, paths, views)
-    labels, studies = labels[kept], np.array(['/'.join(f.parts[-3:-1]) for f in files])
+    paths, labels = read_chexpert_table(path, s['uncertain'])
+    files, rows = chexpert_files(root or data_dir, path, paths, s['views'])
     if not files:
-        raise UserError(f'{path}: no {views} view in it: take --views all')
-    origin = {'name': 'chexpert', 'data_dir': str(Path(data_dir).resolve()), 'resized': True,
-              'chexpert': {'uncertain': uncertain, 'views': views}}
-    data = Data('chexpert', 'real', files, labels, list(CHEXPERT), [0.5] * 3, [0.25] * 3,
-                image_size, origin, studies)
+        raise UserError(f'{path}: no {s["views"]} view in it. Use --views all.')
+    studies = np.array(['/'.join(file.parts[-3:-1]) for file in files])
+    origin = {'name': name, 'data_dir': str(data_dir.resolve()), 'uncertain': s['uncertain'],
+              'views': s['views']}
+    data = Data(name, 'real', files, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
+                s['image_size'] or 320, origin, studies)
     if split == 'train' and (root / 'valid.csv').is_file():
-        others = read_chexpert_table(root / 'valid.csv', uncertain)[0]
-        both = set(data.patients) & {p for path in others for p in path.split('/')}
+        others, _ = read_chexpert_table(root / 'valid.csv', s['uncertain'])
+        both = set(data.patients) & set('/'.join(others).split('/'))
         if both:
             print(f'warning: {root}: patients in train.csv and in valid.csv: '
                   f'{", ".join(sorted(both)[:5])}', file=sys.stderr)
     if data.small:
-        data.images = decode(files, image_size)
+        data.images = decode(files, data.image_size)
     return data
 
 
-CHEXPERT_FOLDERS = ['.', 'CheXpert-v1.0-small', 'CheXpert-v1.0',
-                    'CheXpert-v1.0 batch 1 (validate & csv)']
-
-
 def read_chexpert_table(path, uncertain):
-    """(column Path or Study, int8 labels (N, 14)) of a CSV, its columns found by their names."""
+    """(paths inside of the set, int8 labels (N, 14)) of a CSV, its columns found by their names.
+
+    What precedes train/, valid/ or test/ in a path is of another machine, and is left out.
+    """
     try:
         with open(path, newline='', encoding='utf-8-sig') as file:
             rows = list(csv.DictReader(file))
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing: unpack CheXpert\'s CSV files again') from None
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f'{path} is no CSV file ({error}): unpack it again') from None
-    where = next((name for name in ('Path', 'Study') if rows and name in rows[0]), None)
-    missing = [name for name in CHEXPERT if rows and name not in rows[0]]
-    if not where or missing:
-        raise UserError(f'{path}: no column {", ".join(missing) or "Path"}: CheXpert\'s names are '
-                        'needed' if rows else f'{path}: no rows in it: unpack it again')
-    one = {'ones': 1, 'zeros': 0, 'ignore': -1}
-    labels = np.zeros((len(rows), len(CHEXPERT)), np.int8)
+        raise UserError(f'{path} is no CSV file ({error}). Unpack it again.') from None
+    where = 'Path' if rows and 'Path' in rows[0] else 'Study'
+    missing = [name for name in (where, *CHEXPERT) if rows and name not in rows[0]]
+    if missing or not rows:
+        raise UserError(f'{path} has no {", ".join(missing) or "rows"}. Unpack it again.')
+    meaning = {'ones': 1, 'zeros': 0, 'ignore': -1}
+    paths, labels = [], np.zeros((len(rows), len(CHEXPERT)), np.int8)
     for n, row in enumerate(rows):
+        inside = re.sub(r'^(.*/)?(?=(train|valid|test)/)', '', row[where] or '')
+        if not inside or inside.startswith('/') or '..' in inside.split('/'):
+            raise UserError(f'{path}, line {n + 2}: {where} {row[where]!r} leaves the folder of '
+                            'the set. Unpack it again.')
+        paths.append(inside)
         for k, name in enumerate(CHEXPERT):
             try:
                 value = float(row[name].strip() or 0)
-                if value not in (0, 1, -1) or not row[where]:
+                if value not in (0, 1, -1):
                     raise ValueError
             except (AttributeError, ValueError):        # no text: the line is cut short
                 raise UserError(f'{path}, line {n + 2}: {where} {row[where]!r}, {name} '
-                                f'{row[name]!r}: labels are 1.0, 0.0, -1.0 or blank') from None
+                                f'{row[name]!r}: labels are 1.0, 0.0, -1.0 or blank.') from None
             if value == -1:
-                value = one[uncertain] if uncertain != 'mixed' else name in ('Atelectasis', 'Edema')
+                value = meaning.get(uncertain, name in ('Atelectasis', 'Edema'))
             labels[n, k] = value
-    return [row[where] for row in rows], labels
+    return paths, labels
 
 
 def chexpert_files(root, table, paths, views):
     """(files, rows) of the wanted views that a CSV names, a Study standing for all of its views.
 
-    What precedes train/, valid/ or test/ in a path is of another machine. In the full download
-    the patients of train/ are spread over the folders of the other batches.
+    In the full download the patients of train/ are spread over the folders of the other batches.
     """
-    inside = [re.sub(r'^(.*/)?(?=(train|valid|test)/)', '', path) for path in paths]
-    owners = {patient.name: patient.parent
-              for patient in root.parent.glob('CheXpert-v1.0 batch */patient*')} \
-        if root.name.startswith('CheXpert-v1.0 batch') else {}
-    studies = not any(Path(path).suffix for path in inside[:3])
-    places = [root, table.parent, root.parent]
+    owners = {}
+    if root.name.startswith('CheXpert-v1.0 batch'):
+        owners = {patient.name: patient.parent
+                  for patient in root.parent.glob('CheXpert-v1.0 batch */patient*')}
 
-    def of_batch(path):
-        patient = path.split('/')[1] if path.startswith('train/') else None
-        return owners[patient] / path[6:] if patient in owners else None
+    def find(place, path):
+        _, _, inside = path.partition('train/')
+        patient = inside.split('/')[0]
+        return owners[patient] / inside if patient in owners else place / path
 
-    tried = [(of_batch(path) or place / path, place) for place in places for path in inside[:3]]
-    place = next((place for file, place in tried if file.exists()), None)
-    if place is None:
-        looked = ', '.join(dict.fromkeys(str(file) for file, _ in tried))
-        raise UserError(f'{table}: none of its first files is there; looked at {looked}: give the '
-                        'right --data_dir')
+    places = [place for place in (root, table.parent, root.parent)
+              if any(find(place, path).exists() for path in paths[:3])]
+    if not places:
+        raise UserError(f'{table}: none of its first files is there; looked at '
+                        f'{find(root, paths[0])}. Give the right --data_dir.')
+    studies = not Path(paths[0]).suffix
     files, rows = [], []
-    for row, path in enumerate(inside):
-        file = of_batch(path) or place / path
+    for row, path in enumerate(paths):
+        file = find(places[0], path)
         for view in sorted(file.glob('view*')) if studies else [file]:
             if views == 'all' or 'frontal' in view.name:
                 files.append(view)
@@ -1560,7 +1461,8 @@ def chexpert_files(root, table, paths, views):
     return files, np.array(rows, int)
 
 
-EXTENSIONS = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm'}
+REAL = {'cifar10': read_cifar, 'cifar100': read_cifar, 'imagenet': read_imagenet,
+        'chexpert': read_chexpert}
 
 
 def read_folder(root, split, image_size, mean=None, std=None):
@@ -1569,24 +1471,25 @@ def read_folder(root, split, image_size, mean=None, std=None):
     A tree without val/ has no test split. Resident sets are decoded at once. Above 64 px images
     are resized to 8/7 of the size and their middle is cut out, as 256 and 224 px of ImageNet's.
     """
-    train = root / 'train' if (root / 'train').is_dir() else root
-    test = next((root / name for name in ('val', 'test')
-                 if train != root and (root / name).is_dir()), None)
+    train, test = root, None
+    if (root / 'train').is_dir():
+        train = root / 'train'
+        test = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
     classes = class_names(train)
-    differ = sorted(set(classes) ^ set(class_names(test))) if test else ()
+    differ = set(classes) ^ set(class_names(test)) if test else ()
     if differ:
-        raise UserError(f'{test} and {train} differ in their classes: {", ".join(differ[:5])}: '
-                        'give both the same folders')
+        raise UserError(f'{test} and {train} differ in their classes: '
+                        f'{", ".join(sorted(differ)[:5])}. Give both the same folders.')
     if split == 'test' and not test:
         return None
     files, labels = list_images(test if split == 'test' else train, classes)
     data = Data(str(root), 'real', files, labels, classes, mean, std, image_size,
-                {'name': str(root.resolve()), 'resized': True},
-                zoom=8 / 7 if image_size > 64 else 1)
+                {'name': str(root.resolve())}, zoom=8 / 7 if image_size > 64 else 1)
     if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
         data.images = decode(files, image_size, data.zoom)
     if mean is None:
-        data.mean, data.std = mean_and_std(tuple(list_images(train, classes)[0]), image_size)
+        files, _ = list_images(train, classes)
+        data.mean, data.std = mean_and_std(tuple(files), image_size)
     return data
 
 
@@ -1595,32 +1498,29 @@ def mean_and_std(files, image_size):
     """Of pixels / 255, by channel, over at most 2,000 training images, few in memory at a time."""
     chosen = [files[k] for k in np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)]
     sums = np.zeros((2, 3))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(chosen), 32):
-            for pixels in pool.map(lambda f: read_image(f, image_size), chosen[start:start + 32]):
-                pixels = pixels / 255
-                sums += pixels.mean((0, 1)), (pixels ** 2).mean((0, 1))
+    for part in parts_of(len(chosen), 32):
+        for pixels in decode(chosen[part.start:part.stop], image_size) / 255:
+            sums += pixels.mean((0, 1)), (pixels ** 2).mean((0, 1))
     mean, square = sums / len(chosen)
     return mean.tolist(), np.sqrt(np.maximum(square - mean ** 2, 1 / 255 ** 2)).tolist()
 
 
 def list_images(folder, classes):
     """(paths, int64 labels) of all images in the folders of the classes."""
-    files, labels = [], []
-    for k, name in enumerate(classes):
-        found = sorted(p for p in (folder / name).rglob('*') if p.suffix.lower() in EXTENSIONS)
-        if not found:
-            raise UserError(f'{folder / name}: no image in this class folder: put some in, or '
-                            'remove the class from every split')
-        files += found
-        labels += [k] * len(found)
-    return files, np.array(labels, np.int64)
+    try:
+        samples = datasets.ImageFolder.make_dataset(
+            str(folder), {name: k for k, name in enumerate(classes)},
+            datasets.folder.IMG_EXTENSIONS)
+    except FileNotFoundError as error:
+        raise UserError(f'{folder}: {error} Put some in, or remove the class from every split.') \
+            from None
+    return [Path(file) for file, _ in samples], np.array([k for _, k in samples], np.int64)
 
 
 def class_names(folder):
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
     if not names:
-        raise UserError(f'{folder}: no class folders in it: give each class a folder of images')
+        raise UserError(f'{folder}: no class folders in it. Give each class a folder of images.')
     return names
 
 
@@ -1635,149 +1535,153 @@ def decode(files, image_size, zoom=1):
     return images
 
 
-def read_image(path, image_size, zoom=1, crop=None):
-    """uint8 (image_size, image_size, 3): the middle, or what `crop_box` makes of `crop`, resized.
+def read_image(path, image_size, zoom=1, crop=False):
+    """uint8 (image_size, image_size, 3): the middle of an image file, or a random part, resized.
 
-    zoom: how much longer than the middle that is cut out the shorter side is. Grey becomes RGB;
-    16-bit images are scaled by the range of their type, floating-point ones by their own range.
+    zoom: how much longer than the middle that is cut out the shorter side is. crop: instead
+    RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator. Grey becomes RGB.
     """
     try:
-        with Image.open(path) as image:
+        if not Path(path).is_file():
+            raise ValueError('not there, or no regular file')
+        with Image.open(path, formats=['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']) as image:
             w, h = image.size
+            if w * h > MAX_PIXELS:
+                raise ValueError(f'{w} x {h} pixels are more than {MAX_PIXELS:,}')
             if image.getexif().get(274, 1) > 4:             # lies on its side until it is turned
                 w, h = h, w
             part = 1 / zoom
-            if crop is not None:
-                left, top, width, height = crop_box(torch.tensor([crop]), w / h)[0].tolist()
-                part = min(width * w, height * h) / min(w, h)
-            # A JPEG is decoded at a half, a quarter or an eighth where that leaves enough.
+            if crop:
+                top, left, high, wide = v2.RandomResizedCrop.get_params(
+                    torch.empty(1, h, w, device='meta'), (0.08, 1), (3 / 4, 4 / 3))
+                part = min(high, wide) / min(w, h)
+                shares = np.array([left / w, top / h, (left + wide) / w, (top + high) / h])
+            # A JPEG is decoded at a half, a quarter or an eighth if that leaves enough.
             image.draft('RGB', [math.ceil(2 * image_size / part * side / min(w, h))
                                 for side in image.size])
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I') or image.mode == 'F':
-                pixels = np.asarray(image).astype(np.float64)
-                low, high = (0, 65535) if image.mode != 'F' and pixels.max() < 65536 \
-                    else (pixels.min(), pixels.max())
-                image = Image.fromarray(np.uint8(np.rint(
-                    np.clip((pixels - low) / max(high - low, 1e-12), 0, 1) * 255)))
-            image = image.convert('RGB')
+            image = eight_bits(ImageOps.exif_transpose(image))
             w, h = image.size
-            if crop is not None:
-                box = left * w, top * h, (left + width) * w, (top + height) * h
-            else:                   # whole pixels, as if the resized image had been cut
-                scale = round(image_size * zoom) / min(w, h)
-                wide, high = (max(image_size, round(side * scale)) for side in (w, h))
-                left, top = (wide - image_size) // 2, (high - image_size) // 2
-                box = (left * w / wide, top * h / high, (left + image_size) * w / wide,
-                       (top + image_size) * h / high)
+            if crop:
+                return np.asarray(image.resize((image_size, image_size), Image.BILINEAR,
+                                               tuple(shares * [w, h, w, h])))
+            # Whole pixels, as if the resized image had been cut.
+            scale = round(image_size * zoom) / min(w, h)
+            wide, high = (max(image_size, round(side * scale)) for side in (w, h))
+            left, top = (wide - image_size) // 2, (high - image_size) // 2
+            box = (left * w / wide, top * h / high, (left + image_size) * w / wide,
+                   (top + image_size) * h / high)
             return np.asarray(image.resize((image_size, image_size), Image.BICUBIC, box))
     except Exception as error:
-        raise UserError(f'{path}: not a readable image ({error}): mend or remove it') from None
+        raise UserError(f'{path}: not a readable image ({error}). Mend or remove it.') from None
+
+
+def eight_bits(image):
+    """RGB; 16-bit images are scaled by their type's range, others of more bits by their own."""
+    if image.mode.startswith('I') or image.mode == 'F':
+        pixels = np.asarray(image).astype(np.float64)
+        low, high = 0, 65535
+        if image.mode == 'F' or pixels.max() > 65535:
+            low, high = pixels.min(), pixels.max()
+        pixels = np.clip((pixels - low) / max(high - low, 1e-12), 0, 1) * 255
+        image = Image.fromarray(np.uint8(np.rint(pixels)))
+    return image.convert('RGB')
 
 
 # ---------------------------------------------------------------------------------------------
 # From a data set to batches
 
 
-def used_settings(args, kind):
-    """Names of the SETTINGS that `kind` makes something of."""
-    used = USED.get(kind, set())
-    if kind == 'generated':
-        kind = args.generator
-        ours = kind.endswith('.pt') and not getattr(args, 'generator_code', None)
-        used = used | USED_BY.get(kind, set() if ours else USED_BY['FILE'])
-    if kind == 'chexpert' or ('source' in used and args.source == 'chexpert'):
-        used = used | {'uncertain', 'views'}
-    return used
+def find_or_make(name, s):
+    """The training split of --data; an unreal set that is missing is made first, under data/.
 
-
-def refuse_unused(args, kind):
-    """UserError for a setting of unreal data that `kind` would pass over in silence."""
-    for name in sorted(SETTINGS.keys() - used_settings(args, kind)):
-        by_quick = name == 'num_images' and getattr(args, 'quick', False)
-        if getattr(args, name, SETTINGS[name]) != SETTINGS[name] and not by_quick:
-            raise UserError(f'--{name} (or a --like or --preset that sets it) means nothing for '
-                            f'{kind}: leave it out')
-
-
-def find_or_make(args):
-    """The training split of --data; an unreal set that is missing is generated first.
-
-    args: the data flags of search.py and retrain.py. What is made lies under data/, in a folder
-    whose name holds all that it depends on. Of several runs that need it, one makes it.
+    The folder's name tells the settings that differ from the defaults. Of several processes that
+    need it, one makes it and the others wait. UserError if a folder of that name was made with
+    other settings, as of another source.
     """
-    refuse_unused(args, args.data)
-    folder, size = Path('data'), args.image_size or 32
-    if args.data == 'noise':
-        mode = '' if args.label_mode == 'uniform' else f'-{args.label_mode}'
-        folder /= (f'noise-{args.num_images}x{size}px-{args.num_classes}classes{mode}'
-                   f'{"-multilabel" * args.multilabel}-seed{args.data_seed}')
-        make = functools.partial(write_noise, folder, args.num_images, args.num_classes, size,
-                                 args.data_seed, args.label_mode, args.multilabel)
-    elif args.data == 'random_labels':
-        source = read_by(args, args.source)
-        folder /= (f'random_labels-{Path(args.source).name}-{source.sha256()[:8]}'
-                   f'-{source.image_size}px-{args.label_mode}-{args.label_noise:g}'
-                   f'{f"-{args.uncertain}" * (args.source == "chexpert")}-seed{args.data_seed}')
-        make = functools.partial(write_random_labels, folder, source, args.data_seed,
-                                 args.label_mode, args.label_noise)
-    elif args.data == 'generated':
-        if args.generator not in (*FAMILIES, 'mixed'):
-            raise UserError(f'--generator {args.generator}: make this set with generate_data.py, '
-                            'and give its folder as --data')
-        folder /= (f'generated-{args.generator}-{args.difficulty}-{args.num_images}x{size}px-'
-                   f'{args.num_classes}classes'
-                   + f'-systems{args.systems_per_class}' * (args.systems_per_class is not None)
-                   + f'{"-multilabel" * args.multilabel}-seed{args.data_seed}')
-        settings = argparse.Namespace(**{**vars(args), 'seed': args.data_seed})
-        make = functools.partial(write_generated, folder, settings, torch.device('cpu'))
-    else:
-        data = read_by(args, args.data)
-        if data.image_size < 8:
-            raise UserError(f'{args.data}: {data.image_size} px are too few: 8 or more needed')
-        return data
-    if not folder.exists() and not world()[0]:
-        print(f'making {folder}', file=sys.stderr)
-        try:
-            make()
-        except UserError:
-            if not folder.exists():             # else another run has just made it
-                raise
-    if world()[1] > 1:
-        torch.distributed.barrier()
-    return read(str(folder), args.data_dir)
+    own, folder = {}, Path(name)
+    if name in KINDS:
+        own = own_settings(name, s)
+        folder = Path('data', folder_name(name, own))
+        put_back(folder)
+        shared = world()[1] > 1
+        if shared:                      # waiting for a set may take hours, all else minutes
+            waiting = torch.distributed.new_group(timeout=timedelta(hours=6), backend='gloo')
+        if not folder.exists() and not world()[0]:
+            print(f'making {folder}', file=sys.stderr)
+            try:
+                make_set(folder, name, s, torch.device('cpu'))
+            except UserError:
+                if not folder.exists():             # else another run has just made it
+                    raise
+        if shared:
+            torch.distributed.barrier(waiting)
+    data = read(str(folder), s)
+    for key, value in own.items():
+        made = json.loads((folder / 'meta.json').read_text()).get('settings', {}).get(key)
+        if made != value:
+            raise UserError(f'{folder} was made with {key} {made}, not {value}. Rename or remove '
+                            'that folder.')
+    if data.image_size < 8:
+        raise UserError(f'{name}: {data.image_size} px are too few: 8 or more are needed.')
+    return data
+
+
+def folder_name(name, own):
+    """noise-num_images=1000-seed0: the own_settings that differ from the defaults."""
+    parts = [name]
+    defaults = {**{key: setting.default for key, setting in DATA.items()},
+                'image_size': None if 'source' in own else 32}
+    for key, value in own.items():
+        if key != 'data_seed' and value != defaults[key]:
+            parts.append(f'{key}={Path(str(value)).name}')
+    return '-'.join([*parts, f'seed{own["data_seed"]}'])
 
 
 def stratified_split(labels, fraction, seed, patients=None):
-    """Two sorted index arrays: a share `fraction` of every class, drawn by seed, and the rest.
+    """Two sorted index arrays, drawn by seed: a share `fraction` of every class, and the rest.
 
-    Of a class with n images the first gets n * fraction, as floating point has it (.07 of 100 are
-    a little more than 7), rounded up. Images with several labels are split without regard to them.
-    patients (N,): all images of one are in one of the two, and the share is of patients.
+    The first part gets ceil(n * fraction) of the n images of a class. Images with several labels
+    are split without regard to them. patients (N,): all images of one are in one of the two, and
+    the share is of patients.
     """
     if patients is not None:
         names, whose = np.unique(patients, return_inverse=True)
-        first = np.isin(whose, stratified_split(np.zeros(len(names), int), fraction, seed)[0])
+        chosen, _ = stratified_split(np.zeros(len(names), int), fraction, seed)
+        first = np.isin(whose, chosen)
         return np.flatnonzero(first), np.flatnonzero(~first)
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(labels)])))
     groups = labels if labels.ndim == 1 else np.zeros(len(labels), np.int64)
     order = np.lexsort((rng.random(len(labels)), groups))
     grouped = groups[order]
     rank = np.arange(len(labels)) - np.searchsorted(grouped, grouped)
-    first = np.ceil((rank + 1) * fraction) > np.ceil(rank * fraction)
+    # 0.025 * 5000 is a little more than 125 in floating point.
+    first = np.ceil((rank + 1) * fraction - 1e-8) > np.ceil(rank * fraction - 1e-8)
     return np.sort(order[first]), np.sort(order[~first])
+
+
+# What happens to an image in the loader's workers, by `augment`. The slight turn, shift and zoom
+# of chest X-rays are our own choice.
+FLIP = v2.RandomHorizontalFlip()
+CROPS = ('crop', 'imagenet')                # these begin with RandomResizedCrop
+TRANSFORMS = {
+    'crop': [FLIP],
+    'imagenet': [FLIP, v2.ColorJitter(0.4, 0.4, 0.4, 0.2)],
+    'affine': [v2.RandomAffine(5, (0.05, 0.05), (0.95, 1.05),
+                               interpolation=v2.InterpolationMode.BILINEAR)]}
+
+
+AUGMENTATIONS = ['none', 'standard', *TRANSFORMS]
 
 
 class Batches:
     """Normalised batches of some images of a Data, every epoch in an order of its own.
 
     Yields x (B, 3, H, W) float32, channels_last, and y, int64 (B,) or float32 (B, classes). All
-    random draws depend on (seed, epoch) alone, so an epoch can be entered at any step. Of several
-    processes each gets its share of every batch of `batch_size`.
-    augment: 'standard' is RandomCrop (padding 4 at 32 px) and flip; 'imagenet' a crop of random
-    size, flip and colours; 'affine' a slight turn, shift and zoom; 'affine_flip' that and a flip;
-    'auto' what suits the images, and nothing for noise. cutout: side of a square that is blanked
-    (arXiv 1708.04552), 0 for none.
+    random draws depend on (seed, epoch), and in workers on the image: an epoch can be entered at
+    any step. Of several processes each gets its share of every batch of `batch_size`.
+    augment: 'standard' is RandomCrop (padding 4 at 32 px) and flip; 'crop' RandomResizedCrop and
+    flip; 'imagenet' that and colours; 'affine' a slight turn, shift and zoom; 'auto' what suits
+    the images, and nothing for noise. cutout: side of a square that is blanked (arXiv 1708.04552).
     Training drops the last incomplete batch, so that shapes never change; with shuffle=False
     every image comes once, in order, in batches of `batch_size` in each process.
     """
@@ -1786,10 +1690,10 @@ class Batches:
         rank, processes = world()
         if len(indices) < batch_size and shuffle:
             raise UserError(f'--batch_size {batch_size} is more than the {len(indices)} images of '
-                            f'its split of {data.name}: take a smaller one')
+                            f'its split of {data.name}. Use a smaller one.')
         if batch_size % processes and shuffle:
             raise UserError(f'--batch_size {batch_size} is no multiple of the {processes} '
-                            'processes: take one')
+                            'processes. Use one.')
         self.data, self.indices, self.batch_size = data, np.asarray(indices), batch_size
         self.part = slice(0, batch_size)
         if shuffle:
@@ -1799,13 +1703,18 @@ class Batches:
         self.device, self.augment, self.cutout, self.seed = device, augment, cutout, seed
         self.shuffle, self.workers = shuffle, workers
         if augment == 'auto':
-            self.augment = 'none' if data.kind == 'noise' else 'affine' if data.multilabel \
-                else 'imagenet' if data.image_size > 64 else 'standard'
+            if data.kind in KINDS and not KINDS[data.kind].augment:
+                self.augment = 'none'
+            elif data.multilabel:
+                self.augment = 'affine'
+            else:
+                self.augment = 'imagenet' if data.image_size > 64 else 'standard'
         self.mean = torch.tensor(data.mean, device=device) * 255
         self.scale = 1 / (torch.tensor(data.std, device=device) * 255)
         labels = torch.from_numpy(np.ascontiguousarray(data.labels))
         self.labels = (labels.float() if data.multilabel else labels).to(device)
-        if data.resident and str(device) not in data.on_device:
+        self.resident = data.resident and self.augment not in TRANSFORMS
+        if self.resident and str(device) not in data.on_device:
             data.on_device[str(device)] = torch.from_numpy(np.array(data.images)).to(device)
 
     def __len__(self):
@@ -1816,110 +1725,61 @@ class Batches:
         """Batches start, start + 1, ... of an epoch."""
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
         n, step = len(self.indices), self.batch_size
-        order = torch.from_numpy(self.indices[rng.permutation(n)] if self.shuffle
-                                 else self.indices)
-        random = self.augment != 'none' or self.cutout
-        u = torch.from_numpy(rng.random((n if random else 0, 11), np.float32))
-        order, draws = order.to(self.device), u.to(self.device)
-        slices = [slice(k * step + self.part.start, k * step + self.part.stop)
-                  for k in range(start, len(self))]
-        crops = u[:, 3:7] if self.augment == 'imagenet' else None
-        for part, x in zip(slices, self.pixels(order, slices, crops)):
+        order = self.indices[rng.permutation(n)] if self.shuffle else self.indices
+        random = self.augment == 'standard' or self.cutout
+        draws = torch.from_numpy(rng.random((n if random else 0, 11), np.float32)).to(self.device)
+        order = torch.from_numpy(order).to(self.device)
+        parts = [slice(k * step + self.part.start, k * step + self.part.stop)
+                 for k in range(start, len(self))]
+        for part, x in zip(parts, self.pixels(order, parts, epoch)):
             yield self.prepared(x, draws[part]), self.labels[order[part]]
 
+    def pixels(self, order, parts, epoch):
+        """uint8 (B, H, W, 3) on the device for each slice of `order`."""
+        if self.resident:
+            images = self.data.on_device[str(self.device)]
+            for part in parts:
+                yield images[order[part]]
+            return
+        seeds = self.seed, epoch
+        batches = [[(index, self.augment, seeds) for index in order[part].tolist()]
+                   for part in parts]
+        loader = torch.utils.data.DataLoader(
+            self.data, batch_sampler=batches, num_workers=self.workers, collate_fn=stack_images,
+            pin_memory=self.device.type == 'cuda', generator=torch.Generator())
+        for x in loader:
+            if isinstance(x, UserError):
+                raise x
+            yield x.to(self.device, non_blocking=True)
+
     def prepared(self, x, u):
-        """x: uint8 (B, H, W, 3), u: (B, 11) from 0 to 1, whose columns are a flip, the place of
-        cutout (2), a shift or crop (4) and colours (4). Returns (B, 3, H, W), normalised."""
-        size, augment = self.data.image_size, self.augment
-        if augment == 'standard':
+        """x: uint8 (B, H, W, 3), u: (B, 11) from 0 to 1, whose first columns are a flip, the place
+        of cutout (2) and a shift (2). Returns (B, 3, H, W), normalised."""
+        size = self.data.image_size
+        if self.augment == 'standard':
             x = crop_and_flip(x, (u[:, 3:5] * (2 * (size // 8) + 1)).long(), u[:, 0] < 0.5,
                               size // 8)
-        elif augment != 'none':
-            x = x.permute(0, 3, 1, 2).float()
-            if augment == 'imagenet' and isinstance(self.data.images, np.ndarray):
-                left, top, width, height = crop_box(u[:, 3:7]).unbind(1)
-                x = warped(x, width, 0 * width, 2 * left + width - 1,
-                           0 * width, height, 2 * top + height - 1)
-            elif augment != 'imagenet':     # 5 degrees, 5% of the side, 5% of the size: our choice
-                turn, dx, dy, zoom = (2 * u[:, 3:7] - 1).unbind(1)
-                c, s = (f(math.pi / 36 * turn) * (1 + zoom / 20) for f in (torch.cos, torch.sin))
-                x = warped(x, c, -s, dx / 10, s, c, dy / 10)
-            if augment in ('imagenet', 'affine_flip'):
-                x = torch.where((u[:, 0] < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
-            if augment == 'imagenet':
-                x = recoloured(x, *u[:, 7:11].unbind(1))
-            x = x.permute(0, 2, 3, 1)
         x = ((x.float() - self.mean) * self.scale).permute(0, 3, 1, 2)
         if self.cutout:
             x = x * square_mask((u[:, 1:3] * size).long(), self.cutout, size).unsqueeze(1)
         return x
 
-    def pixels(self, order, slices, crops):
-        """uint8 (B, H, W, 3) on the device for each slice of `order`."""
-        if self.data.resident:
-            images = self.data.on_device[str(self.device)]
-            for part in slices:
-                yield images[order[part]]
-            return
-        order = order.cpu()
-        none = [None] * self.batch_size
-        batches = (list(zip(order[part].tolist(), none if crops is None else crops[part].tolist()))
-                   for part in slices)
-        loader = torch.utils.data.DataLoader(
-            self.data, batch_sampler=batches, num_workers=self.workers,
-            pin_memory=self.device.type == 'cuda', generator=torch.Generator())
-        try:
-            for x in loader:
-                yield x.to(self.device, non_blocking=True)
-        except UserError as error:              # of a worker: its text ends with the message
-            raise UserError(str(error).strip().splitlines()[-1].split('UserError: ')[-1]) \
-                from None
+
+def stack_images(images):
+    """A batch of what Data gives, or the first UserError in it."""
+    errors = [image for image in images if isinstance(image, UserError)]
+    return errors[0] if errors else torch.stack(images)
 
 
 def crop_and_flip(x, offsets, flips, padding):
     """x: uint8 (B, H, W, 3); offsets (B, 2) into x padded with black; flips (B,) 0 or 1."""
     b, h, w, _ = x.shape
-    x = torch.nn.functional.pad(x, (0, 0, padding, padding, padding, padding))
+    x = nn.functional.pad(x, (0, 0, padding, padding, padding, padding))
     rows = offsets[:, :1] + torch.arange(h, device=x.device)
     columns = torch.arange(w, device=x.device)
     columns = torch.where(flips.unsqueeze(1) == 1, w - 1 - columns, columns) + offsets[:, 1:]
     images = torch.arange(b, device=x.device)
     return x[images[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def crop_box(u, aspect=1.0):
-    """(B, 4): left, top, width, height in shares of an image whose width / height is `aspect`.
-
-    8 to 100% of its area in a shape of 3:4 to 4:3 (arXiv 1409.4842); what would stick out is cut
-    off, where torchvision's RandomResizedCrop draws again. u: (B, 4) from 0 to 1.
-    """
-    area, shape = 0.08 + 0.92 * u[:, 0], (4 / 3) ** (2 * u[:, 1] - 1)
-    width = (area * shape / aspect).sqrt().clamp(max=1)
-    height = (area / shape * aspect).sqrt().clamp(max=1)
-    return torch.stack([u[:, 2] * (1 - width), u[:, 3] * (1 - height), width, height], 1)
-
-
-def warped(x, *rows):
-    """x (B, C, H, W) by a matrix of two rows, (B,) each, from output to input, -1 to 1; bilinear,
-    and black outside."""
-    theta = torch.stack(rows, 1).view(-1, 2, 3)
-    grid = nn.functional.affine_grid(theta, x.shape, align_corners=False)
-    return nn.functional.grid_sample(x, grid, align_corners=False)
-
-
-def recoloured(x, brightness, contrast, saturation, hue):
-    """x (B, 3, H, W) from 0 to 255 with factors 0.6 to 1.4 and the hue turned by up to 0.2 of the
-    circle, in this order, as ColorJitter(.4, .4, .4, .2). Arguments: (B,) from 0 to 1.
-
-    All but the contrast are one matrix for each image: the hue turns about the grey axis.
-    """
-    eye, grey = torch.eye(3, device=x.device), torch.tensor([0.299, 0.587, 0.114], device=x.device)
-    b, k, s = ((0.6 + 0.8 * u)[:, None, None] for u in (brightness, contrast, saturation))
-    c, d = (f(0.4 * math.pi * (2 * hue - 1))[:, None, None] for f in (torch.cos, torch.sin))
-    turn = c * eye + (1 - c) / 3 + d / 3 ** 0.5 * (eye.roll(1, 0) - eye.roll(2, 0))
-    matrix = turn @ (s * eye + (1 - s) * grey) * b * k
-    mean = (x.mean((2, 3)) @ grey)[:, None, None] * b * (1 - k)
-    return (matrix @ x.flatten(2) + mean).clamp(0, 255).view(x.shape)
 
 
 def square_mask(centres, side, size):
@@ -1935,122 +1795,28 @@ def square_mask(centres, side, size):
 
 @one_line_errors
 def main(argv=None):
-    parser = Parser(prog='generate_data.py', description=__doc__.split('\n')[0])
-    parser.add_argument('--kind', required=True, choices=list(USED))
-    parser.add_argument('--out', required=True, help='folder to write')
-    parser.add_argument('--force', action='store_true', help='replace the folder if it exists')
-    parser.add_argument('--format', default='array', choices=['array', 'folder'],
-                        help='two arrays, or a tree of PNG files')
-    parser.add_argument('--seed', type=number(int, 0, 2 ** 62), default=0,
-                        help='of pixels and labels')
-    parser.add_argument('--like', choices=list(LIKE), help='number, classes and size of a target')
-    parser.add_argument('--probe', action='store_true',
-                        help='train a small network on the set, and write how well it did')
-    parser.add_argument('--gpu', type=number(int, -1), default=-1,
-                        help='CUDA device of generators and --probe, -1: the CPU')
-    add_label_flags(parser)
-    parser.add_argument('--image_size', type=number(int, 8, 4096),
-                        help='pixels: 32 for noise; folders are resized to it')
-    group = parser.add_argument_group('--generator train, or a file')
-    group.add_argument('--generator_steps', type=number(int, 1))
-    group.add_argument('--time_limit', type=number(float, 0, open_low=True),
-                       help='minutes of training')
-    group.add_argument('--generator_code', help='file.py:factory, whose state dict the file is')
-    group.add_argument('--trust_generator', action='store_true', help='open a program of others')
-    group.add_argument('--z_dim', type=number(int, 1))
-    group.add_argument('--z_dist', choices=['normal', 'truncnorm', 'uniform'])
-    group.add_argument('--truncation', type=number(float, 0, open_low=True))
-    group.add_argument('--label_input', choices=['index', 'onehot'])
-    group.add_argument('--output_range', choices=['-1,1', '0,1', '0,255'],
-                       help='written --output_range=-1,1')
-    parser.set_defaults(**SETTINGS)
-    parser.set_defaults(**LIKE.get(parser.parse_args(argv).like, {}))
-    args = parser.parse_args(argv)
-
-    refuse_unused(args, args.kind)
-    device = choose_device(args.gpu)
-
-    if 'source' in used_settings(args, args.kind) and Path(args.source).is_dir():
-        both = [os.path.realpath(path) for path in (args.out, args.source)]
+    own = {'kind': Setting(None, 'what to make', list(KINDS)),
+           'out': Setting(None, 'folder to write', name_or_path),
+           'force': Setting(False, 'replace the folder if it exists'),
+           'seed': Setting(0, 'of pixels and labels', number(int, 0)),
+           'like': Setting(None, 'number, classes and size of a target', list(LIKE)),
+           'gpu': Setting(-1, 'CUDA device of generators, -1: the CPU', number(int, -1))}
+    data = {name: setting for name, setting in DATA.items() if name != 'data_seed'}
+    s, typed, _ = parse_flags(__doc__, {'set': own, 'data': data, '--generator train': TRAINING},
+                              argv, lambda _, chosen: LIKE.get(chosen['like'], {}))
+    kind, out = s['kind'], s['out']
+    if not kind or not out:
+        raise UserError('Give --kind and --out (see --help).')
+    refuse_unused(kind, s, [*typed, *LIKE.get(s['like'], ())])
+    if 'source' in taken(kind, s) and Path(s['source']).is_dir():
+        both = [os.path.realpath(path) for path in (out, s['source'])]
         if os.path.commonpath(both) in both:
-            raise UserError(f'--out {args.out} and --source {args.source}: one lies in the other; '
-                            'write elsewhere')
-
-    def test(data):
-        print('probing')
-        return {**probe(data, device), **(probe_against(data, args, device)
-                                          if args.generator == 'train' else {})}
-
-    how = dict(form=args.format, force=args.force, test=test if args.probe else None)
-    if args.kind == 'noise':
-        rate = write_noise(args.out, args.num_images, args.num_classes, args.image_size or 32,
-                           args.seed, args.label_mode, args.multilabel, **how)
-    elif args.kind == 'random_labels':
-        source = read_by(args, args.source)
-        rate = write_random_labels(args.out, source, args.seed, args.label_mode, args.label_noise,
-                                   **how)
-    else:
-        rate = write_generated(args.out, args, device, **how)
-    found = read_meta(Path(args.out)).get('probe', {})
-    print(f'wrote {args.out}, {rate:,.0f} images/s: look at {Path(args.out) / "sheet.png"}')
-    if found:
-        print(f'probe {found["network"]:.1f}%, nearest neighbour {found["nearest_neighbour"]:.1f}% '
-              f'({found["measure"]}, {found["n_train"]:,} to train, {found["n_test"]:,} to test)')
-    if 'generated_to_real' in found:
-        print(f'train on generated, test on real: {found["generated_to_real"]:.1f}%\n'
-              f'train on real, test on generated: {found["real_to_generated"]:.1f}%\n'
-              f'train on as many real, test on real: {found["real_to_real"]:.1f}%')
-    print(f'next: python search.py --data {shlex.quote(args.out)} --gpu 0')
-
-
-# Settings of unreal data, with their defaults, and what each kind and generator makes of them
-SHARED = dict(num_images=50000, num_classes=10, multilabel=False, source='cifar10',
-              label_mode='uniform', label_noise=1.0, uncertain='mixed', views='frontal',
-              generator='fractal', difficulty='medium', systems_per_class=None)
-SETTINGS = dict(SHARED, generator_steps=50000, time_limit=math.inf, generator_code=None,
-                trust_generator=False, z_dim=128, z_dist='normal', truncation=1.0,
-                label_input='index', output_range='-1,1')
-USED = {'noise': {'num_images', 'num_classes', 'multilabel', 'label_mode'},
-        'random_labels': {'source', 'label_mode', 'label_noise'},
-        'generated': {'num_images', 'generator'}}
-USED_BY = {
-    'fractal': {'num_classes', 'difficulty', 'systems_per_class', 'multilabel'},
-    'spectrum': {'num_classes', 'difficulty'}, 'deadleaves': {'num_classes', 'difficulty'},
-    'mixed': {'num_classes', 'difficulty', 'systems_per_class'},
-    'train': {'source', 'generator_steps', 'time_limit'},
-    'FILE': {'num_classes', 'generator_code', 'trust_generator', 'z_dim', 'z_dist', 'truncation',
-             'label_input', 'output_range'}}
-LIKE = {'cifar10': dict(num_images=50000, num_classes=10, image_size=32),
-        'cifar100': dict(num_images=50000, num_classes=100, image_size=32),
-        'imagenet': dict(num_images=128000, num_classes=1000, image_size=224),
-        'chexpert': dict(num_images=20000, num_classes=14, image_size=224, multilabel=True)}
-
-
-def add_label_flags(parser):
-    """The flags of unreal data that generate_data.py, search.py and retrain.py share."""
-    group = parser.add_argument_group('unreal data')
-    group.add_argument('--num_images', type=number(int, 1, 10 ** 9), help='of an unreal set')
-    group.add_argument('--num_classes', type=number(int, 1, 10 ** 6), help='of an unreal set')
-    group.add_argument('--multilabel', action='store_true',
-                       help='labels of 0 or 1: of noise and fractals')
-    group.add_argument('--source', type=name_or_path,
-                       help='whose images get random labels, or train a generator')
-    group.add_argument('--label_mode', choices=['uniform', 'balanced', 'permute'],
-                       help='how random labels are drawn')
-    group.add_argument('--label_noise', type=number(float, 0, 1),
-                       help='share of the true labels that is drawn anew')
-    group.add_argument('--uncertain', choices=['mixed', 'ones', 'zeros', 'ignore'],
-                       help='what -1.0 of CheXpert becomes; mixed: ones for Atelectasis and Edema')
-    group.add_argument('--views', choices=['frontal', 'all'], help='of CheXpert')
-    group.add_argument('--generator', metavar='{fractal,spectrum,deadleaves,mixed,train,FILE}',
-                       help='of generated images')
-    group.add_argument('--difficulty', choices=list(DIFFICULTY), help='of generated images')
-    group.add_argument('--systems_per_class', type=number(int, 1, 10 ** 4),
-                       help='fractals of a class: 8, or 1 for 1,000 classes and more')
-    parser.set_defaults(**SHARED)
-    group.add_argument('--data_dir', default='data', help='folder of the real data sets')
-    group.add_argument('--download', action='store_true', help='let torchvision fetch CIFAR')
+            raise UserError(f'--out {out} and --source {s["source"]}: one lies in the other. Write '
+                            'elsewhere.')
+    rate = make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']), s['force'])
+    print(f'wrote {out}, {rate:,.0f} images/s: look at {Path(out, "sheet.png")}')
+    print(f'next: python search.py --data {shlex.quote(out)}')
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())

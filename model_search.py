@@ -7,26 +7,27 @@
     network = Network(48, 1000, 14, DARTS_V2, stem='imagenet')    # for images of 224 px
 
 A derived cell is a supernet cell with one operation left per edge, affine BatchNorm and nothing to
-mix. Work is done state by state, not edge by edge: see MixedOp.
+mix. Work is done by state, not by edge: see MixedOp.
 Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737), NAS-Bench-201 (arXiv 2001.00326).
 """
 import math
 from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from genotypes import NODES, PRIMITIVES, Genotype, from_string, to_string
+from genotypes import NODES, Genotype, from_string, to_string
 from operations import (NB201_OPERATIONS, OPERATIONS, BatchNorm, FactorizedReduce, Inputs,
                         ReLUConvBN, Unnormalised, drop_path, from_grids)
 
 
 class Space(NamedTuple):
-    """What the cells of a search space are like, and what their edges choose from."""
+    """A search space: what its edges choose from, and the shape of its cells."""
     operations: dict
-    kinds: tuple            # the cells that are searched
+    cell_types: tuple       # the cells that are searched
     inputs: int             # states that a cell gets from the cells before it
     nodes: int
 
@@ -35,6 +36,12 @@ class Space(NamedTuple):
         """(node, input state), in the order of the rows of the alphas."""
         return [(node, state) for node in range(self.inputs, self.inputs + self.nodes)
                 for state in range(node)]
+
+
+class Drawn(NamedTuple):
+    """Edge weights of which only one an edge is computed: what a `mix` may return (GDAS)."""
+    weights: torch.Tensor   # (edges, operations), 1 for the operation drawn and 0 for the others
+    best: list              # of each edge, the column of the operation drawn
 
 
 DARTS = Space(OPERATIONS, ('normal', 'reduce'), 2, NODES)
@@ -56,11 +63,11 @@ class MixedOp(nn.Module):
     def __init__(self, operations, channels, stride, names, affine, width):
         super().__init__()
         self.names, self.channels, self.stride = names, channels, stride
-        self.columns = list(operations)
+        self.columns, self.spans = list(operations), []     # spans: the edges of each block
         self.shared, self.blocks = nn.ModuleDict(), nn.ModuleDict()
-        self.spans, self.own = [], []   # the edges of each block; names of what the blocks hold
         for name, build in operations.items():
-            for start, end in runs([name in has and build is not None for has in names], width):
+            edges = [k for k, own in enumerate(names) if name in own and build is not None]
+            for start, end in spans(edges, width):
                 operation = build(channels, end - start, stride, affine)
                 if operation.shared:
                     self.shared[name] = operation
@@ -70,65 +77,55 @@ class MixedOp(nn.Module):
                     self.blocks[block] = nn.ModuleDict()
                     self.spans.append((start, end))
                 self.blocks[block][name] = operation
-                self.own.append(name)
-        self.own = list(dict.fromkeys(self.own))
-        has = [[name in edge for name in self.shared] for edge in names]
-        self.register_buffer('has', None if all(map(all, has)) else torch.tensor(has),
-                             persistent=False)
 
-    def mixing(self, weights):
-        """What `forward` mixes with, once for all cells of a type and width.
+    def factors(self, weights):
+        """What `forward` multiplies with, made once for all cells of a type and width.
 
-        weights: (E, operations). Returns the weights of the shared operations, (E, n), and for
-        each block those of its operations, (edges * C,) each: every channel's factor.
+        From weights (E, operations): those of the shared operations, (E, n), and for each block a
+        list, for each of its operations every channel's factor, (edges * C,).
         """
         columns = dict(zip(self.columns, weights.unbind(1)))
-        shared = [columns[name] for name in self.shared]
-        shared = torch.stack(shared, 1) if shared else None
-        if self.has is not None:
-            shared = shared * self.has
-        if not self.own:
+        shared = torch.stack([columns[name] for name in self.shared], 1) if self.shared else None
+        own, factors = list(dict.fromkeys(chain(*self.blocks.values()))), []
+        if not own:
             return shared, []
-        scales = torch.stack([columns[name] for name in self.own]).unsqueeze(2)
+        scales = torch.stack([columns[name] for name in own]).unsqueeze(2)
         scales = scales.expand(-1, -1, self.channels).contiguous().flatten(1)
-        parts = [scales[:, start * self.channels:end * self.channels].unbind()
-                 for start, end in self.spans]
-        return shared, [[part[self.own.index(name)] for name in block]
-                        for part, block in zip(parts, self.blocks.values())]
+        for (start, end), block in zip(self.spans, self.blocks.values()):
+            part = scales[:, start * self.channels:end * self.channels].unbind()
+            factors.append([part[own.index(name)] for name in block])
+        return shared, factors
 
-    def forward(self, state, mixing=None):
-        """state: (B, C, H, W); mixing: from `mixing` or `drawn`, or None where an edge has one
-        operation.
+    def drawn_factors(self, weights, best, add_others):
+        """The same if each edge has drawn one operation, whose column stands in `best` (GDAS).
 
-        Returns E maps (B, C, H', W').
+        Returns for each edge (name of the operation, its weight, sum of the other weights or None).
         """
-        if isinstance(mixing, list):
-            return self.forward_drawn(state, mixing)
-        inputs, out = Inputs(state), [None] * len(self.names)
-        shared, scales = mixing or (None, self.spans)
-        if self.shared:
-            maps = {name: operation(inputs) for name, operation in self.shared.items()}
-            out = [maps.get(name) for name, in self.names] if mixing is None else \
-                mixed_maps(list(maps.values()), shared)
-        for (start, end), scale, block in zip(self.spans, scales, self.blocks.values()):
-            results = [operation(inputs) for operation in block.values()]
-            total = finished(results[0]) if mixing is None else mixed_results(results, scale)
-            for e, y in zip(range(start, end), total.chunk(end - start, 1)):
-                out[e] = y if out[e] is None else out[e] + y
-        return out
-
-    def drawn(self, weights, best, others):
-        """Like `mixing`, for one operation an edge (GDAS), whose place `best` has for each.
-
-        weights: (E, operations), 1 for the operation drawn and 0 for the others. Returns [(name,
-        its weight, sum of the other weights or None)]. others: whether these are added to the map
-        as numbers, so that each gets a gradient.
-        """
-        return [(self.columns[k], row[k], row.sum() - row[k] if others else None)
+        return [(self.columns[k], row[k], row.sum() - row[k] if add_others else None)
                 for k, row in zip(best, weights.unbind())]
 
+    def forward(self, state, factors=None):
+        """E maps (B, C, H', W') of a state (B, C, H, W).
+
+        factors: from one of the methods above; None if every edge has one operation and no weight.
+        """
+        if isinstance(factors, list):
+            return self.forward_drawn(state, factors)
+        inputs, out = Inputs(state), [None] * len(self.names)
+        shared, scales = factors or (None, [(None,)] * len(self.spans))
+        maps = {name: operation(inputs) for name, operation in self.shared.items()}
+        if factors is None:
+            out = [maps.get(name) for name, in self.names]
+        elif maps:
+            out = weighted_sums(list(maps.values()), shared)
+        for (start, end), block, scale in zip(self.spans, self.blocks.values(), scales):
+            total = add_up([operation(inputs) for operation in block.values()], scale)
+            for e, y in zip(range(start, end), total.chunk(end - start, 1)):
+                out[e] = add_map(out[e], y)
+        return out
+
     def forward_drawn(self, state, drawn):
-        """Only what was drawn is computed; every block has one edge."""
+        """Only what was drawn is computed (GDAS). Every block has one edge."""
         inputs, maps, out = Inputs(state), {}, []
         for e, (name, weight, others) in enumerate(drawn):
             if name == 'none':
@@ -141,48 +138,47 @@ class MixedOp(nn.Module):
             else:
                 result = self.blocks[f'edges{e}to{e + 1}'][name](inputs)
                 scale = weight.expand(self.channels).contiguous()   # BatchNorm takes no strides
-                y = mixed_results([result], [scale])
+                y = add_up([result], [scale])
             out.append(y if others is None else y + others)
         return out
 
 
-def runs(has, longest):
-    """[(start, end), ...] of the runs of True in a list, cut to `longest`."""
-    spans = []
-    for k in (k for k, yes in enumerate(has) if yes):
-        if spans and spans[-1][1] == k and k - spans[-1][0] < longest:
-            spans[-1] = (spans[-1][0], k + 1)
-        else:
-            spans.append((k, k + 1))
-    return spans
+def spans(indices, longest):
+    """[(start, end), ...] of the consecutive numbers in a sorted list, cut to `longest`."""
+    out = []
+    for k in indices:
+        start = k
+        if out and out[-1][1] == k and k - out[-1][0] < longest:
+            start, _ = out.pop()
+        out.append((start, k + 1))
+    return out
 
 
-def mixed_maps(maps, weights):
+def weighted_sums(maps, weights):
     """Weighted sums of n maps (B, C, H, W): E of them for weights (E, n)."""
     b, c, h, w = maps[0].shape
     sums = weights @ torch.stack([y.permute(0, 2, 3, 1).flatten() for y in maps])
     return [y.view(b, h, w, c).permute(0, 3, 1, 2) for y in sums.unbind()]
 
 
-def mixed_results(results, scales):
-    """Sum of results (B, E*C, H, W), Unnormalised or not, each times its scale (E*C,)."""
+def add_up(results, scales=(None,)):
+    """Sum of results (B, E*C, H, W), Unnormalised or not, each times its scale (E*C,), if any."""
     totals = {}                                     # on the sub-grids (True), and not
     for result, scale in zip(results, scales):
+        on_grids = False
         if isinstance(result, Unnormalised):
-            on_grids, y = result.on_grids, result.norm(result.x, scale)
-        else:
-            on_grids, y = False, result * scale.view(-1, 1, 1)
-        totals[on_grids] = totals[on_grids].add_(y) if on_grids in totals else y
-    if True not in totals:
-        return totals[False]
-    return from_grids(totals[True], totals.get(False))
+            on_grids, result = result.on_grids, result.norm(result.x, scale)
+        elif scale is not None:
+            result = result * scale.view(-1, 1, 1)
+        totals[on_grids] = totals[on_grids].add_(result) if on_grids in totals else result
+    return from_grids(totals[True], totals.get(False)) if True in totals else totals[False]
 
 
-def finished(result):
-    if not isinstance(result, Unnormalised):
-        return result
-    y = result.norm(result.x)
-    return from_grids(y) if result.on_grids else y
+def add_map(total, y, factor=None):
+    """total + y * factor, in one pass. total and factor may be None."""
+    if total is None:
+        return y if factor is None else y * factor
+    return total + y if factor is None else torch.addcmul(total, y, factor)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,85 +202,77 @@ class Cell(nn.Module):
             self.preprocess0 = FactorizedReduce(before, channels, 1, affine) if reduction_before \
                 else ReLUConvBN(before, channels, affine)
             self.preprocess1 = ReLUConvBN(last, channels, affine)
-        self.space, self.channels, self.edges = space, channels, edges
-        self.concat, self.partial = concat, partial
+        self.space, self.channels, self.concat, self.partial = space, channels, concat, partial
         states = range(space.inputs + space.nodes - 1)
         self.leaving = [sorted((edge for edge in edges if edge[1] == state), key=edges.get)
                         for state in states]                # edges with the same operations adjoin
-        self.strides = [2 if reduction and state < 2 else 1 for state in states]
         # Where maps are largest, a block of 32 channels stays in a CPU's cache, and its products
         # are one dense convolution.
         if width is None:
             width = max(1, 32 // (channels // partial)) if channels < 32 and space.inputs == 2 \
                 else len(space.edges)
-        self.mixed_ops = nn.ModuleList(
-            MixedOp(space.operations, channels // partial, stride,
-                    [edges[edge] for edge in leaving], affine, width)
-            for stride, leaving in zip(self.strides, self.leaving))
+        self.mixed_ops = nn.ModuleList()
+        for state, leaving in zip(states, self.leaving):
+            self.mixed_ops.append(MixedOp(
+                space.operations, channels // partial, 2 if reduction and state < 2 else 1,
+                [edges[edge] for edge in leaving], affine, width))
 
-    def forward(self, s0, s1, weights=None, shares=None, drop_path_prob=None):
-        """s0, s1: (B, C, H, W), the outputs of the two cells before.
+    def factors(self, weights, best=None):
+        """What each state's MixedOp multiplies with, from weights and `best` as Drawn has them."""
+        rows, out = weights.unbind(), []
+        for mixed_op, leaving in zip(self.mixed_ops, self.leaving):
+            order = [self.space.edges.index(edge) for edge in leaving]
+            own = torch.stack([rows[k] for k in order])
+            if best is None:
+                out.append(mixed_op.factors(own))
+            else:       # NAS-Bench-201's code adds the other weights as numbers
+                out.append(mixed_op.drawn_factors(own, [best[k] for k in order],
+                                                  self.space.inputs == 1))
+        return out
 
-        weights: what `leave` returns, or None in a derived cell; shares: (edges,), each edge's
-        share of its node (beta of PC-DARTS), or None.
+    def forward(self, s0, s1, factors=None, shares=None, drop_path_prob=None):
+        """Output of the cell, from s0 and s1, (B, C, H, W), those of the two cells before.
+
+        factors: from `factors`, or None in a derived cell; shares: from Network.shares.
         """
-        first = self.space.inputs
-        states = [s1] if first == 1 else [
-            finished(bring(Inputs(s))) for bring, s in ((self.preprocess0, s0),
-                                                        (self.preprocess1, s1))]
-        arriving, passing = {node: [] for node in range(first, first + self.space.nodes)}, []
-        for state, (leaving, mixed_op) in enumerate(zip(self.leaving, self.mixed_ops)):
-            if state >= first:
-                states.append(self.node(state, arriving, passing, shares, states[0]))
-            x, w = states[state], weights and weights[state]
+        states, totals, rests = [s1], {}, []
+        if self.space.inputs == 2:
+            states = [add_up([self.preprocess0(Inputs(s0))]),
+                      add_up([self.preprocess1(Inputs(s1))])]
+        for state, (mixed_op, leaving) in enumerate(zip(self.mixed_ops, self.leaving)):
+            if state == len(states):
+                states.append(self.node(totals, rests, shares, states))
+            x = states[state]
             if self.partial > 1:
                 part = x.shape[1] // self.partial
-                x, rest = (y.contiguous(memory_format=torch.channels_last)
-                           for y in x.split([part, x.shape[1] - part], 1))
-                passing.append(F.max_pool2d(rest, 2, ceil_mode=True)
-                               if self.strides[state] == 2 else rest)
-            for edge, y in zip(leaving, mixed_op(x, w) if leaving else ()):
-                identity = self.edges[edge] == ('skip_connect',) and self.strides[state] == 1
-                drop = self.training and drop_path_prob is not None and not identity
-                arriving[edge[0]].append((y, drop_path(y, drop_path_prob) if drop else None))
-        states.append(self.node(len(states), arriving, passing, shares, states[0]))
+                x, rest = x.split([part, x.shape[1] - part], 1)
+                x = x.contiguous(memory_format=torch.channels_last)
+                rest = rest.contiguous(memory_format=torch.channels_last)
+                rests.append(rest if mixed_op.stride == 1 else
+                             F.max_pool2d(rest, 2, ceil_mode=True))
+            maps = mixed_op(x, factors and factors[state])
+            for (node, _), names, y in zip(leaving, mixed_op.names, maps):
+                identity = names == ('skip_connect',) and mixed_op.stride == 1
+                keep = None
+                if self.training and drop_path_prob is not None and not identity:
+                    keep = drop_path(y, drop_path_prob)
+                totals[node] = add_map(totals.get(node), y, keep)
+        states.append(self.node(totals, rests, shares, states))
         if states[-1].requires_grad:    # else each edge would copy its slice of the gradient
             states[-1].register_hook(
                 lambda grad: grad.contiguous(memory_format=torch.channels_last))
         outputs = [states[node] for node in self.concat]
         return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
-    def leave(self, weights, drawn=None):
-        """(edges, operations), in the order of space.edges -> what each state's MixedOp mixes with.
-
-        drawn: each edge's one operation, see MixedOp.drawn.
-        """
-        by_edge = dict(zip(self.space.edges, weights.unbind()))
-        rows = [torch.stack([by_edge[edge] for edge in leaving]) for leaving in self.leaving]
-        if drawn is None:
-            return [mixed_op.mixing(row) for mixed_op, row in zip(self.mixed_ops, rows)]
-        best = dict(zip(self.space.edges, drawn))
-        return [mixed_op.drawn(row, [best[edge] for edge in leaving], self.space.inputs == 1)
-                for mixed_op, row, leaving in zip(self.mixed_ops, rows, self.leaving)]
-
-    def node(self, node, arriving, passing, shares, like):
-        """Sum of what arrives at a node; with partial channels, of what passes by as well.
-
-        like: a map of the shape that a node of NAS-Bench-201 has where nothing arrives.
-        """
-        total = None
-        for y, keep in arriving[node]:
-            if total is None:
-                total = y if keep is None else y * keep
-            else:
-                total = total + y if keep is None else torch.addcmul(total, y, keep)
-        if self.partial == 1:
-            return torch.zeros_like(like) if total is None else total
-        first = self.space.inputs
+    def node(self, totals, rests, shares, states):
+        """The next node's map: the sum of its edges; with partial channels, of the rest as well."""
+        node, first = len(states), self.space.inputs
+        if self.partial == 1:           # no edge need arrive in a derived cell of NAS-Bench-201
+            return totals[node] if node in totals else torch.zeros_like(states[0])
         share = shares.split(list(range(first, first + self.space.nodes)))[node - first]
-        rest, = mixed_maps(passing[:node], share.unsqueeze(0))
+        rest, = weighted_sums(rests[:node], share.unsqueeze(0))
         # Channel shuffle, so that other channels come first in the next operation.
-        return F.channel_shuffle(torch.cat([total, rest], 1), self.partial)
+        return F.channel_shuffle(torch.cat([totals[node], rest], 1), self.partial)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -292,10 +280,9 @@ class Cell(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """A classifier at two thirds of the depth that helps training.
+    """A classifier at two thirds of the depth that helps training, on maps of 8 px or more.
 
-    Maps of 8 px or more; with the ImageNet stem 7 or more, and then, as in DARTS's code, without
-    BatchNorm after the last convolution.
+    With the ImageNet stem 7 px are enough, and the last BatchNorm is left out, as in DARTS's code.
     """
     def __init__(self, channels, num_classes, stem):
         super().__init__()
@@ -321,15 +308,13 @@ def image_stem(channels):
 
 class ResidualBlock(nn.Module):
     """Halves the size and doubles the width between the stages of NAS-Bench-201."""
-    def __init__(self, channels):
+    def __init__(self, c_in, c_out):
         super().__init__()
         self.convs = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=False),
-            BatchNorm(2 * channels),
-            nn.ReLU(), nn.Conv2d(2 * channels, 2 * channels, 3, 1, 1, bias=False),
-            BatchNorm(2 * channels))
+            nn.ReLU(), nn.Conv2d(c_in, c_out, 3, 2, 1, bias=False), BatchNorm(c_out),
+            nn.ReLU(), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), BatchNorm(c_out))
         self.shortcut = nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True),
-                                      nn.Conv2d(channels, 2 * channels, 1, bias=False))
+                                      nn.Conv2d(c_in, c_out, 1, bias=False))
 
     def forward(self, _, s1, *__):
         return self.convs(s1) + self.shortcut(s1)
@@ -341,40 +326,38 @@ class Network(nn.Module):
     stem: 'cifar', one convolution, or 'imagenet', three of stride 2. genotype: None builds the
     supernet of `space`, with its alphas; a Genotype, or a string of NAS-Bench-201, the derived
     network. In NAS-Bench-201, `layers` is 3 N + 2: three stages of N cells and two ResidualBlocks.
-    kept: {kind: names of each edge's operations}, where they are not all (P-DARTS). drawn: one
-    operation an edge is computed, that which `change` draws (GDAS).
-    forward(x): (B, 3, H, W) -> logits (B, num_classes); a training network with an auxiliary
-    head gives its logits too. drop_path_prob is an attribute, set from outside, as in DARTS: a
-    number, or a tensor on the device where a CUDA graph must see it change. So are, of methods
-    that change what edges mix with, change(kind, p), which gives weights for probabilities p
-    (edges, operations), and `strength`, what it goes by.
+    kept: {cell type: names of each edge's operations}, if they are not all (P-DARTS). width: the
+    most edges that one call serves: 1 if `mix` draws. forward(x): (B, 3, H, W) -> logits (B,
+    num_classes), and in training those of the auxiliary head, if there is one.
+
+    Two attributes are set from outside. drop_path_prob, as in DARTS: a number, or a tensor on the
+    device, which a CUDA graph sees change. mix: None, or a function mix(cell_type, p) that turns
+    probabilities p (edges, operations) into what the edges mix with, as p is, or Drawn.
     """
     def __init__(self, init_channels, num_classes, layers, genotype=None, partial=1,
-                 auxiliary=False, stem='cifar', space=DARTS, kept=None, drawn=False):
+                 auxiliary=False, stem='cifar', space=DARTS, kept=None, width=None):
         super().__init__()
         affine = genotype is not None
         self.space = space = NB201 if isinstance(genotype, str) else space
-        self.partial, self.drop_path_prob = partial, None
-        self.drawn, self.change, self.strength = drawn, None, None
+        self.partial, self.drop_path_prob, self.mix = partial, None, None
         channels, reduction_before = init_channels, stem == 'imagenet'
         before = last = channels if stem == 'imagenet' or space is NB201 else 3 * channels
         self.stem, self.stem1 = image_stem(channels) if stem == 'imagenet' else (
             nn.Sequential(nn.Conv2d(3, last, 3, padding=1, bias=False), BatchNorm(last)), None)
-        self.cells, self.auxiliary_at = nn.ModuleList(), None
-        self.kinds = [space.kinds[-1 if layer in (layers // 3, 2 * layers // 3) else 0]
-                      for layer in range(layers)]
-        for layer, kind in enumerate(self.kinds):
+        self.cells, self.cell_types, self.auxiliary_at = nn.ModuleList(), [], None
+        for layer in range(layers):
             reduction = layer in (layers // 3, 2 * layers // 3)
+            channels *= 2 if reduction else 1
+            cell_type = space.cell_types[-1 if reduction else 0]
             if reduction and space is NB201:
-                self.cells.append(ResidualBlock(channels))
-                channels = last = 2 * channels
+                cell_type, last = None, channels
+                self.cells.append(ResidualBlock(channels // 2, channels))
             else:
-                channels *= 2 if reduction else 1
-                edges, concat = cell_edges(genotype, kind, space, kept)
+                edges, concat = cell_edges(genotype, cell_type, space, kept)
                 self.cells.append(Cell(space, (before, last), channels, reduction,
-                                       reduction_before, edges, concat, affine, partial,
-                                       1 if drawn else None))
+                                       reduction_before, edges, concat, affine, partial, width))
                 before, last, reduction_before = last, len(concat) * channels, reduction
+            self.cell_types.append(cell_type)
             if auxiliary and layer == 2 * layers // 3:
                 self.auxiliary_at = layer
                 self.auxiliary_head = AuxiliaryHead(last, num_classes, stem)
@@ -382,64 +365,64 @@ class Network(nn.Module):
             else nn.Identity()
         self.classifier = nn.Linear(last, num_classes)
         if genotype is None:
-            self.alphas = nn.ParameterDict()
-            size = len(space.edges), len(space.operations)
-            for kind in space.kinds:
-                self.alphas[kind] = nn.Parameter(1e-3 * torch.randn(size))
-                self.register_buffer(f'dropped_{kind}', kept and torch.tensor(
-                    [[name not in names for name in space.operations] for names in kept[kind]]),
+            self.alphas, edges = nn.ParameterDict(), len(space.edges)
+            for cell_type in space.cell_types:
+                self.alphas[cell_type] = nn.Parameter(
+                    1e-3 * torch.randn(edges, len(space.operations)))
+                self.register_buffer(f'dropped_{cell_type}', kept and torch.tensor(
+                    [[name not in own for name in space.operations] for own in kept[cell_type]]),
                     persistent=False)
-            for kind in space.kinds if partial > 1 else ():
-                self.alphas[f'beta_{kind}'] = nn.Parameter(1e-3 * torch.randn(size[0]))
+            for cell_type in space.cell_types if partial > 1 else ():
+                self.alphas[f'beta_{cell_type}'] = nn.Parameter(1e-3 * torch.randn(edges))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
-        mixing = self.mixing() if hasattr(self, 'alphas') else {}
         s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))
         if self.stem1:
             s1 = self.stem1(s0)
-        auxiliary_logits, leaving = None, {}
-        drawn = {kind: weights.argmax(1).tolist() for kind, (weights, _) in mixing.items()} \
-            if self.drawn else {}
-        for layer, (cell, kind) in enumerate(zip(self.cells, self.kinds)):
-            weights, shares = None, None
-            if kind in mixing and isinstance(cell, Cell):
-                weights, shares = mixing[kind]
-                if (kind, cell.channels) not in leaving:
-                    leaving[kind, cell.channels] = cell.leave(weights, drawn.get(kind))
-                weights = leaving[kind, cell.channels]
-            s0, s1 = s1, cell(s0, s1, weights, shares, self.drop_path_prob)
+        mixed, factors, auxiliary_logits = {}, {}, None
+        if hasattr(self, 'alphas'):
+            mixed = {name: self.edge_weights(name) for name in self.space.cell_types}
+        for layer, (cell, cell_type) in enumerate(zip(self.cells, self.cell_types)):
+            key, shares = None, None
+            if cell_type in mixed:
+                weights, best, shares = mixed[cell_type]
+                key = cell_type, cell.channels
+                if key not in factors:
+                    factors[key] = cell.factors(weights, best)
+            s0, s1 = s1, cell(s0, s1, factors.get(key), shares, self.drop_path_prob)
             if layer == self.auxiliary_at and self.training:
                 auxiliary_logits = self.auxiliary_head(s1)
         logits = self.classifier(self.last(s1).mean((2, 3)))
         return logits if auxiliary_logits is None else (logits, auxiliary_logits)
 
-    def mixing(self):
-        """What each cell type mixes with: {kind: (weights (edges, operations), shares (edges,))}.
+    def edge_weights(self, cell_type):
+        """(weights (edges, operations), `best` of Drawn or None, shares (edges,) or None).
 
-        Rows sum to 1 (DARTS, equation 2) or to the edge's share (PC-DARTS, section 3.3), unless
-        the method changes that.
+        Without `mix`, rows of the weights sum to 1 (DARTS, equation 2) or to the edge's share
+        (PC-DARTS, section 3.3).
         """
-        mixing = {}
-        for kind in self.space.kinds:
-            weights = self.probabilities(kind)
-            if self.change is not None:
-                weights = self.change(kind, weights)
-            shares = self.shares(kind)
-            mixing[kind] = weights if shares is None else weights * shares.unsqueeze(1), shares
-        return mixing
+        weights, best = self.probabilities(cell_type), None
+        if self.mix is not None:
+            weights = self.mix(cell_type, weights)
+        if isinstance(weights, Drawn):
+            weights, best = weights
+        dropped, shares = getattr(self, f'dropped_{cell_type}'), self.shares(cell_type)
+        if dropped is not None:
+            weights = weights.masked_fill(dropped, 0)
+        return weights if shares is None else weights * shares.unsqueeze(1), best, shares
 
-    def probabilities(self, kind):
+    def probabilities(self, cell_type):
         """Softmax of the alphas over the operations that each edge has: (edges, operations)."""
-        alpha, dropped = self.alphas[kind], getattr(self, f'dropped_{kind}')
+        alpha, dropped = self.alphas[cell_type], getattr(self, f'dropped_{cell_type}')
         return F.softmax(alpha if dropped is None else alpha.masked_fill(dropped, -math.inf), 1)
 
-    def shares(self, kind):
+    def shares(self, cell_type):
         """Each edge's share of a node: softmax of beta over its inputs (PC-DARTS, section 3.3)."""
         if self.partial == 1:
             return None
         first = self.space.inputs
-        parts = self.alphas[f'beta_{kind}'].split(list(range(first, first + self.space.nodes)))
+        parts = self.alphas[f'beta_{cell_type}'].split(list(range(first, first + self.space.nodes)))
         return torch.cat([F.softmax(beta, 0) for beta in parts])
 
     def weight_parameters(self):
@@ -452,8 +435,7 @@ class Network(nn.Module):
     @contextmanager
     def frozen_statistics(self):
         """Forward passes inside normalise with batch statistics but leave the running ones."""
-        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
-        norms = [norm for norm in norms if norm.track_running_stats]
+        norms = [m for m in self.modules() if getattr(m, 'track_running_stats', False)]
         for norm in norms:
             norm.track_running_stats = False
         try:
@@ -465,27 +447,30 @@ class Network(nn.Module):
     @torch.no_grad()
     def genotype(self):
         """The strongest architecture in the alphas as they are now, whatever a method adds."""
-        strength = []
-        for kind in self.space.kinds:
-            p, shares = self.probabilities(kind), self.shares(kind)
-            strength.append(p if shares is None else p * shares.unsqueeze(1))
+        p = []
+        for cell_type in self.space.cell_types:
+            p.append(self.probabilities(cell_type))
+            if self.partial > 1:
+                p[-1] = p[-1] * self.shares(cell_type).unsqueeze(1)
         if self.space is NB201:
             names = list(self.space.operations)
-            return to_string(names[k] for k in strength[0].argmax(1).tolist())
-        return derive(*strength)
+            return to_string(names[k] for k in p[0].argmax(1).tolist())
+        return derive(*p)
 
 
-def cell_edges(genotype, kind, space=DARTS, kept=None):
+def cell_edges(genotype, cell_type, space=DARTS, kept=None):
     """{(node, input): operations} and the concatenated nodes of a cell; None: of the supernet."""
-    if space.inputs == 1:
-        names = [(name,) for name in from_string(genotype)] if genotype else \
-            [tuple(space.operations)] * len(space.edges)
-        return {edge: has for edge, has in zip(space.edges, names) if has != ('none',)}, (3,)
+    nodes = range(space.inputs, space.inputs + space.nodes)
     if genotype is None:
-        names = kept[kind] if kept else [tuple(space.operations)] * len(space.edges)
-        return dict(zip(space.edges, map(tuple, names))), tuple(range(2, 2 + NODES))
-    pairs, concat = getattr(genotype, kind), getattr(genotype, kind + '_concat')
-    return {(2 + k // 2, state): (name,) for k, (name, state) in enumerate(pairs)}, concat
+        names = kept[cell_type] if kept else [space.operations] * len(space.edges)
+        edges = dict(zip(space.edges, map(tuple, names)))
+        return edges, tuple(nodes) if space.inputs == 2 else (nodes[-1],)
+    if isinstance(genotype, str):
+        edges = zip(space.edges, from_string(genotype))
+        return {edge: (name,) for edge, name in edges if name != 'none'}, (nodes[-1],)
+    pairs = getattr(genotype, cell_type)
+    edges = {(2 + k // 2, state): (name,) for k, (name, state) in enumerate(pairs)}
+    return edges, getattr(genotype, cell_type + '_concat')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -499,16 +484,15 @@ def derive(normal, reduce):
     operation. Ties keep the lower index. Pairs are in the order of the inputs, so that the same
     cell is the same genotype.
     """
-    cells, concat = [], tuple(range(2, 2 + NODES))
+    cells, names = [], list(OPERATIONS)
     for weights in (normal, reduce):
         weights = weights.double().cpu().clone()
-        weights[:, PRIMITIVES.index('none')] = -1
-        best = [max(range(len(PRIMITIVES)), key=row.__getitem__) for row in weights.tolist()]
-        strength = weights.max(1).values.tolist()
-        cell = []
+        weights[:, names.index('none')] = -1
+        strongest, cell = weights.max(1).values.tolist(), []
+        best = [row.index(largest) for row, largest in zip(weights.tolist(), strongest)]
         for node in range(2, 2 + NODES):
             edges = [EDGES.index((node, state)) for state in range(node)]
-            kept = sorted(sorted(edges, key=lambda e: -strength[e])[:2])
-            cell += [(PRIMITIVES[best[e]], EDGES[e][1]) for e in kept]
-        cells += [tuple(cell), concat]
+            edges.sort(key=strongest.__getitem__, reverse=True)
+            cell += [(names[best[e]], EDGES[e][1]) for e in sorted(edges[:2])]
+        cells += [tuple(cell), tuple(range(2, 2 + NODES))]
     return Genotype(*cells)

@@ -1,19 +1,22 @@
 """Candidate operations of both spaces, each written once for all edges that leave a state.
 
-Every edge that leaves a state sees the same input, so an operation here serves E edges at once:
-its maps are (B, E*C, H, W), channels_last, edge e in channels e*C to (e+1)*C. A derived network,
-where an edge has one operation left, uses the same classes with the edges that kept them.
+To add an operation, write below OPERATIONS, near the end, what DARTS's code has for it:
 
-To add an operation, write a module and a line in OPERATIONS at the end; it is then searched, kept
-in genotypes, drawn, retrained and counted. `operation(C, edges, stride, affine)` builds it; its
-forward takes Inputs, the state in every form that may be wanted, and returns (B, E*C, H/stride,
-W/stride), or that with its last BatchNorm not yet done, as `Unnormalised`, which is faster. A
-module without weights, whose result is the same for every edge, sets `shared = True`: it returns
-(B, C, H/stride, W/stride) and is computed once.
+    OPERATIONS['conv_3x3'] = per_edge(lambda C, stride, affine: nn.Sequential(
+        nn.ReLU(), nn.Conv2d(C, C, 3, stride, 1, bias=False), nn.BatchNorm2d(C, affine=affine)))
+
+Searches then choose from it, and genotypes, derived networks, counts and drawings know it.
+
+The operations here are faster, because one call serves all E edges that leave a state: all of them
+see the same input. Their maps are (B, E*C, H, W), channels_last, edge e in channels e*C to (e+1)*C.
+`operation(channels, edges, stride, affine)` builds one. Its forward takes Inputs and returns
+(B, E*C, H/stride, W/stride), or `Unnormalised`, whose last BatchNorm is still to be done. A module
+with `shared = True` has no weights: its result (B, C, H/stride, W/stride) serves every edge.
 
 Sources: DARTS (arXiv 1806.09055) and NAS-Bench-201 (arXiv 2001.00326) for the operations, P-DARTS
 (arXiv 1904.12760) for the dropout on skips, BatchNorm (arXiv 1502.03167).
 """
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,8 +35,7 @@ def sub_grids(x):
     """
     b, c, h, w = x.shape
     if h % 2 or w % 2:
-        x = F.pad(x, (0, w % 2, 0, h % 2))
-        h, w = h + h % 2, w + w % 2
+        return sub_grids(F.pad(x, (0, w % 2, 0, h % 2)))
     x = x.permute(0, 2, 3, 1).reshape(b, h // 2, 2, w // 2, 2, c).permute(2, 4, 0, 1, 3, 5)
     return x.contiguous().view(4 * b, h // 2, w // 2, c).permute(0, 3, 1, 2)
 
@@ -46,33 +48,19 @@ def from_grids(x, other=None):
     return x.view(b // 4, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
 
 
-class Repeated(torch.autograd.Function):
-    """(B, C, H, W) -> (B, E*C, H, W), whose backward is one sum and not E slices to add up."""
-    @staticmethod
-    def forward(ctx, x, edges):
-        ctx.edges = edges
-        return torch.cat([x] * edges, 1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        b, c, h, w = grad.shape
-        grad = grad.permute(0, 2, 3, 1).reshape(b, h, w, ctx.edges, c // ctx.edges)
-        return grad.sum(3).permute(0, 3, 1, 2), None
-
-
 class Inputs:
-    """A state (B, C, H, W) in every form that operations take, each made once, when asked for.
+    """A state (B, C, H, W) in every form that operations take, its channels repeated `edges` times.
 
-    edges: how many times its channels are repeated, once for each edge that they serve.
+    Each form is made once, when it is first asked for.
     """
     def __init__(self, state):
-        self.state, self.made = state, {}
+        self.state, self.forms = state, {}
 
     def form(self, name, edges, make):
-        if (name, edges) not in self.made:
-            self.made[name, edges] = make() if edges == 1 else \
-                Repeated.apply(self.form(name, 1, make), edges)
-        return self.made[name, edges]
+        if (name, edges) not in self.forms:
+            self.forms[name, edges] = make() if edges == 1 else \
+                torch.cat([self.form(name, 1, make)] * edges, 1)
+        return self.forms[name, edges]
 
     def relu(self, edges=1):
         """After ReLU: (B, E*C, H, W)."""
@@ -101,8 +89,7 @@ class Unnormalised(NamedTuple):
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d whose result can be scaled, channel by channel, at no cost.
 
-    The scale takes the place of the affine weight, so that its gradient, which is that of the edge
-    weights in a supernet, comes from BatchNorm's own backward.
+    The scale takes the place of the affine weight: BatchNorm's own backward gives its gradient.
     """
     def forward(self, x, scale=None):
         weight, bias = self.weight, self.bias
@@ -122,79 +109,46 @@ class BatchNorm(nn.BatchNorm2d):
 # Convolutions
 
 
-class ConvOnCPU(torch.autograd.Function):
-    """F.conv2d whose kernel's gradient is `kernel_gradient(grad, x, weight, stride)`.
+class DepthwiseOnCPU(torch.autograd.Function):
+    """F.conv2d of a 5x5 depthwise kernel, whose own gradient is taken in two parts.
 
-    oneDNN is slow at the gradients of grouped 1x1 and of wide depthwise kernels: those take up to
-    a half and up to nine tenths less this way.
+    oneDNN is slow at that gradient: kernels of three and of two columns save a tenth of a step.
     """
     @staticmethod
-    def forward(ctx, x, weight, stride, groups, kernel_gradient):
+    def forward(ctx, x, weight, stride):
         ctx.save_for_backward(x, weight)
-        ctx.how = stride, groups, kernel_gradient
-        return F.conv2d(x, weight, None, stride, weight.shape[2] // 2, 1, groups)
+        ctx.stride = stride
+        return F.conv2d(x, weight, None, stride, 2, 1, len(weight))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        stride, groups, kernel_gradient = ctx.how
-        grad, dx, dw = grad.contiguous(memory_format=torch.channels_last), None, None
+        grad = grad.contiguous(memory_format=torch.channels_last)
+
+        def gradient(x, weight, padding, of_x):
+            return torch.ops.aten.convolution_backward(
+                grad, x, weight, None, [ctx.stride] * 2, padding, [1, 1], False, [0, 0],
+                len(weight), (of_x, not of_x, False))[0 if of_x else 1]
+        dx = dw = None
         if ctx.needs_input_grad[0]:
-            padding = [weight.shape[2] // 2] * 2
-            dx = backward_of_conv(grad, x, weight, stride, padding, groups, (True, False, False))[0]
+            dx = gradient(x, weight, [2, 2], True)
         if ctx.needs_input_grad[1]:
-            dw = kernel_gradient(grad, x, weight, stride)
-        return dx, dw, None, None, None
-
-
-def backward_of_conv(grad, x, weight, stride, padding, groups, wanted):
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [stride] * 2, padding, [1, 1], False, [0, 0], groups, wanted)
-
-
-def depthwise_gradient(grad, x, weight, stride):
-    """Gradient (C, 1, 5, 5) of a 5x5 depthwise kernel, in parts of three and two columns."""
-    def part(x, height, width, top):
-        kernel = x.new_empty(x.shape[1], 1, height, width)
-        return backward_of_conv(grad, x, kernel, stride, [top, 0], len(kernel),
-                                (False, True, False))[1]
-
-    sides = (F.pad(x, (2, 0)), 3), (F.pad(x, (-1, 2)), 2)
-    if x.shape[3] > 4:
-        return torch.cat([part(side, 5, width, 2) for side, width in sides], 3)
-    # Maps narrower than the kernel: in parts of rows as well, or it would take ten times as long.
-    return torch.cat([torch.cat([part(F.pad(side, (0, 0, 2, 0)), 3, width, 0),
-                                 part(F.pad(side, (0, 0, -1, 2)), 2, width, 0)], 2)
-                      for side, width in sides], 3)
-
-
-def pointwise_gradient(grad, x, weight, stride):
-    """Gradient (E*C out, C in, 1, 1) of a 1x1 kernel of E groups, by matrix products."""
-    edges = x.shape[1] // weight.shape[1]
-    x, grad = (t.permute(0, 2, 3, 1).reshape(-1, edges, t.shape[1] // edges).transpose(0, 1)
-               for t in (x, grad))                          # (E, B*H*W, C), views
-    return torch.bmm(grad.transpose(1, 2), x).view(weight.shape)
-
-
-def plain(x):
-    """Whether torch's own backward is to be used: on a GPU, under autocast, without gradients."""
-    return x.device.type != 'cpu' or torch.is_autocast_enabled('cpu') \
-        or not torch.is_grad_enabled()
+            dw = torch.cat([gradient(F.pad(x, (2, 0)), weight[..., :3], [2, 0], False),
+                            gradient(F.pad(x, (-1, 2)), weight[..., 3:], [2, 0], False)], 3)
+        return dx, dw, None
 
 
 class PointwiseConv(nn.Conv2d):
     """1x1 convolution of `edges` groups."""
-    def __init__(self, channels_in, channels, edges):
-        super().__init__(channels_in, channels, 1, groups=edges, bias=False)
+    def __init__(self, channels, edges):
+        super().__init__(channels, channels, 1, groups=edges, bias=False)
 
     def forward(self, x):
         # One dense product is faster; on meta, where multiply-adds are counted, its zeros would be.
         if self.groups > 1 and self.in_channels <= 32 and x.device.type != 'meta':
             blocks = torch.block_diag(*self.weight.flatten(1).chunk(self.groups))
             return F.conv2d(x, blocks[:, :, None, None])
-        if self.groups == 1 or plain(x):
-            return super().forward(x)
-        return ConvOnCPU.apply(x, self.weight, 1, self.groups, pointwise_gradient)
+        return super().forward(x)
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -206,26 +160,44 @@ class DepthwiseConv(nn.Conv2d):
         if dilation > 1:
             padding = dilation * (self.kernel_size[0] // 2)
             return F.conv2d(x, self.weight, None, 1, padding, dilation, self.groups)
-        if self.kernel_size != (5, 5) or plain(x):
-            return super().forward(x)
-        return ConvOnCPU.apply(x, self.weight, self.stride[0], self.groups, depthwise_gradient)
+        if self.kernel_size == (5, 5) and x.device.type == 'cpu' \
+                and torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu'):
+            return DepthwiseOnCPU.apply(x, self.weight, self.stride[0])
+        return super().forward(x)
 
 
 # ---------------------------------------------------------------------------------------------
 # Operations
 
 
-class Pool(nn.Module):
-    """3x3 max or average pooling; the supernet alone normalises after it (no `affine`)."""
-    shared = True
+class PerEdge(nn.Module):
+    """A module of its own for every edge: written in a minute, but slower than one for all."""
+    shared = False
 
-    def __init__(self, channels, stride, affine, kind):
+    def __init__(self, build, channels, edges, stride, affine):
         super().__init__()
-        self.stride, self.kind = stride, kind
-        self.norm = nn.Identity() if affine else BatchNorm(channels, affine=False)
+        self.edges = nn.ModuleList(build(channels, stride, affine) for _ in range(edges))
 
     def forward(self, inputs):
-        if self.kind == 'max':
+        return torch.cat([module(inputs.state) for module in self.edges], 1)
+
+
+def per_edge(build):
+    """An operation for the tables below from build(C, stride, affine), a module for one edge."""
+    return partial(PerEdge, build)
+
+
+class Pool(nn.Module):
+    """3x3 max or average pooling. Only the supernet of DARTS (`norm`) normalises after it."""
+    shared = True
+
+    def __init__(self, channels, edges, stride, affine, largest, norm=True):
+        super().__init__()
+        self.stride, self.largest = stride, largest
+        self.norm = BatchNorm(channels, affine=False) if norm and not affine else nn.Identity()
+
+    def forward(self, inputs):
+        if self.largest:
             return self.norm(F.max_pool2d(inputs.state, 3, self.stride, 1))
         return self.norm(F.avg_pool2d(inputs.state, 3, self.stride, 1, count_include_pad=False))
 
@@ -246,10 +218,10 @@ class SepConv(nn.Module):
         c = channels * edges
         self.edges = edges
         self.depthwise1 = DepthwiseConv(c, size, stride)
-        self.pointwise1 = PointwiseConv(c, c, edges)
+        self.pointwise1 = PointwiseConv(c, edges)
         self.norm1 = BatchNorm(c, affine=affine)
         self.depthwise2 = DepthwiseConv(c, size)
-        self.pointwise2 = PointwiseConv(c, c, edges)
+        self.pointwise2 = PointwiseConv(c, edges)
         self.norm2 = BatchNorm(c, affine=affine)
 
     def forward(self, inputs):
@@ -267,7 +239,7 @@ class DilConv(nn.Module):
         c = channels * edges
         self.edges, self.stride = edges, stride
         self.depthwise = DepthwiseConv(c, size)
-        self.pointwise = PointwiseConv(c, c, edges)
+        self.pointwise = PointwiseConv(c, edges)
         self.norm = BatchNorm(c, affine=affine)
 
     def forward(self, inputs):
@@ -289,8 +261,9 @@ class FactorizedReduce(nn.Module):
     def __init__(self, channels_in, channels, edges, affine):
         super().__init__()
         self.edges = edges
-        self.even = PointwiseConv(channels_in, channels // 2 * edges, 1)
-        self.odd = PointwiseConv(channels_in, (channels - channels // 2) * edges, 1)
+        half = channels // 2
+        self.even = nn.Conv2d(channels_in, half * edges, 1, bias=False)
+        self.odd = nn.Conv2d(channels_in, (channels - half) * edges, 1, bias=False)
         self.norm = BatchNorm(channels * edges, affine=affine)
 
     def forward(self, inputs):
@@ -300,17 +273,17 @@ class FactorizedReduce(nn.Module):
         return Unnormalised(x, self.norm)
 
 
-class ConvBN(nn.Module):
-    """ReLU, convolution, BatchNorm, as NAS-Bench-201 has it: in a supernet without statistics."""
+class ReLUConvBN(nn.Module):
+    """ReLU, convolution, BatchNorm; as edges see one state, one convolution serves them all."""
     shared = False
 
-    def __init__(self, channels, edges, stride, affine, size):
+    def __init__(self, channels_in, channels, affine, size=1, stride=1, statistics=True):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels * edges, size, stride, size // 2, bias=False)
-        self.norm = BatchNorm(channels * edges, affine=affine, track_running_stats=affine)
+        self.conv = nn.Conv2d(channels_in, channels, size, stride, size // 2, bias=False)
+        self.norm = BatchNorm(channels, affine=affine, track_running_stats=statistics)
 
     def forward(self, inputs):
-        return Unnormalised(self.conv(inputs.relu()), self.norm)    # all edges see one state
+        return Unnormalised(self.conv(inputs.relu()), self.norm)
 
 
 class DroppedSkip(nn.Module):
@@ -330,20 +303,8 @@ class DroppedSkip(nn.Module):
         return x * (kept / (1 - self.probability)).to(x.dtype)
 
 
-class ReLUConvBN(nn.Module):
-    """1x1 convolution between a ReLU and BatchNorm: brings a cell's input to its width."""
-    def __init__(self, channels_in, channels, affine):
-        super().__init__()
-        self.conv = PointwiseConv(channels_in, channels, 1)
-        self.norm = BatchNorm(channels, affine=affine)
-
-    def forward(self, inputs):
-        return Unnormalised(self.conv(inputs.relu()), self.norm)
-
-
 def drop_path(x, probability):
-    """Factor (B, 1, 1, 1) that zeroes whole images of x with `probability` and scales the rest
-    (arXiv 1605.07648)."""
+    """Factor (B, 1, 1, 1) that zeroes images with `probability`, and scales (arXiv 1605.07648)."""
     keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= probability
     return (keep / (1 - probability)).to(x.dtype)
 
@@ -358,23 +319,28 @@ def dropped_skip(channels, edges, stride, affine):
     return DroppedSkip(edges) if stride == 1 else skip_connect(channels, edges, stride, affine)
 
 
+def nor_conv(channels, edges, stride, affine, size):
+    """NAS-Bench-201's convolution, which has no running statistics in a supernet."""
+    return ReLUConvBN(channels, channels * edges, affine, size, stride, statistics=affine)
+
+
 # The search spaces, in the order of their papers. `none` multiplies by zero: it only takes softmax
 # mass.
 OPERATIONS = {
     'none': None,
-    'max_pool_3x3': lambda C, edges, stride, affine: Pool(C, stride, affine, 'max'),
-    'avg_pool_3x3': lambda C, edges, stride, affine: Pool(C, stride, affine, 'avg'),
+    'max_pool_3x3': partial(Pool, largest=True),
+    'avg_pool_3x3': partial(Pool, largest=False),
     'skip_connect': skip_connect,
-    'sep_conv_3x3': lambda C, edges, stride, affine: SepConv(C, edges, stride, affine, 3),
-    'sep_conv_5x5': lambda C, edges, stride, affine: SepConv(C, edges, stride, affine, 5),
-    'dil_conv_3x3': lambda C, edges, stride, affine: DilConv(C, edges, stride, affine, 3),
-    'dil_conv_5x5': lambda C, edges, stride, affine: DilConv(C, edges, stride, affine, 5),
+    'sep_conv_3x3': partial(SepConv, size=3),
+    'sep_conv_5x5': partial(SepConv, size=5),
+    'dil_conv_3x3': partial(DilConv, size=3),
+    'dil_conv_5x5': partial(DilConv, size=5),
 }
 
 NB201_OPERATIONS = {
     'none': None,
     'skip_connect': skip_connect,
-    'nor_conv_1x1': lambda C, edges, stride, affine: ConvBN(C, edges, stride, affine, 1),
-    'nor_conv_3x3': lambda C, edges, stride, affine: ConvBN(C, edges, stride, affine, 3),
-    'avg_pool_3x3': lambda C, edges, stride, affine: Pool(C, stride, True, 'avg'),
+    'nor_conv_1x1': partial(nor_conv, size=1),
+    'nor_conv_3x3': partial(nor_conv, size=3),
+    'avg_pool_3x3': partial(Pool, largest=False, norm=False),
 }

@@ -25,10 +25,10 @@ from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CIFAR, KINDS, REAL, Batches, Setting, UserError, choose_device,
-                           find_or_make, leave, number, one_line_errors, parse_flags, read_meta,
-                           set_tf32, stratified_split, world, write_file)
-from evaluate import correct, loss_of, method_name, stem_for
-from retrain import (INPUT, RUN, SCHEDULE, STEM, GraphedStep, Run, averaged, changed_by_a_step,
+                           find_or_make, leave, number, one_line_errors, parse_flags, set_tf32,
+                           stratified_split, world, write_file)
+from evaluate import COST, correct, loss_of, method_name, read_json, stem_for
+from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, averaged, changed_by_a_step,
                      check_alike, learning_rate_at, preset_name, run_name, settle, start_alike,
                      that_data_take)
 
@@ -44,32 +44,27 @@ from operations import DroppedSkip, dropped_skip
 # Settings. Defaults are DARTS's; a method's own are in its class.
 
 SEARCH = {
-    'space': Setting('darts', 'nb201: NAS-Bench-201, where the truth is known',
-                     ['darts', 'nb201']),
+    'space': Setting('darts', 'nb201: where the truth is known', ['darts', 'nb201']),
     'unrolled': Setting(False, 'second-order step'),
-    'arch_data': Setting('valid', 'images for the alphas: held out, those of the weights, or none '
-                         '(a control)', ['valid', 'train', 'none']),
+    'arch_data': Setting('valid', 'of the alphas: held-out images, those of the weights, or none',
+                         ['valid', 'train', 'none']),
     'perturb': Setting('random', 'of sdarts', ['random', 'adversarial']),
     'partial': Setting(1, 'operations see 1/partial of the channels', number(int, 1)),
     'init_channels': Setting(16, 'channels of the first cell', number(int, 1)),
     'layers': Setting(8, 'cells; of pdarts in its first stage', number(int, 3, 200)),
     'cells_per_stage': Setting(5, 'of nb201', number(int, 1, 60)),
-    'stem': STEM,
-    'train_portion': Setting(0.5, 'share of the images for the weights',
-                             number(float, above=0, below=1)),
-    'valid_fraction': Setting(None, 'share of the images for the alphas, instead of all others',
+    'stem': COST['stem'],
+    'train_portion': Setting(0.5, "the weights' share of images", number(float, above=0, below=1)),
+    'valid_fraction': Setting(None, "the alphas' share, not all others",
                               number(float, above=0, below=1)),
     'arch_learning_rate': Setting(3e-4, 'of the alphas', number(float, 0)),
     'arch_weight_decay': Setting(1e-3, 'of the alphas', number(float, 0)),
-    'arch_grad_clip': Setting(0.0, 'largest norm of the gradient of the alphas; 0: no limit',
-                              number(float, 0)),
-    'frozen_epochs': Setting(0, 'first epochs, in which only the weights are trained',
-                             number(int, 0)),
-    'hessian': Setting(None, 'log the largest eigenvalue of the Hessian every so many epochs',
-                       number(int, 1)),
+    'arch_grad_clip': Setting(0.0, 'of the alphas; 0: no limit', number(float, 0)),
+    'frozen_epochs': Setting(0, 'first epochs, of the weights alone', number(int, 0)),
+    'hessian': Setting(None, 'log its largest eigenvalue every so many epochs', number(int, 1)),
     'early_stop': Setting(False, 'stop when it grows, as RobustDARTS does'),
 }
-DEFAULTS = dict(data='noise', epochs=50, batch_size=64, learning_rate=0.025,
+DEFAULTS = dict(epochs=50, batch_size=64, learning_rate=0.025,
                 learning_rate_min=0.001)
 SPACES = {'darts': {}, 'nb201': dict(nesterov=True, weight_decay=5e-4)}     # of its own searches
 # ImageNet: as PC-DARTS searched on it (section 4.3 of its paper), 10% of the images for the weights
@@ -632,7 +627,8 @@ def parse(argv):
     table = {'method': Setting('darts', 'how to search', list(METHODS)), **SEARCH}
     run = {'preset': Setting('auto', 'defaults of all settings; auto: by the data',
                              ['auto', *PRESETS]), **RUN}
-    tables = {'method': table, 'data': INPUT, 'schedule': SCHEDULE, 'run': run}
+    data = {**INPUT, 'data': INPUT['data']._replace(default='noise')}
+    tables = {'method': table, 'data': data, 'schedule': SCHEDULE, 'run': run}
     s, typed, defaults = parse_flags(__doc__, tables, argv, layers)
     args = settle(s, typed, defaults)
     method = METHODS[args.method]
@@ -664,8 +660,8 @@ def parse(argv):
 def has_own_images(name):
     """Whether data are unreal images, not real ones with other labels."""
     if Path(name, 'meta.json').exists():
-        name = read_meta(Path(name))['kind']
-    return name in KINDS and name != 'random_labels'
+        name = read_json(Path(name, 'meta.json')).get('kind')
+    return name in KINDS and 'source' not in KINDS[name].settings.split()
 
 
 def two_parts(data, args):

@@ -2,17 +2,15 @@
 
     python tests/benchmark.py                   # the table; about 20 minutes on two cores
     python tests/benchmark.py --only darts1_b16 --json
-    python tests/benchmark.py --curve           # seconds a step by batch, width and image size
-    python tests/benchmark.py --input           # what the data cost, beside the step
-    python tests/benchmark.py --floor           # what arithmetic and memory traffic must take
     python tests/benchmark.py --imagenet        # steps at 224 px, and the batches that fit a GPU
     python tests/benchmark.py --methods         # every method's step; NAS-Bench-201's textbook
+    python tests/benchmark.py --curve           # seconds a step by batch, width and image size
+    python tests/benchmark.py --input           # what the data cost, beside the step
 
 A search step is one architecture and one weight step (C=16, 8 cells, 32 px); a retrain step one
-of DARTS_V2 (C=36, 20 cells, auxiliary head, drop-path). CPU seconds are those of the process, the
-two sides taking turns in it: medians of n. Calls are those that reach torch's dispatcher, without
-views, `empty*`, `detach` and reading a number. Peak memory is that of one step, each side in a
-process of its own. The allocator is set as every script of ours sets it, for both sides.
+of DARTS_V2 (C=36, 20 cells, auxiliary head, drop-path). CPU seconds of the process: medians of n,
+the two sides taking turns. Calls reach torch's dispatcher; views and reading a number do not count.
+Peak memory is that of one step, each side in a process of its own.
 """
 import argparse
 import functools
@@ -23,10 +21,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import evaluate
 import generate_data
 import retrain
 import search
@@ -38,35 +36,36 @@ import textbook
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-CASES = {                   # name: (partial, unrolled, batch, n); partial 0 is retraining
-    'darts1_b16': (1, False, 16, 5), 'darts1_b64': (1, False, 64, 3),
-    'darts2_b16': (1, True, 16, 5), 'darts2_b64': (1, True, 64, 0),
-    'pcdarts1_b32': (4, False, 32, 5), 'pcdarts2_b32': (4, True, 32, 5),
-    'retrain_b96': (0, False, 96, 3)}
-# At 224 px with the ImageNet stem, 8 cells, or retraining 14 of C=48, by images a step
-IMAGENET = {'darts1_224_b8': (1, False, 8, 3, 224), 'darts2_224_b8': (1, True, 8, 0, 224),
-            'pcdarts1_224_b8': (2, False, 8, 3, 224), 'retrain_224_b8': (0, False, 8, 3, 224)}
+
+class Case(NamedTuple):
+    """A step to measure. Above 64 pixels the networks are ImageNet's."""
+    partial: int            # of the channels; 0: a step of retraining
+    unrolled: bool
+    batch: int
+    repeats: int            # 0: memory only
+    pixels: int = 32
+    width: int = 16         # C of a search
+
+
+CASES = {
+    'darts1_b16': Case(1, False, 16, 5), 'darts1_b64': Case(1, False, 64, 3),
+    'darts2_b16': Case(1, True, 16, 5), 'darts2_b64': Case(1, True, 64, 0),
+    'pcdarts1_b32': Case(4, False, 32, 5), 'pcdarts2_b32': Case(4, True, 32, 5),
+    'retrain_b96': Case(0, False, 96, 3)}
+IMAGENET = {
+    'darts1_224_b8': Case(1, False, 8, 3, 224), 'darts2_224_b8': Case(1, True, 8, 0, 224),
+    'pcdarts1_224_b8': Case(2, False, 8, 3, 224), 'retrain_224_b8': Case(0, False, 8, 3, 224)}
 CPU = torch.device('cpu')
 
 
 class Calls(TorchDispatchMode):
-    """Counts what a GPU would launch, and the bytes that it would read and write."""
-    def __init__(self):
-        super().__init__()
-        self.count = self.bytes = 0
+    """Counts what a GPU would launch."""
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__
-        if not function.is_view and not name.startswith(
-                ('empty', 'new_empty', 'detach', '_local_scalar_dense', '_unsafe_view')):
-            self.count += 1
-            out = function(*args, **(kwargs or {}))
-            self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves((args, out))
-                              if torch.is_tensor(t))
-            return out
+        free = ('empty', 'new_empty', 'detach', '_local_scalar_dense', '_unsafe_view')
+        self.count += not (function.is_view or function.__name__.startswith(free))
         return function(*args, **(kwargs or {}))
 
 
@@ -74,54 +73,58 @@ def batch(n, size=32, device=CPU):
     return torch.randn(n, 3, size, size, device=device), torch.randint(10, (n,), device=device)
 
 
-def steps(partial, unrolled, size, sides=('ours', 'book'), width=16, pixels=32, device=CPU,
-          graph=False, flags=()):
+# ---------------------------------------------------------------------------------------------
+# Steps
+
+
+def steps(case, sides=('ours', 'book'), device=CPU, graph=False, flags=()):
     """{side: a function that takes one step}, the same weights on both sides.
 
-    partial, unrolled: as in CASES; size: of the batch; flags: more of them for our side. Above 64
-    pixels the networks are ImageNet's.
+    graph: whether ours is a CUDA graph; flags: more flags for our side.
     """
     torch.manual_seed(0)
-    large = pixels > 64
-    shape = (width, 1000 if large else 10, 8)
-    if partial == 0:
-        shape = (48, 1000, 14, DARTS_V2) if large else (36, 10, 20, DARTS_V2)
-    extra = {'auxiliary': True} if partial == 0 else {'partial': partial}
+    retraining, large = case.partial == 0, case.pixels > 64
+    extra = {'auxiliary': True} if retraining else {'partial': case.partial}
     extra['stem'] = 'imagenet' if large else 'cifar'
+    shape = (case.width, 1000 if large else 10, 8)
+    if retraining:
+        shape = (48, 1000, 14, DARTS_V2) if large else (36, 10, 20, DARTS_V2)
     networks = {'ours': Network(*shape, **extra)}
     if 'book' in sides:
         networks['book'] = textbook.Network(*shape, **extra)
         textbook.copy_weights(networks['ours'], networks['book'])
-    train, valid, out = batch(size, pixels, device), batch(size, pixels, device), {}
+    data = batch(case.batch, case.pixels, device), batch(case.batch, case.pixels, device)
+    functions = {}
     for side in sides:
         network = networks[side].to(device).train()
-        tensors = train if partial == 0 else (*train, *valid)
-        if side == 'book' and partial:
-            book = textbook.Step(network, unrolled)
-            out[side] = lambda step=book: step(train, valid)
+        if side == 'book' and not retraining:
+            functions[side] = functools.partial(textbook.Step(network, case.unrolled), *data)
             continue
-        if partial == 0:
+        if retraining:
             network.drop_path_prob = torch.tensor(0.1, device=device)
-        step, changed = retrain_step(network, flags) if partial == 0 else \
-            search_step(network, unrolled, flags)
-        step = evaluate.GraphedStep(step, changed, device, graph and side == 'ours')
-        out[side] = lambda step=step, tensors=tensors: step(*tensors)
-    return out
+            step, changed = retrain_step(network, flags)
+        else:
+            step, changed = search_step(network, case.unrolled, flags)
+        step = retrain.GraphedStep(step, changed, device, graph and side == 'ours')
+        functions[side] = functools.partial(step, *data[0], *(() if retraining else data[1]))
+    return functions
 
 
 def search_step(network, unrolled, flags=()):
     """(our step, what it changes), with search.py's own optimizers."""
     args = search.parse([*flags, *(['--unrolled'] if unrolled else [])])
+    method = search.Darts(args, 10, 'cifar', next(network.parameters()).device)
+    method.network = network
     sgd, adam = search.optimizers(network, args)
-    return (lambda a, b, c, d: search.bilevel_step(network, (a, b), (c, d), sgd, adam, args),
-            lambda: evaluate.changed_by_a_step(network, sgd, adam))
+    return (lambda a, b, c, d: search.bilevel_step(method, (a, b), (c, d), sgd, adam),
+            lambda: retrain.changed_by_a_step(network, sgd, adam))
 
 
 def retrain_step(network, flags=()):
     args = retrain.parse(['--arch', 'DARTS_V2', '--auxiliary', *flags])
-    sgd = retrain.optimizer(network, args)
+    sgd = retrain.make_optimizer(network, args)
     return (lambda *batch: torch.stack(retrain.train_step(network, batch, sgd, args)),
-            lambda: evaluate.changed_by_a_step(network, sgd))
+            lambda: retrain.changed_by_a_step(network, sgd))
 
 
 def seconds(functions, n):
@@ -140,93 +143,55 @@ def seconds(functions, n):
 # The table
 
 
-def launches(partial, unrolled, _):
-    """{side: calls to torch in one step}: the same for every size of batch, so a small one."""
-    counts = {}
-    for side, step in steps(partial, unrolled, 2).items():
-        step()                          # the optimizers' first step makes their buffers
-        with Calls() as calls:
-            step()
-        counts[side] = calls.count
-    return counts
+def peak(name, side):
+    """Peak MiB of one step above what the process held before it, in a process of its own."""
+    command = [sys.executable, __file__, '--only', name, '--peak', side]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
-def peaks(case):
-    """Peak MiB of one step above what was held before it, (ours, book's), each in a process."""
-    command = [sys.executable, __file__, '--only', case, '--peak']
-    return [float(subprocess.run([*command, side], stdout=subprocess.PIPE, text=True,
-                                 check=True).stdout) for side in ('ours', 'book')]
-
-
-def print_peak(case, side):
-    *what, _, pixels = (*CASES[case], 32) if case in CASES else IMAGENET[case]
-    sides = ('ours', 'book') if side == 'book' else ('ours',)
-    step = steps(*what, sides, pixels=pixels)[side]
-    held = evaluate.peak_memory_mib(CPU)
+def print_peak(name, side):
+    sides = ('ours',) if side == 'ours' else ('ours', 'book')
+    step = steps({**CASES, **IMAGENET}[name], sides)[side]
+    held = retrain.peak_memory_mib(CPU)
     step()
-    print(evaluate.peak_memory_mib(CPU) - held)
+    print(retrain.peak_memory_mib(CPU) - held)
 
 
-def measure(case):
+def measure(name):
     """{'ratio', 'memory_ratio', 'launches', 'launches_textbook', 'cpu_seconds', ...}"""
-    *what, n, pixels = (*CASES[case], 32) if case in CASES else IMAGENET[case]
-    ours, book = peaks(case)                # before this process holds maps of its own
-    out = {'n': n}
-    if n:
-        medians = seconds(steps(*what, pixels=pixels), n)
-        calls = launches(*what)
-        out.update(ratio=medians['book'] / medians['ours'], launches=calls['ours'],
-                   launches_textbook=calls['book'], cpu_seconds=medians['ours'],
-                   cpu_seconds_textbook=medians['book'])
-    if case in IMAGENET:                    # computed: memory grows with the images
-        out.update({f'batch_in_{gib}_gib': int(0.9 * gib * 1024 / (ours / what[2]))
-                    for gib in (11, 24, 80)})
-    return {**out, 'memory_mib': ours, 'memory_mib_textbook': book, 'memory_ratio': ours / book}
+    case = {**CASES, **IMAGENET}[name]
+    ours, book = peak(name, 'ours'), peak(name, 'book')
+    row = {'n': case.repeats}
+    if case.repeats:
+        taken = seconds(steps(case), case.repeats)
+        row.update(ratio=taken['book'] / taken['ours'], cpu_seconds=taken['ours'],
+                   cpu_seconds_textbook=taken['book'])
+        for side, step in steps(case._replace(batch=2)).items():    # as many calls as for more
+            step()                          # the optimizers' first step makes their buffers
+            with Calls() as calls:
+                step()
+            row['launches' if side == 'ours' else 'launches_textbook'] = calls.count
+    for gib in (11, 24, 80) if name in IMAGENET else ():            # memory grows with the images
+        row[f'batch_in_{gib}_gib'] = int(0.9 * gib * 1024 / ours * case.batch)
+    return {**row, 'memory_mib': ours, 'memory_mib_textbook': book, 'memory_ratio': ours / book}
 
 
 def show(name, row):
-    print(f'{name:<13}', '  '.join(
-        f'{key} {value:.3g}' if isinstance(value, float) else f'{key} {value}'
-        for key, value in row.items()), flush=True)
+    words = [f'{key} {value:.3g}' if isinstance(value, float) else f'{key} {value}'
+             for key, value in row.items()]
+    print(f'{name:<13}', '  '.join(words), flush=True)
 
 
-def floor():
-    """{case: GFLOP and GB of our step, and the CPU seconds they take at the machine's best rates}.
-
-    A backward pass takes a forward's arithmetic for the maps, and again for the weights. Traffic
-    is what the calls of the step read and write: fewer passes over the maps would lower it.
-    """
-    a, b = torch.randn(2, 2048, 2048)
-    best = {'gflops': 0.0, 'gb_s': 0.0}             # of a matrix product and of a copy
-    for _ in range(5):
-        taken = seconds({'product': lambda: a @ a, 'copy': lambda: b.copy_(a)}, 1)
-        best['gflops'] = max(best['gflops'], 2 * 2048 ** 3 / taken['product'] / 1e9)
-        best['gb_s'] = max(best['gb_s'], 2 * 4 * 2048 ** 2 / taken['copy'] / 1e9)
-    rows = {'machine, a CPU second': best}
-    for case, (partial, unrolled, size, _) in CASES.items():
-        step = steps(partial, unrolled, size, ('ours',))['ours']
-        step()
-        with Calls() as calls:
-            step()
-        with torch.device('meta'):
-            network = Network(36, 10, 20, DARTS_V2, auxiliary=True) if partial == 0 else \
-                Network(16, 10, 8, partial=partial)
-            with FlopCounterMode(display=False) as flops:
-                network(torch.empty(size, 3, 32, 32))
-        passes = 3 if partial == 0 else 13 if unrolled else 5
-        work = {'gflop': passes * flops.get_total_flops() / 1e9, 'gb': calls.bytes / 1e9}
-        rows[case] = {**work, 'arithmetic_cpu_seconds': work['gflop'] / best['gflops'],
-                      'traffic_cpu_seconds': work['gb'] / best['gb_s']}
-    return rows
+# ---------------------------------------------------------------------------------------------
+# What else costs time
 
 
 def curve():
-    """{setting: CPU seconds of a first-order DARTS step, images/s, relative to the work}."""
+    """{setting: CPU seconds of a first-order DARTS step, and these relative to the work}."""
     rows, base = {}, None
     for size, width, pixels in ((16, 16, 32), (64, 16, 32), (128, 16, 32), (16, 8, 32),
                                 (16, 32, 32), (16, 16, 16), (16, 16, 64)):
-        step = steps(1, False, size, ('ours',), width, pixels)['ours']
-        taken = seconds({'step': step}, 3)['step']
+        taken = seconds(steps(Case(1, False, size, 3, pixels, width), ('ours',)), 3)['ours']
         # Depthwise and pointwise work: by pixels, and by width once or twice.
         work = size * pixels ** 2 * width
         base = base or taken / work
@@ -244,24 +209,25 @@ METHODS = {'darts': [], 'pcdarts': [], 'gdas': [], 'sdarts': [],
 
 
 def methods(n=5):
-    """{setting, method: CPU seconds of a first-order step, that of DARTS by it}.
+    """{setting, method: CPU seconds of a first-order step, and those of DARTS by them}.
 
     In NAS-Bench-201 the textbook's supernet beside them, with the weights of the one of DARTS.
     """
     rows = {}
     for setting, (space, cells, size, pixels) in SETTINGS.items():
-        train, valid, functions = batch(size, pixels), batch(size, pixels), {}
+        data, functions = (batch(size, pixels), batch(size, pixels)), {}
         for name, flags in METHODS.items():
             args = search.parse(['--space', space, '--method', name.split()[0], '--layers',
                                  str(max(3, cells)), '--cells_per_stage', str(cells), *flags])
-            network, sgd, adam = search.build(args, 10, 'cifar', CPU, 0, None)
-            network.strength.fill_(search.strength_at(args, 10, 50, 0))
-            functions[name] = functools.partial(search.bilevel_step, network, train, valid, sgd,
-                                                adam, args)
+            method = search.METHODS[args.method](args, 10, 'cifar', CPU)
+            network = method.build()
+            method.begin_epoch(10, 50, 0)
+            functions[name] = functools.partial(search.bilevel_step, method, *data,
+                                                *search.optimizers(network, args))
             if name == 'darts' and space == 'nb201':
                 book = textbook.NB201Network(16, 10, cells)
-                textbook.copy_nb201(network, book)
-                functions['textbook'] = functools.partial(textbook.Step(book, False), train, valid)
+                textbook.copy_weights(network, book)
+                functions['textbook'] = functools.partial(textbook.Step(book, False), *data)
         taken = seconds(functions, n)
         for name, value in taken.items():
             rows[f'{setting}, {name}'] = {'cpu_seconds': value,
@@ -271,16 +237,15 @@ def methods(n=5):
 
 def data_costs(steps_taken=20):
     """Share of a step of PC-DARTS, batch 64, that resident data take; images/s of a folder."""
-    data = {'noise': generate_data.Data(
-        'noise', 'noise', generate_data.noise_images(0, 0, 4096, 32), np.arange(4096) % 10,
-        list('0123456789'), [.5] * 3, [.125] * 3, 32, {})}
-    rows, step = {}, steps(4, False, 64, ('ours',))['ours']
-    taken = seconds({'step': step}, 3)['step']
+    images = generate_data.noise_images(0, 0, 4096, 32)
+    data = generate_data.Data('noise', 'noise', images, np.arange(4096) % 10, list('0123456789'),
+                              [.5] * 3, [.125] * 3, 32, {})
+    taken = seconds(steps(Case(4, False, 64, 3), ('ours',)), 3)['ours']
+    rows = {'step': {'cpu_seconds': taken, 'images_per_second': 128 / taken}}
     for name, augment, cutout in (('noise', 'none', 0), ('images', 'standard', 16)):
-        batches = generate_data.Batches(data['noise'], range(4096), 64, CPU, augment, cutout)
+        batches = generate_data.Batches(data, range(4096), 64, CPU, augment, cutout)
         began = time.process_time()
-        pairs = zip(batches.epoch(), range(2 * steps_taken))
-        count = sum(1 for _ in pairs)
+        count = len(list(zip(batches.epoch(), range(2 * steps_taken))))
         cost = 2 * (time.process_time() - began) / count        # a search step takes two batches
         rows[f'{name}, resident'] = {'ms_a_step': 1000 * cost, 'share_of_a_step': cost / taken}
     with tempfile.TemporaryDirectory() as folder:
@@ -294,36 +259,159 @@ def data_costs(steps_taken=20):
         began = time.time()
         count = sum(len(x) for x, _ in batches.epoch())
         rows['folder, 224 px JPEG'] = {'images_per_second': count / (time.time() - began)}
-    return {**rows, 'step': {'cpu_seconds': taken, 'images_per_second': 128 / taken}}
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--json', action='store_true', help='one JSON object')
     parser.add_argument('--only', choices=[*CASES, *IMAGENET], help='one case')
-    parser.add_argument('--imagenet', action='store_true', help='steps at 224 px')
-    parser.add_argument('--curve', action='store_true', help='how a step grows with its sizes')
-    parser.add_argument('--input', action='store_true', help='what the data cost')
-    parser.add_argument('--floor', action='store_true', help='what a step must take')
-    parser.add_argument('--methods', action='store_true', help="every method's step")
+    for flag, words in (('--json', 'one JSON object'), ('--imagenet', 'steps at 224 px'),
+                        ('--curve', 'how a step grows'), ('--input', 'what the data cost'),
+                        ('--methods', "every method's step")):
+        parser.add_argument(flag, action='store_true', help=words)
     parser.add_argument('--peak', choices=['ours', 'book'], help=argparse.SUPPRESS)
+    add_probe_flags(parser)
     args = parser.parse_args()
-    device = evaluate.choose_device(-1)
+    device = generate_data.choose_device(-1)
+    if args.probe:
+        return print_probe(args.probe, args.against, args.data_dir, device)
     if args.peak:
-        return print_peak(args.only, args.peak)
-    results = curve() if args.curve else data_costs() if args.input else \
-        floor() if args.floor else methods() if args.methods else {}
-    cases = IMAGENET if args.imagenet else () if results else CASES
-    for case in [args.only] if args.only else cases:
-        results[case] = measure(case)
-        if not args.json:
-            show(case, results[case])
+        print_peak(args.only, args.peak)
+        return
+    names = [args.only] if args.only else IMAGENET if args.imagenet else CASES
+    if args.curve:
+        results = curve()
+    elif args.input:
+        results = data_costs()
+    elif args.methods:
+        results = methods()
+    else:
+        results = {name: measure(name) for name in names}
     if args.json:
         print(json.dumps(results))
         return
-    for name in results if args.curve or args.input or args.floor or args.methods else ():
-        show(name, results[name])
-    print(evaluate.hardware(device), 'torch', torch.__version__)
+    for name, row in results.items():
+        show(name, row)
+    print(retrain.hardware(device), 'torch', torch.__version__)
+
+
+
+# ---------------------------------------------------------------------------------------------
+# How learnable a set is: a fixed small network, and the nearest neighbour
+
+
+def add_probe_flags(parser):
+    parser.add_argument('--probe', metavar='FOLDER', help='how learnable a data set is')
+    parser.add_argument('--against', metavar='SOURCE', help='with --probe: the real set that its '
+                        'generator learned')
+    parser.add_argument('--data_dir', default='data', help='of --against')
+
+
+def pool_to_64(data):
+    """Averages images above 64 px down to about that."""
+    return torch.nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)
+
+
+def fit_probe(data, rows, device):
+    """Train four convolutions on some images of a Data: 10 epochs, batch 128, Adam 1e-3."""
+    torch.manual_seed(0)
+    layers = [pool_to_64(data)]
+    for c_in, c_out in ((3, 32), (32, 64), (64, 128), (128, 128)):
+        layers += [torch.nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
+                   torch.nn.BatchNorm2d(c_out), torch.nn.ReLU(),
+                   torch.nn.MaxPool2d(2, ceil_mode=True)]
+    network = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+                                  torch.nn.Linear(128, len(data.classes)))
+    network = network.to(device, memory_format=torch.channels_last)
+    adam = torch.optim.Adam(network.parameters(), 1e-3)
+    batches = generate_data.Batches(data, rows, min(128, len(rows)), device)
+    progress = generate_data.Progress(10 * len(batches), 'steps of the probe')
+    for epoch in range(10):
+        for step, (x, y) in enumerate(batches.epoch(epoch)):
+            if data.multilabel:                             # -1: not known
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(
+                    network(x), y, weight=(y >= 0).float())
+            else:
+                loss = torch.nn.functional.cross_entropy(network(x), y)
+            loss.backward()
+            adam.step()
+            adam.zero_grad()
+            progress.update(epoch * len(batches) + step)
+    progress.close()
+    return network.eval()
+
+
+@torch.no_grad()
+def nearest_neighbour(data, rows, device):
+    """predict(x): the labels of the nearest of some images of a Data, by pixels."""
+    pool = pool_to_64(data)
+    batches = generate_data.Batches(data, rows, 200, device, shuffle=False)
+    known = torch.cat([pool(x).flatten(1) for x, _ in batches.epoch()])
+    labels = generate_data.conditions(torch.from_numpy(data.labels[rows]).to(device),
+                                      len(data.classes))
+    return lambda x: labels[torch.cdist(pool(x).flatten(1), known).argmin(1)]
+
+
+def area_under_curve(scores, labels):
+    """Of the ROC curve by Mann and Whitney's statistic; None if all labels are the same."""
+    if not labels.any() or labels.all():
+        return None
+    negative, positive = np.sort(scores[~labels].astype(np.float64)), scores[labels]
+    below = np.searchsorted(negative, positive, 'left')
+    upto = np.searchsorted(negative, positive, 'right')
+    return float((below + upto).mean() / 2 / len(negative))
+
+
+@torch.no_grad()
+def grade(predict, data, rows, device):
+    """Per cent right of predict(x) -> scores (B, classes); with several labels the mean AUC."""
+    batches = generate_data.Batches(data, rows, 200, device, shuffle=False)
+    scores = torch.cat([predict(x).float() for x, _ in batches.epoch()]).cpu().numpy()
+    labels = data.labels[np.asarray(rows)]
+    if not data.multilabel:
+        return 100 * (scores.argmax(1) == labels).mean().item()
+    areas = [area_under_curve(score[label >= 0], label[label >= 0] == 1)
+             for score, label in zip(scores.T, labels.T)]
+    areas = [area for area in areas if area is not None]
+    if not areas:
+        raise generate_data.UserError(f'no label is in some of the {len(rows)} images tested and '
+                                      'not in others. Make more.')
+    return 100 * float(np.mean(areas))
+
+
+def probe(data, device):
+    """Train on nine tenths of a Data, test on the rest."""
+    train, test = generate_data.stratified_split(data.labels, 0.9, 0)
+    if not len(test):
+        raise generate_data.UserError(f'{data.name}: {len(data)} images are too few. Make more.')
+    return {'network': grade(fit_probe(data, train, device), data, test, device),
+            'nearest_neighbour': grade(nearest_neighbour(data, train, device), data, test, device),
+            'measure': 'mean AUC' if data.multilabel else 'accuracy', 'n_train': len(train),
+            'n_test': len(test)}
+
+
+def probe_against(data, real, test, device):
+    """Probes of a Data and of the real images that its generator learned, each on the other.
+
+    test: the real set's test split, or None. Real images are as many as those of `data`.
+    """
+    test, rng = test or real, np.random.default_rng(0)
+    some = np.sort(rng.permutation(len(real))[:len(data)])
+    made_network = fit_probe(data, range(len(data)), device)
+    real_network = fit_probe(real, some, device)
+    return {'generated_to_real': grade(made_network, test, range(len(test)), device),
+            'real_to_generated': grade(real_network, data, range(len(data)), device),
+            'real_to_real': grade(real_network, test, range(len(test)), device)}
+
+
+def print_probe(folder, against, data_dir, device):
+    data = generate_data.read(folder, {})
+    found = probe(data, device)
+    if against:
+        s = {'data_dir': data_dir, 'image_size': data.image_size}
+        real, test = (generate_data.read(against, s, split) for split in ('train', 'test'))
+        found.update(probe_against(data, real, test, device))
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == '__main__':

@@ -17,20 +17,19 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import benchmark
-import evaluate
 import generate_data
+import retrain
 from model_search import Network
 
 import textbook
 import torch
 import torch.nn.functional as F
 
-# name: (partial, unrolled, batch, images a step, steps of the full published run)
-RUNS = {
-    'darts, first order': (1, False, 64, 128, 50 * (25000 // 64)),
-    'darts, second order': (1, True, 64, 128, 50 * (25000 // 64)),
-    'pcdarts': (4, False, 256, 512, 50 * (25000 // 256)),
-    'retrain DARTS_V2': (0, False, 96, 96, 600 * (50000 // 96))}
+RUNS = {                        # name: (step, images in it, steps of the full published run)
+    'darts, first order': (benchmark.Case(1, False, 64, 0), 128, 50 * (25000 // 64)),
+    'darts, second order': (benchmark.Case(1, True, 64, 0), 128, 50 * (25000 // 64)),
+    'pcdarts': (benchmark.Case(4, False, 256, 0), 512, 50 * (25000 // 256)),
+    'retrain DARTS_V2': (benchmark.Case(0, False, 96, 0), 96, 600 * (50000 // 96))}
 WAYS = {                        # name: (side, graph, more flags)
     'textbook': ('book', False, []), 'eager': ('ours', False, []), 'graph': ('ours', True, []),
     'graph, TF32': ('ours', True, ['--tf32']), 'graph, bf16': ('ours', True, ['--amp'])}
@@ -41,8 +40,7 @@ def relative(a, b):
 
 
 def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16):
-    """Largest relative difference to the textbook: logits, gradients of the alphas, and the
-    weights after five steps (a graph is captured at the fourth)."""
+    """Largest relative differences to the textbook; a graph is captured at the fourth step of 5."""
     torch.manual_seed(0)
     ours = Network(width, 10, layers, partial=partial)
     book = textbook.Network(width, 10, layers, partial=partial)
@@ -58,7 +56,7 @@ def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16
     out['alpha gradients'] = max(relative(a, b) for a, b in zip(*grads))
     textbook.copy_weights(ours, book)               # of the running statistics
     step, changed = benchmark.search_step(ours, unrolled)
-    step = evaluate.GraphedStep(step, changed, device, graph)
+    step = retrain.GraphedStep(step, changed, device, graph)
     book_step = textbook.Step(book, unrolled)
     for _ in range(5):
         step(*train, *valid)
@@ -71,19 +69,20 @@ def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16
 
 
 def timing(name, way, device, seconds=6.0):
-    """{'ms', 'calls', 'peak_mib', 'images_per_second', 'captured'} of one kind of step."""
-    partial, unrolled, size, images, _ = RUNS[name]
+    """{'ms', 'calls', 'peak_mib', 'images_per_second', 'n'} of a step."""
+    case, images, _ = RUNS[name]
     side, graph, flags = WAYS[way]
     sides = ('ours',) if side == 'ours' else ('ours', 'book')
     generate_data.set_tf32('--tf32' in flags)
-    step = benchmark.steps(partial, unrolled, size, sides, device=device, graph=graph,
-                           flags=flags)[side]
+    step = benchmark.steps(case, sides, device, graph, flags)[side]
     with benchmark.Calls() as calls:
         step()
-    synchronize = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    def synchronize():
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(evaluate.GraphedStep.WARM_UP + 2):
+    for _ in range(retrain.GraphedStep.WARM_UP + 2):
         step()
     synchronize()
     began, count = time.perf_counter(), 0
@@ -95,52 +94,50 @@ def timing(name, way, device, seconds=6.0):
     synchronize()
     ms = 1000 * (time.perf_counter() - began) / count
     generate_data.set_tf32(False)
-    return {'ms': ms, 'calls': calls.count, 'peak_mib': evaluate.peak_memory_mib(device),
+    return {'ms': ms, 'calls': calls.count, 'peak_mib': retrain.peak_memory_mib(device),
             'images_per_second': 1000 * images / ms, 'n': count}
 
 
 def check(device, seconds=6.0):
     """All rows: ({name: differences}, {name: {way: timing}})."""
     differences, timings = {}, {}
-    for dtype in (torch.float64, torch.float32):
-        for partial, unrolled in ((1, False), (1, True), (4, False)):
-            for graph in (False, True):
-                if dtype == torch.float64 and graph:
-                    continue                        # the learning rate of a graph is float32
-                name = f'{str(dtype)[6:]}, {"pcdarts" if partial > 1 else "darts"}' \
-                       f'{", second order" * unrolled}{", graph" * graph}'
-                differences[name] = row = equality(device, dtype, partial, unrolled, graph)
-                benchmark.show(f'{name:<38}', row)
+    for name, partial, unrolled in (('darts', 1, False), ('darts, second order', 1, True),
+                                    ('pcdarts', 4, False)):
+        for words, dtype, graph in (('float64', torch.float64, False),      # a graph's learning
+                                    ('float32', torch.float32, False),      # rate is float32
+                                    ('float32, graph', torch.float32, True)):
+            row = equality(device, dtype, partial, unrolled, graph)
+            differences[f'{words}, {name}'] = row
+            benchmark.show(f'{words + ", " + name:<38}', row)
     for name in RUNS:
         timings[name] = {}
         for way in WAYS:
             timings[name][way] = row = timing(name, way, device, seconds)
             benchmark.show(f'{name + ", " + way:<38}', row)
-            if device.type == 'cuda':
-                torch.cuda.empty_cache()
-        best = min(row['ms'] for way, row in timings[name].items() if way != 'textbook')
-        print(f'{name}: {RUNS[name][-1]:,} steps of the full run take '
-              f'{best * RUNS[name][-1] / 3.6e6:.2f} hours at best')
+            torch.cuda.empty_cache()
+        hours = RUNS[name][-1] / 3.6e6 * min(timings[name][way]['ms'] for way in list(WAYS)[1:])
+        print(f'{name}: {RUNS[name][-1]:,} steps of the full run take {hours:.2f} hours at best')
     return differences, timings
 
 
-def main(argv=None):
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--json', action='store_true', help='one JSON object at the end')
     parser.add_argument('--gpu', type=int, default=0)
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if not torch.cuda.is_available():
         print('no CUDA on this machine: nothing to check here')
         return
     device = generate_data.choose_device(args.gpu)
-    print(evaluate.hardware(device), 'torch', torch.__version__)
+    print(retrain.hardware(device), 'torch', torch.__version__)
     differences, timings = check(device)
     if args.json:
-        print(json.dumps({'hardware': evaluate.hardware(device), 'equality': differences,
+        print(json.dumps({'hardware': retrain.hardware(device), 'equality': differences,
                           'timing': timings}))
     for name, row in differences.items():
         limit = 1e-9 if name.startswith('float64') else 1e-2
-        if max(row['logits'], row['alpha gradients'] if 'second' not in name else 0) > limit:
+        largest = row['logits'] if 'second' in name else max(row['logits'], row['alpha gradients'])
+        if largest > limit:
             sys.exit(f'{name} differs from the textbook: {row}')
 
 

@@ -1,4 +1,6 @@
 """The supernet and the derived network against the textbook, counts, and the genotype rule."""
+import json
+
 import textbook
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ import operations
 import search
 from evaluate import cost
 from genotypes import PUBLISHED, Genotype, random_genotype
-from model_search import EDGES, Network, derive
+from model_search import EDGES, Drawn, Network, derive
 
 import pytest
 
@@ -42,37 +44,52 @@ def batch(size=8, n=6):
     return torch.randn(n, 3, size, size), torch.randint(10, (n,))
 
 
-def arguments(unrolled, lr=0.025):
-    return search.parse(['--seed', '0', '--learning_rate', str(lr)] + ['--unrolled'] * unrolled)
+def darts(network, *flags):
+    method = search.Darts(search.parse(flags), 10, 'cifar', torch.device('cpu'))
+    method.network = network
+    return method
+
+
+def agree(ours, book, x, y):
+    """The same logits, gradients of everything, running statistics, and logits in evaluation."""
+    logits = [z if isinstance(z, tuple) else (z,) for z in (ours(x), book(x))]
+    for a, b in zip(*logits):
+        close(a, b)
+    for outputs in logits:
+        sum(nn.functional.cross_entropy(z, y) for z in outputs).backward()
+    total = 0
+    for p, block, q in textbook.pairs_of_weights(ours, book):
+        close(p.grad[block] if p.requires_grad else p[block], q.grad if p.requires_grad else q)
+        total += q.numel() if p.requires_grad else 0
+    assert total == sum(p.numel() for p in ours.weight_parameters())
+    for p, q in zip(ours.architecture_parameters(), book.alphas):
+        close(p.grad, q.grad)
+    close(ours.eval()(x), book.eval()(x))
 
 
 @pytest.mark.parametrize('partial', [1, 4])
 @pytest.mark.parametrize('size', [8, 14])
-def test_forward_and_gradients_equal_the_textbook(partial, size):
-    ours, book = both(partial)
-    x, y = batch(size)
-    a, b = ours(x), book(x)
-    close(a, b)
-    nn.functional.cross_entropy(a, y).backward()
-    nn.functional.cross_entropy(b, y).backward()
-    for p, q in zip(ours.architecture_parameters(), book.alphas):
-        close(p.grad, q.grad)
-    total = 0
-    for p, block, q in textbook.pairs_of_weights(ours, book):
-        if p.requires_grad:
-            close(p.grad[block], q.grad)
-            total += q.numel()
-        else:
-            close(p[block], q)              # running statistics
-    assert total == sum(p.numel() for p in ours.weight_parameters())
-    close(ours.eval()(x), book.eval()(x))
+def test_supernet_equals_the_textbook(partial, size):
+    agree(*both(partial), *batch(size))
+
+
+@pytest.mark.parametrize('shape, more, size', [
+    ((4, 10, 4, PUBLISHED['DARTS_V1']), {'auxiliary': True}, 32),
+    ((4, 10, 4, random_genotype(3)), {'auxiliary': True}, 32),
+    ((4, 10, 4, random_genotype(4)), {'auxiliary': True}, 32),
+    ((8, 10, 3), {'partial': 2, 'stem': 'imagenet'}, 45),
+    ((4, 10, 3, PUBLISHED['DARTS_V2']), {'auxiliary': True, 'stem': 'imagenet'}, 193)])
+def test_networks_equal_the_textbook(shape, more, size):
+    ours, book = Network(*shape, **more), textbook.Network(*shape, **more)
+    textbook.copy_weights(ours, book)
+    agree(ours, book, *batch(size, 3))
 
 
 @pytest.mark.parametrize('partial', [1, 4])
 @pytest.mark.parametrize('unrolled', [False, True])
 def test_three_bilevel_steps_equal_the_textbook(partial, unrolled):
     ours, book = both(partial)
-    args = arguments(unrolled)
+    method = darts(ours, *['--unrolled'][:unrolled])
     sgd = torch.optim.SGD(ours.weight_parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
     adam = torch.optim.Adam(ours.architecture_parameters(), 3e-4, betas=(0.5, 0.999),
                             weight_decay=1e-3)
@@ -80,10 +97,10 @@ def test_three_bilevel_steps_equal_the_textbook(partial, unrolled):
     for _ in range(3):
         train, valid = batch(), batch()
         before = {k: v.clone() for k, v in ours.state_dict().items()}
-        search.architecture_step(ours, train, valid, sgd, adam, args)
+        search.architecture_step(method, train, valid, sgd, adam)
         for k, v in ours.state_dict().items():      # nothing but the alphas has moved
             assert k.startswith('alphas') or torch.equal(v, before[k]), k
-        loss, _ = search.weight_step(ours, train, sgd, args)
+        loss, _ = search.weight_step(method, train, sgd)
         close(loss, torch.tensor(step(train, valid)))
     for p, q in zip(ours.architecture_parameters(), book.alphas):
         close(p, q)
@@ -105,10 +122,11 @@ def test_second_order_gradient_is_that_through_the_virtual_step(monkeypatch):
     train, valid = batch(), batch()
     weights = ours.weight_parameters()
     sgd = torch.optim.SGD(weights, 0.025, momentum=0.9, weight_decay=3e-4)
-    search.weight_step(ours, train, sgd, arguments(True))               # momentum is not zero
+    method = darts(ours, '--unrolled')
+    search.weight_step(method, train, sgd)                              # momentum is not zero
     textbook.copy_weights(ours, book)
-    got = search.second_order(ours, train, valid, sgd, arguments(True))[0]
-    first = search.first_order(ours, valid, arguments(False))[0]
+    got = search.second_order(method, train, valid, sgd)[0]
+    first = search.first_order(method, valid)[0]
 
     names = [n for n, _ in book.named_parameters() if not n.startswith('alphas')]
     loss = textbook.loss(book, train)
@@ -124,40 +142,14 @@ def test_second_order_gradient_is_that_through_the_virtual_step(monkeypatch):
         assert (a - b).norm() < 0.02 * b.norm() < 0.1 * (c - b).norm(), (a, b)
 
 
-@pytest.mark.parametrize('genotype', ['DARTS_V1', 'PDARTS', 3, 4])
-def test_derived_network_equals_the_textbook(genotype):
-    genotype = PUBLISHED.get(genotype) or random_genotype(genotype)
-    ours = Network(4, 10, 4, genotype, auxiliary=True)
-    book = textbook.Network(4, 10, 4, genotype, auxiliary=True)
-    textbook.copy_weights(ours, book)
-    x, _ = batch(32, 4)
-    results = []
-    for network in (ours, book):
-        logits, auxiliary = network(x)
-        (logits.square().sum() + auxiliary.sum()).backward()
-        results.append((logits, auxiliary))
-    close(results[0][0], results[1][0])
-    close(results[0][1], results[1][1])
-    for p, block, q in textbook.pairs_of_weights(ours, book):
-        close(p.grad[block] if p.requires_grad else p[block], q.grad if p.requires_grad else q)
-    close(ours.eval()(x), book.eval()(x))
-
-
-def test_backwards_of_our_own():
-    """Gradients of kernels, ours beside torch's; also on maps narrower than a kernel."""
-    for height, width, groups, size, stride in ((5, 6, 2, 1, 1), (5, 6, 3, 1, 1), (5, 6, 6, 5, 1),
-                                                (6, 8, 6, 5, 2), (4, 4, 6, 5, 1), (3, 2, 6, 5, 2)):
-        x = torch.randn(2, 6, height, width).to(memory_format=torch.channels_last)
-        x.requires_grad_()
-        weight = torch.randn(6, 6 // groups, size, size, requires_grad=True)
-        gradient = operations.pointwise_gradient if size == 1 else operations.depthwise_gradient
-
-        def call(x, weight, stride=stride, groups=groups, gradient=gradient):
-            return operations.ConvOnCPU.apply(x, weight, stride, groups, gradient)
-        assert torch.autograd.gradcheck(call, (x, weight))
-        close(call(x, weight), nn.functional.conv2d(x, weight, None, stride, size // 2, 1, groups))
-    x = torch.randn(2, 3, 4, 2).to(memory_format=torch.channels_last).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: operations.Repeated.apply(x, 3), x)
+def test_gradients_of_a_5x5_depthwise_kernel():
+    """Ours beside torch's, also on maps narrower than the kernel."""
+    for height, width, stride in ((5, 6, 1), (6, 8, 2), (4, 4, 1), (3, 2, 2)):
+        x = torch.randn(2, 3, height, width).to(memory_format=torch.channels_last)
+        x, weight = x.requires_grad_(), torch.randn(3, 1, 5, 5, requires_grad=True)
+        call = operations.DepthwiseOnCPU.apply
+        assert torch.autograd.gradcheck(lambda *tensors: call(*tensors, stride), (x, weight))  # noqa: B023
+        close(call(x, weight, stride), nn.functional.conv2d(x, weight, None, stride, 2, 1, 3))
 
 
 def test_sub_grids_and_back():
@@ -188,6 +180,26 @@ def test_parameter_counts():
     assert cost(PUBLISHED['DARTS_V2'], 8, 4)['multiply_adds'] == counter.get_total_flops() // 2
 
 
+def test_what_arch_names(tmp_path):
+    genotype, text = random_genotype(7), genotypes.random_string(7)
+    (tmp_path / 'genotype.json').write_text(genotypes.to_json(genotype, data='noise', seed=1))
+    for arch in (str(tmp_path), str(tmp_path / 'genotype.json')):
+        found, found_by = genotypes.find_genotype(arch)
+        assert found == genotype and (found_by['data'], found_by['seed']) == ('noise', 1)
+    assert genotypes.find_genotype('DARTS_V2')[0] == PUBLISHED['DARTS_V2']
+    assert genotypes.find_genotype(text)[0] == text
+    assert genotypes.short_name(genotypes.NB201_LARGEST) == 'nb201-333333'
+    (tmp_path / 'list.json').write_text('[1]')
+    (tmp_path / 'old.json').write_text(genotypes.to_json(genotype).replace('_conv_', '_'))
+    for arch, words in (('nothing', 'neither'), ('|x~0|', "unknown operation 'x'"),
+                        (str(tmp_path / 'list.json'), 'no JSON object'),
+                        (str(tmp_path / 'old.json'), 'unknown operation')):
+        with pytest.raises(ValueError, match=words):
+            genotypes.find_genotype(arch)
+    with pytest.raises(ValueError, match='--layers 6'):
+        genotypes.check_layers(text, 6)
+
+
 def test_genotype_rule_on_ties_and_none():
     normal = torch.zeros(14, 8)
     normal[:, 0] = 0.9                                          # none is never chosen
@@ -208,7 +220,7 @@ def test_partial_channels_weigh_by_alpha_times_beta():
             alpha.zero_()
         network.alphas['normal'][:, 4] = 1.0
         network.alphas['beta_normal'][EDGES.index((5, 4))] = 3.0
-    weights, shares = network.mixing()['normal']
+    weights, _, shares = network.edge_weights('normal')
     assert torch.allclose(weights.sum(1), shares) and shares.split([2, 3, 4, 5])[3].argmax() == 4
     assert network.genotype().normal[-1] == ('sep_conv_3x3', 4)
 
@@ -236,54 +248,74 @@ def test_drop_path_drops_whole_images_and_spares_identities(monkeypatch):
     assert len(calls) == 16
 
 
-def test_an_operation_is_added_in_one_place(monkeypatch):
-    """The README's example: a module and a line in OPERATIONS."""
-    class Conv3x3(nn.Module):
-        shared = False
+SEVEN = """OPERATIONS['conv_7x1_1x7'] = per_edge(lambda C, stride, affine: nn.Sequential(
+    nn.ReLU(), nn.Conv2d(C, C, (1, 7), (1, stride), (0, 3), bias=False),
+    nn.Conv2d(C, C, (7, 1), (stride, 1), (3, 0), bias=False), nn.BatchNorm2d(C, affine=affine)))
+"""
 
-        def __init__(self, channels, edges, stride, affine):
-            super().__init__()
-            c, self.edges = channels * edges, edges
-            self.conv = nn.Conv2d(c, c, 3, stride, 1, groups=edges, bias=False)
-            self.norm = nn.BatchNorm2d(c, affine=affine)
 
-        def forward(self, inputs):
-            return self.norm(self.conv(inputs.relu(self.edges)))
+@pytest.fixture
+def seven(monkeypatch):
+    """An operation added as below the table in operations.py."""
+    monkeypatch.setitem(operations.OPERATIONS, 'conv_7x1_1x7', None)        # removes it at the end
+    exec(SEVEN, vars(operations))
+    return 'conv_7x1_1x7'
 
-    monkeypatch.setitem(operations.OPERATIONS, 'conv_3x3', Conv3x3)
-    for module in (genotypes, model_search):
-        monkeypatch.setattr(module, 'PRIMITIVES', list(operations.OPERATIONS))
+
+def test_an_operation_is_added_in_one_place(seven):
     network = Network(4, 10, 3)
     x, y = batch()
     with torch.no_grad():
         network.alphas['normal'][:, -1] += 1
         network.alphas['reduce'][:, -1] += 1
-    loss = nn.functional.cross_entropy(network(x), y)
-    loss.backward()
+    nn.functional.cross_entropy(network(x), y).backward()
     assert network.alphas['normal'].shape == (14, 9) and network.alphas['normal'].grad[:, -1].any()
+    assert all(p.grad is not None for p in network.parameters())
     genotype = network.genotype()
-    assert {op for op, _ in genotype.normal + genotype.reduce} == {'conv_3x3'}
-    text = genotypes.to_json(genotype)
-    assert genotypes.from_json(text) == genotype and 'conv_3x3' in genotypes.draw(genotype)
+    assert {op for op, _ in genotype.normal + genotype.reduce} == {seven}
+    fields = json.loads(genotypes.to_json(genotype))
+    assert genotypes.from_plain(fields) == genotype and seven in genotypes.draw(genotype)
     assert Network(4, 10, 3, genotype)(x).isfinite().all() and cost(genotype)['params'] > 0
+    assert any(seven in str(random_genotype(seed)) for seed in range(3))
 
 
-@pytest.mark.parametrize('affine', [False, True])
-def test_operations_of_fewer_edges(affine):
-    """An edge may keep any of the operations, as in P-DARTS; the others do not change."""
-    names = [('sep_conv_3x3', 'skip_connect'), ('sep_conv_3x3',), ('avg_pool_3x3', 'skip_connect')]
-    mixed_op = model_search.MixedOp(operations.OPERATIONS, 4, 2, names, affine, width=2)
-    state, weights = torch.randn(3, 4, 8, 8), torch.rand(3, 8)
-    whole = mixed_op(state, mixed_op.mixing(weights))
-    for e in range(3):
-        alone = torch.zeros(3, 8)
-        alone[e] = weights[e]
-        got = mixed_op(state, mixed_op.mixing(alone))
-        assert torch.allclose(got[e], whole[e])
-        assert all(not got[other].any() for other in range(3) if other != e)
-    lacks = torch.zeros(3, 8)                           # a weight on what an edge has no more
-    lacks[0, 2] = lacks[1, 3] = lacks[2, 4] = 1
-    assert not any(y.any() for y in mixed_op(state, mixed_op.mixing(lacks)))
+def test_an_added_operation_is_drawn_and_kept(seven):
+    """By GDAS, and in the later stages of P-DARTS."""
+    network = Network(4, 10, 3, width=1)
+    one_hot = nn.functional.one_hot(torch.full((14,), 8), 9).double().requires_grad_()
+    network.mix = lambda cell_type, p: Drawn(one_hot, [8] * 14)
+    network(batch()[0]).sum().backward()
+    assert one_hot.grad[:, 8].all() and not one_hot.grad[:, :8].any()
+    edges = [[seven, 'skip_connect'] if e % 2 else ['sep_conv_3x3', seven] for e in range(14)]
+    network = Network(4, 10, 3, kept={'normal': edges, 'reduce': edges})
+    network(batch()[0]).sum().backward()
+    assert (network.alphas['normal'].grad != 0).sum(1).eq(2).all()
+
+
+def test_what_is_drawn_equals_the_whole_mixture():
+    """One-hot weights give the same logits, whether the rest is computed or not."""
+    ours, book = Network(4, 10, 3, width=1), textbook.Network(4, 10, 3)
+    best = [k % 8 for k in range(14)]
+    weights = nn.functional.one_hot(torch.tensor(best), 8).double()
+    ours.mix, book.mix = lambda cell_type, p: Drawn(weights, best), lambda alpha: weights
+    textbook.copy_weights(ours, book)
+    x, _ = batch()
+    close(ours(x), book(x))
+
+
+def test_kept_operations_equal_the_textbook():
+    """Of P-DARTS: the others have no weight, whatever `mix` gives them."""
+    names = list(operations.OPERATIONS)
+    kept = [[names[k] for k in sorted(torch.randperm(8)[:3].tolist())] for _ in range(14)]
+    dropped = torch.tensor([[name not in own for name in names] for own in kept])
+    ours = Network(4, 10, 3, kept={'normal': kept, 'reduce': kept})
+    book = textbook.Network(4, 10, 3)
+    textbook.copy_weights(ours, book)
+    ours.mix = lambda cell_type, p: p + 1
+    book.mix = lambda alpha: nn.functional.softmax(
+        alpha.masked_fill(dropped, -torch.inf), 1) + ~dropped
+    x, _ = batch()
+    close(ours(x), book(x))
 
 
 def test_autocast_and_evaluation_run():
@@ -294,21 +326,3 @@ def test_autocast_and_evaluation_run():
     with torch.autocast('cpu', torch.bfloat16):
         half = network(x)
     assert half.dtype == torch.bfloat16 and (full - half.float()).abs().max() < 0.3
-
-
-@pytest.mark.parametrize('shape, more, size', [
-    ((8, 5, 3), {'partial': 2}, 45), ((4, 5, 3, PUBLISHED['DARTS_V2']), {'auxiliary': True}, 193)])
-def test_imagenet_stem_and_head_equal_the_textbook(shape, more, size):
-    ours = Network(*shape, **more, stem='imagenet')
-    book = textbook.Network(*shape, **more, stem='imagenet')
-    textbook.copy_weights(ours, book)
-    x, y = torch.randn(3, 3, size, size), torch.randint(5, (3,))
-    logits = [z if isinstance(z, tuple) else (z,) for z in (ours(x), book(x))]
-    for a, b in zip(*logits):
-        close(a, b)
-        nn.functional.cross_entropy(a, y).backward(retain_graph=True)
-        nn.functional.cross_entropy(b, y).backward(retain_graph=True)
-    for p, block, q in textbook.pairs_of_weights(ours, book):
-        if p.requires_grad:
-            close(p.grad[block], q.grad)
-    assert all(p.grad is not None for p in ours.parameters())

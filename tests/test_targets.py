@@ -13,6 +13,7 @@ import search
 import torch
 from conftest import ROOT
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
 
 CPU = torch.device('cpu')
 TINY = ['--layers', '3', '--init_channels', '4', '--batch_size', '4', '--epochs', '2',
@@ -47,9 +48,11 @@ def test_imagenet_tree_is_read_as_it_lies_on_disk(capsys):
     red.convert('CMYK').save('in/val/n01/cmyk.JPEG', 'JPEG')
     red.save('in/val/n01/disguised.JPEG', 'PNG')
     red.convert('L').save('in/val/n01/grey.JPEG', 'JPEG')
-    train, test = (g.read('imagenet', 'in', split, 64) for split in ('train', 'test'))
+    where = {'data_dir': 'in', 'image_size': 64}
+    train, test = (g.read('imagenet', where, split) for split in ('train', 'test'))
     assert train.classes == ['n01', 'n02', 'n03'] and len(train) == 24 and len(test) == 9
-    assert train.mean == [0.485, 0.456, 0.406] and not g.read('imagenet', 'in').resident
+    assert train.mean == [0.485, 0.456, 0.406]
+    assert not g.read('imagenet', {'data_dir': 'in'}).resident
     cmyk, disguised, grey = test.get(range(3)).astype(int)
     assert abs(cmyk - (200, 10, 10)).max() < 12 and (disguised == (200, 10, 10)).all()
     assert (grey == grey[0, 0, 0]).all()
@@ -172,24 +175,20 @@ def test_sizes_that_are_too_small_for_the_stem(size, flags, capsys):
         *command, '--image_size', str(size), '--stem', 'imagenet']))
 
 
-def test_crops_turns_and_colours():
-    u = torch.rand(1000, 4, generator=torch.Generator().manual_seed(0))
-    left, top, width, height = g.crop_box(u, 1.5).unbind(1)
-    assert left.min() >= 0 and top.min() >= 0 and (left + width).max() < 1.0001
-    assert (top + height).max() < 1.0001 and 0.07 < (width * height).min() < 0.12
-    shape = (1.5 * width / height)[(width < 1) & (height < 1)]
-    assert 0.74 < shape.min() < 0.8 and 1.25 < shape.max() < 1.34
-    x = 70 + torch.rand(2, 3, 9, 9) * 100
-    one, nought = torch.ones(2), torch.zeros(2)
-    assert torch.allclose(g.warped(x, one, nought, nought, nought, one, nought), x, atol=1e-3)
-    half = torch.full((2,), 0.5)
-    assert torch.allclose(g.recoloured(x, half, half, half, half), x, atol=1e-3)
-    from torchvision.transforms import functional as F
-    got = g.recoloured(x, half, half * 0.2, half * 1.8, half)
-    wanted = torch.stack([F.adjust_saturation(F.adjust_contrast(y / 255, 0.68), 1.32) for y in x])
-    assert (got - 255 * wanted).abs().median() < 1          # torchvision clips between the two
-    turned = g.recoloured(x, half, half, half, one)
-    assert torch.allclose(turned.mean(1), x.mean(1), atol=12) and (turned - x).abs().max() > 20
+def test_crops_are_those_of_random_resized_crop():
+    """The crop of torchvision from a ramp: its middle tells where it lies, its range how large."""
+    ramp = np.zeros((400, 600, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 600), np.linspace(0, 255, 400)[:, None]
+    Image.fromarray(ramp).save('ramp.png')
+    for seed in range(30):
+        torch.manual_seed(seed)
+        x = g.read_image('ramp.png', 16, 8 / 7, crop=True).astype(int)
+        torch.manual_seed(seed)
+        top, left, height, width = RandomResizedCrop.get_params(
+            torch.zeros(1, 400, 600), (0.08, 1), (3 / 4, 4 / 3))
+        for channel, start, length, side in ((0, left, width, 600), (1, top, height, 400)):
+            assert abs(x[..., channel].mean() / 255 - (start + length / 2) / side) < 0.01
+            assert abs(np.ptp(x[..., channel]) / 255 - length / side) < 0.1
 
 
 def test_augmentations_keep_what_they_should():
@@ -197,16 +196,13 @@ def test_augmentations_keep_what_they_should():
     pixels[:, :, :36] = 255                                         # left half white
     data = g.Data('x', 'real', pixels, np.zeros((6, 14), np.uint8), list(g.CHEXPERT), [.5] * 3,
                   [.2] * 3, 72, {})
-    assert g.Batches(data, range(6), 6, CPU, 'auto').augment == 'affine'
-    assert g.Batches(g.replace(data, labels=np.zeros(6, int)), range(6), 6, CPU,
-                     'auto').augment == 'imagenet'
     sides = {}
-    for augment in ('affine', 'affine_flip'):
-        batches = g.Batches(data, range(6), 6, CPU, augment)
+    for augment in ('affine', 'crop'):
+        batches = g.Batches(data, range(6), 6, CPU, augment, workers=0)
         x = torch.cat([next(batches.epoch(k))[0] for k in range(4)])
         sides[augment] = x[:, 0, :, 10:26].mean((1, 2)) > x[:, 0, :, 46:62].mean((1, 2))
         assert (x.std(0) > 0).any()
-    assert sides['affine'].all() and 3 < sides['affine_flip'].sum() < 21
+    assert sides['affine'].all() and 3 < sides['crop'].sum() < 21
 
 
 # ---------------------------------------------------------------------------------------------
@@ -255,20 +251,20 @@ def chest(root, layout='CheXpert-v1.0-small', prefix=None, patients=12, columns=
     ('CheXpert-v1.0 batch 1 (validate & csv)', 'CheXpert-v1.0', '')])
 def test_chexpert_layouts(layout, prefix, inside):
     chest('d', layout, prefix, columns=COLUMNS[::-1])
-    train, valid = (g.read('chexpert', Path('d', inside), split, 16)
-                    for split in ('train', 'test'))
+    where = {'data_dir': str(Path('d', inside)), 'image_size': 16}
+    train, valid = (g.read('chexpert', where, split) for split in ('train', 'test'))
     assert len(train) == 12 and len(valid) == 6 and train.classes == list(g.CHEXPERT)
     assert train.images.shape == (12, 16, 16, 3) and train.studies[3] == 'patient00003/study1'
-    assert len(g.read('chexpert', Path('d', inside), 'train', 16, views='all')) == 24
+    assert len(g.read('chexpert', {**where, 'views': 'all'})) == 24
     assert (train.mean, train.std) == (valid.mean, valid.std)
     Path('d/CheXpert-v1.0 batch 2 (train 1).zip').touch()           # kept beside its folder
-    assert len(g.read('chexpert', Path('d', inside), 'train', 16)) == 12
-    names = []
+    assert len(g.read('chexpert', where)) == 12
+    names, s = [], {name: setting.default for name, setting in g.DATA.items()}
     for policy in ('ones', 'zeros'):
-        args = search.parse([*TINY, '--data', 'random_labels', '--source', 'chexpert', '--data_dir',
-                             str(Path('d', inside)), '--image_size', '16', '--uncertain', policy,
-                             '--label_mode', 'permute'])
-        names.append(g.find_or_make(args).name)
+        data = g.find_or_make('random_labels', {
+            **s, **where, 'source': 'chexpert', 'uncertain': policy, 'label_mode': 'permute',
+            'data_seed': 0})
+        names.append(data.name)
     assert names[0] != names[1]
 
 
@@ -276,7 +272,7 @@ def test_chexpert_layouts(layout, prefix, inside):
     ('mixed', 0, 1), ('ones', 1, 1), ('zeros', 0, 0), ('ignore', -1, -1)])
 def test_uncertain_labels(policy, other, atelectasis):
     chest('d')
-    labels = g.read('chexpert', 'd', 'train', 16, uncertain=policy).labels
+    labels = g.read('chexpert', {'data_dir': 'd', 'image_size': 16, 'uncertain': policy}).labels
     names = list(g.CHEXPERT)
     for k, expected in ((names.index('Pneumonia'), other),
                         (names.index('Atelectasis'), atelectasis)):
@@ -300,7 +296,7 @@ def test_label_smoothing():
 
 def test_no_patient_is_in_both_halves():
     chest('d', patients=20)
-    data = g.read('chexpert', 'd', 'train', 16, views='all')
+    data = g.read('chexpert', {'data_dir': 'd', 'image_size': 16, 'views': 'all'})
     first, second = search.two_parts(data, search.parse(['--seed', '2']))
     assert len(first) == len(second) == 20
     assert not set(data.patients[first]) & set(data.patients[second])
@@ -381,7 +377,7 @@ def test_bad_chexpert(capsys):
     Path('d/kept.jpg').rename(lost)
     valid = Path('d/CheXpert-v1.0-small/valid.csv')
     valid.write_text(valid.read_text().replace('valid/patient00013', 'valid/patient00003'))
-    g.read('chexpert', 'd', 'train', 16)
+    g.read('chexpert', {'data_dir': 'd', 'image_size': 16})
     assert 'patient00003' in capsys.readouterr().err
     assert 'uncertain' in message(capsys, search.main([*TINY, '--uncertain', 'ones']))
 

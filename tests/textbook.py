@@ -55,8 +55,8 @@ def operation(name, c, stride, affine):
     elif name == 'skip_connect':
         return nn.Identity() if stride == 1 else FactorizedReduce(c, c, affine)
     else:
-        kind, size = name[:3], int(name[-1])
-        if kind == 'dil':
+        size = int(name[-1])
+        if name.startswith('dil'):
             return nn.Sequential(*conv_bn(c, stride, size, 2, affine))
         return nn.Sequential(*conv_bn(c, stride, size, 1, affine), *conv_bn(c, 1, size, 1, affine))
     return pool if affine else nn.Sequential(pool, nn.BatchNorm2d(c, affine=False))
@@ -167,7 +167,7 @@ class Network(nn.Module):
                     nn.BatchNorm2d(768) if small else nn.Identity(), nn.ReLU(),
                     nn.Flatten(), nn.Linear(768, num_classes))
         self.classifier = nn.Linear(last, num_classes)
-        self.mix = lambda alpha: F.softmax(alpha, 1)
+        self.mix = lambda alpha: F.softmax(alpha, 1)        # methods replace it
         self.alphas = nn.ParameterList()
         if genotype is None:
             self.alphas.extend(nn.Parameter(1e-3 * torch.randn(14, 8)) for _ in range(2))
@@ -263,74 +263,73 @@ class Step:
 # The same weights in both
 
 
+def same(a, b, block=slice(None)):
+    """[(tensor of module a, slice of its channels, tensor of module b), ...]"""
+    return [(getattr(a, name), block, getattr(b, name))
+            for name in ('weight', 'bias', 'running_mean', 'running_var')
+            if getattr(a, name, None) is not None]
+
+
+def pairs_of_operation(ours, book, e=0, edges=1):
+    """The pairs of our operation for `edges` edges, of which book's is number e."""
+    books = [m for m in book.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    mine = [m for m in ours.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    if isinstance(book, nn.Identity):
+        return []
+    pairs = []
+    for a, b in zip(mine, books, strict=True):
+        c = len(b.weight) if isinstance(b, nn.Conv2d) else b.num_features
+        pairs += same(a, b, slice(e * c, e * c + c))
+    return pairs
+
+
+def pairs_of_cell(ours, book):
+    """The pairs of the operations of a cell; book(edge, name) is the textbook's operation."""
+    pairs = []
+    for leaving, mixed_op in zip(ours.leaving, ours.mixed_ops):
+        blocks = [((0, len(leaving)), mixed_op.shared)]
+        for (start, end), block in [*blocks, *zip(mixed_op.spans, mixed_op.blocks.values())]:
+            for name, operation in block.items():
+                for e in range(start, end):
+                    if name in mixed_op.names[e]:
+                        # Pools are one for all edges.
+                        place = (0, 1) if operation.shared else (e - start, end - start)
+                        pairs += pairs_of_operation(operation, book(leaving[e], name), *place)
+    return pairs
+
+
 def pairs_of_weights(ours, book):
     """[(tensor of our network, slice of its channels, tensor of the textbook's), ...].
 
     Covers every parameter but the alphas and every running statistic once.
     """
-    out = []
-
-    def same(a, b, block=slice(None)):
-        for name in ('weight', 'bias', 'running_mean', 'running_var'):
-            if getattr(a, name, None) is not None:
-                out.append((getattr(a, name), block, getattr(b, name)))
-
-    def halves(reduce, book_reduce, e=0, edges=1):
-        for a, b in ((reduce.even, book_reduce.conv1), (reduce.odd, book_reduce.conv2)):
-            c = a.out_channels // edges
-            same(a, b, slice(e * c, e * c + c))
-        c = reduce.norm.num_features // edges
-        same(reduce.norm, book_reduce.bn, slice(e * c, e * c + c))
-
-    for a, b in [*zip(ours.stem, book.stem), *zip(ours.stem1 or (), book.stem1 or ())]:
-        same(a, b)
-    same(ours.classifier, book.classifier)
+    pairs = pairs_of_operation(ours.stem, book.stem) + same(ours.classifier, book.classifier)
+    if ours.stem1:
+        pairs += pairs_of_operation(ours.stem1, book.stem1)
     if hasattr(book, 'auxiliary'):
-        for a, b in zip([*ours.auxiliary_head.features, ours.auxiliary_head.classifier],
-                        [m for m in book.auxiliary if not isinstance(m, nn.Flatten)]):
-            same(a, b)
+        pairs += pairs_of_operation(ours.auxiliary_head, book.auxiliary)
+        pairs += same(ours.auxiliary_head.classifier, book.auxiliary[-1])
     for cell, book_cell in zip(ours.cells, book.cells):
-        for a, b in ((cell.preprocess0, book_cell.pre0), (cell.preprocess1, book_cell.pre1)):
-            if hasattr(a, 'even'):
-                halves(a, b)
-            else:
-                same(a.conv, b[1])
-                same(a.norm, b[2])
-        for leaving, mixed_op in zip(cell.leaving, cell.mixed_ops):
-            ops = [(name, op, range(len(leaving))) for name, op in mixed_op.shared.items()]
-            for span, block in zip(mixed_op.spans, mixed_op.blocks.values()):
-                ops += [(name, op, range(*span)) for name, op in block.items()]
-            for name, op, edges in ops:
-                for e, edge in enumerate(edges):
-                    node, state = leaving[edge]
-                    book_edge = book_cell.edges[f'{node},{state}']
-                    book_op = book_edge.ops[NAMES.index(name)] \
-                        if isinstance(book_edge, MixedOp) else book_edge.op
-                    if hasattr(op, 'even'):
-                        halves(op, book_op, e, len(edges))
-                    elif hasattr(op, 'kind'):
-                        if isinstance(book_op, nn.Sequential):
-                            same(op.norm, book_op[1])
-                    else:
-                        modules = list(op.children())
-                        books = [m for m in book_op if not isinstance(m, nn.ReLU)] \
-                            if isinstance(book_op, nn.Sequential) else []
-                        for a, b in zip(modules, books):
-                            c = a.weight.shape[0] if not isinstance(a, nn.BatchNorm2d) \
-                                else a.num_features
-                            c //= len(edges)
-                            same(a, b, slice(e * c, e * c + c))
-    return out
+        pairs += pairs_of_operation(cell.preprocess0, book_cell.pre0)
+        pairs += pairs_of_operation(cell.preprocess1, book_cell.pre1)
+
+        def operation(edge, name, edges=book_cell.edges):
+            edge = edges['{},{}'.format(*edge)]
+            return edge.ops[NAMES.index(name)] if isinstance(edge, MixedOp) else edge.op
+        pairs += pairs_of_cell(cell, operation)
+    return pairs
 
 
 def copy_weights(ours, book):
     """Fill the textbook network with our network's weights, statistics and alphas."""
+    pairs = pairs_of_nb201(ours, book) if isinstance(book, NB201Network) \
+        else pairs_of_weights(ours, book)
     with torch.no_grad():
-        for a, block, b in pairs_of_weights(ours, book):
+        for a, block, b in pairs:
             b.copy_(a[block])
-        if hasattr(ours, 'alphas'):
-            for a, b in zip(ours.alphas.values(), book.alphas):
-                b.copy_(a)
+        for a, b in zip(ours.architecture_parameters(), book.alphas):
+            b.copy_(a)
+    return pairs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -384,7 +383,7 @@ class NB201Reduction(nn.Module):
 
 
 class NB201Network(nn.Module):
-    """Supernet, or the network of six operations. `mix`, p -> weights, is softmax by default."""
+    """Supernet, or the network of six operations."""
     def __init__(self, c, num_classes, cells_per_stage, names=None):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c))
@@ -411,38 +410,17 @@ class NB201Network(nn.Module):
         return [p for name, p in self.named_parameters() if not name.startswith('alphas')]
 
 
-def copy_nb201(ours, book):
-    """Fill the textbook network; returns [(ours, slice of channels, textbook's), ...]."""
-    out = []
-
-    def same(a, b, block=slice(None)):
-        for name in ('weight', 'bias', 'running_mean', 'running_var'):
-            if getattr(a, name, None) is not None:
-                out.append((getattr(a, name), block, getattr(b, name)))
-
-    for a, b in [*zip(ours.stem, book.stem), (ours.last[0], book.last),
-                 (ours.classifier, book.classifier)]:
-        same(a, b)
+def pairs_of_nb201(ours, book):
+    """As pairs_of_weights."""
+    pairs = pairs_of_operation(ours.stem, book.stem) + same(ours.last[0], book.last)
+    pairs += same(ours.classifier, book.classifier)
     for cell, book_cell in zip(ours.cells, book.cells):
         if isinstance(book_cell, NB201Reduction):
-            for a, b in [*zip(cell.convs, book_cell.convs),
-                         *zip(cell.shortcut, book_cell.shortcut)]:
-                same(a, b)
+            pairs += pairs_of_operation(cell, book_cell)
             continue
-        for leaving, mixed_op in zip(cell.leaving, cell.mixed_ops):
-            for (start, end), block in zip(mixed_op.spans, mixed_op.blocks.values()):
-                for name, op in block.items():
-                    for e in range(start, end):
-                        node, state = leaving[e]
-                        ops = book_cell.edges[node * (node - 1) // 2 + state]
-                        book_op = ops[NB201_NAMES.index(name) if len(ops) > 1 else 0]
-                        c = op.norm.num_features // (end - start)
-                        part = slice((e - start) * c, (e - start + 1) * c)
-                        same(op.conv, book_op[1], part)
-                        same(op.norm, book_op[2], part)
-    with torch.no_grad():
-        for a, block, b in out:
-            b.copy_(a[block])
-        if hasattr(ours, 'alphas'):
-            book.alphas[0].copy_(ours.alphas['cell'])
-    return out
+
+        def operation(edge, name, edges=book_cell.edges):
+            operations = edges[edge[0] * (edge[0] - 1) // 2 + edge[1]]
+            return operations[NB201_NAMES.index(name) if len(operations) > 1 else 0]
+        pairs += pairs_of_cell(cell, operation)
+    return pairs
