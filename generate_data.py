@@ -31,6 +31,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -173,6 +174,14 @@ def one_line_errors(main):
     return wrapped
 
 
+def leave(status):
+    """End the script; above 128 by that signal, so that a loop in a shell stops too."""
+    if status > 128:
+        signal.signal(status - 128, signal.SIG_DFL)
+        os.kill(os.getpid(), status - 128)
+    sys.exit(status)
+
+
 def write_file(path, content):
     """Write text, bytes, or by torch.save anything else; `path` is the old file or the new one."""
     path = Path(path)
@@ -183,6 +192,7 @@ def write_file(path, content):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         content = buffer.getvalue()
+        content += hashlib.sha256(content).digest()     # torch.load passes over it
     try:
         with open(temporary, 'wb') as file:
             file.write(content)
@@ -194,6 +204,25 @@ def write_file(path, content):
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def load_file(path, mend):
+    """The dictionary that write_file wrote; UserError, with the mend, if one bit of it has changed.
+
+    Files of older runs have no checksum at their end.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing: {mend}') from None
+    zipped, checksum = content[:-32], content[-32:]
+    if hashlib.sha256(zipped).digest() != checksum and b'PK\5\6' not in checksum:
+        raise UserError(f'{path} is damaged: {mend}')
+    try:
+        return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
+    except Exception as error:                  # whatever a damaged file makes torch say
+        reason = (str(error) or 'truncated').splitlines()[0][:100]
+        raise UserError(f'{path} is not readable ({reason}): {mend}') from None
 
 
 @contextlib.contextmanager
@@ -820,14 +849,13 @@ def train_flow(source, path, steps, minutes, seed, device):
     for left in path.parent.glob('.*.tmp'):             # of a killed run
         left.unlink()
     if path.exists():
-        with readable(f'{path} is damaged', 'Remove it.'):
-            state = torch.load(path, map_location='cpu', weights_only=True)
-            if state['about'] != about:
-                raise UserError(f'{path} is of other images, labels or another seed. Remove it, or '
-                                'choose another --out.')
-            step, seconds = state['step'], state['seconds']
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+        state = load_file(path, 'remove it')
+        if state['about'] != about:
+            raise UserError(f'{path} is of other images, labels or another seed. Remove it, or '
+                            'choose another --out.')
+        step, seconds = state['step'], state['seconds']
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
     progress, began, saved = Progress(steps, 'steps', step), time.time() - seconds, 0.0
     limit, losses = 60 * (minutes or math.inf), []
@@ -1828,4 +1856,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())
