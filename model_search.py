@@ -341,8 +341,10 @@ class Network(nn.Module):
         self.space = space = NB201 if isinstance(genotype, str) else space
         self.partial, self.drop_path_prob, self.mix = partial, None, None
         channels, reduction_before = init_channels, stem == 'imagenet'
-        before = last = channels if stem == 'imagenet' or space is NB201 else 3 * channels
-        self.stem, self.stem1 = image_stem(channels) if stem == 'imagenet' else (
+        # As published, only a derived network's stem for large images is as wide as its cells.
+        narrow = space is NB201 or stem == 'imagenet' and genotype is not None
+        before = last = channels if narrow else 3 * channels
+        self.stem, self.stem1 = image_stem(last) if stem == 'imagenet' else (
             nn.Sequential(nn.Conv2d(3, last, 3, padding=1, bias=False), BatchNorm(last)), None)
         self.cells, self.cell_types, self.auxiliary_at = nn.ModuleList(), [], None
         for layer in range(layers):

@@ -180,6 +180,20 @@ def test_parameter_counts():
     assert cost(PUBLISHED['DARTS_V2'], 8, 4)['multiply_adds'] == counter.get_total_flops() // 2
 
 
+def test_stem_of_a_search_on_large_images():
+    """56.9 M multiply-adds at 224 px and C=16: 24, 48 and 48 channels, as PC-DARTS's code has."""
+    def multiply_adds(c_in, c_out, side):
+        return 9 * c_in * c_out * side ** 2
+    expected = multiply_adds(3, 24, 112) + multiply_adds(24, 48, 56) + multiply_adds(48, 48, 28)
+    for genotype, count in ((None, expected), (PUBLISHED['DARTS_V2'], 8_128_512)):
+        with torch.device('meta'):
+            network = Network(16, 10, 1, genotype, stem='imagenet')
+            with FlopCounterMode(display=False) as counter:
+                network.stem1(network.stem(torch.empty(1, 3, 224, 224)))
+        assert counter.get_total_flops() == 2 * count
+    assert expected == 56_899_584
+
+
 def test_what_arch_names(tmp_path):
     genotype, text = random_genotype(7), genotypes.random_string(7)
     (tmp_path / 'genotype.json').write_text(genotypes.to_json(genotype, data='noise', seed=1))
