@@ -30,6 +30,7 @@ class Space(NamedTuple):
     cell_types: tuple       # the cells that are searched
     inputs: int             # states that a cell gets from the cells before it
     nodes: int
+    extras: dict = {}       # operations without alphas, whose weights `mix` appends (DARTS-)
 
     @property
     def edges(self):
@@ -214,8 +215,9 @@ class Cell(nn.Module):
         self.mixed_ops = nn.ModuleList()
         for state, leaving in zip(states, self.leaving):
             self.mixed_ops.append(MixedOp(
-                space.operations, channels // partial, 2 if reduction and state < 2 else 1,
-                [edges[edge] for edge in leaving], affine, width))
+                {**space.operations, **space.extras}, channels // partial,
+                2 if reduction and state < 2 else 1, [edges[edge] for edge in leaving], affine,
+                width))
 
     def factors(self, weights, best=None):
         """What each state's MixedOp multiplies with, from weights and `best` as Drawn has them."""
@@ -332,7 +334,8 @@ class Network(nn.Module):
 
     Two attributes are set from outside. drop_path_prob, as in DARTS: a number, or a tensor on the
     device, which a CUDA graph sees change. mix: None, or a function mix(cell_type, p) that turns
-    probabilities p (edges, operations) into what the edges mix with, as p is, or Drawn.
+    probabilities p (edges, operations) into what the edges mix with: as p is, with a column more
+    for each of the space's extras, or Drawn.
     """
     def __init__(self, init_channels, num_classes, layers, genotype=None, partial=1,
                  auxiliary=False, stem='cifar', space=DARTS, kept=None, width=None):
@@ -342,7 +345,7 @@ class Network(nn.Module):
         self.partial, self.drop_path_prob, self.mix = partial, None, None
         channels, reduction_before = init_channels, stem == 'imagenet'
         # As published, only a derived network's stem for large images is as wide as its cells.
-        narrow = space is NB201 or stem == 'imagenet' and genotype is not None
+        narrow = space.inputs == 1 or stem == 'imagenet' and genotype is not None
         before = last = channels if narrow else 3 * channels
         self.stem, self.stem1 = image_stem(last) if stem == 'imagenet' else (
             nn.Sequential(nn.Conv2d(3, last, 3, padding=1, bias=False), BatchNorm(last)), None)
@@ -351,7 +354,7 @@ class Network(nn.Module):
             reduction = layer in (layers // 3, 2 * layers // 3)
             channels *= 2 if reduction else 1
             cell_type = space.cell_types[-1 if reduction else 0]
-            if reduction and space is NB201:
+            if reduction and space.inputs == 1:
                 cell_type, last = None, channels
                 self.cells.append(ResidualBlock(channels // 2, channels))
             else:
@@ -363,7 +366,7 @@ class Network(nn.Module):
             if auxiliary and layer == 2 * layers // 3:
                 self.auxiliary_at = layer
                 self.auxiliary_head = AuxiliaryHead(last, num_classes, stem)
-        self.last = nn.Sequential(BatchNorm(last), nn.ReLU(inplace=True)) if space is NB201 \
+        self.last = nn.Sequential(BatchNorm(last), nn.ReLU(inplace=True)) if space.inputs == 1 \
             else nn.Identity()
         self.classifier = nn.Linear(last, num_classes)
         if genotype is None:
@@ -454,7 +457,7 @@ class Network(nn.Module):
             p.append(self.probabilities(cell_type))
             if self.partial > 1:
                 p[-1] = p[-1] * self.shares(cell_type).unsqueeze(1)
-        if self.space is NB201:
+        if self.space.inputs == 1:
             names = list(self.space.operations)
             return to_string(names[k] for k in p[0].argmax(1).tolist())
         return derive(*p)
@@ -464,7 +467,8 @@ def cell_edges(genotype, cell_type, space=DARTS, kept=None):
     """{(node, input): operations} and the concatenated nodes of a cell; None: of the supernet."""
     nodes = range(space.inputs, space.inputs + space.nodes)
     if genotype is None:
-        names = kept[cell_type] if kept else [space.operations] * len(space.edges)
+        names = kept[cell_type] if kept else \
+            [[*space.operations, *space.extras]] * len(space.edges)
         edges = dict(zip(space.edges, map(tuple, names)))
         return edges, tuple(nodes) if space.inputs == 2 else (nodes[-1],)
     if isinstance(genotype, str):

@@ -332,6 +332,30 @@ def test_kept_operations_equal_the_textbook():
     close(ours(x), book(x))
 
 
+def test_auxiliary_skip_has_reductions_of_its_own():
+    """DARTS-: on each of 2 x 8 edges of stride 2, C x C weights more; its weight has no alpha."""
+    space = model_search.DARTS._replace(extras={'auxiliary_skip': operations.skip_connect})
+    ours, plain = Network(4, 10, 5, space=space), Network(4, 10, 5)
+    own = sum(p.numel() for p in ours.weight_parameters())
+    without = sum(p.numel() for p in plain.weight_parameters())
+    assert own == 138_742 and own - without == 8 * (8 ** 2 + 16 ** 2)
+    assert ours.alphas['normal'].shape == (14, 8) and len(ours.genotype().normal) == 8
+    share = torch.tensor(0.3, requires_grad=True)
+    ours.mix = lambda cell_type, p: torch.cat([p, share.expand(len(p), 1)], 1)
+    # If the two reductions of an edge are equal, the skip has the sum of both weights.
+    skip = torch.tensor([name == 'skip_connect' for name in space.operations])
+    plain.mix = lambda cell_type, p: p + share.detach() * skip
+    state = {name: value for name, value in ours.state_dict().items()
+             if 'auxiliary_skip' not in name}
+    plain.load_state_dict(state)
+    ours.load_state_dict({name: state[name.replace('auxiliary_skip', 'skip_connect')]
+                          for name in ours.state_dict()})
+    x, _ = batch()
+    close(ours(x), plain(x))
+    ours(x).square().sum().backward()
+    assert share.grad and all(p.grad is not None for p in ours.parameters())
+
+
 def test_autocast_and_evaluation_run():
     torch.set_default_dtype(torch.float32)
     network = Network(4, 10, 2)
