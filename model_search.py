@@ -35,8 +35,10 @@ class Space(NamedTuple):
     @property
     def edges(self):
         """(node, input state), in the order of the rows of the alphas."""
-        return [(node, state) for node in range(self.inputs, self.inputs + self.nodes)
-                for state in range(node)]
+        edges = []
+        for node in range(self.inputs, self.inputs + self.nodes):
+            edges += [(node, state) for state in range(node)]
+        return edges
 
 
 class Drawn(NamedTuple):
@@ -204,20 +206,21 @@ class Cell(nn.Module):
                 else ReLUConvBN(before, channels, affine)
             self.preprocess1 = ReLUConvBN(last, channels, affine)
         self.space, self.channels, self.concat, self.partial = space, channels, concat, partial
-        states = range(space.inputs + space.nodes - 1)
-        self.leaving = [sorted((edge for edge in edges if edge[1] == state), key=edges.get)
-                        for state in states]                # edges with the same operations adjoin
         # Where maps are largest, a block of 32 channels stays in a CPU's cache, and its products
         # are one dense convolution.
         if width is None:
             width = max(1, 32 // (channels // partial)) if channels < 32 and space.inputs == 2 \
                 else len(space.edges)
-        self.mixed_ops = nn.ModuleList()
-        for state, leaving in zip(states, self.leaving):
-            self.mixed_ops.append(MixedOp(
-                {**space.operations, **space.extras}, channels // partial,
-                2 if reduction and state < 2 else 1, [edges[edge] for edge in leaving], affine,
-                width))
+        operations = {**space.operations, **space.extras}
+        self.leaving, self.mixed_ops = [], nn.ModuleList()
+        for state in range(space.inputs + space.nodes - 1):
+            leaving = [edge for edge in edges if edge[1] == state]
+            leaving.sort(key=edges.get)                     # edges with the same operations adjoin
+            stride = 2 if reduction and state < 2 else 1
+            names = [edges[edge] for edge in leaving]
+            self.leaving.append(leaving)
+            self.mixed_ops.append(MixedOp(operations, channels // partial, stride, names, affine,
+                                          width))
 
     def factors(self, weights, best=None):
         """What each state's MixedOp multiplies with, from weights and `best` as Drawn has them."""
@@ -370,15 +373,16 @@ class Network(nn.Module):
             else nn.Identity()
         self.classifier = nn.Linear(last, num_classes)
         if genotype is None:
-            self.alphas, edges = nn.ParameterDict(), len(space.edges)
+            self.alphas, names = nn.ParameterDict(), list(space.operations)
+            size = len(space.edges), len(names)
             for cell_type in space.cell_types:
-                self.alphas[cell_type] = nn.Parameter(
-                    1e-3 * torch.randn(edges, len(space.operations)))
-                self.register_buffer(f'dropped_{cell_type}', kept and torch.tensor(
-                    [[name not in own for name in space.operations] for own in kept[cell_type]]),
-                    persistent=False)
+                self.alphas[cell_type] = nn.Parameter(1e-3 * torch.randn(size))
+                dropped = torch.full(size, kept is not None)
+                for e, own in enumerate(kept[cell_type] if kept else ()):
+                    dropped[e, [names.index(name) for name in own]] = False
+                self.register_buffer(f'dropped_{cell_type}', dropped, persistent=False)
             for cell_type in space.cell_types if partial > 1 else ():
-                self.alphas[f'beta_{cell_type}'] = nn.Parameter(1e-3 * torch.randn(edges))
+                self.alphas[f'beta_{cell_type}'] = nn.Parameter(1e-3 * torch.randn(size[0]))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
@@ -413,14 +417,13 @@ class Network(nn.Module):
         if isinstance(weights, Drawn):
             weights, best = weights
         dropped, shares = getattr(self, f'dropped_{cell_type}'), self.shares(cell_type)
-        if dropped is not None:
-            weights = weights.masked_fill(dropped, 0)
+        weights = weights.masked_fill(F.pad(dropped, (0, len(self.space.extras))), 0)
         return weights if shares is None else weights * shares.unsqueeze(1), best, shares
 
     def probabilities(self, cell_type):
         """Softmax of the alphas over the operations that each edge has: (edges, operations)."""
-        alpha, dropped = self.alphas[cell_type], getattr(self, f'dropped_{cell_type}')
-        return F.softmax(alpha if dropped is None else alpha.masked_fill(dropped, -math.inf), 1)
+        dropped = getattr(self, f'dropped_{cell_type}')
+        return F.softmax(self.alphas[cell_type].masked_fill(dropped, -math.inf), 1)
 
     def shares(self, cell_type):
         """Each edge's share of a node: softmax of beta over its inputs (PC-DARTS, section 3.3)."""

@@ -319,9 +319,11 @@ def test_what_is_drawn_equals_the_whole_mixture():
 
 def test_kept_operations_equal_the_textbook():
     """Of P-DARTS: the others have no weight, whatever `mix` gives them."""
-    names = list(operations.OPERATIONS)
-    kept = [[names[k] for k in sorted(torch.randperm(8)[:3].tolist())] for _ in range(14)]
-    dropped = torch.tensor([[name not in own for name in names] for own in kept])
+    names, kept, dropped = list(operations.OPERATIONS), [], torch.full((14, 8), True)
+    for e in range(14):
+        own = sorted(torch.randperm(8)[:3].tolist())
+        kept.append([names[k] for k in own])
+        dropped[e, own] = False
     ours = Network(4, 10, 3, kept={'normal': kept, 'reduce': kept})
     book = textbook.Network(4, 10, 3)
     textbook.copy_weights(ours, book)

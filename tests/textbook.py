@@ -354,10 +354,11 @@ def nb201_operation(name, c, affine):
 class NB201Cell(nn.Module):
     def __init__(self, c, names=None):
         super().__init__()
-        self.edges = nn.ModuleList(
-            nn.ModuleList(nb201_operation(name, c, names is not None)
-                          for name in (NB201_NAMES if names is None else [names[e]]))
-            for e in range(6))
+        self.edges = nn.ModuleList()
+        for e in range(6):
+            self.edges.append(nn.ModuleList(
+                nb201_operation(name, c, names is not None)
+                for name in (NB201_NAMES if names is None else [names[e]])))
 
     def forward(self, x, weights):
         states, row = [x], 0
