@@ -1701,7 +1701,16 @@ def transforms_of(augment):
     return [v2.RandomHorizontalFlip(), *colours]
 
 
-AUGMENTATIONS = ['none', 'standard', *TRANSFORMS]
+AUGMENTATIONS = ['none', 'standard', *IN_WORKERS]
+
+
+def suited(data):
+    """The augmentation that --augment auto means for a Data."""
+    if data.kind in KINDS and not KINDS[data.kind].augment:
+        return 'none'
+    if data.multilabel:
+        return 'affine'
+    return 'imagenet' if data.image_size > 64 else 'standard'
 
 
 class Batches:
@@ -1731,15 +1740,9 @@ class Batches:
             self.part = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
         else:
             self.indices = self.indices[rank::processes]
-        self.device, self.augment, self.cutout, self.seed = device, augment, cutout, seed
+        self.augment = suited(data) if augment == 'auto' else augment
+        self.device, self.cutout, self.seed = device, cutout, seed
         self.shuffle, self.workers = shuffle, workers
-        if augment == 'auto':
-            if data.kind in KINDS and not KINDS[data.kind].augment:
-                self.augment = 'none'
-            elif data.multilabel:
-                self.augment = 'affine'
-            else:
-                self.augment = 'imagenet' if data.image_size > 64 else 'standard'
         self.mean = torch.tensor(data.mean, device=device) * 255
         self.scale = 1 / (torch.tensor(data.std, device=device) * 255)
         labels = torch.from_numpy(np.ascontiguousarray(data.labels))

@@ -26,7 +26,7 @@ from pathlib import Path
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CIFAR, KINDS, REAL, Batches, Setting, UserError, choose_device,
                            find_or_make, leave, number, one_line_errors, parse_flags, set_tf32,
-                           stratified_split, world, write_file)
+                           stratified_split, suited, world, write_file)
 from evaluate import COST, correct, loss_of, method_name, read_json, stem_for
 from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, averaged, changed_by_a_step,
                      check_alike, learning_rate_at, preset_name, run_name, settle, start_alike,
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from genotypes import (agreement, draw, from_plain, from_string, plain, random_genotype,
                        random_string, to_json, truth)
 from model_search import DARTS, NB201, Drawn, Network, derive
-from operations import DroppedSkip, dropped_skip
+from operations import DroppedSkip, dropped_skip, skip_connect
 
 # ---------------------------------------------------------------------------------------------
 # Settings. Defaults are DARTS's; a method's own are in its class.
@@ -241,13 +241,14 @@ class Gdas(Darts):
 class DartsMinus(Darts):
     """DARTS- (2009.01027): an auxiliary skip on every edge, outside the softmax; it fades."""
 
+    def change_space(self, space, layers):
+        return space._replace(extras={'auxiliary_skip': skip_connect}), layers
+
     def begin_epoch(self, epoch, epochs, frozen):
         return self.set(skip_weight=1 - epoch / epochs)
 
     def mix(self, cell_type, p):
-        more = torch.zeros_like(p)
-        more[:, list(self.network.space.operations).index('skip_connect')] = 1
-        return p + self.skip_weight * more
+        return torch.cat([p, self.skip_weight.expand(len(p), 1)], 1)
 
 
 class BetaDarts(Darts):
@@ -692,7 +693,10 @@ def main(argv=None):
     data = find_or_make(args.data, vars(args))
     stem = stem_for(args.stem, data.image_size, args.init_channels)
     halves = two_parts(data, args)[:2 if args.arch_data == 'valid' else 1]
-    batches = [Batches(data, half, args.batch_size, device, args.augment, seed=2 * args.seed + k,
+    augment = args.augment
+    if augment == 'auto':                       # no colour jitter: PC-DARTS searches without
+        augment = suited(data).replace('imagenet', 'crop')
+    batches = [Batches(data, half, args.batch_size, device, augment, seed=2 * args.seed + k,
                        workers=args.workers) for k, half in enumerate(halves)]
     run.plan(min(map(len, batches)))
     method = METHODS[args.method](args, len(data.classes), stem, device)
