@@ -615,7 +615,10 @@ def show_cost(s, as_json):
     if not s['arch']:
         raise UserError('--cost needs --arch: give a published name, a genotype.json or a run')
     genotype, _ = find_genotype(s['arch'])
-    genotypes.check_layers(genotype, s['layers'])
+    try:
+        genotypes.check_layers(genotype, s['layers'])
+    except ValueError as error:
+        raise UserError(str(error)) from None
     stem = stem_for(s['stem'], s['image_size'], s['init_channels'])
     counts = cost(genotype, s['init_channels'], s['layers'], s['num_classes'], s['image_size'],
                   stem)

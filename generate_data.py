@@ -288,8 +288,13 @@ def choose_device(gpu, tf32=False):
         raise UserError(f'--gpu {gpu}: this machine has CUDA devices 0 to '
                         f'{torch.cuda.device_count() - 1}. Use one of them, or -1 for the CPU.')
     if shared:
-        torch.distributed.init_process_group('nccl' if cuda else 'gloo',
-                                             timeout=timedelta(minutes=10))
+        # torchrun keeps its store when it starts the processes again: without a prefix they would
+        # find the addresses of those that died.
+        store, rank, processes = next(torch.distributed.rendezvous('env://'))
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        torch.distributed.init_process_group(
+            'nccl' if cuda else 'gloo', timeout=timedelta(minutes=10), rank=rank,
+            world_size=processes, store=torch.distributed.PrefixStore(attempt, store))
         if world()[0]:                          # one process speaks
             sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
     if cuda:
