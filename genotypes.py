@@ -188,7 +188,10 @@ def nas_bench_201():
             arch = to_string(names[int(digit)] for digit in row.pop('operations'))
             table[arch] = {key: float(value) for key, value in row.items()}
             table[arch]['params'] = int(row['params'])
-    return table, {name: sorted(row[name] for row in table.values()) for name in ACCURACIES}
+    ordered = {}
+    for name in ACCURACIES:
+        ordered[name] = sorted(row[name] for row in table.values())
+    return table, ordered
 
 
 def truth(arch):

@@ -30,12 +30,15 @@ class Space(NamedTuple):
     cell_types: tuple       # the cells that are searched
     inputs: int             # states that a cell gets from the cells before it
     nodes: int
+    extras: dict = {}       # operations without alphas, whose weights `mix` appends (DARTS-)
 
     @property
     def edges(self):
         """(node, input state), in the order of the rows of the alphas."""
-        return [(node, state) for node in range(self.inputs, self.inputs + self.nodes)
-                for state in range(node)]
+        edges = []
+        for node in range(self.inputs, self.inputs + self.nodes):
+            edges += [(node, state) for state in range(node)]
+        return edges
 
 
 class Drawn(NamedTuple):
@@ -203,19 +206,21 @@ class Cell(nn.Module):
                 else ReLUConvBN(before, channels, affine)
             self.preprocess1 = ReLUConvBN(last, channels, affine)
         self.space, self.channels, self.concat, self.partial = space, channels, concat, partial
-        states = range(space.inputs + space.nodes - 1)
-        self.leaving = [sorted((edge for edge in edges if edge[1] == state), key=edges.get)
-                        for state in states]                # edges with the same operations adjoin
         # Where maps are largest, a block of 32 channels stays in a CPU's cache, and its products
         # are one dense convolution.
         if width is None:
             width = max(1, 32 // (channels // partial)) if channels < 32 and space.inputs == 2 \
                 else len(space.edges)
-        self.mixed_ops = nn.ModuleList()
-        for state, leaving in zip(states, self.leaving):
-            self.mixed_ops.append(MixedOp(
-                space.operations, channels // partial, 2 if reduction and state < 2 else 1,
-                [edges[edge] for edge in leaving], affine, width))
+        operations = {**space.operations, **space.extras}
+        self.leaving, self.mixed_ops = [], nn.ModuleList()
+        for state in range(space.inputs + space.nodes - 1):
+            leaving = [edge for edge in edges if edge[1] == state]
+            leaving.sort(key=edges.get)                     # edges with the same operations adjoin
+            stride = 2 if reduction and state < 2 else 1
+            names = [edges[edge] for edge in leaving]
+            self.leaving.append(leaving)
+            self.mixed_ops.append(MixedOp(operations, channels // partial, stride, names, affine,
+                                          width))
 
     def factors(self, weights, best=None):
         """What each state's MixedOp multiplies with, from weights and `best` as Drawn has them."""
@@ -332,7 +337,8 @@ class Network(nn.Module):
 
     Two attributes are set from outside. drop_path_prob, as in DARTS: a number, or a tensor on the
     device, which a CUDA graph sees change. mix: None, or a function mix(cell_type, p) that turns
-    probabilities p (edges, operations) into what the edges mix with, as p is, or Drawn.
+    probabilities p (edges, operations) into what the edges mix with: as p is, with a column more
+    for each of the space's extras, or Drawn.
     """
     def __init__(self, init_channels, num_classes, layers, genotype=None, partial=1,
                  auxiliary=False, stem='cifar', space=DARTS, kept=None, width=None):
@@ -341,15 +347,17 @@ class Network(nn.Module):
         self.space = space = NB201 if isinstance(genotype, str) else space
         self.partial, self.drop_path_prob, self.mix = partial, None, None
         channels, reduction_before = init_channels, stem == 'imagenet'
-        before = last = channels if stem == 'imagenet' or space is NB201 else 3 * channels
-        self.stem, self.stem1 = image_stem(channels) if stem == 'imagenet' else (
+        # As published, only a derived network's stem for large images is as wide as its cells.
+        narrow = space.inputs == 1 or stem == 'imagenet' and genotype is not None
+        before = last = channels if narrow else 3 * channels
+        self.stem, self.stem1 = image_stem(last) if stem == 'imagenet' else (
             nn.Sequential(nn.Conv2d(3, last, 3, padding=1, bias=False), BatchNorm(last)), None)
         self.cells, self.cell_types, self.auxiliary_at = nn.ModuleList(), [], None
         for layer in range(layers):
             reduction = layer in (layers // 3, 2 * layers // 3)
             channels *= 2 if reduction else 1
             cell_type = space.cell_types[-1 if reduction else 0]
-            if reduction and space is NB201:
+            if reduction and space.inputs == 1:
                 cell_type, last = None, channels
                 self.cells.append(ResidualBlock(channels // 2, channels))
             else:
@@ -361,19 +369,20 @@ class Network(nn.Module):
             if auxiliary and layer == 2 * layers // 3:
                 self.auxiliary_at = layer
                 self.auxiliary_head = AuxiliaryHead(last, num_classes, stem)
-        self.last = nn.Sequential(BatchNorm(last), nn.ReLU(inplace=True)) if space is NB201 \
+        self.last = nn.Sequential(BatchNorm(last), nn.ReLU(inplace=True)) if space.inputs == 1 \
             else nn.Identity()
         self.classifier = nn.Linear(last, num_classes)
         if genotype is None:
-            self.alphas, edges = nn.ParameterDict(), len(space.edges)
+            self.alphas, names = nn.ParameterDict(), list(space.operations)
+            size = len(space.edges), len(names)
             for cell_type in space.cell_types:
-                self.alphas[cell_type] = nn.Parameter(
-                    1e-3 * torch.randn(edges, len(space.operations)))
-                self.register_buffer(f'dropped_{cell_type}', kept and torch.tensor(
-                    [[name not in own for name in space.operations] for own in kept[cell_type]]),
-                    persistent=False)
+                self.alphas[cell_type] = nn.Parameter(1e-3 * torch.randn(size))
+                dropped = torch.full(size, kept is not None)
+                for e, own in enumerate(kept[cell_type] if kept else ()):
+                    dropped[e, [names.index(name) for name in own]] = False
+                self.register_buffer(f'dropped_{cell_type}', dropped, persistent=False)
             for cell_type in space.cell_types if partial > 1 else ():
-                self.alphas[f'beta_{cell_type}'] = nn.Parameter(1e-3 * torch.randn(edges))
+                self.alphas[f'beta_{cell_type}'] = nn.Parameter(1e-3 * torch.randn(size[0]))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
@@ -408,14 +417,13 @@ class Network(nn.Module):
         if isinstance(weights, Drawn):
             weights, best = weights
         dropped, shares = getattr(self, f'dropped_{cell_type}'), self.shares(cell_type)
-        if dropped is not None:
-            weights = weights.masked_fill(dropped, 0)
+        weights = weights.masked_fill(F.pad(dropped, (0, len(self.space.extras))), 0)
         return weights if shares is None else weights * shares.unsqueeze(1), best, shares
 
     def probabilities(self, cell_type):
         """Softmax of the alphas over the operations that each edge has: (edges, operations)."""
-        alpha, dropped = self.alphas[cell_type], getattr(self, f'dropped_{cell_type}')
-        return F.softmax(alpha if dropped is None else alpha.masked_fill(dropped, -math.inf), 1)
+        dropped = getattr(self, f'dropped_{cell_type}')
+        return F.softmax(self.alphas[cell_type].masked_fill(dropped, -math.inf), 1)
 
     def shares(self, cell_type):
         """Each edge's share of a node: softmax of beta over its inputs (PC-DARTS, section 3.3)."""
@@ -452,7 +460,7 @@ class Network(nn.Module):
             p.append(self.probabilities(cell_type))
             if self.partial > 1:
                 p[-1] = p[-1] * self.shares(cell_type).unsqueeze(1)
-        if self.space is NB201:
+        if self.space.inputs == 1:
             names = list(self.space.operations)
             return to_string(names[k] for k in p[0].argmax(1).tolist())
         return derive(*p)
@@ -462,7 +470,8 @@ def cell_edges(genotype, cell_type, space=DARTS, kept=None):
     """{(node, input): operations} and the concatenated nodes of a cell; None: of the supernet."""
     nodes = range(space.inputs, space.inputs + space.nodes)
     if genotype is None:
-        names = kept[cell_type] if kept else [space.operations] * len(space.edges)
+        names = kept[cell_type] if kept else \
+            [[*space.operations, *space.extras]] * len(space.edges)
         edges = dict(zip(space.edges, map(tuple, names)))
         return edges, tuple(nodes) if space.inputs == 2 else (nodes[-1],)
     if isinstance(genotype, str):

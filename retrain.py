@@ -34,10 +34,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (DATA, REAL, Batches, Progress, Setting, UserError, choose_device, fcntl,
-                           find_or_make, name_or_path, number, one_line_errors, parse_flags, read,
-                           refuse_unused, stratified_split, taken, world, write_file)
-from evaluate import (EVALUATION_BATCH, FREE, correct, find_genotype, gathered, load_file, loss_of,
+from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, Setting, UserError,
+                           choose_device, fcntl, find_or_make, leave, load_file, name_or_path,
+                           number, one_line_errors, parse_flags, read, refuse_unused,
+                           stratified_split, taken, world, write_file)
+from evaluate import (COST, EVALUATION_BATCH, FREE, correct, find_genotype, gathered, loss_of,
                       read_json, stem_for, test)
 
 import numpy as np
@@ -51,11 +52,9 @@ from model_search import Network
 # Settings: those that a search shares, then those of this script. Defaults are DARTS's.
 
 INPUT = {
-    'data': Setting('cifar10', f'noise, random_labels, generated, {", ".join(REAL)}, or a folder',
-                    name_or_path),
+    'data': Setting('cifar10', f'{", ".join([*KINDS, *REAL])}, or a folder', name_or_path),
     **DATA,
-    'augment': Setting('auto', 'auto: what suits the images, none for noise',
-                       ['auto', 'none', 'standard', 'imagenet', 'affine']),
+    'augment': Setting('auto', 'auto: by the images; none for noise', ['auto', *AUGMENTATIONS]),
     'workers': Setting(2, 'processes that read large data sets', number(int, 0, 1024)),
 }
 SCHEDULE = {
@@ -63,8 +62,7 @@ SCHEDULE = {
     'steps_per_epoch': Setting(None, 'fewer than the data give', number(int, 1)),
     'max_steps': Setting(None, 'steps in all; every schedule is scaled to them', number(int, 0)),
     'batch_size': Setting(96, 'of all processes together', number(int, 2)),
-    'grad_accum': Setting(1, 'parts of a batch, computed one at a time to save memory',
-                          number(int, 1)),
+    'grad_accum': Setting(1, 'parts in which a batch is computed, to save memory', number(int, 1)),
     'learning_rate': Setting(0.025, 'of the weights', number(float, 0)),
     'learning_rate_min': Setting(0.0, 'at the end', number(float, 0)),
     'schedule': Setting('cosine', 'of the learning rate', ['cosine', 'linear']),
@@ -72,8 +70,7 @@ SCHEDULE = {
     'momentum': Setting(0.9, 'of SGD', number(float, 0, below=1)),
     'nesterov': Setting(False, "Nesterov's momentum"),
     'weight_decay': Setting(3e-4, 'of the weights', number(float, 0)),
-    'grad_clip': Setting(5.0, 'largest norm of the gradient of the weights',
-                         number(float, above=0)),
+    'grad_clip': Setting(5.0, "largest norm of the gradient; 0: no limit", number(float, 0)),
 }
 RUN = {
     'gpu': Setting(0, 'CUDA device, -1: the CPU', number(int, -1)),
@@ -83,18 +80,14 @@ RUN = {
     'checkpoint_minutes': Setting(10.0, 'between checkpoints within an epoch', number(float, 0)),
     'amp': Setting(False, 'bf16 autocast'),
     'tf32': Setting(False, 'TF32 products on CUDA'),
-    'graph': Setting('auto', 'auto: replay the step as a CUDA graph if that gives the same',
-                     ['auto', 'off']),
+    'graph': Setting('auto', 'auto: a CUDA graph replays the step', ['auto', 'off']),
     'quick': Setting(False, 'a minute on two cores; the result means nothing'),
 }
-STEM = Setting('auto', 'one convolution, or three of stride 2; auto: these above 64 px',
-               ['auto', 'cifar', 'imagenet'])
 NETWORK = {
-    'arch': Setting(None, 'a published name, a genotype.json or the folder of a search',
-                    name_or_path),
+    'arch': Setting(None, 'a published name, a genotype.json or a search', name_or_path),
     'init_channels': Setting(36, 'channels of the first cell', number(int, 1, 4096)),
     'layers': Setting(20, 'cells', number(int, 1, 200)),
-    'stem': STEM,
+    'stem': COST['stem'],
     'auxiliary': Setting(False, 'a second head while training'),
     'auxiliary_weight': Setting(0.4, 'of its loss', number(float, 0)),
     'drop_path_prob': Setting(0.2, 'reached linearly at the end', number(float, 0, below=1)),
@@ -103,12 +96,9 @@ NETWORK = {
 }
 RECIPE = {
     'optimizer': Setting('sgd', 'of the weights', ['sgd', 'adam']),
-    'label_smoothing': Setting(0.0, 'share of the label spread over all classes',
-                               number(float, 0, below=1)),
-    'holdout_patients': Setting(0.0, 'share of the patients on whom the epoch is chosen',
-                                number(float, 0, below=1)),
-    'train_portion': Setting(1.0, 'share of the images that is trained on',
-                             number(float, high=1, above=0)),
+    'label_smoothing': Setting(0.0, 'share spread over all classes', number(float, 0, below=1)),
+    'holdout_patients': Setting(0.0, 'share that chooses the epoch', number(float, 0, below=1)),
+    'train_portion': Setting(1.0, 'share of the images to use', number(float, high=1, above=0)),
 }
 # nb201: the benchmark's recipe, three stages of five cells; by default for its cells. ImageNet:
 # that of PC-DARTS and P-DARTS, whose linear fall from 0.5 is worth more than a point over DARTS's
@@ -116,7 +106,7 @@ RECIPE = {
 PRESETS = {
     'cifar': {},
     'nb201': dict(epochs=200, batch_size=256, learning_rate=0.1, nesterov=True, weight_decay=5e-4,
-                  drop_path_prob=0.0, init_channels=16, layers=17),
+                  grad_clip=0.0, drop_path_prob=0.0, init_channels=16, layers=17),
     'laptop': dict(epochs=20, batch_size=64, learning_rate=0.1, nesterov=True, weight_decay=5e-4,
                    drop_path_prob=0.0, init_channels=16, layers=5, image_size=16,
                    train_portion=0.04, augment='none'),
@@ -199,13 +189,20 @@ def run_name(script, first, args, typed, defaults):
 
 
 def learning_rate_at(args, epoch, epochs):
-    """Learning rate of an epoch: a linear rise, then a fall to learning_rate_min."""
+    """Learning rate of an epoch: a fall to learning_rate_min, scaled by the warm-up at the start.
+
+    linear: to nearly 0 by the last 2% of the epochs, in which it falls on five times as slowly, as
+    PC-DARTS retrains on ImageNet: lr (E-5-e) / (E-5), then lr (E-e) / (5 (E-5)), for E = 250.
+    """
+    left = (1 + math.cos(math.pi * epoch / epochs)) / 2
+    if args.schedule == 'linear':
+        tail = round(epochs / 50)
+        left = (epochs - tail - epoch) / (epochs - tail)
+        if epochs - epoch <= tail:
+            left = (epochs - epoch) / (tail * (epochs - tail))
     rise = round(args.warmup_epochs * epochs / args.epochs)
-    if epoch < rise:
-        return args.learning_rate * (epoch + 1) / rise
-    done = (epoch - rise) / (epochs - rise)
-    left = 1 - done if args.schedule == 'linear' else (1 + math.cos(math.pi * done)) / 2
-    return args.learning_rate_min + (args.learning_rate - args.learning_rate_min) * left
+    rate = args.learning_rate_min + (args.learning_rate - args.learning_rate_min) * left
+    return rate * min(1.0, (epoch + 1) / rise) if rise else rate
 
 
 # ---------------------------------------------------------------------------------------------
@@ -346,13 +343,10 @@ class Run:
             return
         try:
             for name, target in objects.items():
-                for group in saved[name].get('param_groups', ()):   # what suits this device
-                    group.update({key: target.defaults[key] for key in (
-                        'foreach', 'fused', 'capturable') if key in target.defaults})
-                target.load_state_dict(saved[name])
-                for group in getattr(target, 'param_groups', ()):
-                    if torch.is_tensor(group['lr']):
-                        group['lr'] = group['lr'].to(self.device)
+                content = saved[name]
+                if 'param_groups' in content:   # of an optimizer: as they suit this device
+                    content = {**content, 'param_groups': target.state_dict()['param_groups']}
+                target.load_state_dict(content)
         except (KeyError, RuntimeError, ValueError):
             raise UserError(f'{self.folder}/checkpoint.pt is of another network or method: delete '
                             'it to start the run again') from None
@@ -640,7 +634,8 @@ def train_step(network, batch, optimizer, args):
                                                                args.label_smoothing)
             (total / len(parts)).backward()
         sums = sums + torch.stack([loss.detach() / len(parts), correct(logits.detach(), y)])
-    torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip, foreach=True)
+    if args.grad_clip:
+        torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip, foreach=True)
     optimizer.step()
     optimizer.zero_grad()
     return sums.unbind()
@@ -836,4 +831,4 @@ def finish(run, args, data, test_data, stem, genotype, found_by, weights):
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())

@@ -46,7 +46,7 @@ def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16
     book = textbook.Network(width, 10, layers, partial=partial)
     textbook.copy_weights(ours, book)
     ours, book = ours.to(device, dtype), book.to(device, dtype)
-    train, valid = (benchmark.batch(size, device=device) for _ in range(2))
+    train, valid = benchmark.batch(size, device=device), benchmark.batch(size, device=device)
     train, valid = (train[0].to(dtype), train[1]), (valid[0].to(dtype), valid[1])
     x, y = train
     logits = ours(x), book(x)

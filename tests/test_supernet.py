@@ -180,6 +180,20 @@ def test_parameter_counts():
     assert cost(PUBLISHED['DARTS_V2'], 8, 4)['multiply_adds'] == counter.get_total_flops() // 2
 
 
+def test_stem_of_a_search_on_large_images():
+    """56.9 M multiply-adds at 224 px and C=16: 24, 48 and 48 channels, as PC-DARTS's code has."""
+    def multiply_adds(c_in, c_out, side):
+        return 9 * c_in * c_out * side ** 2
+    expected = multiply_adds(3, 24, 112) + multiply_adds(24, 48, 56) + multiply_adds(48, 48, 28)
+    for genotype, count in ((None, expected), (PUBLISHED['DARTS_V2'], 8_128_512)):
+        with torch.device('meta'):
+            network = Network(16, 10, 1, genotype, stem='imagenet')
+            with FlopCounterMode(display=False) as counter:
+                network.stem1(network.stem(torch.empty(1, 3, 224, 224)))
+        assert counter.get_total_flops() == 2 * count
+    assert expected == 56_899_584
+
+
 def test_what_arch_names(tmp_path):
     genotype, text = random_genotype(7), genotypes.random_string(7)
     (tmp_path / 'genotype.json').write_text(genotypes.to_json(genotype, data='noise', seed=1))
@@ -305,9 +319,11 @@ def test_what_is_drawn_equals_the_whole_mixture():
 
 def test_kept_operations_equal_the_textbook():
     """Of P-DARTS: the others have no weight, whatever `mix` gives them."""
-    names = list(operations.OPERATIONS)
-    kept = [[names[k] for k in sorted(torch.randperm(8)[:3].tolist())] for _ in range(14)]
-    dropped = torch.tensor([[name not in own for name in names] for own in kept])
+    names, kept, dropped = list(operations.OPERATIONS), [], torch.full((14, 8), True)
+    for e in range(14):
+        own = sorted(torch.randperm(8)[:3].tolist())
+        kept.append([names[k] for k in own])
+        dropped[e, own] = False
     ours = Network(4, 10, 3, kept={'normal': kept, 'reduce': kept})
     book = textbook.Network(4, 10, 3)
     textbook.copy_weights(ours, book)
@@ -316,6 +332,30 @@ def test_kept_operations_equal_the_textbook():
         alpha.masked_fill(dropped, -torch.inf), 1) + ~dropped
     x, _ = batch()
     close(ours(x), book(x))
+
+
+def test_auxiliary_skip_has_reductions_of_its_own():
+    """DARTS-: on each of 2 x 8 edges of stride 2, C x C weights more; its weight has no alpha."""
+    space = model_search.DARTS._replace(extras={'auxiliary_skip': operations.skip_connect})
+    ours, plain = Network(4, 10, 5, space=space), Network(4, 10, 5)
+    own = sum(p.numel() for p in ours.weight_parameters())
+    without = sum(p.numel() for p in plain.weight_parameters())
+    assert own == 138_742 and own - without == 8 * (8 ** 2 + 16 ** 2)
+    assert ours.alphas['normal'].shape == (14, 8) and len(ours.genotype().normal) == 8
+    share = torch.tensor(0.3, requires_grad=True)
+    ours.mix = lambda cell_type, p: torch.cat([p, share.expand(len(p), 1)], 1)
+    # If the two reductions of an edge are equal, the skip has the sum of both weights.
+    skip = torch.tensor([name == 'skip_connect' for name in space.operations])
+    plain.mix = lambda cell_type, p: p + share.detach() * skip
+    state = {name: value for name, value in ours.state_dict().items()
+             if 'auxiliary_skip' not in name}
+    plain.load_state_dict(state)
+    ours.load_state_dict({name: state[name.replace('auxiliary_skip', 'skip_connect')]
+                          for name in ours.state_dict()})
+    x, _ = batch()
+    close(ours(x), plain(x))
+    ours(x).square().sum().backward()
+    assert share.grad and all(p.grad is not None for p in ours.parameters())
 
 
 def test_autocast_and_evaluation_run():

@@ -137,14 +137,15 @@ class Network(nn.Module):
         self.partial, self.drop_path_prob = partial, 0
         self.stem = nn.Sequential(nn.Conv2d(3, 3 * c, 3, padding=1, bias=False),
                                   nn.BatchNorm2d(3 * c))
-        self.stem1, before, last, reduction_before = None, 3 * c, 3 * c, False
+        self.stem1, last, reduction_before = None, 3 * c, False
         if stem == 'imagenet':
+            last, reduction_before = 3 * c if genotype is None else c, True
             self.stem = nn.Sequential(
-                nn.Conv2d(3, c // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(c // 2), nn.ReLU(),
-                nn.Conv2d(c // 2, c, 3, 2, 1, bias=False), nn.BatchNorm2d(c))
-            self.stem1 = nn.Sequential(nn.ReLU(), nn.Conv2d(c, c, 3, 2, 1, bias=False),
-                                       nn.BatchNorm2d(c))
-            before, last, reduction_before = c, c, True
+                nn.Conv2d(3, last // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(last // 2), nn.ReLU(),
+                nn.Conv2d(last // 2, last, 3, 2, 1, bias=False), nn.BatchNorm2d(last))
+            self.stem1 = nn.Sequential(nn.ReLU(), nn.Conv2d(last, last, 3, 2, 1, bias=False),
+                                       nn.BatchNorm2d(last))
+        before = last
         self.cells, self.reductions = nn.ModuleList(), []
         self.auxiliary_at = 2 * layers // 3 if auxiliary else None
         for layer in range(layers):
@@ -353,10 +354,11 @@ def nb201_operation(name, c, affine):
 class NB201Cell(nn.Module):
     def __init__(self, c, names=None):
         super().__init__()
-        self.edges = nn.ModuleList(
-            nn.ModuleList(nb201_operation(name, c, names is not None)
-                          for name in (NB201_NAMES if names is None else [names[e]]))
-            for e in range(6))
+        self.edges = nn.ModuleList()
+        for e in range(6):
+            self.edges.append(nn.ModuleList(
+                nb201_operation(name, c, names is not None)
+                for name in (NB201_NAMES if names is None else [names[e]])))
 
     def forward(self, x, weights):
         states, row = [x], 0
