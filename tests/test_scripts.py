@@ -102,9 +102,8 @@ def test_search_and_retrain_on_real_images(real_data):
     real = run(search.main, 'real', '--data', 'cifar10', *flags)
     assert random_labels[-1]['alphas'] != real[-1]['alphas']
     lines = run(retrain.main, 'net', '--arch', 'random', '--data', 'cifar10', *flags, '--epochs',
-                '1', '--steps_per_epoch', '250', '--batch_size', '32', '--learning_rate', '0.05',
-                '--init_channels', '8')
-    assert lines[-1]['test_error'] < 75                 # chance: 90
+                '1', '--steps_per_epoch', '150', '--batch_size', '32', '--learning_rate', '0.05')
+    assert lines[-1]['test_error'] < 85                 # chance: 90
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,7 +225,8 @@ SEARCH_FLAGS = {
     'cells_per_stage': ('', '2'), 'stem': ('--image_size 32', 'imagenet'),
     'train_portion': ('', '0.6'),
     'valid_fraction': ('', '0.3'), 'arch_learning_rate': ('', '0.01'),
-    'arch_weight_decay': ('', '0.5'), 'frozen_epochs': ('', '1'), 'hessian': ('', '1'),
+    'arch_weight_decay': ('', '0.5'), 'arch_grad_clip': ('', '1e-9'),
+    'frozen_epochs': ('', '1'), 'hessian': ('', '1'),
     'early_stop': ('', ''), 'data': ('', 'generated'), 'image_size': ('', '12'),
     'data_seed': ('', '1'), 'num_images': ('', '80'), 'num_classes': ('', '5'),
     'multilabel': ('', ''), 'source': ('random_labels', 'own'),
@@ -236,9 +236,9 @@ SEARCH_FLAGS = {
     'epochs': ('', '3'), 'steps_per_epoch': ('', '1'), 'max_steps': ('', '3'),
     'batch_size': ('', '4'), 'grad_accum': ('', '2'), 'learning_rate': ('', '0.1'),
     'learning_rate_min': ('', '0.01'), 'schedule': ('--epochs 3', 'linear'),
-    'warmup_epochs': ('', '1'),
-    'momentum': ('', '0.1'), 'nesterov': ('--no-nesterov', ''), 'weight_decay': ('', '0.1'),
-    'grad_clip': ('', '0.1'), 'seed': ('', '9'), 'amp': ('', ''), 'preset': ('', 'chexpert'),
+    'warmup_epochs': ('--epochs 3', '2'), 'momentum': ('', '0.1'),
+    'nesterov': ('--no-nesterov', ''), 'weight_decay': ('', '0.1'), 'grad_clip': ('', '0.1'),
+    'seed': ('', '9'), 'amp': ('', ''), 'preset': ('--num_images 160', 'chexpert'),
     'quick': ('', '')}
 RETRAIN_FLAGS = {
     **{name: SEARCH_FLAGS[name] for name in retrain.INPUT.keys() | retrain.SCHEDULE.keys()
@@ -261,7 +261,7 @@ def shared_folder(tmp_path_factory):
     """Real data at tiny size, and the results of runs that differ in one flag only."""
     folder = tmp_path_factory.mktemp('shared')
     fake_cifar(folder / 'data')
-    chest(folder / 'data', patients=20)
+    chest(folder / 'data', patients=40)
     folder_of_images(folder / 'own', n=20, size=(8, 8))
     return folder, {}
 
@@ -421,15 +421,16 @@ def test_names_of_runs_are_short_without_bars_and_differ():
 
 @pytest.mark.parametrize('flags, expected', [
     ('--data own', '--data own --image_size 8 --gpu -1'),
-    ('--data noise --num_images 64', '--data cifar10 --auxiliary --cutout --gpu -1'),
-    ('--data noise --num_images 64 --quick', '--data cifar10 --quick --gpu -1'),
-    ('--data noise --num_images 64 --preset laptop', '--data cifar10 --preset laptop --gpu -1'),
+    ('--data noise --num_images 64', '--data cifar10 --auxiliary --cutout --download --gpu -1'),
+    ('--data noise --num_images 64 --quick', '--data cifar10 --quick --download --gpu -1'),
+    ('--data noise --num_images 64 --preset laptop',
+     '--data cifar10 --preset laptop --download --gpu -1'),
     ('--data random_labels --source own --data_dir d', '--data own --image_size 8 --gpu -1'),
     ('--data chexpert --uncertain ones --data_dir d --preset cifar --image_size 16',
      '--data chexpert --data_dir d --uncertain ones --views frontal --gpu -1')])
 def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):
     folder_of_images('own', n=16)
-    chest('d')
+    chest('d', patients=20)
     assert search.main(['--image_size', '8', *SIZES, '--batch_size', '4', *flags.split(),
                         '--max_steps', '0', '--save', 'my run']) == 0
     said = capsys.readouterr().out.splitlines()[-1]
