@@ -39,7 +39,8 @@ from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, 
                            number, one_line_errors, parse_flags, read, refuse_unused,
                            stratified_split, taken, world, write_file)
 from evaluate import (COST, EVALUATION_BATCH, FREE, correct, find_genotype, gathered, loss_of,
-                      read_json, stem_for, test)
+                      read_json, read_log,
+                      stem_for, test)
 
 import numpy as np
 import torch
@@ -121,6 +122,14 @@ PRESETS = {
 QUICK = dict(num_images=1000, epochs=2, steps_per_epoch=40, batch_size=32, init_channels=8,
              layers=5, warmup_epochs=0)
 FIT_IMAGES = 10000          # training images on which the fit is measured at the end
+# What a run says of an epoch, of what its log has
+SAID = {'train_loss': 'loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}',
+        'valid_loss': 'held-out loss {:.3f}', 'valid_accuracy': 'held-out accuracy {:.1%}',
+        'skips_normal': '{} skips in the normal cell', 'skips_reduce': '{} in the reduction cell',
+        'skips_cell': '{} skips', 'truth_for_analysis_only': 'true accuracy {[cifar10]:.2f}%',
+        'holdout_error': 'held-out error {:.2f}%', 'holdout_auroc_tasks': 'held-out AUROC {:.3f}',
+        'test_error': 'test error {:.2f}%', 'test_auroc_tasks': 'test AUROC {:.3f}',
+        'fit_error': 'training error {:.2f}%', 'fit_auroc_tasks': 'training AUROC {:.3f}'}
 
 
 def preset_name(chosen, presets):
@@ -338,7 +347,8 @@ class Run:
               f'{self.folder}')
         self.sums, self.state, saved = sums, state, self.checkpoint
         done = min(self.epoch * self.steps + self.step, self.total)
-        self.progress = Progress(self.total, 'steps', done)
+        hint = '; --preset laptop or --quick takes minutes' if self.device.type == 'cpu' else ''
+        self.progress = Progress(self.total, 'steps', done, hint)
         if not saved:
             return
         try:
@@ -380,8 +390,10 @@ class Run:
     def end_epoch(self, epoch, line, images):
         """Log an epoch of so many `images` and save; True if a signal stopped the run."""
         self.log.append({'epoch': epoch, **line, 'seconds': round(self.seconds, 3),
-                         'images_per_second': round(images / self.seconds, 1),
+                         'images_per_second': round(images / max(self.seconds, 1e-9), 1),
                          'peak_memory_mib': peak_memory_mib(self.device)})
+        self.progress.close()
+        print(f'epoch {epoch + 1}/{self.epochs}: {said_of(line)}')
         self.sums = torch.zeros_like(self.sums)
         self.save(epoch + 1, 0)
         return bool(self.stop) and epoch + 1 < self.epochs and self.say_stopped()
@@ -433,6 +445,12 @@ class Run:
     def say_stopped(self):
         print(f'stopped and saved in {self.folder}: run the same with --resume')
         return True
+
+
+def said_of(line):
+    """What is worth saying of a line of the log."""
+    return ', '.join(text.format(line[name]) for name, text in SAID.items()
+                     if line.get(name) is not None)
 
 
 def git_commit():
@@ -739,6 +757,7 @@ def main(argv=None):
     device = choose_device(args.gpu, args.tf32)
     run = Run(args, device, 'weights.pt')
     if run.finished:                            # a loop goes on without reading the data
+        print('result:', said_of(read_log(run.folder)[-1]))
         return
 
     # Data: images to train on, to choose the epoch on, to measure the fit on, and to test on.
@@ -822,9 +841,7 @@ def finish(run, args, data, test_data, stem, genotype, found_by, weights):
             'settings': {'data_dir': str(Path(args.data_dir).resolve()),
                          'uncertain': args.uncertain, 'views': args.views}}
     write_file(run.folder / 'weights.pt', {'network': weights, 'meta': meta})
-    for name, value in run.log[-1].items():
-        if name.startswith(('test_', 'fit_')) and value is not None:
-            print(f'{name} {value:.4g}')
+    print('result:', said_of(run.log[-1]))
     if args.quick:
         print('this was --quick: the pipeline works, the result means little')
     print(f'next: python evaluate.py {shlex.quote(str(run.folder))}')

@@ -27,7 +27,7 @@ from pathlib import Path
 from generate_data import (CIFAR, KINDS, REAL, Batches, Setting, UserError, choose_device,
                            find_or_make, leave, number, one_line_errors, parse_flags, set_tf32,
                            stratified_split, suited, world, write_file)
-from evaluate import COST, correct, loss_of, method_name, read_json, stem_for
+from evaluate import COST, correct, find_genotype, loss_of, method_name, read_json, stem_for
 from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, averaged, changed_by_a_step,
                      check_alike, learning_rate_at, preset_name, run_name, settle, start_alike,
                      that_data_take)
@@ -681,6 +681,7 @@ def main(argv=None):
     device = choose_device(args.gpu, args.tf32)
     run = Run(args, device, 'genotype.json')
     if run.finished:                            # a loop goes on without reading the data
+        say(find_genotype(str(run.folder))[0])
         return
     if not METHODS[args.method].searches:
         with run.of(None):
@@ -793,17 +794,22 @@ def finish(run, genotype, args, **beside):
     write_file(run.folder / 'genotype.json', to_json(
         genotype, data=data, method=method_name(vars(args)), seed=args.seed, arch_data=arch_data,
         **beside) + '\n')
+    say(genotype)
+    if args.quick:
+        print('this was --quick: the pipeline works, the genotype means nothing')
+    print('next:', next_command(run.folder, args))
+
+
+def say(genotype):
+    """Print the cells that were found, or the one of NAS-Bench-201 and what it is worth."""
     if isinstance(genotype, str):
         print(genotype)
         print('test accuracy of this cell, known from NAS-Bench-201: CIFAR-10 {cifar10:.2f}%, '
               'CIFAR-100 {cifar100:.2f}%, ImageNet16-120 {imagenet16:.2f}%; rank {rank:,} of '
               '15,625'.format(**truth(genotype)))
-    else:
-        for cell in ('normal', 'reduce'):
-            print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
-    if args.quick:
-        print('this was --quick: the pipeline works, the genotype means nothing')
-    print('next:', next_command(run.folder, args))
+        return
+    for cell in ('normal', 'reduce'):
+        print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
 
 
 def next_command(folder, args):
