@@ -99,7 +99,8 @@ RECIPE = {
     'optimizer': Setting('sgd', 'of the weights', ['sgd', 'adam']),
     'label_smoothing': Setting(0.0, 'share spread over all classes', number(float, 0, below=1)),
     'holdout_patients': Setting(0.0, 'share that chooses the epoch', number(float, 0, below=1)),
-    'train_portion': Setting(1.0, 'share of the images to use', number(float, high=1, above=0)),
+    'train_portion': Setting(1.0, 'share of the images to use, or from 2 on their number',
+                             number(float, above=0)),
 }
 # nb201: the benchmark's recipe, three stages of five cells; by default for its cells. ImageNet:
 # that of PC-DARTS and P-DARTS, whose linear fall from 0.5 is worth more than a point over DARTS's
@@ -110,7 +111,7 @@ PRESETS = {
                   grad_clip=0.0, drop_path_prob=0.0, init_channels=16, layers=17),
     'laptop': dict(epochs=20, batch_size=64, learning_rate=0.1, nesterov=True, weight_decay=5e-4,
                    drop_path_prob=0.0, init_channels=16, layers=5, image_size=16,
-                   train_portion=0.04, augment='none'),
+                   train_portion=2000, augment='none'),
     'imagenet': dict(epochs=250, batch_size=1024, rate_for=1024, learning_rate=0.5,
                      schedule='linear', warmup_epochs=5, weight_decay=3e-5, label_smoothing=0.1,
                      drop_path_prob=0.0, init_channels=48, layers=14, image_size=224,
@@ -172,6 +173,13 @@ def settle(s, typed, defaults):
         raise UserError(f'--learning_rate_min {args.learning_rate_min} is more than '
                         f'--learning_rate {args.learning_rate}: take less')
     return args
+
+
+def batch_of(args, images):
+    """--batch_size; of --preset laptop less of few images, so that an epoch has about 20 steps."""
+    if args.preset != 'laptop':
+        return args.batch_size
+    return min(args.batch_size, max(8, images // 20))
 
 
 def run_name(script, first, args, typed, defaults):
@@ -259,11 +267,12 @@ class Run:
         """Set epochs, steps of an epoch and total steps, of data that give `full` steps an epoch.
 
         Without --steps_per_epoch, --max_steps shortens the epochs and not their number, so that
-        everything that goes by epochs keeps its shape. --quick takes what the data give.
+        everything that goes by epochs keeps its shape. --quick and --preset laptop take what the
+        data give.
         """
         args = self.args
         steps, total = args.steps_per_epoch or full, args.max_steps
-        if steps > full and not args.quick:
+        if steps > full and not (args.quick or args.preset == 'laptop'):
             raise UserError(f'--steps_per_epoch {steps}: the data give {full} steps of '
                             f'--batch_size {args.batch_size}: take as many at most')
         steps = min(steps, full)
@@ -699,9 +708,11 @@ def split_rows(data, args):
 
     With --holdout_patients a patient is in one of them only.
     """
-    rows = np.arange(len(data))
-    if args.train_portion < 1:
-        rows, _ = stratified_split(data.labels, args.train_portion, args.seed, data.patients)
+    rows, portion = np.arange(len(data)), args.train_portion
+    if portion > 1:
+        portion = min(1.0, portion / len(data))
+    if portion < 1:
+        rows, _ = stratified_split(data.labels, portion, args.seed, data.patients)
     if not args.holdout_patients:
         return rows, rows[:0]
     patients = None if data.patients is None else data.patients[rows]
@@ -774,7 +785,8 @@ def main(argv=None):
         return Batches(data, rows, EVALUATION_BATCH[data.image_size > 64], device, shuffle=False,
                        workers=args.workers)
 
-    batches = Batches(data, rows, args.batch_size, device, args.augment,
+    size = batch_of(args, len(rows))
+    batches = Batches(data, rows, size, device, args.augment,
                       args.cutout_length if args.cutout else 0, 2 * args.seed, True, args.workers)
     fit_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), FIT_IMAGES)).astype(int)]
     run.plan(len(batches))
@@ -804,7 +816,7 @@ def main(argv=None):
             start_alike(network)                # with the running statistics of the first process
             loss, right = averaged([run.sums])[0].div(run.last).tolist()
             line = {'learning_rate': learning_rate, 'drop_path_prob': drop_path_prob,
-                    'train_loss': loss, 'train_accuracy': right * world()[1] / args.batch_size}
+                    'train_loss': loss, 'train_accuracy': right * world()[1] / size}
             if len(held):
                 line.update(scored('holdout', network, whole(data, held)))
                 worth = line.get('holdout_error', -(line.get('holdout_auroc_tasks') or 0))
@@ -822,7 +834,7 @@ def main(argv=None):
                 line.update(scored('fit', network, whole(data, fit_rows)))
             measured = [line[name] for name in ('test_loss', 'fit_loss') if name in line]
             run.check_finite([torch.tensor(measured or [0.0])], epoch * run.steps + run.last)
-            if run.end_epoch(epoch, line, run.last * args.batch_size):
+            if run.end_epoch(epoch, line, run.last * size):
                 return 128 + run.stop
         run.progress.close()
         if not world()[0]:
