@@ -245,22 +245,33 @@ def world():
 
 
 class Progress:
-    """One line with what is done, the rate and the time left; in a log file one every 30 s."""
-    def __init__(self, total, unit, done=0):
-        self.total, self.unit, self.first = total, unit, done
+    """A line with what is done, the rate and the time left; in a log file one every 10 s.
+
+    Once it is known that more than a minute is left, a line that stays says when it will end, and
+    if that is more than an hour the `hint`, how to make it shorter.
+    """
+    def __init__(self, total, unit, done=0, hint=''):
+        self.total, self.unit, self.first, self.hint = total, unit, done, hint
         self.start = self.last = time.monotonic()
-        self.terminal = sys.stderr.isatty()
+        self.terminal, self.told = sys.stderr.isatty(), False
 
     def update(self, done, text=''):
         """done: units in all, counted from the very start; text: shown at the end of the line."""
-        now = time.monotonic()
-        if world()[0] or now - self.last < (0.2 if self.terminal else 30):
+        now, count = time.monotonic(), done - self.first
+        if world()[0] or not count or now - self.last < (0.2 if self.terminal else 10):
             return
-        self.last = now
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
-        line = f'{done:,}/{self.total:,} {self.unit}  {rate:,.1f}/s  {left} left  {text}'
-        print(line.ljust(78)[:118], end='\r' if self.terminal else '\n', file=sys.stderr)
+        self.last, each = now, max(now - self.start, 1e-9) / count
+        left = each * (self.total - done)
+        if not self.told and now - self.start > 3:
+            self.told = True
+            if left > 60:
+                end = time.strftime('%a %d %b, %H:%M', time.localtime(time.time() + left))
+                print(f'about {timedelta(seconds=round(left))} left, until {end}'
+                      + (self.hint if left > 3600 else ''))
+        rate = f'{1 / each:,.1f}/s' if each < 1 else f'{each:.1f} s each'
+        line = f'{done:,}/{self.total:,} {self.unit}  {rate}  {timedelta(seconds=round(left))} left'
+        print(f'{line}  {text}'.ljust(78)[:118], end='\r' if self.terminal else '\n',
+              file=sys.stderr)
 
     def close(self):
         if self.terminal and not world()[0]:

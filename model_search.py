@@ -42,7 +42,7 @@ class Space(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Edge weights of which only one an edge is computed: what a `mix` may return (GDAS)."""
+    """What `mix` may return: edge weights of which only one an edge is computed (GDAS)."""
     weights: torch.Tensor   # (edges, operations), 1 for the operation drawn and 0 for the others
     best: list              # of each edge, the column of the operation drawn
 
@@ -59,9 +59,9 @@ EDGES = DARTS.edges
 class MixedOp(nn.Module):
     """All candidate operations on all E edges that leave one state (DARTS, equation 2).
 
-    names: for each edge, the names of the operations that it has: all of them in a supernet, one
-    in a derived network, a shrinking set in P-DARTS. An operation without weights is computed
-    once for all edges, the others in blocks of at most `width` adjacent edges that have them.
+    names: for each edge its operations: all in a supernet, fewer in P-DARTS, one in a derived
+    network. An operation without weights is computed once for all edges, the others in blocks of
+    at most `width` adjacent edges.
     """
     def __init__(self, operations, channels, stride, names, affine, width):
         super().__init__()
@@ -81,12 +81,16 @@ class MixedOp(nn.Module):
                     self.spans.append((start, end))
                 self.blocks[block][name] = operation
 
-    def factors(self, weights):
+    def factors(self, weights, best=None, add_others=False):
         """What `forward` multiplies with, made once for all cells of a type and width.
 
         From weights (E, operations): those of the shared operations, (E, n), and for each block a
-        list, for each of its operations every channel's factor, (edges * C,).
+        list, for each of its operations every channel's factor, (edges * C,). best: each edge's
+        one column (see Drawn); then for each edge (name, its weight, sum of the others or None).
         """
+        if best is not None:
+            return [(self.columns[k], row[k], row.sum() - row[k] if add_others else None)
+                    for k, row in zip(best, weights.unbind())]
         columns = dict(zip(self.columns, weights.unbind(1)))
         shared = torch.stack([columns[name] for name in self.shared], 1) if self.shared else None
         own, factors = list(dict.fromkeys(chain(*self.blocks.values()))), []
@@ -99,18 +103,10 @@ class MixedOp(nn.Module):
             factors.append([part[own.index(name)] for name in block])
         return shared, factors
 
-    def drawn_factors(self, weights, best, add_others):
-        """The same if each edge has drawn one operation, whose column stands in `best` (GDAS).
-
-        Returns for each edge (name of the operation, its weight, sum of the other weights or None).
-        """
-        return [(self.columns[k], row[k], row.sum() - row[k] if add_others else None)
-                for k, row in zip(best, weights.unbind())]
-
     def forward(self, state, factors=None):
         """E maps (B, C, H', W') of a state (B, C, H, W).
 
-        factors: from one of the methods above; None if every edge has one operation and no weight.
+        factors: from `factors`, or None if every edge has one operation and no weight.
         """
         if isinstance(factors, list):
             return self.forward_drawn(state, factors)
@@ -192,10 +188,9 @@ class Cell(nn.Module):
     """Inputs, brought to one size and width, and nodes that sum their edges.
 
     DARTS: two inputs, four nodes, concatenated. NAS-Bench-201: the input as it is, and the last of
-    three nodes is the output. edges: {(node, input): names of its operations}: all edges with all
-    operations in a supernet, one operation each in a derived network. concat: the nodes that make
-    the output. partial: operations see the first 1/partial of the channels (PC-DARTS). width: the
-    most edges that one call serves.
+    three nodes is the output. edges: {(node, input): names of its operations}. concat: the nodes
+    that make the output. partial: operations see the first 1/partial of the channels (PC-DARTS).
+    width: the most edges that one call serves.
     """
     def __init__(self, space, channels_in, channels, reduction, reduction_before, edges, concat,
                  affine, partial=1, width=None):
@@ -228,11 +223,9 @@ class Cell(nn.Module):
         for mixed_op, leaving in zip(self.mixed_ops, self.leaving):
             order = [self.space.edges.index(edge) for edge in leaving]
             own = torch.stack([rows[k] for k in order])
-            if best is None:
-                out.append(mixed_op.factors(own))
-            else:       # NAS-Bench-201's code adds the other weights as numbers
-                out.append(mixed_op.drawn_factors(own, [best[k] for k in order],
-                                                  self.space.inputs == 1))
+            # What is not drawn, NAS-Bench-201's code adds as a number, for its gradient.
+            out.append(mixed_op.factors(own, best and [best[k] for k in order],
+                                        self.space.inputs == 1))
         return out
 
     def forward(self, s0, s1, factors=None, shares=None, drop_path_prob=None):
@@ -291,11 +284,11 @@ class AuxiliaryHead(nn.Module):
     """
     def __init__(self, channels, num_classes, stem):
         super().__init__()
-        last = nn.BatchNorm2d(768) if stem == 'cifar' else nn.Identity()
+        stride, norm = (3, nn.BatchNorm2d(768)) if stem == 'cifar' else (2, nn.Identity())
         self.features = nn.Sequential(
-            nn.ReLU(), nn.AvgPool2d(5, 3 if stem == 'cifar' else 2, count_include_pad=False),
+            nn.ReLU(), nn.AvgPool2d(5, stride, count_include_pad=False),
             nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(inplace=True),
-            nn.Conv2d(128, 768, 2, bias=False), last, nn.ReLU(inplace=True))
+            nn.Conv2d(128, 768, 2, bias=False), norm, nn.ReLU(inplace=True))
         self.classifier = nn.Linear(768, num_classes)
 
     def forward(self, x):
@@ -329,16 +322,15 @@ class Network(nn.Module):
     """Stem, cells with a reduction at one and at two thirds of the depth, pooling, classifier.
 
     stem: 'cifar', one convolution, or 'imagenet', three of stride 2. genotype: None builds the
-    supernet of `space`, with its alphas; a Genotype, or a string of NAS-Bench-201, the derived
-    network. In NAS-Bench-201, `layers` is 3 N + 2: three stages of N cells and two ResidualBlocks.
-    kept: {cell type: names of each edge's operations}, if they are not all (P-DARTS). width: the
-    most edges that one call serves: 1 if `mix` draws. forward(x): (B, 3, H, W) -> logits (B,
-    num_classes), and in training those of the auxiliary head, if there is one.
+    supernet of `space`; a Genotype, or a string of NAS-Bench-201, the derived network. There
+    `layers` is 3 N + 2: three stages of N cells and two ResidualBlocks. kept: {cell type: names of
+    each edge's operations}, if not all (P-DARTS). width: 1 if `mix` draws (see Cell).
+    forward(x): (B, 3, H, W) -> logits (B, num_classes); in training also the auxiliary head's.
 
-    Two attributes are set from outside. drop_path_prob, as in DARTS: a number, or a tensor on the
-    device, which a CUDA graph sees change. mix: None, or a function mix(cell_type, p) that turns
-    probabilities p (edges, operations) into what the edges mix with: as p is, with a column more
-    for each of the space's extras, or Drawn.
+    Attributes set from outside: drop_path_prob, a number, or a tensor, which a CUDA graph sees
+    change. mix: None, or a function mix(cell_type, p) that turns probabilities p (edges,
+    operations) into edge weights: as p is, with a column more for each of the space's extras, or
+    Drawn.
     """
     def __init__(self, init_channels, num_classes, layers, genotype=None, partial=1,
                  auxiliary=False, stem='cifar', space=DARTS, kept=None, width=None):
@@ -408,8 +400,7 @@ class Network(nn.Module):
     def edge_weights(self, cell_type):
         """(weights (edges, operations), `best` of Drawn or None, shares (edges,) or None).
 
-        Without `mix`, rows of the weights sum to 1 (DARTS, equation 2) or to the edge's share
-        (PC-DARTS, section 3.3).
+        Without `mix` rows sum to 1 (DARTS, equation 2) or to the edge's share (PC-DARTS).
         """
         weights, best = self.probabilities(cell_type), None
         if self.mix is not None:

@@ -197,9 +197,9 @@ class Pool(nn.Module):
         self.norm = BatchNorm(channels, affine=False) if norm and not affine else nn.Identity()
 
     def forward(self, inputs):
-        if self.largest:
-            return self.norm(F.max_pool2d(inputs.state, 3, self.stride, 1))
-        return self.norm(F.avg_pool2d(inputs.state, 3, self.stride, 1, count_include_pad=False))
+        x = inputs.state
+        return self.norm(F.max_pool2d(x, 3, self.stride, 1) if self.largest else
+                         F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False))
 
 
 class Identity(nn.Module):

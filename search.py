@@ -27,8 +27,8 @@ from pathlib import Path
 from generate_data import (CIFAR, KINDS, REAL, Batches, Setting, UserError, choose_device,
                            find_or_make, leave, number, one_line_errors, parse_flags, set_tf32,
                            stratified_split, suited, world, write_file)
-from evaluate import COST, correct, loss_of, method_name, read_json, stem_for
-from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, averaged, changed_by_a_step,
+from evaluate import COST, correct, find_genotype, loss_of, method_name, read_json, stem_for
+from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, averaged, batch_of, changed_by_a_step,
                      check_alike, learning_rate_at, preset_name, run_name, settle, start_alike,
                      that_data_take)
 
@@ -617,6 +617,8 @@ def parse(argv):
         space = {**chosen, **PRESETS[preset], **typed}['space']
         out = {**DEFAULTS, **SPACES[space], **method.recipe, **method.recipe_on.get(space, {}),
                **PRESETS[preset], **method.recipe_on.get(preset, {})}
+        if preset == 'laptop' and space == 'darts':
+            out.update(init_channels=8, layers=5, batch_size=32)
         if chosen['early_stop']:
             out['hessian'] = 2
         if 'train_portion' in PRESETS[preset] and has_own_images(chosen['data']):
@@ -675,12 +677,23 @@ def two_parts(data, args):
     return first, rest[stratified_split(data.labels[rest], share, args.seed, patients)[0]]
 
 
+def make_batches(data, args, device):
+    """[Batches for the weights] and, if they are to be held out, others for the alphas."""
+    halves = two_parts(data, args)[:2 if args.arch_data == 'valid' else 1]
+    augment, size = args.augment, batch_of(args, min(map(len, halves)))
+    if augment == 'auto':                       # no colour jitter: PC-DARTS searches without
+        augment = suited(data).replace('imagenet', 'crop')
+    return [Batches(data, half, size, device, augment, seed=2 * args.seed + k,
+                    workers=args.workers) for k, half in enumerate(halves)]
+
+
 @one_line_errors
 def main(argv=None):
     args = parse(argv)
     device = choose_device(args.gpu, args.tf32)
     run = Run(args, device, 'genotype.json')
     if run.finished:                            # a loop goes on without reading the data
+        say(find_genotype(str(run.folder))[0])
         return
     if not METHODS[args.method].searches:
         with run.of(None):
@@ -689,15 +702,9 @@ def main(argv=None):
                 finish(run, make(args.seed), args)
         return
 
-    # Data: images for the weights and, if they are to be held out, others for the alphas.
     data = find_or_make(args.data, vars(args))
     stem = stem_for(args.stem, data.image_size, args.init_channels)
-    halves = two_parts(data, args)[:2 if args.arch_data == 'valid' else 1]
-    augment = args.augment
-    if augment == 'auto':                       # no colour jitter: PC-DARTS searches without
-        augment = suited(data).replace('imagenet', 'crop')
-    batches = [Batches(data, half, args.batch_size, device, augment, seed=2 * args.seed + k,
-                       workers=args.workers) for k, half in enumerate(halves)]
+    batches = make_batches(data, args, device)
     run.plan(min(map(len, batches)))
     method = METHODS[args.method](args, len(data.classes), stem, device)
     if 0 < run.epochs < method.stages:
@@ -758,13 +765,14 @@ def main(argv=None):
             if run.train(epoch, draws, steps[is_frozen], network.parameters()):
                 return 128 + run.stop
             check_alike(network.architecture_parameters(), 'alphas')
+            has_valid, size = not is_frozen and args.arch_data != 'none', batches[0].batch_size
             line = {'steps': run.last, 'learning_rate': learning_rate, **numbers,
-                    **rates(run.sums, run.last, args, is_frozen),
+                    **rates(run.sums, run.last, size, has_valid),
                     **describe(network, moments, run.last, run.log[-1] if run.log else None)}
             if args.hessian and epoch % args.hessian == 0:
                 line['eigenvalue'] = largest_eigenvalue(network, run.batch[-2:], args)
             torch._foreach_zero_(moments)
-            if run.end_epoch(epoch, line, len(batches) * run.last * args.batch_size):
+            if run.end_epoch(epoch, line, len(batches) * run.last * size):
                 return 128 + run.stop
             stop = early_stop(run.log, run.epochs)
         run.progress.close()
@@ -776,13 +784,14 @@ def main(argv=None):
             finish(run, genotype, args, **beside)
 
 
-def rates(sums, steps, args, is_frozen):
-    """Mean losses and accuracies of an epoch, for the log; those of the alphas' images if any."""
+def rates(sums, steps, batch_size, has_valid):
+    """Mean losses and accuracies of an epoch, for the log; has_valid: also of the alphas' images.
+    """
     train_loss, train_right, valid_loss, valid_right = averaged([sums])[0].div(steps).tolist()
-    images, seen = args.batch_size / world()[1], not is_frozen and args.arch_data != 'none'
+    images = batch_size / world()[1]
     return {'train_loss': train_loss, 'train_accuracy': train_right / images,
-            'valid_loss': valid_loss if seen else None,
-            'valid_accuracy': valid_right / images if seen else None}
+            'valid_loss': valid_loss if has_valid else None,
+            'valid_accuracy': valid_right / images if has_valid else None}
 
 
 def finish(run, genotype, args, **beside):
@@ -793,17 +802,22 @@ def finish(run, genotype, args, **beside):
     write_file(run.folder / 'genotype.json', to_json(
         genotype, data=data, method=method_name(vars(args)), seed=args.seed, arch_data=arch_data,
         **beside) + '\n')
+    say(genotype)
+    if args.quick:
+        print('this was --quick: the pipeline works, the genotype means nothing')
+    print('next:', next_command(run.folder, args))
+
+
+def say(genotype):
+    """Print the cells that were found, or the one of NAS-Bench-201 and what it is worth."""
     if isinstance(genotype, str):
         print(genotype)
         print('test accuracy of this cell, known from NAS-Bench-201: CIFAR-10 {cifar10:.2f}%, '
               'CIFAR-100 {cifar100:.2f}%, ImageNet16-120 {imagenet16:.2f}%; rank {rank:,} of '
               '15,625'.format(**truth(genotype)))
-    else:
-        for cell in ('normal', 'reduce'):
-            print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
-    if args.quick:
-        print('this was --quick: the pipeline works, the genotype means nothing')
-    print('next:', next_command(run.folder, args))
+        return
+    for cell in ('normal', 'reduce'):
+        print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
 
 
 def next_command(folder, args):
