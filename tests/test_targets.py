@@ -186,14 +186,6 @@ def test_real_files(capsys):
         assert ('test_auroc_tasks' in row) == bool(k) and ('test_error' in row) != bool(k)
 
 
-@pytest.mark.parametrize('size, flags', [(28, []), (192, ['--auxiliary'])])
-def test_images_that_are_too_small_for_the_stem_are_refused(size, flags, capsys):
-    command = [*SIZES, '--arch', 'DARTS_V2', '--data', 'noise', '--num_images', '16', *flags]
-    one_line(capsys, retrain.main([*command, '--image_size', str(size), '--stem', 'imagenet']),
-             f'{size} px')
-    assert not Path('runs').exists()
-
-
 def test_unknown_labels_add_nothing_and_smoothing_is_the_mean_over_classes():
     logits, y = torch.randn(3, 4, requires_grad=True), torch.tensor([[0., 1, -1, 1]] * 3)
     evaluate.loss_of(logits, y).backward()
