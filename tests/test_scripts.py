@@ -134,7 +134,7 @@ def test_a_seed_gives_one_result_and_another_seed_another(main, flags):
 
 
 def test_kill_9_at_random_moments(empty_folder):
-    flags = [*TINY, '--epochs', '12', '--checkpoint_minutes', '0', '--resume']
+    flags = [*TINY, '--epochs', '30', '--checkpoint_minutes', '0', '--resume']
     run(search.main, 'whole', *flags)
     command, rng = [sys.executable, str(ROOT / 'search.py'), *flags, '--save', 'killed'], \
         random.Random(0)
@@ -144,11 +144,12 @@ def test_kill_9_at_random_moments(empty_folder):
                 time.sleep(0.02)
             before = Path('killed/checkpoint.pt').exists() and \
                 Path('killed/checkpoint.pt').stat().st_mtime_ns
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.2))
             while before and Path('killed/checkpoint.pt').stat().st_mtime_ns == before \
                     and process.poll() is None:         # at least a step further
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
+    assert not Path('killed/genotype.json').exists()
     Path('killed/.log.jsonl.7.tmp').write_text('half')  # as a kill in the middle of writing leaves
     assert search.main([*flags, '--save', 'killed']) == 0
     same_run('killed', 'whole')
