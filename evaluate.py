@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CHEXPERT, DATA, REAL, Batches, Setting, UserError, choose_device,
-                           number, one_line_errors, parse_flags, read, read_chexpert, read_image,
-                           world, write_file)
+from generate_data import (CHEXPERT, DATA, REAL, Batches, Setting, UserError, choose_device, leave,
+                           load_file, number, one_line_errors, parse_flags, read, read_chexpert,
+                           read_image, world, write_file)
 
 import numpy as np
 import torch
@@ -225,20 +225,6 @@ def stem_for(stem, image_size, init_channels, auxiliary=False):
         raise UserError(f'{image_size} px are too few for --stem {stem}{with_head}: take {least} '
                         'or more')
     return stem
-
-
-def load_file(path, mend):
-    """The dictionary that torch.save wrote; UserError, with the mend, for a damaged file."""
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-        if isinstance(content, dict):
-            return content
-        reason = 'no dictionary'
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing: {mend}') from None
-    except Exception as error:                  # whatever a damaged file makes torch say
-        reason = (str(error) or 'truncated').splitlines()[0][:100]
-    raise UserError(f'{path} is not readable ({reason}): {mend}')
 
 
 def load_weights(path):
@@ -629,7 +615,10 @@ def show_cost(s, as_json):
     if not s['arch']:
         raise UserError('--cost needs --arch: give a published name, a genotype.json or a run')
     genotype, _ = find_genotype(s['arch'])
-    genotypes.check_layers(genotype, s['layers'])
+    try:
+        genotypes.check_layers(genotype, s['layers'])
+    except ValueError as error:
+        raise UserError(str(error)) from None
     stem = stem_for(s['stem'], s['image_size'], s['init_channels'])
     counts = cost(genotype, s['init_channels'], s['layers'], s['num_classes'], s['image_size'],
                   stem)
@@ -711,4 +700,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())

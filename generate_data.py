@@ -31,6 +31,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -47,10 +48,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
-from torchvision import datasets  # noqa: E402
-from torchvision.transforms import v2  # noqa: E402
-from torchvision.utils import make_grid  # noqa: E402
 
 try:
     import fcntl
@@ -175,6 +174,14 @@ def one_line_errors(main):
     return wrapped
 
 
+def leave(status):
+    """End the script; above 128 by that signal, so that a loop in a shell stops too."""
+    if status > 128:
+        signal.signal(status - 128, signal.SIG_DFL)
+        os.kill(os.getpid(), status - 128)
+    sys.exit(status)
+
+
 def write_file(path, content):
     """Write text, bytes, or by torch.save anything else; `path` is the old file or the new one."""
     path = Path(path)
@@ -185,6 +192,7 @@ def write_file(path, content):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         content = buffer.getvalue()
+        content += hashlib.sha256(content).digest()     # torch.load passes over it
     try:
         with open(temporary, 'wb') as file:
             file.write(content)
@@ -196,6 +204,25 @@ def write_file(path, content):
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def load_file(path, mend):
+    """The dictionary that write_file wrote; UserError, with the mend, if one bit of it has changed.
+
+    Files of older runs have no checksum at their end.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing: {mend}') from None
+    zipped, checksum = content[:-32], content[-32:]
+    if hashlib.sha256(zipped).digest() != checksum and b'PK\5\6' not in checksum:
+        raise UserError(f'{path} is damaged: {mend}')
+    try:
+        return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
+    except Exception as error:                  # whatever a damaged file makes torch say
+        reason = (str(error) or 'truncated').splitlines()[0][:100]
+        raise UserError(f'{path} is not readable ({reason}): {mend}') from None
 
 
 @contextlib.contextmanager
@@ -218,22 +245,33 @@ def world():
 
 
 class Progress:
-    """One line with what is done, the rate and the time left; in a log file one every 30 s."""
-    def __init__(self, total, unit, done=0):
-        self.total, self.unit, self.first = total, unit, done
+    """A line with what is done, the rate and the time left; in a log file one every 10 s.
+
+    Once it is known that more than a minute is left, a line that stays says when it will end, and
+    if that is more than an hour the `hint`, how to make it shorter.
+    """
+    def __init__(self, total, unit, done=0, hint=''):
+        self.total, self.unit, self.first, self.hint = total, unit, done, hint
         self.start = self.last = time.monotonic()
-        self.terminal = sys.stderr.isatty()
+        self.terminal, self.told = sys.stderr.isatty(), False
 
     def update(self, done, text=''):
         """done: units in all, counted from the very start; text: shown at the end of the line."""
-        now = time.monotonic()
-        if world()[0] or now - self.last < (0.2 if self.terminal else 30):
+        now, count = time.monotonic(), done - self.first
+        if world()[0] or not count or now - self.last < (0.2 if self.terminal else 10):
             return
-        self.last = now
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
-        line = f'{done:,}/{self.total:,} {self.unit}  {rate:,.1f}/s  {left} left  {text}'
-        print(line.ljust(78)[:118], end='\r' if self.terminal else '\n', file=sys.stderr)
+        self.last, each = now, max(now - self.start, 1e-9) / count
+        left = each * (self.total - done)
+        if not self.told and now - self.start > 3:
+            self.told = True
+            if left > 60:
+                end = time.strftime('%a %d %b, %H:%M', time.localtime(time.time() + left))
+                print(f'about {timedelta(seconds=round(left))} left, until {end}'
+                      + (self.hint if left > 3600 else ''))
+        rate = f'{1 / each:,.1f}/s' if each < 1 else f'{each:.1f} s each'
+        line = f'{done:,}/{self.total:,} {self.unit}  {rate}  {timedelta(seconds=round(left))} left'
+        print(f'{line}  {text}'.ljust(78)[:118], end='\r' if self.terminal else '\n',
+              file=sys.stderr)
 
     def close(self):
         if self.terminal and not world()[0]:
@@ -261,8 +299,13 @@ def choose_device(gpu, tf32=False):
         raise UserError(f'--gpu {gpu}: this machine has CUDA devices 0 to '
                         f'{torch.cuda.device_count() - 1}. Use one of them, or -1 for the CPU.')
     if shared:
-        torch.distributed.init_process_group('nccl' if cuda else 'gloo',
-                                             timeout=timedelta(minutes=10))
+        # torchrun keeps its store when it starts the processes again: without a prefix they would
+        # find the addresses of those that died.
+        store, rank, processes = next(torch.distributed.rendezvous('env://'))
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        torch.distributed.init_process_group(
+            'nccl' if cuda else 'gloo', timeout=timedelta(minutes=10), rank=rank,
+            world_size=processes, store=torch.distributed.PrefixStore(attempt, store))
         if world()[0]:                          # one process speaks
             sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
     if cuda:
@@ -272,6 +315,12 @@ def choose_device(gpu, tf32=False):
         print(f'no CUDA on this machine: --gpu {gpu} runs on the CPU '
               f'({torch.get_num_threads()} threads)', file=sys.stderr)
     return torch.device('cuda', gpu) if cuda else torch.device('cpu')
+
+
+def vision():
+    """torchvision, loaded when it is needed: it takes as long as torch."""
+    import torchvision.transforms.v2
+    return torchvision
 
 
 def set_tf32(on):
@@ -304,6 +353,7 @@ DATA = {
     'uncertain': Setting('mixed', 'what -1.0 of CheXpert becomes; mixed: ones for Atelectasis and '
                          'Edema, else zeros', ['mixed', 'ones', 'zeros', 'ignore']),
     'views': Setting('frontal', 'of CheXpert', ['frontal', 'all'])}
+DEFAULTS = {name: setting.default for name, setting in DATA.items()}
 # Of generate_data.py alone, for --generator train
 TRAINING = {'generator_steps': Setting(50000, 'steps of training', number(int, 1)),
             'time_limit': Setting(None, 'minutes of training', number(float, above=0))}
@@ -580,7 +630,7 @@ class Formula:
         x = np.stack([draw_leaves(*image, fine) for image in zip(leaves.tolist(),
                                                                  colours.tolist())])
         x = torch.from_numpy(x).to(u.device).permute(0, 3, 1, 2) / 255
-        x = nn.functional.adaptive_avg_pool2d(x, self.size)
+        x = F.adaptive_avg_pool2d(x, self.size)
         return x + self.contrast / 3 * smooth_field(noise[:, :1], 2 + u[:, 3])
 
 
@@ -619,7 +669,8 @@ def fractal_bank(seed, n):
     fits = (total >= (5 + count) / 2) & (total <= (6 + count) / 2)
     s = tries[np.arange(n), fits.argmax(1)]
     angles, signs, shift = (2 * u[:, 1:25].reshape(3, n, 4, 2) - 1)
-    (c1, c2), (s1, s2) = (np.moveaxis(f(np.pi * angles), -1, 0) for f in (np.cos, np.sin))
+    c1, c2 = np.moveaxis(np.cos(np.pi * angles), -1, 0)
+    s1, s2 = np.moveaxis(np.sin(np.pi * angles), -1, 0)
     d1, d2 = np.moveaxis(s * np.sign(signs), -1, 0)
     maps = np.stack([c1 * d1 * c2 - s1 * d2 * s2, -c1 * d1 * s2 - s1 * d2 * c2, shift[..., 0],
                      s1 * d1 * c2 + c1 * d2 * s2, c1 * d2 * c2 - s1 * d1 * s2, shift[..., 1],
@@ -647,7 +698,7 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     maps, path = maps.flatten(0, 1)[:, :6].contiguous(), []
     x = y = torch.zeros(b, points, device=u.device)
     for t, hop in enumerate(chosen.view(b, ROUNDS, points).unbind(1)):
-        m = nn.functional.embedding(hop, maps).unbind(-1)
+        m = F.embedding(hop, maps).unbind(-1)
         x, y = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
         if t >= SETTLE:
             path.append(torch.stack([x, y], 1))
@@ -663,7 +714,7 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     at += rows[:, None] * (2 * size) ** 2
     counts = torch.bincount(torch.where(inside, at, b * (2 * size) ** 2).flatten(),
                             minlength=b * (2 * size) ** 2 + 1)[:-1]
-    tone = nn.functional.avg_pool2d(counts.view(b, 1, 2 * size, 2 * size).float().log1p(), 2)
+    tone = F.avg_pool2d(counts.view(b, 1, 2 * size, 2 * size).float().log1p(), 2)
     return tone / tone.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
 def spread(seed, n, k):
@@ -681,7 +732,8 @@ def smooth_field(noise, slope, stretch=None, angle=None):
     fy = torch.fft.fftfreq(size, device=noise.device)[:, None]
     fx = torch.fft.rfftfreq(size, device=noise.device)
     if angle is not None:
-        c, s, stretch = (v[:, None, None] for v in (angle.cos(), angle.sin(), stretch))
+        c, s = angle.cos()[:, None, None], angle.sin()[:, None, None]
+        stretch = stretch[:, None, None]
         fx, fy = (c * fx + s * fy) * stretch ** 0.5, (c * fy - s * fx) / stretch ** 0.5
     square = (fx ** 2 + fy ** 2).expand(len(noise), -1, -1).clone()
     square[:, 0, 0] = math.inf                  # no mean
@@ -727,8 +779,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x, e):
         scale, shift = self.condition(e)[:, :, None, None].chunk(2, 1)
-        y = self.norm2(self.conv1(nn.functional.silu(self.norm1(x)))) * (1 + scale) + shift
-        x = self.skip(x) + self.conv2(nn.functional.silu(y))
+        y = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
+        x = self.skip(x) + self.conv2(F.silu(y))
         if self.attention is not None:
             tokens = self.norm3(x).flatten(2).transpose(1, 2)
             tokens, _ = self.attention(tokens, tokens, tokens, need_weights=False)
@@ -738,12 +790,12 @@ class ResBlock(nn.Module):
 
 class UNet(nn.Module):
     """Velocity of the flow: images (B, 3, S, S), time (B,), condition (B, classes + 1)."""
-    def __init__(self, size, num_classes, emb=256):
+    def __init__(self, size, num_classes, emb=256, widths=(64, 128, 192, 240)):
         super().__init__()
         levels = 2
         while size % 2 ** levels == 0 and size >> levels >= 4:
             levels += 1
-        widths = ([64] * levels + [128, 192, 240])[-levels:]
+        widths = (widths[:1] * levels + widths[1:])[-levels:]
         small = [size >> k <= 8 for k in range(levels)]             # where there is attention
         self.frequencies = nn.Parameter(torch.randn(64) * 8, requires_grad=False)
         self.embed = nn.Sequential(nn.Linear(128 + num_classes + 1, emb), nn.SiLU(),
@@ -765,20 +817,20 @@ class UNet(nn.Module):
         e = self.embed(torch.cat([phase.cos(), phase.sin(), 8 * y], 1))     # 8: as much as time
         x, kept = self.stem(x), []
         for block in self.down:
-            x = block(nn.functional.avg_pool2d(x, 2) if kept else x, e)
+            x = block(F.avg_pool2d(x, 2) if kept else x, e)
             kept.append(x)
         x = self.middle(x, e)
         for block in self.up:
             if x.shape[-1] != kept[-1].shape[-1]:
-                x = nn.functional.interpolate(x, scale_factor=2.0)
+                x = F.interpolate(x, scale_factor=2.0)
             x = block(torch.cat([x, kept.pop()], 1), e)
         return self.head(x)
 
 
 def conditions(labels, num_classes):
     """float (B, classes + 1) of labels (B,) or (B, classes); the last column stands for "any"."""
-    rows = labels if labels.ndim == 2 else nn.functional.one_hot(labels, num_classes)
-    return nn.functional.pad(rows.float(), (0, 1))
+    rows = labels if labels.ndim == 2 else F.one_hot(labels, num_classes)
+    return F.pad(rows.float(), (0, 1))
 
 
 def flow_loss(network, x, y, seed, device):
@@ -813,14 +865,13 @@ def train_flow(source, path, steps, minutes, seed, device):
     for left in path.parent.glob('.*.tmp'):             # of a killed run
         left.unlink()
     if path.exists():
-        with readable(f'{path} is damaged', 'Remove it.'):
-            state = torch.load(path, map_location='cpu', weights_only=True)
-            if state['about'] != about:
-                raise UserError(f'{path} is of other images, labels or another seed. Remove it, or '
-                                'choose another --out.')
-            step, seconds = state['step'], state['seconds']
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+        state = load_file(path, 'remove it')
+        if state['about'] != about:
+            raise UserError(f'{path} is of other images, labels or another seed. Remove it, or '
+                            'choose another --out.')
+        step, seconds = state['step'], state['seconds']
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
     progress, began, saved = Progress(steps, 'steps', step), time.time() - seconds, 0.0
     limit, losses = 60 * (minutes or math.inf), []
@@ -939,6 +990,7 @@ def put_back(out):
 
 def check_out(out, force):
     """UserError if a set must not be written."""
+    put_back(out)
     if out.exists() and not force:
         raise UserError(f'{out} exists. Use --force to replace it, or choose another --out.')
     if out.is_file() or out.exists() and not (out / 'meta.json').exists() and any(out.iterdir()):
@@ -957,10 +1009,10 @@ def new_folder(out, force=False):
     old, new = out.with_name(f'.{out.name}.old'), out.with_name(f'.{out.name}.new')
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.with_name(f'.{out.name}.lock')):
-        put_back(out)
         check_out(out, force)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_left = functools.partial(shutil.rmtree, ignore_errors=True)
+        remove_left(new)
+        remove_left(old)
         try:
             new.mkdir()
             yield new
@@ -972,8 +1024,8 @@ def new_folder(out, force=False):
             raise
         finally:
             put_back(out)
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            remove_left(new)
+            remove_left(old)
 
 
 def own_settings(name, s):
@@ -991,7 +1043,6 @@ def make_set(out, name, s, device, force=False):
     """Write a set of the kind `name` with the settings s into the folder `out`; images/s."""
     if name not in KINDS:
         raise UserError(f'{name} is no kind of unreal data. Use one of {", ".join(KINDS)}.')
-    put_back(Path(out))
     check_out(Path(out), force)
     own = own_settings(name, s)
     if 'num_classes' in own and not own.get('multilabel') and s['num_images'] < s['num_classes']:
@@ -1026,37 +1077,48 @@ def write_set(out, made, about, force=False):
 
 def write_images(path, n, chunks):
     """Stream n images into an .npy file: (the first 100, SHA-256, image_size, mean and std)."""
-    progress, digest, first, done = Progress(n, 'images'), hashlib.sha256(), [], 0
-    counts, values = np.zeros((3, 256), np.int64), np.arange(256)
+    progress, digest, first, done, counts = Progress(n, 'images'), hashlib.sha256(), [], 0, 0
     with open(path, 'wb') as file:
         for chunk in chunks:
             if not done:
                 np.lib.format.write_array_header_1_0(file, {
                     'descr': '|u1', 'fortran_order': False, 'shape': (n, *chunk.shape[1:])})
             first.extend(chunk[:100 - len(first)])
-            counts += [np.bincount(channel, minlength=256) for channel in chunk.reshape(-1, 3).T]
+            counts = counts + count_values(chunk)
             digest.update(chunk.tobytes())
             file.write(chunk.tobytes())
             done += len(chunk)
             progress.update(done)
     progress.close()
-    mean = counts @ values / counts.sum(1)
-    variance = counts @ values ** 2 / counts.sum(1) - mean ** 2
-    return np.stack(first), digest.hexdigest(), {
-        'image_size': len(first[0]), 'mean': (mean / 255).tolist(),
-        'std': (np.sqrt(np.maximum(variance, 1)) / 255).tolist()}
+    mean, std = mean_and_std(counts)
+    return np.stack(first), digest.hexdigest(), {'image_size': len(first[0]), 'mean': mean,
+                                                 'std': std}
+
+
+def count_values(images):
+    """int64 (3, 256): how often each value is in a channel of uint8 images."""
+    return np.stack([np.bincount(c, minlength=256) for c in images.reshape(-1, 3).T])
+
+
+def mean_and_std(counts):
+    """Two lists by channel, of pixels / 255, from count_values; no deviation is below 1 / 255."""
+    values, n = np.arange(256), counts.sum(1)
+    mean = counts @ values / n
+    variance = counts @ values ** 2 / n - mean ** 2
+    return (mean / 255).tolist(), (np.sqrt(np.maximum(variance, 1)) / 255).tolist()
 
 
 def contact_sheet(images, labels, meta):
     """A labelled PIL image of up to 100 images, in ten columns, sorted by class where possible."""
-    size, gap, text, top = 72, 8, 18, 34
+    size, gap, text, top, v2 = 72, 8, 18, 34, vision().transforms.v2
     order = np.arange(len(images))
     if labels.ndim == 1:
         order = np.argsort(labels[order], kind='stable')
     x = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
     how = v2.InterpolationMode.NEAREST if x.shape[-1] <= size else v2.InterpolationMode.BICUBIC
-    x = nn.functional.pad(v2.functional.resize(x, [size, size], how), (0, 0, 0, text), value=255)
-    grid = nn.functional.pad(make_grid(x, 10, gap, pad_value=255), (0, 0, top, 0), value=255)
+    x = F.pad(v2.functional.resize(x, [size, size], how), (0, 0, 0, text), value=255)
+    grid = vision().utils.make_grid(x, 10, gap, pad_value=255)
+    grid = F.pad(grid, (0, 0, top, 0), value=255)
     sheet = v2.functional.to_pil_image(grid)
     pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     title = f'{meta["kind"]}: {len(labels):,} images of {meta["image_size"]} px, ' \
@@ -1127,11 +1189,11 @@ class Data:
                 if isinstance(self.images, np.ndarray):
                     image = Image.fromarray(self.images[index])
                     if augment in CROPS:
-                        image = v2.RandomResizedCrop(self.image_size)(image)
+                        image = vision().transforms.RandomResizedCrop(self.image_size)(image)
                 else:
                     image = Image.fromarray(read_image(self.images[index], self.image_size,
                                                        self.zoom, augment in CROPS))
-                for transform in TRANSFORMS.get(augment, ()):
+                for transform in transforms_of(augment) if augment in IN_WORKERS else ():
                     image = transform(image)
                 return torch.from_numpy(np.array(image))
         except UserError as error:
@@ -1157,7 +1219,7 @@ def read(name, s, split='train'):
     s: settings of DATA, defaults for those that are missing. Real images are resized to
     image_size; a written set never is. None if the set has no test split.
     """
-    s = {**{key: setting.default for key, setting in DATA.items()}, **s}
+    s = {**DEFAULTS, **s}
     if name in REAL:
         return REAL[name](name, s, split)
     folder = Path(name)
@@ -1236,16 +1298,13 @@ CIFAR = {
 
 def read_cifar(name, s, split):
     """CIFAR-10 or -100 in the layout of its python archive, in data_dir or data_dir itself."""
-    official = getattr(datasets, name.upper())
+    official = getattr(vision().datasets, name.upper())
     inner, mean, std = CIFAR[name]
     folder = Path(s['data_dir'])
-    if s['download']:
-        try:
-            official(str(folder), download=True)
-        except Exception as error:
-            raise UserError(f'no download ({error}). Put {inner}/ into {folder}.') from None
     if folder.name != inner or not folder.is_dir():
         folder /= inner
+    if s['download'] and not folder.is_dir():
+        download_cifar(official, folder)
     if not folder.is_dir():
         raise UserError(f'{name}: no {inner}/ in {folder.parent}. Give its --data_dir, or '
                         '--download.')
@@ -1273,6 +1332,20 @@ def read_cifar(name, s, split):
                            for x in images])
     return Data(name, 'real', images, np.concatenate(labels), names, mean, std, size,
                 {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
+
+
+def download_cifar(official, folder):
+    try:
+        with new_folder(folder) as new:                 # by one process, whole or not at all
+            official(str(new), download=True)
+            for file in [*(new / folder.name).iterdir()]:
+                file.rename(new / file.name)
+            (new / folder.name).rmdir()
+            (new / official.filename).unlink(missing_ok=True)
+    except Exception as error:
+        if not folder.is_dir():                         # else another run has just fetched it
+            raise UserError(f'no download ({error}). Put {folder.name}/ into {folder.parent}.') \
+                from None
 
 
 class Inert:
@@ -1316,12 +1389,13 @@ def cifar_images(array):
 
 def read_imagenet(name, s, split):
     """ImageNet as train/<synset>/ and val/<synset>/ in data_dir, or in its folder imagenet/."""
-    for place in (Path(s['data_dir']), Path(s['data_dir'], 'imagenet')):
+    for place in (Path(s['data_dir']), Path(s['data_dir'], name)):
         if (place / 'train').is_dir() and (place / 'val').is_dir():
             data = read_folder(place, split, s['image_size'] or 224, [0.485, 0.456, 0.406],
                                [0.229, 0.224, 0.225])
-            return replace(data, name=name, origin={'name': name,
-                                                    'data_dir': os.path.abspath(s['data_dir'])})
+            data.name = name
+            data.origin = {'name': name, 'data_dir': os.path.abspath(s['data_dir'])}
+            return data
     raise UserError(f'imagenet: no train/ and val/ in {s["data_dir"]} or its folder imagenet/. '
                     'Give its --data_dir.')
 
@@ -1447,38 +1521,34 @@ def read_folder(root, split, image_size, mean=None, std=None):
     if (root / 'train').is_dir():
         train = root / 'train'
         test = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
+    if split == 'test' and not test:
+        return None
     classes = class_names(train)
     differ = set(classes) ^ set(class_names(test)) if test else ()
     if differ:
         raise UserError(f'{test} and {train} differ in their classes: '
                         f'{", ".join(sorted(differ)[:5])}. Give both the same folders.')
-    if split == 'test' and not test:
-        return None
     files, labels = list_images(test if split == 'test' else train, classes)
+    if mean is None:
+        known = files if split == 'train' else list_images(train, classes)[0]
+        mean, std = training_statistics(tuple(known), image_size)
     data = Data(str(root), 'real', files, labels, classes, mean, std, image_size,
                 {'name': str(root.resolve())}, zoom=8 / 7 if image_size > 64 else 1)
     if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
         data.images = decode(files, image_size, data.zoom)
-    if mean is None:
-        files, _ = list_images(train, classes)
-        data.mean, data.std = mean_and_std(tuple(files), image_size)
     return data
 
 
 @functools.lru_cache(4)
-def mean_and_std(files, image_size):
-    """Of pixels / 255, by channel, over at most 2,000 training images, few in memory at a time."""
+def training_statistics(files, image_size):
+    """mean_and_std of at most 2,000 training images."""
     chosen = [files[k] for k in np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)]
-    sums = np.zeros((2, 3))
-    for part in parts_of(len(chosen), 32):
-        for pixels in decode(chosen[part.start:part.stop], image_size) / 255:
-            sums += pixels.mean((0, 1)), (pixels ** 2).mean((0, 1))
-    mean, square = sums / len(chosen)
-    return mean.tolist(), np.sqrt(np.maximum(square - mean ** 2, 1 / 255 ** 2)).tolist()
+    return mean_and_std(count_values(decode(chosen, image_size)))
 
 
 def list_images(folder, classes):
     """(paths, int64 labels) of all images in the folders of the classes."""
+    datasets = vision().datasets
     try:
         samples = datasets.ImageFolder.make_dataset(
             str(folder), {name: k for k, name in enumerate(classes)},
@@ -1524,7 +1594,7 @@ def read_image(path, image_size, zoom=1, crop=False):
                 w, h = h, w
             part = 1 / zoom
             if crop:
-                top, left, high, wide = v2.RandomResizedCrop.get_params(
+                top, left, high, wide = vision().transforms.RandomResizedCrop.get_params(
                     torch.empty(1, h, w, device='meta'), (0.08, 1), (3 / 4, 4 / 3))
                 part = min(high, wide) / min(w, h)
                 shares = np.array([left / w, top / h, (left + wide) / w, (top + high) / h])
@@ -1538,7 +1608,7 @@ def read_image(path, image_size, zoom=1, crop=False):
                                                tuple(shares * [w, h, w, h])))
             # Whole pixels, as if the resized image had been cut.
             scale = round(image_size * zoom) / min(w, h)
-            wide, high = (max(image_size, round(side * scale)) for side in (w, h))
+            wide, high = max(image_size, round(w * scale)), max(image_size, round(h * scale))
             left, top = (wide - image_size) // 2, (high - image_size) // 2
             box = (left * w / wide, top * h / high, (left + image_size) * w / wide,
                    (top + image_size) * h / high)
@@ -1600,13 +1670,11 @@ def find_or_make(name, s):
 
 def folder_name(name, own):
     """noise-num_images=1000-seed0: the own_settings that differ from the defaults."""
-    parts = [name]
-    defaults = {**{key: setting.default for key, setting in DATA.items()},
-                'image_size': None if 'source' in own else 32}
-    for key, value in own.items():
-        if key != 'data_seed' and value != defaults[key]:
-            parts.append(f'{key}={Path(str(value)).name}')
-    return '-'.join([*parts, f'seed{own["data_seed"]}'])
+    usual = {**DEFAULTS, 'data_seed': own['data_seed']}
+    if 'source' not in own:
+        usual['image_size'] = 32
+    parts = [f'{k}={Path(str(value)).name}' for k, value in own.items() if value != usual[k]]
+    return '-'.join([name, *parts, f'seed{own["data_seed"]}'])
 
 
 def stratified_split(labels, fraction, seed, patients=None):
@@ -1631,18 +1699,34 @@ def stratified_split(labels, fraction, seed, patients=None):
     return np.sort(order[first]), np.sort(order[~first])
 
 
-# What happens to an image in the loader's workers, by `augment`. The slight turn, shift and zoom
-# of chest X-rays are our own choice.
-FLIP = v2.RandomHorizontalFlip()
 CROPS = ('crop', 'imagenet')                # these begin with RandomResizedCrop
-TRANSFORMS = {
-    'crop': [FLIP],
-    'imagenet': [FLIP, v2.ColorJitter(0.4, 0.4, 0.4, 0.2)],
-    'affine': [v2.RandomAffine(5, (0.05, 0.05), (0.95, 1.05),
-                               interpolation=v2.InterpolationMode.BILINEAR)]}
+IN_WORKERS = (*CROPS, 'affine')             # these are done by the processes that read images
 
 
-AUGMENTATIONS = ['none', 'standard', *TRANSFORMS]
+@functools.cache
+def transforms_of(augment):
+    """What `augment`, one of IN_WORKERS, does to an image that is cropped already.
+
+    The slight turn, shift and zoom of chest X-rays are our own choice.
+    """
+    v2 = vision().transforms.v2
+    if augment == 'affine':
+        return [v2.RandomAffine(5, (0.05, 0.05), (0.95, 1.05),
+                                interpolation=v2.InterpolationMode.BILINEAR)]
+    colours = [v2.ColorJitter(0.4, 0.4, 0.4, 0.2)] if augment == 'imagenet' else []
+    return [v2.RandomHorizontalFlip(), *colours]
+
+
+AUGMENTATIONS = ['none', 'standard', *IN_WORKERS]
+
+
+def suited(data):
+    """The augmentation that --augment auto means for a Data."""
+    if data.kind in KINDS and not KINDS[data.kind].augment:
+        return 'none'
+    if data.multilabel:
+        return 'affine'
+    return 'imagenet' if data.image_size > 64 else 'standard'
 
 
 class Batches:
@@ -1672,20 +1756,16 @@ class Batches:
             self.part = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
         else:
             self.indices = self.indices[rank::processes]
-        self.device, self.augment, self.cutout, self.seed = device, augment, cutout, seed
+        self.augment = suited(data) if augment == 'auto' else augment
+        self.device, self.cutout, self.seed = device, cutout, seed
         self.shuffle, self.workers = shuffle, workers
-        if augment == 'auto':
-            if data.kind in KINDS and not KINDS[data.kind].augment:
-                self.augment = 'none'
-            elif data.multilabel:
-                self.augment = 'affine'
-            else:
-                self.augment = 'imagenet' if data.image_size > 64 else 'standard'
         self.mean = torch.tensor(data.mean, device=device) * 255
         self.scale = 1 / (torch.tensor(data.std, device=device) * 255)
         labels = torch.from_numpy(np.ascontiguousarray(data.labels))
         self.labels = (labels.float() if data.multilabel else labels).to(device)
-        self.resident = data.resident and self.augment not in TRANSFORMS
+        self.resident = data.resident and self.augment not in IN_WORKERS
+        if self.augment in IN_WORKERS:          # so that the workers find torchvision loaded
+            transforms_of(self.augment)
         if self.resident and str(device) not in data.on_device:
             data.on_device[str(device)] = torch.from_numpy(np.array(data.images)).to(device)
 
@@ -1697,32 +1777,36 @@ class Batches:
         """Batches start, start + 1, ... of an epoch."""
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
         n, step = len(self.indices), self.batch_size
-        order = self.indices[rng.permutation(n)] if self.shuffle else self.indices
+        indices = self.indices[rng.permutation(n)] if self.shuffle else self.indices
         random = self.augment == 'standard' or self.cutout
         draws = torch.from_numpy(rng.random((n if random else 0, 11), np.float32)).to(self.device)
-        order = torch.from_numpy(order).to(self.device)
+        order = torch.from_numpy(indices).to(self.device)
         parts = [slice(k * step + self.part.start, k * step + self.part.stop)
                  for k in range(start, len(self))]
-        for part, x in zip(parts, self.pixels(order, parts, epoch)):
-            yield self.prepared(x, draws[part]), self.labels[order[part]]
-
-    def pixels(self, order, parts, epoch):
-        """uint8 (B, H, W, 3) on the device for each slice of `order`."""
         if self.resident:
             images = self.data.on_device[str(self.device)]
-            for part in parts:
-                yield images[order[part]]
-            return
-        seeds = self.seed, epoch
-        batches = [[(index, self.augment, seeds) for index in order[part].tolist()]
-                   for part in parts]
+            batches = (images[order[part]] for part in parts)
+        else:
+            batches = self.from_workers((indices[part].tolist() for part in parts), epoch)
+        for part, x in zip(parts, batches):
+            yield self.prepared(x, draws[part]), self.labels[order[part]]
+
+    def from_workers(self, batches, epoch):
+        """uint8 (B, H, W, 3) on the device for each list of indices."""
         loader = torch.utils.data.DataLoader(
-            self.data, batch_sampler=batches, num_workers=self.workers, collate_fn=stack_images,
-            pin_memory=self.device.type == 'cuda', generator=torch.Generator())
+            self.data, batch_sampler=self.items(batches, epoch), num_workers=self.workers,
+            collate_fn=stack_images, pin_memory=self.device.type == 'cuda',
+            generator=torch.Generator())
         for x in loader:
             if isinstance(x, UserError):
                 raise x
             yield x.to(self.device, non_blocking=True)
+
+    def items(self, batches, epoch):
+        """What Data's __getitem__ takes, for each list of indices."""
+        seeds = self.seed, epoch
+        for batch in batches:
+            yield [(index, self.augment, seeds) for index in batch]
 
     def prepared(self, x, u):
         """x: uint8 (B, H, W, 3), u: (B, 11) from 0 to 1, whose first columns are a flip, the place
@@ -1746,7 +1830,7 @@ def stack_images(images):
 def crop_and_flip(x, offsets, flips, padding):
     """x: uint8 (B, H, W, 3); offsets (B, 2) into x padded with black; flips (B,) 0 or 1."""
     b, h, w, _ = x.shape
-    x = nn.functional.pad(x, (0, 0, padding, padding, padding, padding))
+    x = F.pad(x, (0, 0, padding, padding, padding, padding))
     rows = offsets[:, :1] + torch.arange(h, device=x.device)
     columns = torch.arange(w, device=x.device)
     columns = torch.where(flips.unsqueeze(1) == 1, w - 1 - columns, columns) + offsets[:, 1:]
@@ -1791,4 +1875,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())

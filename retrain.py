@@ -35,11 +35,12 @@ from types import SimpleNamespace
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, Setting, UserError,
-                           choose_device, fcntl, find_or_make, name_or_path, number,
-                           one_line_errors, parse_flags, read, refuse_unused, stratified_split,
-                           taken, world, write_file)
-from evaluate import (COST, EVALUATION_BATCH, FREE, correct, find_genotype, gathered, load_file,
-                      loss_of, read_json, stem_for, test)
+                           choose_device, fcntl, find_or_make, leave, load_file, name_or_path,
+                           number, one_line_errors, parse_flags, read, refuse_unused,
+                           stratified_split, taken, world, write_file)
+from evaluate import (COST, EVALUATION_BATCH, FREE, correct, find_genotype, gathered, loss_of,
+                      read_json, read_log,
+                      stem_for, test)
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ SCHEDULE = {
     'momentum': Setting(0.9, 'of SGD', number(float, 0, below=1)),
     'nesterov': Setting(False, "Nesterov's momentum"),
     'weight_decay': Setting(3e-4, 'of the weights', number(float, 0)),
-    'grad_clip': Setting(5.0, "largest norm of the weights' gradient", number(float, above=0)),
+    'grad_clip': Setting(5.0, "largest norm of the gradient; 0: no limit", number(float, 0)),
 }
 RUN = {
     'gpu': Setting(0, 'CUDA device, -1: the CPU', number(int, -1)),
@@ -98,7 +99,8 @@ RECIPE = {
     'optimizer': Setting('sgd', 'of the weights', ['sgd', 'adam']),
     'label_smoothing': Setting(0.0, 'share spread over all classes', number(float, 0, below=1)),
     'holdout_patients': Setting(0.0, 'share that chooses the epoch', number(float, 0, below=1)),
-    'train_portion': Setting(1.0, 'share of the images to use', number(float, high=1, above=0)),
+    'train_portion': Setting(1.0, 'share of the images to use, or from 2 on their number',
+                             number(float, above=0)),
 }
 # nb201: the benchmark's recipe, three stages of five cells; by default for its cells. ImageNet:
 # that of PC-DARTS and P-DARTS, whose linear fall from 0.5 is worth more than a point over DARTS's
@@ -106,10 +108,10 @@ RECIPE = {
 PRESETS = {
     'cifar': {},
     'nb201': dict(epochs=200, batch_size=256, learning_rate=0.1, nesterov=True, weight_decay=5e-4,
-                  drop_path_prob=0.0, init_channels=16, layers=17),
+                  grad_clip=0.0, drop_path_prob=0.0, init_channels=16, layers=17),
     'laptop': dict(epochs=20, batch_size=64, learning_rate=0.1, nesterov=True, weight_decay=5e-4,
                    drop_path_prob=0.0, init_channels=16, layers=5, image_size=16,
-                   train_portion=0.04, augment='none'),
+                   train_portion=2000, augment='none'),
     'imagenet': dict(epochs=250, batch_size=1024, rate_for=1024, learning_rate=0.5,
                      schedule='linear', warmup_epochs=5, weight_decay=3e-5, label_smoothing=0.1,
                      drop_path_prob=0.0, init_channels=48, layers=14, image_size=224,
@@ -121,6 +123,14 @@ PRESETS = {
 QUICK = dict(num_images=1000, epochs=2, steps_per_epoch=40, batch_size=32, init_channels=8,
              layers=5, warmup_epochs=0)
 FIT_IMAGES = 10000          # training images on which the fit is measured at the end
+# What a run says of an epoch, of what its log has
+SAID = {'train_loss': 'loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}',
+        'valid_loss': 'held-out loss {:.3f}', 'valid_accuracy': 'held-out accuracy {:.1%}',
+        'skips_normal': '{} skips in the normal cell', 'skips_reduce': '{} in the reduction cell',
+        'skips_cell': '{} skips', 'truth_for_analysis_only': 'true accuracy {[cifar10]:.2f}%',
+        'holdout_error': 'held-out error {:.2f}%', 'holdout_auroc_tasks': 'held-out AUROC {:.3f}',
+        'test_error': 'test error {:.2f}%', 'test_auroc_tasks': 'test AUROC {:.3f}',
+        'fit_error': 'training error {:.2f}%', 'fit_auroc_tasks': 'training AUROC {:.3f}'}
 
 
 def preset_name(chosen, presets):
@@ -165,6 +175,13 @@ def settle(s, typed, defaults):
     return args
 
 
+def batch_of(args, images):
+    """--batch_size; of --preset laptop less of few images, so that an epoch has about 20 steps."""
+    if args.preset != 'laptop':
+        return args.batch_size
+    return min(args.batch_size, max(8, images // 20))
+
+
 def run_name(script, first, args, typed, defaults):
     """runs/SCRIPT-first words-seed, and what else was typed that is not the default."""
     def word(value):
@@ -189,13 +206,20 @@ def run_name(script, first, args, typed, defaults):
 
 
 def learning_rate_at(args, epoch, epochs):
-    """Learning rate of an epoch: a linear rise, then a fall to learning_rate_min."""
+    """Learning rate of an epoch: a fall to learning_rate_min, scaled by the warm-up at the start.
+
+    linear: to nearly 0 by the last 2% of the epochs, in which it falls on five times as slowly, as
+    PC-DARTS retrains on ImageNet: lr (E-5-e) / (E-5), then lr (E-e) / (5 (E-5)), for E = 250.
+    """
+    left = (1 + math.cos(math.pi * epoch / epochs)) / 2
+    if args.schedule == 'linear':
+        tail = round(epochs / 50)
+        left = (epochs - tail - epoch) / (epochs - tail)
+        if epochs - epoch <= tail:
+            left = (epochs - epoch) / (tail * (epochs - tail))
     rise = round(args.warmup_epochs * epochs / args.epochs)
-    if epoch < rise:
-        return args.learning_rate * (epoch + 1) / rise
-    done = (epoch - rise) / (epochs - rise)
-    left = 1 - done if args.schedule == 'linear' else (1 + math.cos(math.pi * done)) / 2
-    return args.learning_rate_min + (args.learning_rate - args.learning_rate_min) * left
+    rate = args.learning_rate_min + (args.learning_rate - args.learning_rate_min) * left
+    return rate * min(1.0, (epoch + 1) / rise) if rise else rate
 
 
 # ---------------------------------------------------------------------------------------------
@@ -243,11 +267,12 @@ class Run:
         """Set epochs, steps of an epoch and total steps, of data that give `full` steps an epoch.
 
         Without --steps_per_epoch, --max_steps shortens the epochs and not their number, so that
-        everything that goes by epochs keeps its shape. --quick takes what the data give.
+        everything that goes by epochs keeps its shape. --quick and --preset laptop take what the
+        data give.
         """
         args = self.args
         steps, total = args.steps_per_epoch or full, args.max_steps
-        if steps > full and not args.quick:
+        if steps > full and not (args.quick or args.preset == 'laptop'):
             raise UserError(f'--steps_per_epoch {steps}: the data give {full} steps of '
                             f'--batch_size {args.batch_size}: take as many at most')
         steps = min(steps, full)
@@ -331,7 +356,8 @@ class Run:
               f'{self.folder}')
         self.sums, self.state, saved = sums, state, self.checkpoint
         done = min(self.epoch * self.steps + self.step, self.total)
-        self.progress = Progress(self.total, 'steps', done)
+        hint = '; --preset laptop or --quick takes minutes' if self.device.type == 'cpu' else ''
+        self.progress = Progress(self.total, 'steps', done, hint)
         if not saved:
             return
         try:
@@ -373,8 +399,10 @@ class Run:
     def end_epoch(self, epoch, line, images):
         """Log an epoch of so many `images` and save; True if a signal stopped the run."""
         self.log.append({'epoch': epoch, **line, 'seconds': round(self.seconds, 3),
-                         'images_per_second': round(images / self.seconds, 1),
+                         'images_per_second': round(images / max(self.seconds, 1e-9), 1),
                          'peak_memory_mib': peak_memory_mib(self.device)})
+        self.progress.close()
+        print(f'epoch {epoch + 1}/{self.epochs}: {said_of(line)}')
         self.sums = torch.zeros_like(self.sums)
         self.save(epoch + 1, 0)
         return bool(self.stop) and epoch + 1 < self.epochs and self.say_stopped()
@@ -426,6 +454,12 @@ class Run:
     def say_stopped(self):
         print(f'stopped and saved in {self.folder}: run the same with --resume')
         return True
+
+
+def said_of(line):
+    """What is worth saying of a line of the log."""
+    return ', '.join(text.format(line[name]) for name, text in SAID.items()
+                     if line.get(name) is not None)
 
 
 def git_commit():
@@ -627,7 +661,8 @@ def train_step(network, batch, optimizer, args):
                                                                args.label_smoothing)
             (total / len(parts)).backward()
         sums = sums + torch.stack([loss.detach() / len(parts), correct(logits.detach(), y)])
-    torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip, foreach=True)
+    if args.grad_clip:
+        torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip, foreach=True)
     optimizer.step()
     optimizer.zero_grad()
     return sums.unbind()
@@ -673,9 +708,11 @@ def split_rows(data, args):
 
     With --holdout_patients a patient is in one of them only.
     """
-    rows = np.arange(len(data))
-    if args.train_portion < 1:
-        rows, _ = stratified_split(data.labels, args.train_portion, args.seed, data.patients)
+    rows, portion = np.arange(len(data)), args.train_portion
+    if portion > 1:
+        portion = min(1.0, portion / len(data))
+    if portion < 1:
+        rows, _ = stratified_split(data.labels, portion, args.seed, data.patients)
     if not args.holdout_patients:
         return rows, rows[:0]
     patients = None if data.patients is None else data.patients[rows]
@@ -731,6 +768,7 @@ def main(argv=None):
     device = choose_device(args.gpu, args.tf32)
     run = Run(args, device, 'weights.pt')
     if run.finished:                            # a loop goes on without reading the data
+        print('result:', said_of(read_log(run.folder)[-1]))
         return
 
     # Data: images to train on, to choose the epoch on, to measure the fit on, and to test on.
@@ -747,7 +785,8 @@ def main(argv=None):
         return Batches(data, rows, EVALUATION_BATCH[data.image_size > 64], device, shuffle=False,
                        workers=args.workers)
 
-    batches = Batches(data, rows, args.batch_size, device, args.augment,
+    size = batch_of(args, len(rows))
+    batches = Batches(data, rows, size, device, args.augment,
                       args.cutout_length if args.cutout else 0, 2 * args.seed, True, args.workers)
     fit_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), FIT_IMAGES)).astype(int)]
     run.plan(len(batches))
@@ -777,7 +816,7 @@ def main(argv=None):
             start_alike(network)                # with the running statistics of the first process
             loss, right = averaged([run.sums])[0].div(run.last).tolist()
             line = {'learning_rate': learning_rate, 'drop_path_prob': drop_path_prob,
-                    'train_loss': loss, 'train_accuracy': right * world()[1] / args.batch_size}
+                    'train_loss': loss, 'train_accuracy': right * world()[1] / size}
             if len(held):
                 line.update(scored('holdout', network, whole(data, held)))
                 worth = line.get('holdout_error', -(line.get('holdout_auroc_tasks') or 0))
@@ -795,7 +834,7 @@ def main(argv=None):
                 line.update(scored('fit', network, whole(data, fit_rows)))
             measured = [line[name] for name in ('test_loss', 'fit_loss') if name in line]
             run.check_finite([torch.tensor(measured or [0.0])], epoch * run.steps + run.last)
-            if run.end_epoch(epoch, line, run.last * args.batch_size):
+            if run.end_epoch(epoch, line, run.last * size):
                 return 128 + run.stop
         run.progress.close()
         if not world()[0]:
@@ -814,13 +853,11 @@ def finish(run, args, data, test_data, stem, genotype, found_by, weights):
             'settings': {'data_dir': str(Path(args.data_dir).resolve()),
                          'uncertain': args.uncertain, 'views': args.views}}
     write_file(run.folder / 'weights.pt', {'network': weights, 'meta': meta})
-    for name, value in run.log[-1].items():
-        if name.startswith(('test_', 'fit_')) and value is not None:
-            print(f'{name} {value:.4g}')
+    print('result:', said_of(run.log[-1]))
     if args.quick:
         print('this was --quick: the pipeline works, the result means little')
     print(f'next: python evaluate.py {shlex.quote(str(run.folder))}')
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())

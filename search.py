@@ -19,17 +19,16 @@ SDARTS (2002.05283), DARTS- (2009.01027), beta-DARTS (2203.01665), RobustDARTS (
 """
 import math
 import shlex
-import sys
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (KINDS, REAL, Batches, Setting, UserError, choose_device, find_or_make,
-                           number, one_line_errors, parse_flags, set_tf32, stratified_split, world,
-                           write_file)
-from evaluate import COST, correct, loss_of, method_name, read_json, stem_for
-from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, averaged, changed_by_a_step,
+from generate_data import (CIFAR, KINDS, REAL, Batches, Setting, UserError, choose_device,
+                           find_or_make, leave, number, one_line_errors, parse_flags, set_tf32,
+                           stratified_split, suited, world, write_file)
+from evaluate import COST, correct, find_genotype, loss_of, method_name, read_json, stem_for
+from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, averaged, batch_of, changed_by_a_step,
                      check_alike, learning_rate_at, preset_name, run_name, settle, start_alike,
                      that_data_take)
 
@@ -39,7 +38,7 @@ import torch.nn.functional as F
 from genotypes import (agreement, draw, from_plain, from_string, plain, random_genotype,
                        random_string, to_json, truth)
 from model_search import DARTS, NB201, Drawn, Network, derive
-from operations import DroppedSkip, dropped_skip
+from operations import DroppedSkip, dropped_skip, skip_connect
 
 # ---------------------------------------------------------------------------------------------
 # Settings. Defaults are DARTS's; a method's own are in its class.
@@ -60,6 +59,7 @@ SEARCH = {
                               number(float, above=0, below=1)),
     'arch_learning_rate': Setting(3e-4, 'of the alphas', number(float, 0)),
     'arch_weight_decay': Setting(1e-3, 'of the alphas', number(float, 0)),
+    'arch_grad_clip': Setting(0.0, 'of the alphas; 0: no limit', number(float, 0)),
     'frozen_epochs': Setting(0, 'first epochs, of the weights alone', number(int, 0)),
     'hessian': Setting(None, 'log its largest eigenvalue every so many epochs', number(int, 1)),
     'early_stop': Setting(False, 'stop when it grows, as RobustDARTS does'),
@@ -74,8 +74,8 @@ PRESETS = {
     'cifar': {},
     'imagenet': dict(image_size=224, num_classes=1000, num_images=128000, source='imagenet',
                      batch_size=1024, rate_for=1024, learning_rate=0.5, learning_rate_min=0.0,
-                     warmup_epochs=5, arch_learning_rate=6e-3, frozen_epochs=35,
-                     train_portion=0.1, valid_fraction=0.025),
+                     warmup_epochs=5, arch_learning_rate=6e-3, arch_grad_clip=5.0,
+                     frozen_epochs=35, train_portion=0.1, valid_fraction=0.025),
     'chexpert': dict(image_size=224, num_classes=14, num_images=20000, multilabel=True,
                      source='chexpert', train_portion=0.1, valid_fraction=0.1),
     'laptop': dict(space='nb201', cells_per_stage=1, image_size=16, epochs=50, steps_per_epoch=20,
@@ -163,12 +163,11 @@ class PcDarts(Darts):
 class PDarts(Darts):
     """P-DARTS (1904.12760): three stages, each with more cells and fewer operations an edge.
 
-    Skips have dropout, which falls within a stage, and the gradient of the alphas is clipped at 5.
-    In the end the normal cell keeps two skips at most. Epochs are those of all stages together,
-    frozen epochs those of each.
+    Skips have dropout, which falls within a stage. In the end the normal cell keeps two skips at
+    most. Epochs are those of all stages together, frozen epochs those of each.
     """
     recipe = dict(epochs=75, batch_size=96, learning_rate_min=0.0, arch_learning_rate=6e-4,
-                  frozen_epochs=10, layers=5)
+                  arch_grad_clip=5.0, frozen_epochs=10, layers=5)
     recipe_on = {'imagenet': dict(frozen_epochs=10)}
     spaces, stages, stochastic = ('darts',), 3, True
     MORE_CELLS, OPERATIONS, DROPOUT = (0, 6, 12), (8, 5, 3), (0.0, 0.4, 0.7)
@@ -201,10 +200,6 @@ class PDarts(Darts):
             skip.probability.fill_(self.DROPOUT[self.stage] * share)
         return {'skip_dropout': self.DROPOUT[self.stage] * share}
 
-    def alpha_gradients(self, grads):
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        return [g * (5 / (norm + 1e-6)).clamp(max=1) for g in grads]
-
     @torch.no_grad()
     def result(self, most=2):
         """Strike out the weakest skip of the normal cell and choose again, until `most` are left.
@@ -224,9 +219,11 @@ class PDarts(Darts):
 class Gdas(Darts):
     """GDAS (1910.04465): one operation an edge, by Gumbel's argmax, drawn in every forward pass.
 
-    Its gradient is that of the softmax, whose temperature falls from 10 to 0.1.
+    Its gradient is that of the softmax, whose temperature falls from 10 to 0.1. Operations and
+    BatchNorm after pooling are DARTS's.
     """
     recipe = dict(epochs=250)
+    recipe_on = {'darts': dict(layers=6, batch_size=256, weight_decay=5e-4, nesterov=True)}
     stochastic = one_path = True
 
     def begin_epoch(self, epoch, epochs, frozen):
@@ -244,18 +241,19 @@ class Gdas(Darts):
 class DartsMinus(Darts):
     """DARTS- (2009.01027): an auxiliary skip on every edge, outside the softmax; it fades."""
 
+    def change_space(self, space, layers):
+        return space._replace(extras={'auxiliary_skip': skip_connect}), layers
+
     def begin_epoch(self, epoch, epochs, frozen):
         return self.set(skip_weight=1 - epoch / epochs)
 
     def mix(self, cell_type, p):
-        more = torch.zeros_like(p)
-        more[:, list(self.network.space.operations).index('skip_connect')] = 1
-        return p + self.skip_weight * more
+        return torch.cat([p, self.skip_weight.expand(len(p), 1)], 1)
 
 
 class BetaDarts(Darts):
     """Beta-DARTS (2203.01665): the alphas' loss gets lambda times the mean of logsumexp(alpha)."""
-    recipe = dict(weight_decay=3e-4)
+    recipe_on = {'nb201': dict(epochs=100, nesterov=False, weight_decay=3e-4)}
 
     def begin_epoch(self, epoch, epochs, frozen):
         return self.set(lambda_=50 * (epoch / epochs))
@@ -275,8 +273,10 @@ class SDarts(Darts):
     --perturb random: by a uniform shift, brought back to the simplex. adversarial: from there
     seven steps of 2 radius / 7 along the sign of the training loss's gradient, each kept within
     the radius and brought back; the probabilities themselves if the loss is then lower than with
-    them. BatchNorm has batch statistics in it.
+    them. The attack is in evaluation mode, as the authors have it.
     """
+    recipe_on = {'nb201': dict(epochs=100, nesterov=False, weight_decay=3e-4)}
+
     def begin_epoch(self, epoch, epochs, frozen):
         return self.set(radius=0.03 + 0.27 * (epoch / epochs))
 
@@ -294,7 +294,8 @@ class SDarts(Darts):
                 for cell, p in start.items()}
         if self.args.perturb == 'random':
             return near
-        with trained(network), network.frozen_statistics():
+        network.eval()
+        with trained(network):
             before = self.training_loss(train)
             with mixed_by(network, lambda cell_type, _: near[cell_type]):
                 for _ in range(7):
@@ -306,6 +307,7 @@ class SDarts(Darts):
                         near[cell] = simplex(start[cell] + torch.minimum(
                             torch.maximum(shift, -radius), radius))
                 worse = self.training_loss(train) >= before
+        network.train()
         return {cell: torch.where(worse, value, start[cell]) for cell, value in near.items()}
 
     @torch.no_grad()
@@ -465,6 +467,8 @@ def architecture_step(method, train, valid, sgd, adam, moments=()):
         pair += torch.stack([grad, grad.square()])
     for alpha, grad in zip(alphas, method.alpha_gradients(grads)):
         alpha.grad = grad
+    if args.arch_grad_clip:
+        torch.nn.utils.clip_grad_norm_(alphas, args.arch_grad_clip, foreach=True)
     adam.step()
     adam.zero_grad()
     return loss, right
@@ -480,7 +484,8 @@ def weight_step(method, train, sgd):
         if grad.dim() == 4:
             grad = grad.contiguous(memory_format=torch.channels_last)
         weight.grad = grad
-    torch.nn.utils.clip_grad_norm_(weights, method.args.grad_clip, foreach=True)
+    if method.args.grad_clip:
+        torch.nn.utils.clip_grad_norm_(weights, method.args.grad_clip, foreach=True)
     sgd.step()
     sgd.zero_grad()
     return loss, right
@@ -612,6 +617,8 @@ def parse(argv):
         space = {**chosen, **PRESETS[preset], **typed}['space']
         out = {**DEFAULTS, **SPACES[space], **method.recipe, **method.recipe_on.get(space, {}),
                **PRESETS[preset], **method.recipe_on.get(preset, {})}
+        if preset == 'laptop' and space == 'darts':
+            out.update(init_channels=8, layers=5, batch_size=32)
         if chosen['early_stop']:
             out['hessian'] = 2
         if 'train_portion' in PRESETS[preset] and has_own_images(chosen['data']):
@@ -670,12 +677,23 @@ def two_parts(data, args):
     return first, rest[stratified_split(data.labels[rest], share, args.seed, patients)[0]]
 
 
+def make_batches(data, args, device):
+    """[Batches for the weights] and, if they are to be held out, others for the alphas."""
+    halves = two_parts(data, args)[:2 if args.arch_data == 'valid' else 1]
+    augment, size = args.augment, batch_of(args, min(map(len, halves)))
+    if augment == 'auto':                       # no colour jitter: PC-DARTS searches without
+        augment = suited(data).replace('imagenet', 'crop')
+    return [Batches(data, half, size, device, augment, seed=2 * args.seed + k,
+                    workers=args.workers) for k, half in enumerate(halves)]
+
+
 @one_line_errors
 def main(argv=None):
     args = parse(argv)
     device = choose_device(args.gpu, args.tf32)
     run = Run(args, device, 'genotype.json')
     if run.finished:                            # a loop goes on without reading the data
+        say(find_genotype(str(run.folder))[0])
         return
     if not METHODS[args.method].searches:
         with run.of(None):
@@ -684,12 +702,9 @@ def main(argv=None):
                 finish(run, make(args.seed), args)
         return
 
-    # Data: images for the weights and, if they are to be held out, others for the alphas.
     data = find_or_make(args.data, vars(args))
     stem = stem_for(args.stem, data.image_size, args.init_channels)
-    halves = two_parts(data, args)[:2 if args.arch_data == 'valid' else 1]
-    batches = [Batches(data, half, args.batch_size, device, args.augment, seed=2 * args.seed + k,
-                       workers=args.workers) for k, half in enumerate(halves)]
+    batches = make_batches(data, args, device)
     run.plan(min(map(len, batches)))
     method = METHODS[args.method](args, len(data.classes), stem, device)
     if 0 < run.epochs < method.stages:
@@ -750,13 +765,14 @@ def main(argv=None):
             if run.train(epoch, draws, steps[is_frozen], network.parameters()):
                 return 128 + run.stop
             check_alike(network.architecture_parameters(), 'alphas')
+            has_valid, size = not is_frozen and args.arch_data != 'none', batches[0].batch_size
             line = {'steps': run.last, 'learning_rate': learning_rate, **numbers,
-                    **rates(run.sums, run.last, args, is_frozen),
+                    **rates(run.sums, run.last, size, has_valid),
                     **describe(network, moments, run.last, run.log[-1] if run.log else None)}
             if args.hessian and epoch % args.hessian == 0:
                 line['eigenvalue'] = largest_eigenvalue(network, run.batch[-2:], args)
             torch._foreach_zero_(moments)
-            if run.end_epoch(epoch, line, len(batches) * run.last * args.batch_size):
+            if run.end_epoch(epoch, line, len(batches) * run.last * size):
                 return 128 + run.stop
             stop = early_stop(run.log, run.epochs)
         run.progress.close()
@@ -768,13 +784,14 @@ def main(argv=None):
             finish(run, genotype, args, **beside)
 
 
-def rates(sums, steps, args, is_frozen):
-    """Mean losses and accuracies of an epoch, for the log; those of the alphas' images if any."""
+def rates(sums, steps, batch_size, has_valid):
+    """Mean losses and accuracies of an epoch, for the log; has_valid: also of the alphas' images.
+    """
     train_loss, train_right, valid_loss, valid_right = averaged([sums])[0].div(steps).tolist()
-    images, seen = args.batch_size / world()[1], not is_frozen and args.arch_data != 'none'
+    images = batch_size / world()[1]
     return {'train_loss': train_loss, 'train_accuracy': train_right / images,
-            'valid_loss': valid_loss if seen else None,
-            'valid_accuracy': valid_right / images if seen else None}
+            'valid_loss': valid_loss if has_valid else None,
+            'valid_accuracy': valid_right / images if has_valid else None}
 
 
 def finish(run, genotype, args, **beside):
@@ -785,17 +802,22 @@ def finish(run, genotype, args, **beside):
     write_file(run.folder / 'genotype.json', to_json(
         genotype, data=data, method=method_name(vars(args)), seed=args.seed, arch_data=arch_data,
         **beside) + '\n')
+    say(genotype)
+    if args.quick:
+        print('this was --quick: the pipeline works, the genotype means nothing')
+    print('next:', next_command(run.folder, args))
+
+
+def say(genotype):
+    """Print the cells that were found, or the one of NAS-Bench-201 and what it is worth."""
     if isinstance(genotype, str):
         print(genotype)
         print('test accuracy of this cell, known from NAS-Bench-201: CIFAR-10 {cifar10:.2f}%, '
               'CIFAR-100 {cifar100:.2f}%, ImageNet16-120 {imagenet16:.2f}%; rank {rank:,} of '
               '15,625'.format(**truth(genotype)))
-    else:
-        for cell in ('normal', 'reduce'):
-            print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
-    if args.quick:
-        print('this was --quick: the pipeline works, the genotype means nothing')
-    print('next:', next_command(run.folder, args))
+        return
+    for cell in ('normal', 'reduce'):
+        print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
 
 
 def next_command(folder, args):
@@ -808,8 +830,10 @@ def next_command(folder, args):
         words.append('--quick')
     elif args.preset == 'laptop':
         words += ['--preset', 'laptop']
-    elif target in ('cifar10', 'cifar100') and args.space == 'darts':
+    elif target in CIFAR and args.space == 'darts':
         words += ['--auxiliary', '--cutout']
+    if target in CIFAR and not Path(args.data_dir, CIFAR[target][0]).is_dir():
+        words.append('--download')
     if target not in REAL and args.image_size:
         words += ['--image_size', str(args.image_size)]
     if target in REAL and args.data_dir != 'data':
@@ -820,4 +844,4 @@ def next_command(folder, args):
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())

@@ -1,5 +1,8 @@
-"""Fixtures: every test runs in an empty folder of its own; real files where they are at hand."""
+"""Fixtures and helpers: each test runs in an empty folder of its own, at tiny size, on the CPU."""
+import json
 import os
+import re
+import signal
 import sys
 from pathlib import Path
 
@@ -9,12 +12,28 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import generate_data  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wait)
+import torch  # noqa: E402
+
+SIZES = ['--layers', '3', '--init_channels', '4', '--batch_size', '8', '--epochs', '2',
+         '--steps_per_epoch', '2', '--gpu', '-1']
+NOISE = ['--data', 'noise', '--num_images', '64', '--image_size', '8']
+TINY = [*NOISE, *SIZES, '--cells_per_stage', '1', '--space', 'nb201']    # the cheaper space
+DARTS = [*TINY[:-1], 'darts']
+RETRAIN = ['--arch', 'DARTS_V2', *NOISE, *SIZES]
 
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope='session')
@@ -24,3 +43,60 @@ def real_data():
         if folder and (Path(folder) / 'cifar-10-batches-py').is_dir():
             return str(folder)
     pytest.skip('no real CIFAR-10: put cifar-10-batches-py into data/')
+
+
+def log(folder):
+    """The lines of a run's log, without what is measured."""
+    lines = [json.loads(line) for line in Path(folder, 'log.jsonl').read_text().splitlines()]
+    for line in lines:
+        for name in ('seconds', 'images_per_second', 'peak_memory_mib'):
+            del line[name]
+    return lines
+
+
+def run(main, save, *flags):
+    """The log of a run that ends well."""
+    assert main([*flags, '--save', save]) == 0
+    return log(save)
+
+
+def stop_in_every_step(main, save, *flags):
+    """Send this process SIGTERM in every step, and resume, until the run is done: starts needed."""
+    module = sys.modules[main.__module__]
+    name = 'weight_step' if module.__name__ == 'search' else 'train_step'
+    original, starts, status = getattr(module, name), 0, 143
+
+    def step(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, step)
+        while status == 143:
+            starts, status = starts + 1, main([*flags, '--save', save, '--resume'])
+    assert status == 0
+    return starts
+
+
+def same_run(a, b):
+    """Two runs have the same log, result and weights, bit for bit."""
+    assert log(a) == log(b)
+    if Path(a, 'genotype.json').exists():
+        assert Path(a, 'genotype.json').read_text() == Path(b, 'genotype.json').read_text()
+    one, other = (torch.load(f'{run}/checkpoint.pt', weights_only=True)['network']
+                  for run in (a, b))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def one_line(capsys, status, needle):
+    """The command ended with one line for the user, which names the thing."""
+    said = [line for line in capsys.readouterr().err.splitlines()
+            if not line.startswith(('warning', 'making', 'no CUDA'))]
+    assert status == 2 and len(said) == 1, said
+    assert re.match(r'\w+\.py: error: ', said[0]) and needle in said[0], said
+    assert len(said[0]) < 400
+
+
+def close(a, b, tolerance=1e-10):
+    error = (a - b).norm()
+    assert error <= tolerance * b.norm() + 1e-14, (error / b.norm()).item()

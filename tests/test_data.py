@@ -44,8 +44,7 @@ def folder_of_images(root, classes=('cat', 'dog'), n=4, size=(20, 16)):
 
 
 def settings(**changed):
-    return {**{name: setting.default for name, setting in g.DATA.items()}, 'data_seed': 0,
-            **changed}
+    return {**g.DEFAULTS, 'data_seed': 0, **changed}
 
 
 def make(out, kind='noise', force=False, **changed):
@@ -184,8 +183,8 @@ def test_a_kind_of_data_is_one_hunk():
     assert data.kind == 'uniform' and data.images.shape == (50, 8, 8, 3)
     assert np.allclose(data.mean, data.images.mean((0, 1, 2)) / 255) and min(data.std) > 0.25
     assert Path('u/sheet.png').exists()
-    code = 'import generate_data as g; s = {k: v.default for k, v in g.DATA.items()}; ' \
-           's.update(data_seed=3, num_images=20); d = g.find_or_make("uniform", s); ' \
+    code = 'import generate_data as g; s = {**g.DEFAULTS, "data_seed": 3, ' \
+           '"num_images": 20}; d = g.find_or_make("uniform", s); ' \
            'print(d.kind, g.Batches(d, range(20), 4, g.choose_device(-1), "auto").augment); ' \
            'g.refuse_unused("uniform", s, ["difficulty"])'
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
@@ -328,6 +327,22 @@ def test_cifar_readers(capsys, real_data):
     assert len(g.read('cifar100', {}).classes) == 100
     assert g.read('cifar100', {}).mean != train.mean
     assert g.read('cifar10', {'data_dir': real_data}, 'test').classes[0] == 'airplane'
+
+
+def test_an_unfinished_download_leaves_nothing(monkeypatch):
+    def download(official, root, download):
+        fake_cifar(root)
+        (Path(root) / official.filename).write_bytes(b'archive')
+        if not Path('works').exists():
+            raise RuntimeError('the line is cut')
+
+    monkeypatch.setattr(g.vision().datasets.CIFAR10, '__init__', download)
+    with pytest.raises(g.UserError, match='the line is cut'):
+        g.read('cifar10', {'download': True})
+    assert names('data') == []
+    Path('works').touch()
+    assert len(g.read('cifar10', {'download': True})) == 100
+    assert names('data') == ['cifar-10-batches-py']
 
 
 class Runs:

@@ -1,4 +1,5 @@
 """Generated images: formulas, and the generator that is trained here."""
+import functools
 import hashlib
 import json
 import os
@@ -138,8 +139,13 @@ def test_killed_in_the_middle_nothing_is_left_under_the_name():
     assert generate('k', '--num_images', '20') == 0 and names() == ['k']
 
 
-def test_trained_generator_learns_stops_and_goes_on(capsys):
-    folder_of_images('own', n=12, size=(8, 8))
+@pytest.fixture
+def narrow(monkeypatch):
+    monkeypatch.setattr(g, 'UNet', functools.partial(g.UNet, emb=32, widths=(16, 16, 16, 16)))
+
+
+def test_trained_generator_stops_and_goes_on(capsys, narrow):
+    folder_of_images('own', size=(8, 8))
     common = ['--generator', 'train', '--source', 'own', '--image_size', '8', '--num_images', '8']
     assert generate('whole', *common, '--generator_steps', '22') == 0
     assert generate('part', *common, '--generator_steps', '20', '--num_images', '10') == 0
@@ -172,8 +178,8 @@ def test_trained_generator_learns_stops_and_goes_on(capsys):
         g.find_or_make('generated', {**s, 'generator': 'train', 'source': 'own', 'data_seed': 0})
 
 
-def test_generator_of_a_set_with_several_labels():
-    flags = ['--num_images', '40', '--num_classes', '3', '--image_size', '8', '--multilabel']
+def test_generator_of_a_set_with_several_labels(narrow):
+    flags = ['--num_images', '8', '--num_classes', '3', '--image_size', '8', '--multilabel']
     assert g.main(['--kind', 'noise', '--out', 'labels', *flags]) == 0
     assert generate('made', '--generator', 'train', '--source', 'labels', '--generator_steps', '1',
                     '--num_images', '10') == 0

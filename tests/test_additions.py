@@ -1,0 +1,138 @@
+"""The snippets of README's section "Change it": each works when it is pasted into one file."""
+import ast
+import importlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DARTS, NOISE, RETRAIN, ROOT, SIZES, TINY, run, same_run, stop_in_every_step
+
+MODULES = ('operations', 'genotypes', 'model_search', 'generate_data', 'evaluate', 'retrain',
+           'search')
+
+
+def snippets():
+    """{(file, 'below' or 'instead of', name): code} of the section."""
+    section = (ROOT / 'README.md').read_text().split('## Change it')[1].split('\n## ')[0]
+    found = {}
+    for code in re.findall(r'```python\n(.*?)```', section, re.DOTALL):
+        place, code = code.split('\n', 1)
+        found[re.fullmatch(r'# (\w+\.py), (below|instead of) (\w+)', place).groups()] = code
+    return found
+
+
+def pasted(text, how, name, code):
+    """The text of a script with code below, or instead of, the statement that sets `name`."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == name:
+            lines, start, end = text.splitlines(), node.lineno - 1, node.end_lineno
+            if how == 'below':
+                return '\n'.join([*lines[:end], '', '', code, *lines[end:]])
+            indent = ' ' * node.col_offset
+            return '\n'.join([*lines[:start], *[indent + line for line in code.splitlines()],
+                              *lines[end:]])
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """scripts(file, how, name): the modules of a copy of the scripts with that snippet pasted."""
+    def make(*place):
+        folder = Path('copy').absolute()
+        folder.mkdir()
+        for path in ROOT.glob('*.py'):
+            shutil.copy(path, folder)
+        (folder / 'tests').symlink_to(ROOT / 'tests')
+        file, how, name = place
+        (folder / file).write_text(pasted((ROOT / file).read_text(), how, name, snippets()[place]))
+        monkeypatch.syspath_prepend(folder)
+        for module in MODULES:
+            monkeypatch.delitem(sys.modules, module)
+        modules = {module: importlib.import_module(module) for module in MODULES}
+        assert Path(modules['search'].__file__).parent == folder
+        return modules
+    return make
+
+
+def report(modules, capsys, *runs):
+    capsys.readouterr()
+    assert modules['evaluate'].main([*runs, '--json', '--gpu', '-1']) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def search_and_stop(modules, *flags):
+    """A search, the same stopped in every step, both equal."""
+    main = modules['search'].main
+    run(main, 'found', *flags)
+    assert stop_in_every_step(main, 'parts', *flags) == 4
+    same_run('parts', 'found')
+
+
+def test_the_section_has_the_five_usual_changes():
+    assert list(snippets()) == [
+        ('search.py', 'below', 'METHODS'), ('search.py', 'instead of', 'adam'),
+        ('generate_data.py', 'below', 'KINDS'), ('operations.py', 'below', 'OPERATIONS'),
+        ('evaluate.py', 'below', 'METRICS')]
+
+
+def test_a_method(scripts, capsys):
+    modules = scripts('search.py', 'below', 'METHODS')
+    search_and_stop(modules, *TINY, '--method', 'entropy')
+    assert report(modules, capsys, 'found')['method'] == 'entropy'
+    args = modules['search'].parse([*TINY, '--method', 'entropy'])
+    method = modules['search'].METHODS['entropy'](args, 4, 'cifar', torch.device('cpu'))
+    p = method.build().probabilities('cell')
+    entropy = -0.1 * (p * p.log()).sum(1).mean()
+    expected, = torch.autograd.grad(entropy, method.network.alphas['cell'])
+    got, = method.alpha_gradients([torch.zeros(6, 5)])
+    assert torch.allclose(got, expected) and got.any()
+
+
+def test_an_optimiser_of_the_alphas(scripts, capsys):
+    modules = scripts('search.py', 'instead of', 'adam')
+    search_and_stop(modules, *TINY)
+    state = torch.load('found/checkpoint.pt', weights_only=True)['adam']['state'][0]
+    assert 'square_avg' in state and report(modules, capsys, 'found')['method'] == 'darts'
+
+
+def test_a_kind_of_data(scripts, capsys):
+    modules = scripts('generate_data.py', 'below', 'KINDS')
+    flags = ['--data', 'uniform', *NOISE[2:], *TINY[len(NOISE):]]
+    search_and_stop(modules, *flags)
+    assert report(modules, capsys, 'found')['searched_on'] == 'uniform'
+    assert modules['generate_data'].main(['--kind', 'uniform', '--out', 'set', *NOISE[2:]]) == 0
+    assert abs(modules['generate_data'].read('set', {}).images.astype(float).std() - 74) < 1
+
+
+def test_an_operation(scripts, capsys):
+    modules = scripts('operations.py', 'below', 'OPERATIONS')
+    run(modules['search'].main, 'found', *DARTS, '--epochs', '1')
+    assert torch.load('found/checkpoint.pt', weights_only=True)['network'][
+        'alphas.normal'].shape == (14, 9)
+    cell = [('conv_7x1_1x7', state) for _ in range(4) for state in (0, 1)]
+    Path('own.json').write_text(json.dumps({
+        'normal': cell, 'normal_concat': [2, 3, 4, 5], 'reduce': cell,
+        'reduce_concat': [2, 3, 4, 5]}))
+    flags = ['--arch', 'own.json', *RETRAIN[2:]]
+    run(modules['retrain'].main, 'net', *flags)
+    assert stop_in_every_step(modules['retrain'].main, 'parts', *flags) == 4
+    same_run('parts', 'net')
+    row = report(modules, capsys, 'net')
+    assert row['genotype']['normal'][0] == ['conv_7x1_1x7', 0] and row['params'] > 0
+
+
+def test_a_metric(scripts, capsys):
+    modules = scripts('evaluate.py', 'below', 'METRICS')
+    lines = run(modules['retrain'].main, 'net', *RETRAIN)
+    run(modules['retrain'].main, 'other', *RETRAIN, '--seed', '1', *SIZES[:2])
+    assert report(modules, capsys, 'net')['fit_calibration'] == lines[-1]['fit_calibration']
+    assert modules['evaluate'].main(['net', 'other', '--csv', 't.csv', '--gpu', '-1']) == 0
+    assert 'fit calibration error %' in capsys.readouterr().out
+    assert 'fit_calibration' in Path('t.csv').read_text()
+    # Two answers of confidence .9, one of them right; and one of .6 that is wrong.
+    scores = torch.tensor([[.9, .1], [.9, .1], [.4, .6]]).log()
+    error = modules['evaluate'].calibration_error(scores, torch.tensor([0, 1, 0]), ['a', 'b'])
+    assert error == pytest.approx(100 * (abs(1.8 - 1) + 0.6) / 3, rel=1e-5)
