@@ -59,13 +59,13 @@ SEARCH = {
                               number(float, above=0, below=1)),
     'arch_learning_rate': Setting(3e-4, 'of the alphas', number(float, 0)),
     'arch_weight_decay': Setting(1e-3, 'of the alphas', number(float, 0)),
-    'arch_grad_clip': Setting(0.0, 'of the alphas; 0: no limit', number(float, 0)),
     'frozen_epochs': Setting(0, 'first epochs, of the weights alone', number(int, 0)),
     'hessian': Setting(None, 'log its largest eigenvalue every so many epochs', number(int, 1)),
     'early_stop': Setting(False, 'stop when it grows, as RobustDARTS does'),
 }
-DEFAULTS = dict(epochs=50, batch_size=64, learning_rate=0.025,
-                learning_rate_min=0.001)
+# arch_grad_clip, the largest norm of the alphas' gradient, is a method's, and no flag; 0: no limit.
+DEFAULTS = dict(epochs=50, batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
+                arch_grad_clip=0.0)
 SPACES = {'darts': {}, 'nb201': dict(nesterov=True, weight_decay=5e-4)}     # of its own searches
 # ImageNet: as PC-DARTS searched on it (section 4.3 of its paper), 10% of the images for the weights
 # and 2.5% for the alphas, the learning rate for 1,024 images. CheXpert: our own choice, 10% of the

@@ -1,6 +1,7 @@
 """search.py and retrain.py as a user runs them, at tiny size: results, resume, flags, names."""
 import json
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -14,7 +15,6 @@ import pytest
 import torch
 from conftest import (DARTS, NOISE, RETRAIN, ROOT, SIZES, TINY, one_line, run, same_run,
                       stop_in_every_step)
-from PIL import Image
 from test_data import fake_cifar, folder_of_images
 from test_readers import chest
 
@@ -87,14 +87,6 @@ def test_controls_need_no_data_or_no_steps(space, draw):
     assert from_plain(json.loads(Path('untrained/genotype.json').read_text())) == network.genotype()
 
 
-def test_alphas_move_only_after_the_frozen_epochs():
-    lines = run(search.main, 'f', *TINY, '--frozen_epochs', '1')
-    torch.manual_seed(0)
-    first = search.Network(4, 10, 5, space=search.NB201).alphas['cell'].tolist()
-    assert lines[0]['alphas']['cell'] == first and lines[0]['valid_loss'] is None
-    assert lines[1]['alphas']['cell'] != first and lines[1]['valid_loss'] is not None
-
-
 def test_search_and_retrain_on_real_images(real_data):
     """The main job: real CIFAR-10 images, with random and with real labels; then retrain."""
     flags = ['--data_dir', real_data, *SIZES]
@@ -102,9 +94,8 @@ def test_search_and_retrain_on_real_images(real_data):
     real = run(search.main, 'real', '--data', 'cifar10', *flags)
     assert random_labels[-1]['alphas'] != real[-1]['alphas']
     lines = run(retrain.main, 'net', '--arch', 'random', '--data', 'cifar10', *flags, '--epochs',
-                '1', '--steps_per_epoch', '250', '--batch_size', '32', '--learning_rate', '0.05',
-                '--init_channels', '8')
-    assert lines[-1]['test_error'] < 75                 # chance: 90
+                '1', '--steps_per_epoch', '150', '--batch_size', '32', '--learning_rate', '0.05')
+    assert lines[-1]['test_error'] < 85                 # chance: 90
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,7 +217,8 @@ SEARCH_FLAGS = {
     'cells_per_stage': ('', '2'), 'stem': ('--image_size 32', 'imagenet'),
     'train_portion': ('', '0.6'),
     'valid_fraction': ('', '0.3'), 'arch_learning_rate': ('', '0.01'),
-    'arch_weight_decay': ('', '0.5'), 'frozen_epochs': ('', '1'), 'hessian': ('', '1'),
+    'arch_weight_decay': ('', '0.5'),
+    'frozen_epochs': ('', '1'), 'hessian': ('', '1'),
     'early_stop': ('', ''), 'data': ('', 'generated'), 'image_size': ('', '12'),
     'data_seed': ('', '1'), 'num_images': ('', '80'), 'num_classes': ('', '5'),
     'multilabel': ('', ''), 'source': ('random_labels', 'own'),
@@ -236,9 +228,9 @@ SEARCH_FLAGS = {
     'epochs': ('', '3'), 'steps_per_epoch': ('', '1'), 'max_steps': ('', '3'),
     'batch_size': ('', '4'), 'grad_accum': ('', '2'), 'learning_rate': ('', '0.1'),
     'learning_rate_min': ('', '0.01'), 'schedule': ('--epochs 3', 'linear'),
-    'warmup_epochs': ('', '1'),
-    'momentum': ('', '0.1'), 'nesterov': ('--no-nesterov', ''), 'weight_decay': ('', '0.1'),
-    'grad_clip': ('', '0.1'), 'seed': ('', '9'), 'amp': ('', ''), 'preset': ('', 'chexpert'),
+    'warmup_epochs': ('--epochs 3', '2'), 'momentum': ('', '0.1'),
+    'nesterov': ('--no-nesterov', ''), 'weight_decay': ('', '0.1'), 'grad_clip': ('', '0.1'),
+    'seed': ('', '9'), 'amp': ('', ''), 'preset': ('--num_images 160', 'chexpert'),
     'quick': ('', '')}
 RETRAIN_FLAGS = {
     **{name: SEARCH_FLAGS[name] for name in retrain.INPUT.keys() | retrain.SCHEDULE.keys()
@@ -261,7 +253,7 @@ def shared_folder(tmp_path_factory):
     """Real data at tiny size, and the results of runs that differ in one flag only."""
     folder = tmp_path_factory.mktemp('shared')
     fake_cifar(folder / 'data')
-    chest(folder / 'data', patients=20)
+    chest(folder / 'data', patients=40)
     folder_of_images(folder / 'own', n=20, size=(8, 8))
     return folder, {}
 
@@ -276,9 +268,16 @@ def result(script, flags, shared, monkeypatch):
     return known[key]
 
 
-def test_every_flag_is_in_a_table_of_this_file():
-    for module, flags, table in SCRIPTS.values():
-        assert set(vars(module.parse(flags))) == table.keys() | SAME
+def flags_of(main, capsys):
+    with pytest.raises(SystemExit):
+        main(['--help'])
+    words = capsys.readouterr().out.replace(',', ' ').split()
+    return {word[2:] for word in words if re.match('--(?!no-|help)', word)}
+
+
+def test_every_flag_is_in_a_table_of_this_file(capsys):
+    for module, _, table in SCRIPTS.values():
+        assert flags_of(module.main, capsys) == table.keys() | SAME
 
 
 @pytest.mark.parametrize('script, flag', [(script, flag) for script, row in SCRIPTS.items()
@@ -319,9 +318,9 @@ def test_help_shows_the_defaults_of_what_stands_beside_it(script, flags, capsys)
     assert ended.value.code == 0 and 'None' not in text and len(text.splitlines()) <= 100
     assert max(map(len, text.splitlines())) <= 100
     words = ' '.join(text.split())
-    args = vars(module.parse(flags.split()))
-    for name, value in args.items():
-        if value in (None, False) or name in ('save', 'data_seed') or f'--{name}' in flags:
+    unsaid = {'save', 'data_seed', 'arch_grad_clip', *re.findall(r'--(\w+)', flags)}
+    for name, value in vars(module.parse(flags.split())).items():
+        if value in (None, False) or name in unsaid:
             continue
         about = words[words.rindex(f'--{"no-" if value is True else ""}{name} '):].split(' --')[0]
         assert f'({value})' in about, about
@@ -330,11 +329,8 @@ def test_help_shows_the_defaults_of_what_stands_beside_it(script, flags, capsys)
 def test_there_are_at_most_78_flags(capsys):
     flags = set()
     for main in (search.main, retrain.main, evaluate.main, generate_data.main):
-        with pytest.raises(SystemExit):
-            main(['--help'])
-        flags |= {word for word in capsys.readouterr().out.replace(',', ' ').split()
-                  if word.startswith('--') and not word.startswith('--no-')}
-    assert 60 < len(flags - {'--help'}) <= 78
+        flags |= flags_of(main, capsys)
+    assert 60 < len(flags) <= 78
 
 
 # ---------------------------------------------------------------------------------------------
@@ -421,24 +417,18 @@ def test_names_of_runs_are_short_without_bars_and_differ():
 
 @pytest.mark.parametrize('flags, expected', [
     ('--data own', '--data own --image_size 8 --gpu -1'),
-    ('--data noise --num_images 64', '--data cifar10 --auxiliary --cutout --gpu -1'),
-    ('--data noise --num_images 64 --quick', '--data cifar10 --quick --gpu -1'),
-    ('--data noise --num_images 64 --preset laptop', '--data cifar10 --preset laptop --gpu -1'),
+    ('--data noise --num_images 64', '--data cifar10 --auxiliary --cutout --download --gpu -1'),
+    ('--data noise --num_images 64 --quick', '--data cifar10 --quick --download --gpu -1'),
+    ('--data noise --num_images 64 --preset laptop',
+     '--data cifar10 --preset laptop --download --gpu -1'),
     ('--data random_labels --source own --data_dir d', '--data own --image_size 8 --gpu -1'),
     ('--data chexpert --uncertain ones --data_dir d --preset cifar --image_size 16',
      '--data chexpert --data_dir d --uncertain ones --views frontal --gpu -1')])
 def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):
     folder_of_images('own', n=16)
-    chest('d')
+    chest('d', patients=20)
     assert search.main(['--image_size', '8', *SIZES, '--batch_size', '4', *flags.split(),
                         '--max_steps', '0', '--save', 'my run']) == 0
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == f"next: python retrain.py --arch 'my run' {expected}"
     retrain.parse(shlex.split(said)[3:])
-
-
-def test_published_cells_and_pictures_of_the_readme_are_there():
-    for title, genotype in PUBLISHED.items():
-        assert from_plain(json.loads(to_json(genotype)), title) == genotype
-    assert Image.open(ROOT / '.github/sheet.png').format == 'PNG'
-    assert (ROOT / '.github/cell.svg').read_text().startswith('<svg')

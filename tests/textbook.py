@@ -292,7 +292,7 @@ def pairs_of_cell(ours, book):
         for (start, end), block in [*blocks, *zip(mixed_op.spans, mixed_op.blocks.values())]:
             for name, operation in block.items():
                 for e in range(start, end):
-                    if name in mixed_op.names[e]:
+                    if name in mixed_op.names[e] and operation.state_dict():
                         # Pools are one for all edges.
                         place = (0, 1) if operation.shared else (e - start, end - start)
                         pairs += pairs_of_operation(operation, book(leaving[e], name), *place)

@@ -1,0 +1,211 @@
+"""evaluate.py: metrics by hand, tables, reports, plots and predictions of runs."""
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DARTS, RETRAIN, SIZES, TINY, one_line, run
+from PIL import Image
+from test_data import fake_cifar, folder_of_images
+
+import evaluate
+import retrain
+import search
+from genotypes import nas_bench_201, to_string, truth
+
+
+def printed(capsys, *flags):
+    """What a command of evaluate.py prints."""
+    capsys.readouterr()
+    assert evaluate.main([*flags, '--gpu', '-1']) == 0
+    return capsys.readouterr().out
+
+
+def reports(capsys, *flags):
+    return [json.loads(line) for line in printed(capsys, *flags, '--json').splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
+
+
+def test_errors_by_hand():
+    scores = torch.tensor([[3., 2, 1, 0, 0, 9], [1, 2, 3, 0, 0, 0], [0, 0, 0, 0, 0, 1]])
+    labels, names = torch.tensor([0, 2, 5]), list('abcdef')
+    assert evaluate.measure(scores, labels, names) == {
+        'error': pytest.approx(100 / 3), 'top5_error': 0}
+    assert evaluate.measure(scores[:, :2], labels.clamp(max=1), names[:2])['top5_error'] is None
+    assert evaluate.correct(scores, labels) == 2
+    assert evaluate.correct(torch.tensor([[1., -1]]), torch.tensor([[1., 1]])) == 0.5
+
+
+def test_area_under_the_curve_by_hand_and_by_scipy():
+    # Pairs of a positive and a negative: 3 x 2; won 3, tied 2, lost 1.
+    scores, labels = np.array([.9, .5, .3, .5, .3]), np.array([1, 1, 1, 0, 0])
+    assert evaluate.auroc(scores, labels) == (2 + 1.5 + 0.5) / 6
+    assert evaluate.auroc(scores, labels * 0) is None
+    stats = pytest.importorskip('scipy.stats')
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 9, 500) / 9, (rng.random(500) < 0.3).astype(int)
+    won = stats.mannwhitneyu(scores[labels == 1], scores[labels == 0]).statistic
+    assert evaluate.auroc(scores, labels) == pytest.approx(won / labels.sum() / (1 - labels).sum())
+
+
+def test_unknown_labels_tasks_and_intervals():
+    rng = np.random.default_rng(0)
+    labels = (rng.random((300, 3)) < 0.4).astype(int)
+    scores = labels + rng.normal(0, 1, labels.shape)
+    labels[:, 2] = 0                                    # one value only: not defined
+    labels[:9, 0] = -1                                  # not known
+    names = ['Edema', 'x', 'y']
+    areas = evaluate.areas(scores, labels, names)
+    assert list(areas) == ['Edema', 'x']
+    assert areas['Edema'] == evaluate.auroc(scores[9:, 0], labels[9:, 0])
+    found = evaluate.measure(torch.from_numpy(scores), torch.from_numpy(labels), names)
+    assert found == {'auroc_tasks': areas['Edema'], 'auroc': np.mean(list(areas.values()))}
+    low, high = evaluate.bootstrap(scores, labels, names)['Edema']
+    assert low < areas['Edema'] < high and 0.04 < high - low < 0.15     # about .76 +- .03
+
+
+# ---------------------------------------------------------------------------------------------
+# Searches
+
+
+SKIPS, CONVS, POINTS = (to_string([name] * 6) for name in (
+    'skip_connect', 'nor_conv_3x3', 'nor_conv_1x1'))
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """Runs s0, s1, s2 of NAS-Bench-201 that differ in their seeds, with known results."""
+    for k, arch in enumerate((SKIPS, CONVS, POINTS)):
+        monkeypatch.setattr(search.Darts, 'result', lambda self, arch=arch: (arch, {}))
+        run(search.main, f's{k}', *TINY, '--seed', str(k), '--max_steps', '1')
+
+
+def test_a_report_of_a_known_cell(searches, capsys):
+    row, = reports(capsys, 's0')
+    assert row['cifar10'] == pytest.approx(54.30, abs=0.01) and row['rank'] == 15231
+    for name, values in (('to_optimum', (94.37, 73.51, 47.31)),
+                         ('to_median', (90.75, 65.29, 36.39)),
+                         ('to_largest', (93.76, 71.11, 41.44))):
+        assert row[name] == pytest.approx(np.subtract((54.30, 15.61, 16.32), values), abs=0.02)
+    assert (row['skips'], row['nones'], row['searched_on']) == (6, 0, 'noise')
+    assert row['params'] == nas_bench_201()[0][SKIPS]['params'] and 'log' not in row
+    out = printed(capsys, 's0')
+    assert '54.30%' in out and '15,231' in out and '-40.08' in out
+
+
+def test_the_table_has_seeds_in_one_line_and_other_settings_apart(searches, capsys):
+    values = [truth(arch)['cifar10'] for arch in (SKIPS, CONVS, POINTS)]
+    mean, deviation = np.mean(values), np.std(values, ddof=1)
+    run(search.main, 't', *TINY, '--arch_data', 'train', '--max_steps', '1')
+    out = printed(capsys, 's0', 's1', 's2', 's0/', 't', '--csv', 't.csv')
+    head, first, second = out.splitlines()
+    assert f'{mean:.2f} ± {deviation:.2f}' in first and 'CIFAR-10 %' in head
+    assert '±' not in second and ' train ' in second
+    with open('t.csv') as file:
+        first, second = csv.DictReader(file)
+    assert (first['n'], first['arch_data'], second['arch_data']) == ('3', 'valid', 'train')
+    assert float(first['cifar10']) == pytest.approx(mean)
+    assert float(first['cifar10_std']) == pytest.approx(deviation)
+
+
+def test_runs_of_other_settings_are_not_averaged_without_a_word(searches, capsys):
+    run(search.main, 'w', *TINY, '--init_channels', '8', '--max_steps', '1')
+    assert evaluate.main(['s0', 's1']) == 0 and 'averaged' not in capsys.readouterr().err
+    assert evaluate.main(['s0', 's1', 'w']) == 0
+    assert 'averaged over runs that differ in init_channels' in capsys.readouterr().err
+
+
+def test_an_unfinished_run_beside_finished_ones(searches, capsys):
+    run(search.main, 'u', *TINY)
+    Path('u/genotype.json').unlink()
+    text = Path('u/log.jsonl').read_text()
+    Path('u/log.jsonl').write_text(text.splitlines(keepends=True)[0] + '{"torn')
+    assert evaluate.main(['s0', 'u', 's1', '--plot', 'p.png']) == 0
+    said = capsys.readouterr()
+    assert ' 2 ' in said.out and 'u: 1 of 2 epochs' in said.err and Path('p.png').exists()
+    assert evaluate.main(['u']) == 0
+
+
+def test_plots_are_what_their_names_say(searches, capsys):
+    run(retrain.main, 'net', *RETRAIN)
+    for name, start in (('p.png', b'\x89PNG'), ('p.svg', b'<?xml'), ('p.pdf', b'%PDF')):
+        assert evaluate.main(['s0', 's1', 'net', '--plot', name, '--gpu', '-1']) == 0
+        assert Path(name).read_bytes().startswith(start)
+    assert '<!-- epoch -->' in Path('p.svg').read_text()
+    assert search.main(['--method', 'random', '--save', 'r']) == 0
+    one_line(capsys, evaluate.main(['r', '--plot', 'r.svg']), '--plot')
+    assert not Path('r.svg').exists()
+
+
+def test_what_is_not_the_same_search_has_a_name_of_its_own(capsys):
+    for flags, name in ((['--max_steps', '0'], 'darts, no steps'),
+                        (['--unrolled', '--max_steps', '1'], 'darts, second order'),
+                        (['--method', 'sdarts', '--perturb', 'adversarial', '--max_steps', '1'],
+                         'sdarts, adversarial')):
+        run(search.main, name, *TINY, *flags)
+        assert reports(capsys, name)[0]['method'] == name
+
+
+# ---------------------------------------------------------------------------------------------
+# Retrained networks
+
+
+def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(capsys):
+    fake_cifar()
+    run(search.main, 's', *DARTS, '--max_steps', '1')
+    flags = ['--arch', 's', *SIZES]
+    lines = run(retrain.main, 'c', *flags, '--data', 'cifar10')
+    row, = reports(capsys, 'c')
+    assert row['test_error'] == lines[-1]['test_error'] and row['test_n'] == 20
+    assert row['test_loss'] == pytest.approx(lines[-1]['test_loss'], rel=1e-5)
+    assert row['gap'] == pytest.approx(row['test_error'] - row['fit_error'])
+    assert (row['searched_on'], row['method'], row['trained_on']) == ('noise', 'darts', 'cifar10')
+    run(retrain.main, 'n', *flags, '--data', 'random_labels', '--label_noise', '0.5')
+    run(retrain.main, 'd', *flags, '--data', 'cifar10', '--seed', '1')
+    out = printed(capsys, 'c', 'd', 'n')
+    assert 'random_labels 0.5' in out and 'test - fit, points' in out and '±' in out
+    shutil.move('data', 'moved')
+    one_line(capsys, evaluate.main(['c', '--gpu', '-1']), 'cifar10')
+    assert reports(capsys, 'c', '--data_dir', 'moved')[0]['test_error'] == row['test_error']
+
+
+def test_a_prediction_is_that_of_the_test(capsys):
+    rng = np.random.default_rng(0)
+    for split in ('train', 'val'):
+        for name in ('cat', 'dog', 'emu'):
+            folder = Path('photos', split, name)
+            folder.mkdir(parents=True)
+            for k in range(8):
+                pixels = rng.integers(0, 256, (12, 9, 3), np.uint8)
+                Image.fromarray(pixels).resize((90, 70)).save(folder / f'{k}.png')
+    for size in ('16', '72'):                           # above 64 px the middle is cut out
+        run(retrain.main, size, '--arch', 'DARTS_V1', '--data', 'photos', '--image_size', size,
+            *SIZES)
+        rows = list(csv.DictReader(printed(capsys, size, '--predict', 'photos/val').splitlines()))
+        wrong = [row['class'] != Path(row['file']).parent.name for row in rows]
+        assert len(rows) == 24 and all(0 < float(row['probability']) <= 1 for row in rows)
+        assert reports(capsys, size)[0]['test_error'] == pytest.approx(100 * np.mean(wrong))
+    alone = printed(capsys, size, '--predict', rows[3]['file']).splitlines()
+    assert alone[1] == ','.join(rows[3].values())
+
+
+def test_classes_of_a_folder_are_matched_by_name_or_refused(capsys):
+    folder_of_images('photos/train', ('cat', 'dog', 'emu'), n=8)
+    folder_of_images('photos/val', ('cat', 'dog', 'emu'), n=8)
+    run(retrain.main, 'net', '--arch', 'DARTS_V1', '--data', 'photos', '--image_size', '8', *SIZES)
+    before, = reports(capsys, 'net')
+    Path('photos/train/cat/0.png').unlink()             # other mean and deviation
+    assert reports(capsys, 'net')[0]['test_loss'] == before['test_loss']
+    for split in ('train', 'val'):
+        shutil.move(f'photos/{split}/cat', f'{split}-cat')
+    rest, = reports(capsys, 'net')
+    assert rest['test_n'] == 16                         # dog and emu keep their numbers
+    for split in ('train', 'val'):
+        shutil.move(f'{split}-cat', f'photos/{split}/zebra')
+    one_line(capsys, evaluate.main(['net', '--gpu', '-1']), 'zebra')
