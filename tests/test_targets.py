@@ -161,15 +161,6 @@ def test_unreal_data_of_a_target_are_split_in_larger_shares():
     assert (noise.num_classes, noise.num_images, noise.image_size) == (1000, 128000, 224)
 
 
-def test_shares_of_each_class_without_an_image_twice():
-    labels = np.repeat(np.arange(5), 40)
-    data = generate_data.Data('x', 'real', None, labels, list('abcde'), None, None, 32, {})
-    first, second = search.two_parts(data, search.parse(
-        ['--train_portion', '0.1', '--valid_fraction', '0.025', '--seed', '1']))
-    assert (np.bincount(labels[first]) == 4).all() and (np.bincount(labels[second]) >= 1).all()
-    assert not set(first) & set(second) and len(second) <= 10
-
-
 def test_real_files(capsys):
     """The README's commands on real ImageNet and X-ray files, where they are at hand."""
     data = Path(os.environ.get('UNREALNAS_DATA', ROOT / 'data'))
