@@ -18,6 +18,8 @@ import math
 import os
 import sys
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -412,6 +414,7 @@ def report(run, device, data_dir=None, test_labels=None):
     loss, scores, labels = predictions(network.to(device), batches)
     values = measure(scores, labels, data.classes)
     row.update(test_loss=loss, test_n=len(labels),
+               tested=(scores.numpy(), labels.numpy(), data.classes),
                **{f'test_{name}': value for name, value in values.items()})
     if data.multilabel:
         intervals = bootstrap(scores.numpy(), labels.numpy(), data.classes)
@@ -426,29 +429,37 @@ def report(run, device, data_dir=None, test_labels=None):
 # One run, and the table of several
 
 
+UNSAID = 'log', 'settings', 'tested'        # of a run: too long for a list
+
+
 def show(row):
-    """Print one run as a list."""
+    """Print one run as a list, with units."""
     print(row['run'])
     for name, value in row.items():
-        if value is None or name in ('run', 'log', 'settings'):
+        if value is None or name in ('run', 'finished', *UNSAID):
             continue
         if name == 'genotype' and isinstance(value, dict):
             for cell in ('normal', 'reduce'):
                 pairs = '  '.join(f'{op}:{state}' for op, state in value[cell])
-                print(f'  {cell:<16} {pairs}')
+                print(f'  {cell:<17} {pairs}')
         elif name == 'test_areas':
             for label, (area, low, high) in value.items():
                 print(f'  {label:<28} AUROC {area:.3f} (95%: {low:.3f} to {high:.3f})')
-        elif name.startswith('to_'):
-            print(f'  {name:<16} ' + '  '.join(f'{points:+.2f}' for points in value) + ' points')
-        elif name in ACCURACIES or name.endswith('error'):
-            print(f'  {name:<16} {value:.2f}%')
-        elif isinstance(value, float):
-            print(f'  {name:<16} {value:,.4g}')
-        elif isinstance(value, int) and name != 'seed':
-            print(f'  {name:<16} {value:,}')
         else:
-            print(f'  {name:<16} {value}')
+            print(f'  {name.replace("_", " "):<17} {text_of(name, value)}')
+
+
+def text_of(name, value):
+    """A number of a report with its unit."""
+    if name in ACCURACIES or name.endswith('error'):
+        return f'{value:.2f}%'
+    if name == 'gap' or name.startswith('to_'):
+        return '  '.join(f'{points:+.2f}' for points in np.atleast_1d(value)) + ' points'
+    if name == 'seconds':
+        return f'{timedelta(seconds=round(value))} hours'
+    if isinstance(value, float):
+        return f'{value:,.4g}'
+    return f'{value:,}' if isinstance(value, int) and name != 'seed' else value
 
 
 def columns():
@@ -546,36 +557,38 @@ PANELS = {
 
 
 def plot(rows, path):
-    """Draw what runs did by epoch, a panel a quantity and a colour a group; PNG, SVG or PDF."""
+    """Draw runs as PNG, SVG or PDF, by the name's end: what they did by epoch, a panel a quantity
+    and a colour a group; of several retrainings fit against test error, of one its test.
+    """
     try:
         import matplotlib
     except ImportError:
         raise UserError('--plot needs matplotlib: pip install matplotlib') from None
     matplotlib.use('Agg')
     from matplotlib import pyplot
-    lines = {title: [] for title in PANELS}             # (group, epochs, values)
+    panels, colours = [], {}                            # functions that draw on an axis
     for row in rows:
-        words = [row.get('method') or row.get('arch'), row.get('searched_on') or '',
-                 row.get('trained_on') or '']
-        name = ' on '.join(word for word in words if word)
-        for title, value_of in PANELS.items():
-            points = [(line['epoch'] + 1, value_of(line)) for line in row['log']]
-            points = [(epoch, value) for epoch, value in points if value is not None]
-            if points:
-                lines[title].append((name, *zip(*points)))
-    lines = {title: found for title, found in lines.items() if found}
-    if not lines:
+        words = [row.get('method') or row.get('arch'), row.get('searched_on'),
+                 row.get('trained_on')]
+        row['group'] = ' on '.join(word for word in words if word)
+        colours.setdefault(row['group'], f'C{len(colours)}')
+    for title, value_of in PANELS.items():
+        lines = [(colours[row['group']], [value_of(line) for line in row['log']]) for row in rows]
+        if any(value is not None for _, values in lines for value in values):
+            panels.append(partial(draw_curves, title, lines))
+    fits = [row for row in rows if row.get('gap') is not None]
+    if len(fits) > 2:
+        panels.append(partial(draw_fits, fits, colours))
+    elif len(rows) == 1 and 'tested' in rows[0]:
+        panels.append(partial(draw_test, *rows[0]['tested']))
+    if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
-    names = list(dict.fromkeys(name for found in lines.values() for name, *_ in found))
-    figure, axes = pyplot.subplots(len(lines), 1, figsize=(8, 2.4 * len(lines)), sharex=True,
-                                   squeeze=False, layout='constrained')
-    for axis, (title, found) in zip(axes[:, 0], lines.items()):
-        for name, epochs, values in found:
-            axis.plot(epochs, values, color=f'C{names.index(name)}', marker='.', alpha=0.8)
-        axis.set_title(title, fontsize=10, loc='left')
-        axis.grid(alpha=0.3)
-    axes[-1, 0].set_xlabel('epoch')
-    handles = [pyplot.Line2D([], [], color=f'C{k}', label=name) for k, name in enumerate(names)]
+    heights = [6 if panel.func is draw_test else 2.4 for panel in panels]
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(8, sum(heights)), squeeze=False,
+                                   layout='constrained', height_ratios=heights)
+    for axis, panel in zip(axes[:, 0], panels):
+        panel(axis)
+    handles = [pyplot.Line2D([], [], color=c, label=name) for name, c in colours.items()]
     figure.legend(handles=handles, loc='outside lower center', ncols=2, fontsize=9)
     buffer = io.BytesIO()
     try:
@@ -583,7 +596,58 @@ def plot(rows, path):
     except ValueError:
         raise UserError(f'--plot {path}: unknown kind of picture: name it .png, .svg or '
                         '.pdf') from None
+    pyplot.close(figure)
     write_file(path, buffer.getvalue())
+
+
+def draw_curves(title, lines, axis):
+    """lines: (colour, the value of each epoch or None)."""
+    for colour, values in lines:
+        points = [(epoch, value) for epoch, value in enumerate(values, 1) if value is not None]
+        if points:
+            axis.plot(*zip(*points), color=colour, marker='.', alpha=0.8)
+    axis.set_title(title, fontsize=10, loc='left')
+    axis.set_xlabel('epoch', fontsize=9)
+    axis.grid(alpha=0.3)
+
+
+def draw_fits(rows, colours, axis):
+    """A dot for each retraining; a logarithmic axis, since most fits are close to nothing."""
+    for row in rows:
+        axis.plot(row['fit_loss'], row['test_error'], 'o', color=colours[row['group']], alpha=0.7)
+    axis.set(xscale='log', xlabel='loss on training images', ylabel='test error, %')
+    axis.set_title('fit and generalization, a dot a network', fontsize=10, loc='left')
+    axis.grid(alpha=0.3)
+
+
+def draw_test(scores, labels, classes, axis):
+    """The confusion matrix of a test, or the ROC curve of each label."""
+    if labels.ndim == 1:
+        counts = np.zeros((len(classes), len(classes)), int)
+        np.add.at(counts, (labels, scores.argmax(1)), 1)
+        axis.imshow(counts, cmap='Blues')
+        if len(classes) <= 20:
+            axis.set(xticks=range(len(classes)), yticks=range(len(classes)), yticklabels=classes)
+            axis.set_xticklabels(classes, rotation=90)
+            for (row, column), count in np.ndenumerate(counts):
+                dark = count > counts.max() / 2
+                axis.text(column, row, count, ha='center', va='center', fontsize=8,
+                          color='white' if dark else 'black')
+        axis.set(xlabel='predicted class', ylabel='true class')
+        axis.set_title('test images by class', fontsize=10, loc='left')
+        return
+    intervals = bootstrap(scores, labels, classes)
+    for name, area in areas(scores, labels, classes).items():
+        k = classes.index(name)
+        known = labels[:, k] >= 0
+        truth = labels[known, k][np.argsort(-scores[known, k], kind='stable')] == 1
+        low, high = intervals[name]
+        axis.plot(np.cumsum(~truth) / (~truth).sum(), np.cumsum(truth) / truth.sum(),
+                  label=f'{name} {area:.2f} ({low:.2f} to {high:.2f})')
+    axis.plot([0, 1], [0, 1], '--', color='gray', lw=1)
+    axis.legend(fontsize=7, title='area (95%)', title_fontsize=8)
+    axis.set(xlabel='false positive rate', ylabel='true positive rate')
+    axis.set_title('ROC curves of the test', fontsize=10, loc='left')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -683,7 +747,8 @@ def main(argv=None):
     lines = table(done)
     if s['json']:
         for row in done:
-            print(json.dumps({name: value for name, value in row.items() if name != 'log'}))
+            print(json.dumps({name: value for name, value in row.items()
+                              if name not in ('log', 'tested')}))
     elif len(done) == 1:
         show(done[0])
     elif done:

@@ -182,6 +182,14 @@ def batch_of(args, images):
     return min(args.batch_size, max(8, images // 20))
 
 
+def check_batch(args, share):
+    """UserError if a batch is more than the share of the unreal images that would be made."""
+    images = int(args.num_images * share)
+    if 'num_images' in taken(args.data, vars(args)) and batch_of(args, images) > images:
+        raise UserError(f'--batch_size {args.batch_size} is more than the {images} images that its '
+                        f'split gets of --num_images {args.num_images}: take less, or more images')
+
+
 def run_name(script, first, args, typed, defaults):
     """runs/SCRIPT-first words-seed, and what else was typed that is not the default."""
     def word(value):
@@ -758,6 +766,7 @@ def parse(argv):
     for name, flag in (('auxiliary_weight', 'auxiliary'), ('cutout_length', 'cutout')):
         if name in typed and not s[flag]:
             raise UserError(f'--{name} means nothing without --{flag}: leave it out')
+    check_batch(args, min(1.0, args.train_portion))
     args.save = args.save or run_name('retrain', [args.data, args.arch], args, typed, defaults)
     return args
 

@@ -29,8 +29,8 @@ from generate_data import (CIFAR, KINDS, REAL, Batches, Setting, UserError, choo
                            stratified_split, suited, world, write_file)
 from evaluate import COST, correct, find_genotype, loss_of, method_name, read_json, stem_for
 from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, averaged, batch_of, changed_by_a_step,
-                     check_alike, learning_rate_at, preset_name, run_name, settle, start_alike,
-                     that_data_take)
+                     check_alike, check_batch, learning_rate_at, preset_name, run_name, settle,
+                     start_alike, that_data_take)
 
 import torch
 import torch.nn.functional as F
@@ -655,6 +655,10 @@ def parse(argv):
     if args.init_channels % args.partial:
         raise UserError(f'--init_channels {args.init_channels} does not divide into --partial '
                         f'{args.partial} parts: take a multiple')
+    shares = [args.train_portion]
+    if args.arch_data == 'valid':
+        shares.append(args.valid_fraction or 1 - args.train_portion)
+    check_batch(args, min(shares))
     first = [args.data, args.method] if method.searches else [args.method]
     args.save = args.save or run_name('search', first, args, typed, defaults)
     return args
