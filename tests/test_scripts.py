@@ -221,7 +221,7 @@ SEARCH_FLAGS = {
     'arch_weight_decay': ('', '0.5'),
     'frozen_epochs': ('', '1'), 'hessian': ('', '1'),
     'early_stop': ('', ''), 'data': ('', 'generated'), 'image_size': ('', '12'),
-    'data_seed': ('', '1'), 'num_images': ('', '80'), 'num_classes': ('', '5'),
+    'data_seed': ('', '1'), 'num_images': ('', '160'), 'num_classes': ('', '5'),
     'multilabel': ('', ''), 'source': ('random_labels', 'own'),
     'label_mode': ('random_labels', 'balanced'), 'label_noise': ('random_labels', '0.5'),
     'generator': ('--data generated', 'spectrum'), 'difficulty': ('--data generated', 'hard'),
@@ -231,7 +231,7 @@ SEARCH_FLAGS = {
     'learning_rate_min': ('', '0.01'), 'schedule': ('--epochs 3', 'linear'),
     'warmup_epochs': ('--epochs 3', '2'), 'momentum': ('', '0.1'),
     'nesterov': ('--no-nesterov', ''), 'weight_decay': ('', '0.1'), 'grad_clip': ('', '0.1'),
-    'seed': ('', '9'), 'amp': ('', ''), 'preset': ('--num_images 160', 'chexpert'),
+    'seed': ('', '9'), 'amp': ('', ''), 'preset': ('--num_images 400', 'chexpert'),
     'quick': ('', '')}
 RETRAIN_FLAGS = {
     **{name: SEARCH_FLAGS[name] for name in retrain.INPUT.keys() | retrain.SCHEDULE.keys()
