@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CHEXPERT, DATA, REAL, Batches, Setting, UserError, choose_device, leave,
+from generate_data import (CHEXPERT, REAL, Batches, Setting, UserError, choose_device, leave,
                            load_file, number, one_line_errors, parse_flags, read, read_chexpert,
                            read_image, world, write_file)
 
@@ -40,8 +40,9 @@ from model_search import Network
 
 EVALUATION_BATCH = 250, 50      # images up to 64 px, and above; it changes no result
 DRAWS = 1000                    # of the bootstrap
-# Settings that change no result: they may differ between runs of one setting, and on resume.
-FREE = {'save', 'resume', 'gpu', 'graph', 'workers', 'checkpoint_minutes', 'data_dir', 'download'}
+# Settings that change rounding at most: they may differ on resume, and between runs of a table.
+MAY_DIFFER = {'save', 'resume', 'gpu', 'graph', 'workers', 'checkpoint_minutes', 'data_dir',
+              'download'}
 
 # ---------------------------------------------------------------------------------------------
 # Loss and metrics
@@ -59,12 +60,14 @@ def loss_of(logits, y, smoothing=0.0):
 
 
 def correct(logits, y):
-    """Return how many of a batch are right, or the sum of the shares of right labels y (B, K).
+    """Return how many of a batch are right, or the sum of the shares of right known labels (B, K).
 
     It is a tensor on the device: the caller knows when to wait for it.
     """
     if y.dim() == 2:
-        return ((logits > 0) == (y > 0.5)).float().mean(1).sum()
+        known = y >= 0
+        right = ((logits > 0) == (y > 0.5)) & known
+        return (right.sum(1) / known.sum(1).clamp(min=1)).sum()
     return (logits.argmax(1) == y).float().sum()
 
 
@@ -111,7 +114,7 @@ class Metric(NamedTuple):
     header: str
     digits: int
     of: object
-    multilabel: bool = False    # for several labels an image
+    multilabel: bool = False    # for several labels per image
 
 
 METRICS = {
@@ -148,9 +151,8 @@ def predictions(network, batches):
         total += (loss_of(logits, y) * len(y)).item()
         scores.append(logits.float().cpu())
         labels.append(y.cpu())
-    parts = gathered((total, torch.cat(scores), torch.cat(labels), batches.indices))
-    totals, scores, labels, rows = zip(*parts)
-    scores, labels = torch.cat(scores), torch.cat(labels)
+    totals, scores, labels, rows = zip(*gathered((total, scores, labels, batches.indices)))
+    scores, labels = torch.cat(sum(scores, [])), torch.cat(sum(labels, []))
     loss = sum(totals) / len(labels)
     studies = batches.data.studies
     if studies is None:
@@ -197,6 +199,13 @@ def find_genotype(arch):
         raise UserError(str(error)) from None
 
 
+def check_layers(genotype, layers):
+    """UserError if a network of NAS-Bench-201 would not have three equal stages."""
+    if isinstance(genotype, str) and (layers < 5 or layers % 3 != 2):
+        raise UserError(f'--layers {layers}: a network of NAS-Bench-201 has three stages of N '
+                        'cells and two blocks between them, 3 N + 2: take 5, 8, 11, 14, 17, ...')
+
+
 def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32, stem='cifar'):
     """Parameters without and with the auxiliary head, and multiply-adds of one image.
 
@@ -233,7 +242,8 @@ def load_weights(path):
     """(network in evaluation mode, meta) from a weights.pt.
 
     meta: genotype, init_channels, layers, auxiliary, stem, classes, mean and std (3,) of pixels /
-    255, image_size, zoom, multilabel, arch, found_by, data and the settings with which it is read.
+    255, image_size, zoom (1 in old files), multilabel, arch, found_by, data, has_test and the
+    settings with which the data are read.
     """
     content = load_file(path, 'retrain again')
     try:
@@ -340,13 +350,19 @@ def read_run(run):
     for name, value in (log[-1] if log else {}).items():
         if name.startswith(('fit_', 'test_', 'holdout_')):
             row[name] = value
+    return with_gap(row)
+
+
+def with_gap(row):
+    """A row with the gap between its test and its training error, in points, if it has both."""
     if row.get('test_error') is not None and row.get('fit_error') is not None:
         row['gap'] = row['test_error'] - row['fit_error']
     return row
 
 
 def known_of(genotype):
-    """What is known of a cell: skips, parameters and, in NAS-Bench-201, its true accuracy.
+    """What is known of a cell: skips, parameters of the network that it is retrained as by default,
+    and, in NAS-Bench-201, its true accuracy.
 
     Distances are in points of CIFAR-10, CIFAR-100 and ImageNet16-120 test accuracy: to the best
     cell, to the median one and to the largest network, which a search must beat to have been of
@@ -367,7 +383,7 @@ def known_of(genotype):
             'nones': names.count('none'), 'params': table[genotype]['params']}
 
 
-def test_data(meta, data_dir=None, table=None):
+def read_test(meta, data_dir=None, table=None):
     """The test images of a retrained network, with its own classes, mean and deviation.
 
     data_dir: where real data are now; table: a CSV of CheXpert's test set. None if there are none.
@@ -385,6 +401,9 @@ def test_data(meta, data_dir=None, table=None):
     else:
         moved = data_dir and meta['data'] not in REAL
         data = read(data_dir if moved else meta['data'], settings, 'test')
+    if data is None:
+        raise UserError(f'{data_dir or meta["data"]} has no test images any more: give the folder '
+                        'that the network was trained on')
     if data.classes != meta['classes']:
         unknown = sorted(set(data.classes) - set(meta['classes']))
         if unknown or data.multilabel:
@@ -406,7 +425,7 @@ def report(run, device, data_dir=None, test_labels=None):
                arch_data=found_by.get('arch_data'), genotype=meta['genotype'],
                **cost(from_plain(meta['genotype']), meta['init_channels'], meta['layers'],
                       len(meta['classes']), meta['image_size'], meta['stem']))
-    data = test_data(meta, data_dir, test_labels)
+    data = read_test(meta, data_dir, test_labels)
     if data is None:
         return row
     batches = Batches(data, range(len(data)), EVALUATION_BATCH[data.image_size > 64], device,
@@ -420,9 +439,7 @@ def report(run, device, data_dir=None, test_labels=None):
         intervals = bootstrap(scores.numpy(), labels.numpy(), data.classes)
         values = areas(scores, labels, data.classes)
         row['test_areas'] = {name: [value, *intervals[name]] for name, value in values.items()}
-    elif row.get('fit_error') is not None:
-        row['gap'] = row['test_error'] - row['fit_error']
-    return row
+    return with_gap(row)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -456,7 +473,7 @@ def text_of(name, value):
     if name == 'gap' or name.startswith('to_'):
         return '  '.join(f'{points:+.2f}' for points in np.atleast_1d(value)) + ' points'
     if name == 'seconds':
-        return f'{timedelta(seconds=round(value))} hours'
+        return f'{timedelta(seconds=round(value))} (h:mm:ss)'
     if isinstance(value, float):
         return f'{value:,.4g}'
     return f'{value:,}' if isinstance(value, int) and name != 'seed' else value
@@ -486,11 +503,11 @@ def table(rows):
     lines = []
     for key, runs in groups.items():
         line = {**dict(zip(GROUPS, key)), 'n': len(runs)}
-        for measure in columns():
-            values = [row[measure] for row in runs if row.get(measure) is not None]
+        for name in columns():
+            values = [row[name] for row in runs if row.get(name) is not None]
             if values:
-                line[measure] = float(np.mean(values))
-                line[f'{measure}_std'] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                line[name] = float(np.mean(values))
+                line[f'{name}_std'] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         lines.append(line)
         names = sorted(differences(runs))
         if names:
@@ -500,12 +517,12 @@ def table(rows):
 
 
 def differences(runs):
-    """Names of the settings, apart from seeds and those in FREE, in which runs differ."""
+    """Names of the settings, apart from seeds and MAY_DIFFER, in which runs differ."""
     first, names = runs[0]['settings'], set()
     for run in runs:
         names |= {name for name in first.keys() | run['settings'].keys()
                   if run['settings'].get(name) != first.get(name)}
-    return names - FREE - {'seed', 'data_seed', 'arch'}
+    return names - MAY_DIFFER - {'seed', 'data_seed', 'arch'}
 
 
 def print_table(lines):
@@ -552,13 +569,16 @@ PANELS = {
     'skips in a cell': lambda line: mean_of(line, 'skips_'),
     'true CIFAR-10 accuracy, %':
         lambda line: line.get('truth_for_analysis_only', {}).get('cifar10'),
+    'held-out error, %': lambda line: line.get('holdout_error'),
+    'held-out AUROC': lambda line: line.get('holdout_auroc_tasks'),
     'test error, %': lambda line: line.get('test_error'),
+    'test AUROC': lambda line: line.get('test_auroc_tasks'),
 }
 
 
 def plot(rows, path):
-    """Draw runs as PNG, SVG or PDF, by the name's end: what they did by epoch, a panel a quantity
-    and a colour a group; of several retrainings fit against test error, of one its test.
+    """Draw runs to a PNG, SVG or PDF file: one panel per quantity over the epochs, one colour per
+    group. Three or more retrainings: also fit against test error. One retraining: also its test.
     """
     try:
         import matplotlib
@@ -580,7 +600,7 @@ def plot(rows, path):
     if len(fits) > 2:
         panels.append(partial(draw_fits, fits, colours))
     elif len(rows) == 1 and 'tested' in rows[0]:
-        panels.append(partial(draw_test, *rows[0]['tested']))
+        panels.append(partial(draw_test, *rows[0]['tested'], rows[0].get('test_areas')))
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
     heights = [6 if panel.func is draw_test else 2.4 for panel in panels]
@@ -612,15 +632,15 @@ def draw_curves(title, lines, axis):
 
 
 def draw_fits(rows, colours, axis):
-    """A dot for each retraining; a logarithmic axis, since most fits are close to nothing."""
+    """One dot per retraining; the axis is logarithmic, because most losses are close to 0."""
     for row in rows:
         axis.plot(row['fit_loss'], row['test_error'], 'o', color=colours[row['group']], alpha=0.7)
     axis.set(xscale='log', xlabel='loss on training images', ylabel='test error, %')
-    axis.set_title('fit and generalization, a dot a network', fontsize=10, loc='left')
+    axis.set_title('fit and generalization, one dot per network', fontsize=10, loc='left')
     axis.grid(alpha=0.3)
 
 
-def draw_test(scores, labels, classes, axis):
+def draw_test(scores, labels, classes, test_areas, axis):
     """The confusion matrix of a test, or the ROC curve of each label."""
     if labels.ndim == 1:
         counts = np.zeros((len(classes), len(classes)), int)
@@ -636,12 +656,10 @@ def draw_test(scores, labels, classes, axis):
         axis.set(xlabel='predicted class', ylabel='true class')
         axis.set_title('test images by class', fontsize=10, loc='left')
         return
-    intervals = bootstrap(scores, labels, classes)
-    for name, area in areas(scores, labels, classes).items():
+    for name, (area, low, high) in test_areas.items():
         k = classes.index(name)
         known = labels[:, k] >= 0
         truth = labels[known, k][np.argsort(-scores[known, k], kind='stable')] == 1
-        low, high = intervals[name]
         axis.plot(np.cumsum(~truth) / (~truth).sum(), np.cumsum(truth) / truth.sum(),
                   label=f'{name} {area:.2f} ({low:.2f} to {high:.2f})')
     axis.plot([0, 1], [0, 1], '--', color='gray', lw=1)
@@ -667,7 +685,7 @@ COST = {
     'arch': Setting(None, 'a published name, a genotype.json or the folder of a search'),
     'init_channels': Setting(36, 'of NAS-Bench-201 by default 16', number(int, 1, 4096)),
     'layers': Setting(20, 'cells; of NAS-Bench-201 by default 17', number(int, 1, 200)),
-    'num_classes': DATA['num_classes'],
+    'num_classes': Setting(10, 'classes of the network', number(int, 1, 10 ** 6)),
     'image_size': Setting(32, 'pixels', number(int, 8, 4096)),
     'stem': Setting('auto', 'one convolution, or three of stride 2; auto: these above 64 px',
                     ['auto', 'cifar', 'imagenet']),
@@ -679,10 +697,7 @@ def show_cost(s, as_json):
     if not s['arch']:
         raise UserError('--cost needs --arch: give a published name, a genotype.json or a run')
     genotype, _ = find_genotype(s['arch'])
-    try:
-        genotypes.check_layers(genotype, s['layers'])
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    check_layers(genotype, s['layers'])
     stem = stem_for(s['stem'], s['image_size'], s['init_channels'])
     counts = cost(genotype, s['init_channels'], s['layers'], s['num_classes'], s['image_size'],
                   stem)
@@ -714,12 +729,13 @@ def show_predictions(run, target):
 
 @one_line_errors
 def main(argv=None):
-    def layers(typed, chosen):
+    def defaults_for(typed, chosen):
         is_string = chosen['arch'] and isinstance(find_genotype(chosen['arch'])[0], str)
         return {'init_channels': 16, 'layers': 17} if is_string else {}
 
-    s, typed, _ = parse_flags(__doc__, {'runs': RUNS, 'cost without training': COST}, argv, layers)
-    unused = (COST if not s['cost'] else RUNS).keys() & typed.keys() - {'json', 'gpu'}
+    s, typed, _ = parse_flags(__doc__, {'runs': RUNS, 'cost without training': COST}, argv,
+                              defaults_for)
+    unused = (RUNS if s['cost'] else COST).keys() & typed.keys() - {'json'}
     if unused:
         raise UserError(f'--{min(unused)} means nothing {"with" if s["cost"] else "without"} '
                         '--cost: leave it out')
@@ -733,6 +749,8 @@ def main(argv=None):
     if not s['runs']:
         raise UserError('nothing to evaluate: give the folders of runs, or --arch NAME --cost')
     if s['predict']:
+        if len(s['runs']) > 1 or typed.keys() - {'runs', 'predict', 'gpu'}:
+            raise UserError('--predict takes one run and no other flag: leave the others out')
         show_predictions(s['runs'][0], s['predict'])
         return
     folders = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))

@@ -24,7 +24,7 @@ from operations import NB201_OPERATIONS, OPERATIONS
 
 NODES = 4
 
-# normal, reduce: ((operation, input state), ...), two pairs a node, nodes in order.
+# normal, reduce: ((operation, input state), ...), two pairs per node, nodes in order.
 Genotype = namedtuple('Genotype', 'normal normal_concat reduce reduce_concat')
 ALL_NODES = tuple(range(2, 2 + NODES))
 
@@ -77,7 +77,7 @@ def to_json(genotype, **extra):
 
 
 def random_genotype(seed):
-    """Uniform over cells: two different inputs a node, any operation but none (the control)."""
+    """Uniform over cells: two different inputs per node, any operation but none (the control)."""
     rng = np.random.Generator(np.random.Philox(seed))
     operations, cells = [name for name in OPERATIONS if name != 'none'], []
     for _ in ('normal', 'reduce'):
@@ -113,25 +113,19 @@ def find_genotype(arch):
     if arch in PUBLISHED:
         return PUBLISHED[arch], {'data': 'published', 'method': arch}
     if arch.startswith('|'):
-        return from_plain(arch, '--arch'), {'data': 'given', 'method': 'given'}
+        return from_plain(arch, '--arch'), {'data': 'given', 'method': short_name(arch)}
     path = Path(arch)
     try:
         path = path / 'genotype.json' if path.is_dir() else path
         fields = json.loads(path.read_text())
         found_by = {key: fields.get(key) for key in ('data', 'method', 'seed', 'arch_data')}
+        found_by['method'] = found_by['method'] or path.stem
     except OSError:
         raise ValueError(f'--arch {arch}: neither a genotype.json, nor a search that has ended, '
                          f'nor one of {", ".join(PUBLISHED)}') from None
     except (AttributeError, ValueError):
         raise ValueError(f'{path}: no JSON object') from None
     return from_plain(fields, str(path)), found_by
-
-
-def check_layers(genotype, layers):
-    """ValueError if a network of NAS-Bench-201 would not have three equal stages."""
-    if isinstance(genotype, str) and (layers < 5 or layers % 3 != 2):
-        raise ValueError(f'--layers {layers}: a network of NAS-Bench-201 has three stages of N '
-                         'cells and two blocks between them, 3 N + 2: use 5, 8, 11, 14, 17, ...')
 
 
 def short_name(arch):
@@ -267,12 +261,13 @@ def draw(genotype, title=''):
     """SVG text: the cells, one above the other, `title` over them.
 
     The states stand in a row; each operation is an arrow from its input to its node, in its own
-    colour (dashed: none), and a bar below collects the nodes that are concatenated.
+    colour (dashed: none), and a bar below collects the nodes that are concatenated. Nodes are
+    numbered from 0, as in DARTS's own drawings.
     """
     if isinstance(genotype, str):
         edges = [(op, *edge) for op, edge in zip(from_string(genotype), NB201_EDGES)]
         cells, labels = [('cell', edges, ())], ['input', '1', '2', 'output']
-        title += ': CIFAR-10 {cifar10:.2f}% (known)'.format(**truth(genotype))
+        title += ' (CIFAR-10 {cifar10:.2f}%, known)'.format(**truth(genotype))
     else:
         cells, labels = [], ['c_{k-2}', 'c_{k-1}', *map(str, range(NODES))]
         for cell, name in (('normal', 'normal cell'), ('reduce', 'reduction cell')):

@@ -42,7 +42,7 @@ class Space(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What `mix` may return: edge weights of which only one an edge is computed (GDAS)."""
+    """What `mix` may return: edge weights of which only one per edge is computed (GDAS)."""
     weights: torch.Tensor   # (edges, operations), 1 for the operation drawn and 0 for the others
     best: list              # of each edge, the column of the operation drawn
 

@@ -38,15 +38,14 @@ from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, 
                            choose_device, fcntl, find_or_make, leave, load_file, name_or_path,
                            number, one_line_errors, parse_flags, read, refuse_unused,
                            stratified_split, taken, world, write_file)
-from evaluate import (COST, EVALUATION_BATCH, FREE, correct, find_genotype, gathered, loss_of,
-                      read_json, read_log,
-                      stem_for, test)
+from evaluate import (COST, EVALUATION_BATCH, MAY_DIFFER, check_layers, correct, find_genotype,
+                      gathered, loss_of, read_json, read_log, stem_for, test)
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from genotypes import check_layers, plain, short_name
+from genotypes import plain, short_name
 from model_search import Network
 
 # ---------------------------------------------------------------------------------------------
@@ -90,8 +89,8 @@ NETWORK = {
     'layers': Setting(20, 'cells', number(int, 1, 200)),
     'stem': COST['stem'],
     'auxiliary': Setting(False, 'a second head while training'),
-    'auxiliary_weight': Setting(0.4, 'of its loss', number(float, 0)),
-    'drop_path_prob': Setting(0.2, 'reached linearly at the end', number(float, 0, below=1)),
+    'auxiliary_weight': Setting(0.4, "weight of that head's loss", number(float, 0)),
+    'drop_path_prob': Setting(0.2, 'at the end, reached linearly', number(float, 0, below=1)),
     'cutout': Setting(False, 'blank a square of each image'),
     'cutout_length': Setting(16, 'pixels', number(int, 1)),
 }
@@ -123,7 +122,7 @@ PRESETS = {
 QUICK = dict(num_images=1000, epochs=2, steps_per_epoch=40, batch_size=32, init_channels=8,
              layers=5, warmup_epochs=0)
 FIT_IMAGES = 10000          # training images on which the fit is measured at the end
-# What a run says of an epoch, of what its log has
+# How the line of an epoch that a run prints shows entries of its log
 SAID = {'train_loss': 'loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}',
         'valid_loss': 'held-out loss {:.3f}', 'valid_accuracy': 'held-out accuracy {:.1%}',
         'skips_normal': '{} skips in the normal cell', 'skips_reduce': '{} in the reduction cell',
@@ -142,7 +141,7 @@ def preset_name(chosen, presets):
 
 
 def that_data_take(settings, chosen):
-    """A preset's settings, without those of data that the data of the run do not take."""
+    """A preset's settings, without settings of data that --data does not use."""
     known = taken(chosen['data'], chosen)
     return {key: value for key, value in settings.items() if key not in DATA or key in known}
 
@@ -153,7 +152,8 @@ def settle(s, typed, defaults):
     if s['data_seed'] is None:
         s['data_seed'] = s['seed']
     for name in {'warmup_epochs', 'frozen_epochs'} & s.keys() - typed.keys():
-        s[name] = round(defaults[name] / defaults['epochs'] * s['epochs'])      # the same share
+        share = defaults[name] / defaults['epochs']             # is kept, but not all epochs
+        s[name] = min(round(share * s['epochs']), s['epochs'] - 1)
     rate_for = s.pop('rate_for', None)
     if rate_for and 'learning_rate' not in typed:
         s['learning_rate'] *= s['batch_size'] / rate_for
@@ -175,16 +175,25 @@ def settle(s, typed, defaults):
     return args
 
 
+def refuse_idle(typed, has_effect):
+    """UserError for what was typed and has no effect; has_effect: {name: bool}."""
+    for name in sorted(typed.keys() & has_effect.keys()):
+        if not has_effect[name]:
+            raise UserError(f'--{name} means nothing beside the other flags: leave it out')
+
+
 def batch_of(args, images):
-    """--batch_size; of --preset laptop less of few images, so that an epoch has about 20 steps."""
+    """--batch_size, but less for few images with --preset laptop: for about 20 steps an epoch."""
     if args.preset != 'laptop':
         return args.batch_size
-    return min(args.batch_size, max(8, images // 20))
+    parts = args.grad_accum * int(os.environ.get('WORLD_SIZE', 1))
+    size = min(args.batch_size, max(8, images // 20))
+    return max(2 * parts, size - size % parts)
 
 
 def check_batch(args, share):
     """UserError if a batch is more than the share of the unreal images that would be made."""
-    images = int(args.num_images * share)
+    images = round(args.num_images * share)
     if 'num_images' in taken(args.data, vars(args)) and batch_of(args, images) > images:
         raise UserError(f'--batch_size {args.batch_size} is more than the {images} images that its '
                         f'split gets of --num_images {args.num_images}: take less, or more images')
@@ -202,7 +211,7 @@ def run_name(script, first, args, typed, defaults):
 
     words = [script, *map(word, first), f'seed{args.seed}']
     defaults = {**defaults, 'data_seed': args.seed}
-    for name in sorted(typed.keys() - FREE - {'data', 'method', 'arch', 'seed'}):
+    for name in sorted(typed.keys() - MAY_DIFFER - {'data', 'method', 'arch', 'seed'}):
         if typed[name] is True and not defaults[name]:
             words.append(name)
         elif typed[name] != defaults[name]:
@@ -240,11 +249,11 @@ class Run:
     run = Run(args, device, 'weights.pt')   UserError if the folder is not of these settings
     run.finished                            the result is there
     run.plan(full)                          epochs and steps, of data that give `full` steps
-    with run.of(data):                      takes the folder for this process, reads the checkpoint
+    with run.on(data):                      takes the folder for this process, reads the checkpoint
         run.start(...)                      loads the checkpoint into networks and optimizers
         for epoch in range(run.epoch, run.epochs):
             run.train(...), run.end_epoch(...)      True if a signal stopped the run: it is saved
-    run.log                                 a dictionary an epoch
+    run.log                                 one dictionary per epoch
 
     log.jsonl is written from the log in the checkpoint, so the two are always of the same step.
     Of several processes the first reads and writes; all save and stop at the same step.
@@ -252,8 +261,9 @@ class Run:
     def __init__(self, args, device, result):
         self.args, self.device, self.folder = args, device, Path(args.save)
         self.finished = (self.folder / result).exists()
-        self.checkpoint, self.log, self.stop, self.signal = {}, [], 0, 0
-        self.epoch = self.step = 0
+        self.checkpoint, self.log = {}, []
+        self.epoch = self.step = 0              # where to go on
+        self.caught = self.stop = 0             # a signal; one that all processes have agreed on
         about = self.folder / 'args.json'
         if world()[0]:
             return
@@ -261,7 +271,7 @@ class Run:
             if not args.resume:
                 raise UserError(f'{self.folder} holds a run: --resume it, or choose another --save')
             before, now = read_json(about)['settings'], vars(args)
-            for name in sorted((now.keys() | before.keys()) - FREE):
+            for name in sorted((now.keys() | before.keys()) - MAY_DIFFER):
                 if now.get(name) != before.get(name):
                     raise UserError(f'{self.folder} was run with --{name} {before.get(name)}, not '
                                     f'{now.get(name)}: give the same, or choose another --save')
@@ -290,7 +300,7 @@ class Run:
         self.total = args.epochs * steps if total is None else min(total, args.epochs * steps)
         self.epochs = math.ceil(self.total / steps)
 
-    def of(self, data):
+    def on(self, data):
         """This run on a Data, or None: on resume its images and labels must be as at the start."""
         self.sha256 = None
         if data is not None and not world()[0]:
@@ -310,7 +320,7 @@ class Run:
                                 'choose another --save') from None
             for left in self.folder.glob('.*.tmp'):     # of runs that were killed as they wrote
                 left.unlink(missing_ok=True)
-            self.describe()
+            self.write_args()
         if world()[1] > 1:
             torch.distributed.barrier()
         if (self.folder / 'checkpoint.pt').exists():
@@ -319,17 +329,17 @@ class Run:
             self.log = self.checkpoint['log']
             self.epoch, self.step = self.checkpoint['epoch'], self.checkpoint['step']
         self.write_log()
-        self.handlers = {number_: signal.signal(number_, self.catch)
-                         for number_ in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {signum: signal.signal(signum, self.catch)
+                         for signum in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
-        for number_, handler in self.handlers.items():
-            signal.signal(number_, handler)
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
         if not world()[0]:
             self.lock.close()
 
-    def describe(self):
+    def write_args(self):
         """Write args.json and scripts/ of a new run; compare the data of one that goes on."""
         about = self.folder / 'args.json'
         if about.exists():
@@ -349,10 +359,10 @@ class Run:
                          **{name: version(name) for name in ('torchvision', 'numpy', 'pillow')}},
         }, indent=1) + '\n')
 
-    def catch(self, number_, _frame):
-        if self.signal:                         # the second one ends the run at once
+    def catch(self, signum, _frame):
+        if self.caught:                         # the second one ends the run at once
             raise KeyboardInterrupt
-        self.signal = number_
+        self.caught = signum
 
     def start(self, what, sums, state, **objects):
         """Load the checkpoint into `objects`, networks and optimizers, and torch's generators.
@@ -371,7 +381,8 @@ class Run:
         try:
             for name, target in objects.items():
                 content = saved[name]
-                if 'param_groups' in content:   # of an optimizer: as they suit this device
+                if 'param_groups' in content:   # of an optimizer only the state: the rest is as
+                    # it suits this device
                     content = {**content, 'param_groups': target.state_dict()['param_groups']}
                 target.load_state_dict(content)
         except (KeyError, RuntimeError, ValueError):
@@ -387,9 +398,9 @@ class Run:
 
         draws: batches, each the arguments of step_of, which returns what the sums get. tensors:
         what must stay finite. self.last is the number of steps of the epoch, and self.seconds
-        what they took, those before a stop included; self.batch the
-        last one.
+        what they took, those before a stop included; self.batch is the last batch.
         """
+        tensors = list(tensors)
         self.last = min(self.steps, self.total - epoch * self.steps)
         self.saved = time.time()
         began = self.saved - (self.checkpoint['seconds'] if self.step else 0.0)
@@ -410,10 +421,12 @@ class Run:
                          'images_per_second': round(images / max(self.seconds, 1e-9), 1),
                          'peak_memory_mib': peak_memory_mib(self.device)})
         self.progress.close()
-        print(f'epoch {epoch + 1}/{self.epochs}: {said_of(line)}')
+        print(f'epoch {epoch + 1}/{self.epochs}: {summary(line)}')
         self.sums = torch.zeros_like(self.sums)
         self.save(epoch + 1, 0)
-        return bool(self.stop) and epoch + 1 < self.epochs and self.say_stopped()
+        if self.stop and epoch + 1 < self.epochs:
+            return self.say_stopped()
+        return False
 
     def due(self, epoch, step, tensors):
         """Whether to save after a step, the last of an epoch apart, after which the run saves.
@@ -422,14 +435,14 @@ class Run:
         because that makes it wait.
         """
         alone, limit = world()[1] == 1, 60 * self.args.checkpoint_minutes
-        due = alone and (self.signal or time.time() - self.saved > limit)
+        due = alone and (self.caught or time.time() - self.saved > limit)
         is_last = step + 1 == self.last
         if not (due or self.device.type == 'cpu' or step % 50 == 49 or is_last):
             return False
         self.check_finite(tensors, epoch * self.steps + step)
-        self.stop = self.signal
+        self.stop = self.caught
         if not alone:
-            flags = torch.tensor([self.signal, time.time() - self.saved], device=self.device)
+            flags = torch.tensor([self.caught, time.time() - self.saved], device=self.device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
             self.stop = int(flags[0])
             due = self.stop or flags[1] > limit
@@ -446,7 +459,7 @@ class Run:
         """Write the checkpoint, `step` steps into `epoch`, and then log.jsonl."""
         self.step, self.saved = step, time.time()
         if world()[1] == 1:                     # a signal may come after the last step as well
-            self.stop = self.signal
+            self.stop = self.caught
         content = {**self.state(), 'epoch': epoch, 'step': step, 'log': self.log,
                    'seconds': self.seconds, 'sums': torch.stack(gathered(self.sums.cpu())),
                    'random': gathered(random_states(self.device))}
@@ -464,7 +477,7 @@ class Run:
         return True
 
 
-def said_of(line):
+def summary(line):
     """What is worth saying of a line of the log."""
     return ', '.join(text.format(line[name]) for name, text in SAID.items()
                      if line.get(name) is not None)
@@ -486,7 +499,7 @@ def hardware(device):
         names = [line for line in about.read_text().splitlines() if line.startswith('model name')]
         cpu = names[0].split(':')[1].strip() if names else cpu
     return {'cpu': cpu, 'threads': torch.get_num_threads(),
-            'instructions': torch.backends.cpu.get_cpu_capability(),        # decide the last bits
+            'instructions': torch.backends.cpu.get_cpu_capability(),        # how sums are rounded
             'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}
 
 
@@ -495,9 +508,10 @@ def peak_memory_mib(device):
     if device.type == 'cuda':
         return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
     status = Path('/proc/self/status')
-    if not status.exists():
+    text = status.read_text() if status.exists() else ''
+    if 'VmHWM:' not in text:
         return None
-    return round(int(status.read_text().split('VmHWM:')[1].split()[0]) / 1024)
+    return round(int(text.split('VmHWM:')[1].split()[0]) / 1024)
 
 
 def random_states(device):
@@ -676,17 +690,16 @@ def train_step(network, batch, optimizer, args):
     return sums.unbind()
 
 
-def make_optimizer(network, args):
+def make_optimizer(weights, args, name='sgd'):
     """SGD or Adam, whose learning rate is a tensor, so that a CUDA graph sees it change."""
-    device = next(network.parameters()).device
+    device = weights[0].device
     warnings.filterwarnings('ignore', 'This instance was constructed with capturable')
     cuda, rate = device.type == 'cuda', torch.tensor(args.learning_rate, device=device)
-    if args.optimizer == 'adam':
-        return torch.optim.Adam(network.parameters(), rate, weight_decay=args.weight_decay,
-                                foreach=cuda, capturable=cuda)
-    return torch.optim.SGD(network.parameters(), rate, momentum=args.momentum,
-                           weight_decay=args.weight_decay, nesterov=args.nesterov, fused=cuda,
-                           foreach=not cuda)
+    if name == 'adam':
+        return torch.optim.Adam(weights, rate, weight_decay=args.weight_decay, foreach=cuda,
+                                capturable=cuda)
+    return torch.optim.SGD(weights, rate, momentum=args.momentum, weight_decay=args.weight_decay,
+                           nesterov=args.nesterov, fused=cuda, foreach=not cuda)
 
 
 def build(args, genotype, num_classes, stem, device):
@@ -697,8 +710,9 @@ def build(args, genotype, num_classes, stem, device):
     start_alike(network)
     if args.drop_path_prob:
         network.drop_path_prob = torch.zeros((), device=device)
+    optimizer = make_optimizer(list(network.parameters()), args, args.optimizer)
     if world()[1] == 1:
-        return network, network, make_optimizer(network, args)
+        return network, network, optimizer
     rank = world()[0]
     if rank:                                    # each process draws its own drop-path
         torch.manual_seed((args.seed + rank * 1_000_003) % 2 ** 62)
@@ -706,9 +720,9 @@ def build(args, genotype, num_classes, stem, device):
     # A node of the cell may lead nowhere: then its operations get no gradient.
     idle = isinstance(genotype, str) or min(len(genotype.normal_concat),
                                             len(genotype.reduce_concat)) < 4
-    shared = DistributedDataParallel(network, [device] if device.type == 'cuda' else None,
-                                     find_unused_parameters=idle)
-    return network, shared, make_optimizer(network, args)
+    parallel = DistributedDataParallel(network, [device] if device.type == 'cuda' else None,
+                                       find_unused_parameters=idle)
+    return network, parallel, optimizer
 
 
 def split_rows(data, args):
@@ -736,9 +750,15 @@ def scored(part, network, batches):
     return {f'{part}_{name}': value for name, value in test(network, batches).items()}
 
 
+def held_out_badness(line):
+    """What the epoch to keep has least of: the held-out error, or the AUROC's distance from 1."""
+    area = line.get('holdout_auroc_tasks')
+    return line.get('holdout_error', line['holdout_loss'] if area is None else 1 - area)
+
+
 def parse(argv):
     """Settings as a namespace: typed, over --quick, over the preset, over DARTS's."""
-    def layers(typed, chosen):
+    def defaults_for(typed, chosen):
         name = preset_name(chosen, PRESETS)
         if name == 'cifar' and chosen['preset'] == 'auto' and chosen['arch'] \
                 and isinstance(find_genotype(chosen['arch'])[0], str):
@@ -753,19 +773,16 @@ def parse(argv):
     run = {'preset': Setting('auto', 'defaults of all settings; auto: by the data and the cell',
                              ['auto', *PRESETS]), **RUN}
     tables = {'network': NETWORK, 'data': INPUT, 'recipe': {**RECIPE, **SCHEDULE}, 'run': run}
-    s, typed, defaults = parse_flags(__doc__, tables, argv, layers)
+    s, typed, defaults = parse_flags(__doc__, tables, argv, defaults_for)
     if not s['arch']:
         raise UserError('--arch is missing: give a published name, a genotype.json or a search')
     args = settle(s, typed, defaults)
-    try:
-        check_layers(find_genotype(args.arch)[0], args.layers)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    check_layers(find_genotype(args.arch)[0], args.layers)
     if args.max_steps == 0:
         raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
-    for name, flag in (('auxiliary_weight', 'auxiliary'), ('cutout_length', 'cutout')):
-        if name in typed and not s[flag]:
-            raise UserError(f'--{name} means nothing without --{flag}: leave it out')
+    sgd = args.optimizer == 'sgd'
+    refuse_idle(typed, {'auxiliary_weight': args.auxiliary, 'cutout_length': args.cutout,
+                        'momentum': sgd, 'nesterov': sgd})
     check_batch(args, min(1.0, args.train_portion))
     args.save = args.save or run_name('retrain', [args.data, args.arch], args, typed, defaults)
     return args
@@ -777,7 +794,7 @@ def main(argv=None):
     device = choose_device(args.gpu, args.tf32)
     run = Run(args, device, 'weights.pt')
     if run.finished:                            # a loop goes on without reading the data
-        print('result:', said_of(read_log(run.folder)[-1]))
+        print('result:', summary(read_log(run.folder)[-1]))
         return
 
     # Data: images to train on, to choose the epoch on, to measure the fit on, and to test on.
@@ -800,17 +817,18 @@ def main(argv=None):
     fit_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), FIT_IMAGES)).astype(int)]
     run.plan(len(batches))
 
-    with run.of(data):
-        network, shared, optimizer = build(args, genotype, len(data.classes), stem, device)
-        best, best_held, kept = (run.checkpoint.get(name, start) for name, start in (
-            ('best', math.inf), ('best_held', math.inf), ('kept', {})))
+    with run.on(data):
+        network, parallel, optimizer = build(args, genotype, len(data.classes), stem, device)
+        best = run.checkpoint.get('best', math.inf)
+        best_held = run.checkpoint.get('best_held', math.inf)
+        kept = run.checkpoint.get('kept', {})               # weights of the best epoch
         run.start(f'{args.arch} (C={args.init_channels}) on {data.name} ({len(rows):,} images of '
                   f'{data.image_size} px, {len(data.classes)} classes)',
                   torch.zeros(2, device=device),            # loss and right answers
                   lambda: dict(network=network.state_dict(), optimizer=optimizer.state_dict(),
                                best=best, best_held=best_held, kept=kept),
                   network=network, optimizer=optimizer)
-        step = GraphedStep(lambda *batch: torch.stack(train_step(shared, batch, optimizer, args)),
+        step = GraphedStep(lambda *batch: torch.stack(train_step(parallel, batch, optimizer, args)),
                            lambda: changed_by_a_step(network, optimizer), device,
                            args.graph == 'auto' and world()[1] == 1)
         for epoch in range(run.epoch, run.epochs):
@@ -826,26 +844,27 @@ def main(argv=None):
             loss, right = averaged([run.sums])[0].div(run.last).tolist()
             line = {'learning_rate': learning_rate, 'drop_path_prob': drop_path_prob,
                     'train_loss': loss, 'train_accuracy': right * world()[1] / size}
+            is_last = epoch + 1 == run.epochs
             if len(held):
                 line.update(scored('holdout', network, whole(data, held)))
-                worth = line.get('holdout_error', -(line.get('holdout_auroc_tasks') or 0))
-                if worth < best_held:
-                    best_held = worth
+                badness = held_out_badness(line)
+                if badness < best_held:
+                    best_held = badness
                     kept = {name: t.cpu().clone() for name, t in network.state_dict().items()}
+                if is_last:                     # its line is of the weights that weights.pt holds
+                    network.load_state_dict(kept)
+                    line.update(scored('holdout', network, whole(data, held)))
             if test_data:
                 line.update(scored('test', network, whole(test_data, range(len(test_data)))))
             if 'test_error' in line:
                 best = min(best, line['test_error'])
                 line['best_test_error_selected_on_test'] = best
-            if epoch + 1 == run.epochs:         # without augmentation, in evaluation mode
-                if kept:
-                    network.load_state_dict(kept)       # what weights.pt will hold
+            if is_last:                         # without augmentation, in evaluation mode
                 line.update(scored('fit', network, whole(data, fit_rows)))
             measured = [line[name] for name in ('test_loss', 'fit_loss') if name in line]
             run.check_finite([torch.tensor(measured or [0.0])], epoch * run.steps + run.last)
             if run.end_epoch(epoch, line, run.last * size):
                 return 128 + run.stop
-        run.progress.close()
         if not world()[0]:
             finish(run, args, data, test_data, stem, genotype, found_by,
                    kept or network.state_dict())
@@ -862,7 +881,7 @@ def finish(run, args, data, test_data, stem, genotype, found_by, weights):
             'settings': {'data_dir': str(Path(args.data_dir).resolve()),
                          'uncertain': args.uncertain, 'views': args.views}}
     write_file(run.folder / 'weights.pt', {'network': weights, 'meta': meta})
-    print('result:', said_of(run.log[-1]))
+    print('result:', summary(run.log[-1]))
     if args.quick:
         print('this was --quick: the pipeline works, the result means little')
     print(f'next: python evaluate.py {shlex.quote(str(run.folder))}')

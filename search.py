@@ -19,7 +19,6 @@ SDARTS (2002.05283), DARTS- (2009.01027), beta-DARTS (2203.01665), RobustDARTS (
 """
 import math
 import shlex
-import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -29,8 +28,8 @@ from generate_data import (CIFAR, KINDS, REAL, Batches, Setting, UserError, choo
                            stratified_split, suited, world, write_file)
 from evaluate import COST, correct, find_genotype, loss_of, method_name, read_json, stem_for
 from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, averaged, batch_of, changed_by_a_step,
-                     check_alike, check_batch, learning_rate_at, preset_name, run_name, settle,
-                     start_alike, that_data_take)
+                     check_alike, check_batch, learning_rate_at, make_optimizer, preset_name,
+                     refuse_idle, run_name, settle, start_alike, that_data_take)
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +45,9 @@ from operations import DroppedSkip, dropped_skip, skip_connect
 SEARCH = {
     'space': Setting('darts', 'nb201: where the truth is known', ['darts', 'nb201']),
     'unrolled': Setting(False, 'second-order step'),
-    'arch_data': Setting('valid', 'of the alphas: held-out images, those of the weights, or none',
+    'arch_data': Setting('valid', 'images for the alphas: held out, those of the weights, or none',
                          ['valid', 'train', 'none']),
-    'perturb': Setting('random', 'of sdarts', ['random', 'adversarial']),
+    'perturb': Setting('random', 'perturbation of --method sdarts', ['random', 'adversarial']),
     'partial': Setting(1, 'operations see 1/partial of the channels', number(int, 1)),
     'init_channels': Setting(16, 'channels of the first cell', number(int, 1)),
     'layers': Setting(8, 'cells; of pdarts in its first stage', number(int, 3, 200)),
@@ -60,8 +59,9 @@ SEARCH = {
     'arch_learning_rate': Setting(3e-4, 'of the alphas', number(float, 0)),
     'arch_weight_decay': Setting(1e-3, 'of the alphas', number(float, 0)),
     'frozen_epochs': Setting(0, 'first epochs, of the weights alone', number(int, 0)),
-    'hessian': Setting(None, 'log its largest eigenvalue every so many epochs', number(int, 1)),
-    'early_stop': Setting(False, 'stop when it grows, as RobustDARTS does'),
+    'hessian': Setting(None, "log the alphas' Hessian's largest eigenvalue every N epochs",
+                       number(int, 1)),
+    'early_stop': Setting(False, 'stop when that eigenvalue grows (RobustDARTS)'),
 }
 # arch_grad_clip, the largest norm of the alphas' gradient, is a method's, and no flag; 0: no limit.
 DEFAULTS = dict(epochs=50, batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
@@ -94,7 +94,7 @@ class Darts:
 
     recipe: the settings that differ from DARTS's; recipe_on: those by space or preset. stochastic:
     every loss draws anew what is computed, so that differences of losses mean nothing. one_path:
-    one operation an edge is computed. The numbers that begin_epoch sets are tensors on the device,
+    one operation per edge is computed. The numbers that begin_epoch sets are tensors on the device,
     so that a CUDA graph sees them change.
     """
     recipe, recipe_on = {}, {}
@@ -129,7 +129,8 @@ class Darts:
         """
         return {}
 
-    def set(self, **numbers):
+    def set_tensors(self, **numbers):
+        """Keep numbers as attributes that are tensors on the device; return them for the log."""
         for name, value in numbers.items():
             if not hasattr(self, name):
                 setattr(self, name, torch.zeros((), device=self.device))
@@ -161,7 +162,7 @@ class PcDarts(Darts):
 
 
 class PDarts(Darts):
-    """P-DARTS (1904.12760): three stages, each with more cells and fewer operations an edge.
+    """P-DARTS (1904.12760): three stages, each with more cells and fewer operations per edge.
 
     Skips have dropout, which falls within a stage. In the end the normal cell keeps two skips at
     most. Epochs are those of all stages together, frozen epochs those of each.
@@ -170,7 +171,8 @@ class PDarts(Darts):
                   arch_grad_clip=5.0, frozen_epochs=10, layers=5)
     recipe_on = {'imagenet': dict(frozen_epochs=10)}
     spaces, stages, stochastic = ('darts',), 3, True
-    MORE_CELLS, OPERATIONS, DROPOUT = (0, 6, 12), (8, 5, 3), (0.0, 0.4, 0.7)
+    # By stage: cells more than in the first, operations that an edge keeps, dropout of skips
+    MORE_CELLS, KEEP, DROPOUT = (0, 6, 12), (None, 5, 3), (0.0, 0.4, 0.7)
 
     def build(self):
         network = super().build()
@@ -189,7 +191,7 @@ class PDarts(Darts):
         for cell_type in self.network.space.cell_types:
             p = self.network.probabilities(cell_type).detach().cpu()
             order = p.argsort(dim=1, descending=True, stable=True)
-            rows = order[:, :self.OPERATIONS[self.stage]].sort(1).values.tolist()
+            rows = order[:, :self.KEEP[self.stage]].sort(1).values.tolist()
             self.kept[cell_type] = [[names[k] for k in row] for row in rows]
 
     def begin_epoch(self, epoch, epochs, frozen):
@@ -201,9 +203,8 @@ class PDarts(Darts):
         return {'skip_dropout': self.DROPOUT[self.stage] * share}
 
     @torch.no_grad()
-    def result(self, most=2):
-        """Strike out the weakest skip of the normal cell and choose again, until `most` are left.
-        """
+    def result(self):
+        """Strike out the weakest skip of the normal cell and choose again, until two are left."""
         space = self.network.space
         p = {cell: self.network.probabilities(cell).cpu().clone() for cell in space.cell_types}
         skip = list(space.operations).index('skip_connect')
@@ -211,13 +212,13 @@ class PDarts(Darts):
             genotype = derive(p['normal'], p['reduce'])
             skips = [space.edges.index((2 + k // 2, state))
                      for k, (op, state) in enumerate(genotype.normal) if op == 'skip_connect']
-            if len(skips) <= most:
+            if len(skips) <= 2:
                 return genotype, {'without_restriction': plain(self.network.genotype())}
             p['normal'][min(skips, key=lambda e: p['normal'][e, skip].item()), skip] = 0
 
 
 class Gdas(Darts):
-    """GDAS (1910.04465): one operation an edge, by Gumbel's argmax, drawn in every forward pass.
+    """GDAS (1910.04465): one operation per edge, by Gumbel's argmax, drawn in every forward pass.
 
     Its gradient is that of the softmax, whose temperature falls from 10 to 0.1. Operations and
     BatchNorm after pooling are DARTS's.
@@ -227,7 +228,7 @@ class Gdas(Darts):
     stochastic = one_path = True
 
     def begin_epoch(self, epoch, epochs, frozen):
-        return self.set(temperature=10 - 9.9 * epoch / max(1, epochs - 1))
+        return self.set_tensors(temperature=10 - 9.9 * epoch / max(1, epochs - 1))
 
     def mix(self, cell_type, p):
         log_p = F.log_softmax(self.network.alphas[cell_type], 1)
@@ -245,7 +246,7 @@ class DartsMinus(Darts):
         return space._replace(extras={'auxiliary_skip': skip_connect}), layers
 
     def begin_epoch(self, epoch, epochs, frozen):
-        return self.set(skip_weight=1 - epoch / epochs)
+        return self.set_tensors(skip_weight=1 - epoch / epochs)
 
     def mix(self, cell_type, p):
         return torch.cat([p, self.skip_weight.expand(len(p), 1)], 1)
@@ -256,7 +257,7 @@ class BetaDarts(Darts):
     recipe_on = {'nb201': dict(epochs=100, nesterov=False, weight_decay=3e-4)}
 
     def begin_epoch(self, epoch, epochs, frozen):
-        return self.set(lambda_=50 * (epoch / epochs))
+        return self.set_tensors(lambda_=50 * (epoch / epochs))
 
     def alpha_gradients(self, grads):
         network = self.network
@@ -278,7 +279,7 @@ class SDarts(Darts):
     recipe_on = {'nb201': dict(epochs=100, nesterov=False, weight_decay=3e-4)}
 
     def begin_epoch(self, epoch, epochs, frozen):
-        return self.set(radius=0.03 + 0.27 * (epoch / epochs))
+        return self.set_tensors(radius=0.03 + 0.27 * (epoch / epochs))
 
     @contextmanager
     def weight_training(self, train):
@@ -297,7 +298,7 @@ class SDarts(Darts):
         network.eval()
         with trained(network):
             before = self.training_loss(train)
-            with mixed_by(network, lambda cell_type, _: near[cell_type]):
+            with mixed_by(network, lambda cell_type, _: near[cell_type]):   # as near changes
                 for _ in range(7):
                     for value in near.values():
                         value.requires_grad_()
@@ -502,17 +503,9 @@ def bilevel_step(method, train, valid, sgd, adam, frozen=False, moments=()):
 
 
 def optimizers(network, args):
-    """SGD for the weights, and Adam for the alphas and for nothing else.
-
-    The learning rate of the weights is a tensor, so that a CUDA graph sees it change.
-    """
-    device = next(network.parameters()).device
-    cuda = device.type == 'cuda'
-    warnings.filterwarnings('ignore', 'This instance was constructed with capturable')
-    sgd = torch.optim.SGD(network.weight_parameters(),
-                          torch.tensor(args.learning_rate, device=device), momentum=args.momentum,
-                          weight_decay=args.weight_decay, nesterov=args.nesterov, fused=cuda,
-                          foreach=not cuda)
+    """SGD for the weights, and Adam for the alphas and for nothing else."""
+    cuda = next(network.parameters()).device.type == 'cuda'
+    sgd = make_optimizer(network.weight_parameters(), args)
     adam = torch.optim.Adam(network.architecture_parameters(), args.arch_learning_rate,
                             betas=(0.5, 0.999), weight_decay=args.arch_weight_decay,
                             foreach=True, capturable=cuda)
@@ -527,8 +520,8 @@ def describe(network, moments, steps, before):
     """What log.jsonl says of the alphas after an epoch; before: the line before, or None.
 
     By cell type: entropy in nats and the margin between the first and the second operation, means
-    over edges; skips of the genotype, edges whose strongest operation is none; the signal of the
-    architecture gradient: norm of its mean over the epoch's steps by norm of its deviation.
+    over edges; skips of the genotype, edges whose strongest operation is none; signal: the norm of
+    the mean architecture gradient over the epoch's steps, by the norm of its standard deviation.
     """
     genotype, line = network.genotype(), {}
     none = list(network.space.operations).index('none')
@@ -552,7 +545,7 @@ def describe(network, moments, steps, before):
     alphas = {}
     for name, alpha in network.alphas.items():
         dropped = getattr(network, f'dropped_{name}', None)
-        if dropped is not None:                 # P-DARTS: an operation that is gone has weight 0
+        if dropped is not None:                 # P-DARTS: a removed operation, probability 0
             alpha = alpha.masked_fill(dropped, -1e9)
         alphas[name] = alpha.detach().cpu().tolist()
     return {**line, 'genotype': plain(genotype), 'alphas': alphas}
@@ -589,12 +582,11 @@ def largest_eigenvalue(network, valid, args, iterations=20):
     return torch.linalg.eigvalsh(matrix)[-1].item() + args.arch_weight_decay
 
 
-def early_stop(log, epochs):
+def before_growth(log, epochs):
     """RobustDARTS: the line whose genotype to take, once the eigenvalue has grown, or None.
 
-    Means over five values; a mean of more than 1.3 times that of four values before, which must
-    be positive and lie in epoch 10 of 50 or later. log: lines with `epoch` and, some of them,
-    `eigenvalue`.
+    The mean of five values must exceed 1.3 times the mean four values earlier, which must be
+    positive and not before epoch 10 of 50. log: lines with `epoch`, some of them with `eigenvalue`.
     """
     known = [line for line in log if line.get('eigenvalue') is not None]
     means = [sum(line['eigenvalue'] for line in known[k - 2:k + 3]) / 5
@@ -612,7 +604,7 @@ def early_stop(log, epochs):
 
 def parse(argv):
     """Settings as a namespace: typed, over --quick, preset, method, space, and DARTS's."""
-    def layers(typed, chosen):
+    def defaults_for(typed, chosen):
         method, preset = METHODS[chosen['method']], preset_name(chosen, PRESETS)
         space = {**chosen, **PRESETS[preset], **typed}['space']
         out = {**DEFAULTS, **SPACES[space], **method.recipe, **method.recipe_on.get(space, {}),
@@ -622,7 +614,7 @@ def parse(argv):
         if chosen['early_stop']:
             out['hessian'] = 2
         if 'train_portion' in PRESETS[preset] and has_own_images(chosen['data']):
-            out.update(train_portion=0.8, valid_fraction=0.2)       # as many, of fewer images
+            out.update(train_portion=0.8, valid_fraction=0.2)       # larger, of fewer images
         if chosen['quick']:
             out.update(QUICK, num_classes=min(out.get('num_classes', 10), 20))
         return that_data_take(out, chosen)
@@ -632,13 +624,13 @@ def parse(argv):
                              ['auto', *PRESETS]), **RUN}
     data = {**INPUT, 'data': INPUT['data']._replace(default='noise')}
     tables = {'method': table, 'data': data, 'schedule': SCHEDULE, 'run': run}
-    s, typed, defaults = parse_flags(__doc__, tables, argv, layers)
+    s, typed, defaults = parse_flags(__doc__, tables, argv, defaults_for)
     args = settle(s, typed, defaults)
     method = METHODS[args.method]
     if args.space not in method.spaces:
         raise UserError(f'--method {args.method} is not for --space {args.space}, whose depth is '
                         'fixed: take another')
-    if 0 < args.epochs <= args.frozen_epochs * method.stages:
+    if args.epochs <= args.frozen_epochs * method.stages:
         raise UserError(f'--frozen_epochs {args.frozen_epochs} leaves none of {args.epochs} '
                         'epochs for the alphas: take fewer')
     flag = 'early_stop' if args.early_stop else 'hessian' if args.hessian else 'unrolled'
@@ -658,9 +650,13 @@ def parse(argv):
     shares = [args.train_portion]
     if args.arch_data == 'valid':
         shares.append(args.valid_fraction or 1 - args.train_portion)
-    check_batch(args, min(shares))
-    first = [args.data, args.method] if method.searches else [args.method]
-    args.save = args.save or run_name('search', first, args, typed, defaults)
+    words = [args.method]
+    if method.searches:
+        words = [args.data, args.method]
+        check_batch(args, min(shares))
+    refuse_idle(typed, {'perturb': args.method == 'sdarts',
+                        'valid_fraction': args.arch_data == 'valid'})
+    args.save = args.save or run_name('search', words, args, typed, defaults)
     return args
 
 
@@ -672,7 +668,7 @@ def has_own_images(name):
 
 
 def two_parts(data, args):
-    """Images for the weights and for the alphas, int (n,) and (m,): none in both, no patient."""
+    """Disjoint images for the weights, int (n,), and the alphas, (m,); no patient is in both."""
     first, rest = stratified_split(data.labels, args.train_portion, args.seed, data.patients)
     share = (args.valid_fraction or 1) / (1 - args.train_portion)
     if share > 1 - 1e-9:
@@ -700,7 +696,7 @@ def main(argv=None):
         say(find_genotype(str(run.folder))[0])
         return
     if not METHODS[args.method].searches:
-        with run.of(None):
+        with run.on(None):
             if not world()[0]:
                 make = random_string if args.space == 'nb201' else random_genotype
                 finish(run, make(args.seed), args)
@@ -714,10 +710,10 @@ def main(argv=None):
     if 0 < run.epochs < method.stages:
         raise UserError(f'--epochs: {run.epochs} in all make no {method.stages} stages of '
                         f'{args.method}: take more, or more --max_steps')
-    first = [k * run.epochs // method.stages for k in range(method.stages + 1)]     # of the stages
+    stage_starts = [k * run.epochs // method.stages for k in range(method.stages + 1)]
     frozen = round(args.frozen_epochs * run.epochs / args.epochs)
 
-    with run.of(data):
+    with run.on(data):
         # Supernet, alphas and optimizers.
         torch.manual_seed(args.seed)
         method.stage = run.checkpoint.get('stage', 0)
@@ -738,6 +734,7 @@ def main(argv=None):
 
         def graphed(is_frozen):
             def step(*batch):
+                # With one stream both are the same batch: alphas on train, or frozen.
                 return bilevel_step(method, batch[:2], batch[-2:], sgd, adam, is_frozen, moments)
 
             def changed():
@@ -747,16 +744,17 @@ def main(argv=None):
             return GraphedStep(step, changed, device, on)
 
         network.train()
-        steps, stop = {True: graphed(True), False: graphed(False)}, early_stop(run.log, run.epochs)
+        steps = {True: graphed(True), False: graphed(False)}
+        stop = before_growth(run.log, run.epochs)
         for epoch in range(run.epoch, run.epochs):
             if args.early_stop and stop:
                 break
-            if epoch == first[method.stage + 1]:
+            if epoch == stage_starts[method.stage + 1]:
                 method.next_stage()             # P-DARTS: from new weights
                 network = method.build().train()
                 sgd, adam = optimizers(network, args)
                 steps = {True: graphed(True), False: graphed(False)}
-            began, ended = first[method.stage:method.stage + 2]
+            began, ended = stage_starts[method.stage:method.stage + 2]
             past, length = epoch - began, ended - began
             is_frozen = past < min(frozen, length - 1)
             if not is_frozen:
@@ -764,8 +762,8 @@ def main(argv=None):
             learning_rate = learning_rate_at(args, past, length)
             sgd.param_groups[0]['lr'].fill_(learning_rate)
             numbers = method.begin_epoch(past, length, frozen)
-            streams = [b.epoch(epoch, run.step) for b in batches]
-            draws = (sum(pair, ()) for pair in zip(*streams))   # images and labels of each half
+            streams = [b.epoch(epoch, run.step) for b in batches[:1 if is_frozen else 2]]
+            draws = (sum(pair, ()) for pair in zip(*streams))   # images and labels of each stream
             if run.train(epoch, draws, steps[is_frozen], network.parameters()):
                 return 128 + run.stop
             check_alike(network.architecture_parameters(), 'alphas')
@@ -776,10 +774,9 @@ def main(argv=None):
             if args.hessian and epoch % args.hessian == 0:
                 line['eigenvalue'] = largest_eigenvalue(network, run.batch[-2:], args)
             torch._foreach_zero_(moments)
-            if run.end_epoch(epoch, line, len(batches) * run.last * size):
+            if run.end_epoch(epoch, line, len(streams) * run.last * size):
                 return 128 + run.stop
-            stop = early_stop(run.log, run.epochs)
-        run.progress.close()
+            stop = before_growth(run.log, run.epochs)
         genotype, beside = method.result()
         if stop:
             beside['early_stop'] = {key: stop[key] for key in ('epoch', 'genotype')}

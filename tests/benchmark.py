@@ -122,7 +122,7 @@ def search_step(network, unrolled, flags=()):
 
 def retrain_step(network, flags=()):
     args = retrain.parse(['--arch', 'DARTS_V2', '--auxiliary', *flags])
-    sgd = retrain.make_optimizer(network, args)
+    sgd = retrain.make_optimizer(list(network.parameters()), args)
     return (lambda *batch: torch.stack(retrain.train_step(network, batch, sgd, args)),
             lambda: retrain.changed_by_a_step(network, sgd))
 

@@ -200,7 +200,7 @@ def test_a_run_that_another_process_holds_is_refused(capsys):
     run(search.main, 'run', *TINY)
     Path('run/genotype.json').unlink()
     flags = [*TINY, '--save', 'run', '--resume']
-    with retrain.Run(search.parse(flags), torch.device('cpu'), 'genotype.json').of(
+    with retrain.Run(search.parse(flags), torch.device('cpu'), 'genotype.json').on(
             generate_data.find_or_make('noise', vars(search.parse(flags)))):
         one_line(capsys, search.main(flags), 'another process')
     assert search.main(flags) == 0

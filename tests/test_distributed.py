@@ -56,7 +56,7 @@ def steps(*flags):
     args = retrain.parse([*RETRAIN, *flags])
     ours = network(4, 4, 3, DARTS_V2)
     shared = DistributedDataParallel(ours) if processes > 1 else ours
-    sgd = retrain.make_optimizer(ours, args)
+    sgd = retrain.make_optimizer(list(ours.parameters()), args)
     for k in range(3):
         retrain.train_step(shared, (x[k, 0, part], y[k, 0, part]), sgd, args)
     out['retrained'] = vector(ours)

@@ -161,7 +161,7 @@ def test_derived_networks_of_nb201_equal_the_textbook(float64, seed):
 
 def test_gdas_draws_one_operation_straight_through_in_nb201(float64, monkeypatch):
     method, ours, sgd, _, book, pairs = nb201('gdas')
-    method.set(temperature=0.7)
+    method.set_tensors(temperature=0.7)
     gumbel = -torch.log(-torch.log(torch.rand(6, 5)))
     monkeypatch.setattr(torch.Tensor, 'exponential_',
                         lambda self: self.copy_((-gumbel).exp()) if self.shape == (6, 5) else 1 / 0)
@@ -188,7 +188,7 @@ def test_gdas_draws_one_operation_straight_through_in_nb201(float64, monkeypatch
 def test_gdas_draws_one_operation_straight_through_in_darts(float64, monkeypatch):
     """Both cell types, strides of 2, and nothing is added for what was not drawn."""
     method, ours, book = darts('gdas')
-    method.set(temperature=0.7)
+    method.set_tensors(temperature=0.7)
     exponentials = [torch.rand(14, 8) + 0.1, torch.rand(14, 8) + 0.1]
     cells = [id(alpha) for alpha in book.alphas]
     draws = iter(exponentials * 2)
@@ -207,7 +207,7 @@ def test_gdas_draws_one_operation_straight_through_in_darts(float64, monkeypatch
 @pytest.mark.parametrize('space', ['darts', 'nb201'])
 def test_gdas_goes_on_if_nothing_is_drawn(space):
     method, network = searching('--method', 'gdas', '--space', space)
-    method.set(temperature=0.1)
+    method.set_tensors(temperature=0.1)
     with torch.no_grad():
         for alpha in network.alphas.values():
             alpha[:, 0] = 1000                          # none
@@ -239,7 +239,7 @@ def test_gdas_computes_only_what_is_drawn_and_draws_anew():
 def test_dartsminus_adds_an_auxiliary_skip_that_does_not_count(float64):
     method, ours, sgd, _, book, pairs = nb201('dartsminus')
     assert [method.begin_epoch(e, 50, 0)['skip_weight'] for e in (0, 25)] == [1, 0.5]
-    method.set(skip_weight=0.3)
+    method.set_tensors(skip_weight=0.3)
     book.mix = lambda alpha: F.softmax(alpha, 1) + 0.3 * torch.tensor([0., 1, 0, 0, 0])
     same_gradients(method, book, batch())
     same_step(method, sgd, book, pairs, batch())
@@ -252,7 +252,7 @@ def test_betadarts_adds_lambda_times_the_mean_of_logsumexp_to_the_alphas_loss(fl
     method, ours, sgd, adam, book, pairs = nb201('betadarts')
     assert method.args.weight_decay == 3e-4
     assert [method.begin_epoch(e, 50, 0)['lambda_'] for e in (0, 25)] == [0, 25]
-    method.set(lambda_=2.5)
+    method.set_tensors(lambda_=2.5)
     train, valid = batch(), batch()
     book_adam = torch.optim.Adam(book.alphas, 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
     regularised = textbook.loss(book, valid) + 2.5 * torch.logsumexp(book.alphas[0], 1).mean()
@@ -262,7 +262,7 @@ def test_betadarts_adds_lambda_times_the_mean_of_logsumexp_to_the_alphas_loss(fl
     close(ours.alphas['cell'], book.alphas[0])
     same_step(method, sgd, book, pairs, train)
     method, ours, book = darts('betadarts')     # in DARTS's space over both cells together
-    method.set(lambda_=2.5)
+    method.set_tensors(lambda_=2.5)
     mean = torch.cat([torch.logsumexp(alpha, 1) for alpha in book.alphas]).mean()
     zeros = [torch.zeros_like(alpha) for alpha in book.alphas]
     for a, b in zip(method.alpha_gradients(zeros),
@@ -279,7 +279,7 @@ def test_sdarts_trains_the_weights_with_perturbed_edges(float64, perturb, monkey
     method, ours, sgd, _, book, pairs = nb201('sdarts', '--perturb', perturb)
     assert [method.begin_epoch(e, 50, 0)['radius'] for e in (0, 25)] == \
         pytest.approx([0.03, 0.165])
-    method.set(radius=0.2)
+    method.set_tensors(radius=0.2)
     start, train, valid = torch.rand(6, 5), batch(), batch()
     monkeypatch.setattr(torch, 'rand_like', lambda t: start.clone())
     p = F.softmax(book.alphas[0], 1).detach()
@@ -310,7 +310,7 @@ def test_sdarts_trains_the_weights_with_perturbed_edges(float64, perturb, monkey
 
 def test_sdarts_perturbs_both_cells_of_the_darts_space(float64):
     method, ours, book = darts('sdarts')
-    method.set(radius=0.1)
+    method.set_tensors(radius=0.1)
     torch.manual_seed(5)
     near = method.perturbed(None)
     for cell, p in near.items():
@@ -327,7 +327,7 @@ def test_sdarts_perturbs_both_cells_of_the_darts_space(float64):
 
 def test_an_adversarial_perturbation_that_does_no_harm_is_undone(float64, monkeypatch):
     method, ours, *_ = nb201('sdarts', '--perturb', 'adversarial')
-    method.set(radius=0.2)
+    method.set_tensors(radius=0.2)
     losses, forward = iter([2.0, *[1.0] * 8]), search.forward
 
     def lower(*given):
@@ -448,7 +448,7 @@ def test_largest_eigenvalue_is_that_of_the_hessian(float64):
 def test_early_stop_is_that_of_robustdarts():
     def stop(values):
         lines = [{'epoch': 2 * k, 'eigenvalue': value} for k, value in enumerate(values)]
-        found = search.early_stop(lines, 50)
+        found = search.before_growth(lines, 50)
         return found and found['epoch']
 
     assert stop([1.0] * 25) is None
@@ -458,7 +458,7 @@ def test_early_stop_is_that_of_robustdarts():
     assert stop([1.0] * 20 + [1.4] * 5) == 46 - 12
     assert stop([-1.0] * 20 + [-1.2] * 5) is None
     assert stop([1.0] * 20 + [1.29] * 5) is None
-    assert search.early_stop([{'epoch': e} for e in range(50)], 50) is None
+    assert search.before_growth([{'epoch': e} for e in range(50)], 50) is None
 
 
 def test_early_stop_takes_the_genotype_of_then_and_resumes(monkeypatch):

@@ -210,8 +210,6 @@ def test_what_arch_names(tmp_path):
                         (str(tmp_path / 'old.json'), 'unknown operation')):
         with pytest.raises(ValueError, match=words):
             genotypes.find_genotype(arch)
-    with pytest.raises(ValueError, match='--layers 6'):
-        genotypes.check_layers(text, 6)
 
 
 def test_genotype_rule_on_ties_and_none():
