@@ -19,7 +19,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -27,13 +27,13 @@ import json
 import math
 import os
 import pickle
-import platform
 import re
 import shlex
 import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -46,15 +46,10 @@ from typing import NamedTuple
 os.environ.setdefault('GOMP_SPINCOUNT', '300')
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
+from PIL import Image, ImageDraw, ImageOps  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
-
-try:
-    import fcntl
-except ImportError:             # Windows: two runs at once may both make a missing set
-    fcntl = None
 
 RESIDENT = 2 << 30              # bytes: smaller sets live on the device, larger ones are streamed
 MAX_PIXELS = 10 ** 8            # of an image file: a larger one is not decoded
@@ -78,15 +73,13 @@ class Setting(NamedTuple):
 def number(kind, low=-2 ** 62, high=2 ** 62, above=-math.inf, below=math.inf):
     """Values of a Setting: int or float (`kind`) from low to high, over `above`, under `below`."""
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {kind.__name__}') from None
-        if not (low <= value <= high and above < value < below):
-            limits = f'from {low} to {high}' if above == -math.inf == -below \
-                else f'above {max(low, above)} and below {min(high, below)}'
-            raise argparse.ArgumentTypeError(f'{text[:40]} is out of range: take one {limits}')
-        return value
+            if low <= value <= high and above < value < below:
+                return value
+        limits = f'from {low} to {high}' if above == -math.inf == -below \
+            else f'above {max(low, above)} and below {min(high, below)}'
+        raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {kind.__name__} {limits}')
     return parse
 
 
@@ -162,10 +155,8 @@ def one_line_errors(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except OSError as error:
-            mends = {errno.ENOSPC: 'free some space', errno.EROFS: 'choose another folder',
-                     errno.EACCES: 'check its permissions', errno.ENOENT: 'check the path'}
-            mend = mends.get(error.errno, 'check the file')
-            message = f'{error.filename or "a file"}: {error.strerror or error}; {mend}'
+            message = f'{error.filename or "a file"}: {error.strerror or error}. Check the path, ' \
+                      'the permissions of its folder, and the free space.'
         except KeyboardInterrupt:
             print(file=sys.stderr)
             return 130
@@ -274,11 +265,10 @@ def choose_device(gpu, tf32=False):
     """
     # glibc would give large blocks back to the system at once and fault them in again on the next
     # step: keeping them saves up to a half of the time of memory-bound calls on a CPU.
-    if platform.system() == 'Linux':
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, 'mallopt'):
-            libc.mallopt(-3, 1 << 30)               # M_MMAP_THRESHOLD
-            libc.mallopt(-1, (1 << 31) - 1)         # M_TRIM_THRESHOLD
+    with contextlib.suppress(AttributeError):       # another system than Linux
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)                        # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)                  # M_TRIM_THRESHOLD
     set_tf32(tf32)
     shared = int(os.environ.get('WORLD_SIZE', 1)) > 1 and world()[1] == 1
     cuda = gpu >= 0 and torch.cuda.is_available()
@@ -304,12 +294,6 @@ def choose_device(gpu, tf32=False):
         print(f'no CUDA on this machine: --gpu {gpu} runs on the CPU '
               f'({torch.get_num_threads()} threads)', file=sys.stderr)
     return torch.device('cuda', gpu) if cuda else torch.device('cpu')
-
-
-def vision():
-    """torchvision, loaded when it is needed: it takes as long as torch."""
-    import torchvision.transforms.v2
-    return torchvision
 
 
 def set_tf32(on):
@@ -343,15 +327,6 @@ DATA = {
                          'Edema, else zeros', ['mixed', 'ones', 'zeros', 'ignore']),
     'views': Setting('frontal', 'of CheXpert', ['frontal', 'all'])}
 DEFAULTS = {name: setting.default for name, setting in DATA.items()}
-# Of generate_data.py alone, for --generator train
-TRAINING = {'generator_steps': Setting(50000, 'steps of training', number(int, 1)),
-            'time_limit': Setting(None, 'minutes of training', number(float, above=0))}
-# --like: number, classes and size of a target
-LIKE = {'cifar10': {'num_images': 50000, 'num_classes': 10, 'image_size': 32},
-        'cifar100': {'num_images': 50000, 'num_classes': 100, 'image_size': 32},
-        'imagenet': {'num_images': 128000, 'num_classes': 1000, 'image_size': 224},
-        'chexpert': {'num_images': 20000, 'num_classes': 14, 'image_size': 224,
-                     'multilabel': True}}
 
 
 class Kind(NamedTuple):
@@ -362,12 +337,12 @@ class Kind(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a Kind makes, for write_set."""
+    """What a Kind makes, for make_set."""
     labels: np.ndarray      # int64 (N,), or with several labels uint8 (N, classes) of 0 and 1
     classes: list           # names
     chunks: object          # the images in order: an iterator of uint8 (n, H, W, 3)
     meta: dict = {}         # more for meta.json; mean and std are computed if they are not in it
-    source: object = None   # the Data that has the images; then the chunks are for sheet.png alone
+    source: object = None   # the Data that has the images, instead of chunks
 
 
 def taken(name, s):
@@ -385,7 +360,7 @@ def taken(name, s):
 def refuse_unused(name, s, typed):
     """UserError for a setting among `typed` that `--data name` would pass over in silence."""
     used = taken(name, s)
-    for setting in sorted(set(typed) & {*DATA, *TRAINING} - used):
+    for setting in sorted(set(typed) & {*DATA, 'generator_steps'} - used):
         what = f'{name} (--generator {s["generator"]})' if 'generator' in used else name
         raise UserError(f'--{setting} means nothing for {what}. Leave it out.')
 
@@ -476,8 +451,7 @@ def random_labels(s, device):
     source = read(s['source'], s)
     labels = redraw_labels(source.labels, len(source.classes), s['data_seed'], s['label_mode'],
                            s['label_noise'])
-    some = source.get(range(min(100, len(source))))
-    return Made(labels, source.classes, [some], {'source': source.origin}, source)
+    return Made(labels, source.classes, None, {'source': source.origin}, source)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -838,7 +812,7 @@ def moving_average(averages, weights, steps):
     torch._foreach_lerp_(averages, weights, 1 - min(0.999, float(steps) / (float(steps) + 10)))
 
 
-def train_flow(source, path, steps, minutes, seed, device):
+def train_flow(source, path, steps, seed, device):
     """Return a UNet with averaged weights, trained on a Data; goes on from a checkpoint at `path`.
 
     All draws of a step come from its number.
@@ -848,9 +822,10 @@ def train_flow(source, path, steps, minutes, seed, device):
     average = AveragedModel(network, multi_avg_fn=moving_average)
     weights = [p for p in network.parameters() if p.requires_grad]
     adam = torch.optim.Adam(weights)
+    parts = {'network': network, 'average': average, 'adam': adam}
     about = [source.sha256(), hashlib.sha256(source.labels.tobytes()).hexdigest(), source.classes,
              source.image_size, seed]
-    step, seconds, parts = 0, 0.0, {'network': network, 'average': average, 'adam': adam}
+    step, saved = 0, 0.0
     for left in path.parent.glob('.*.tmp'):             # of a killed run
         left.unlink()
     if path.exists():
@@ -858,13 +833,12 @@ def train_flow(source, path, steps, minutes, seed, device):
         if state['about'] != about:
             raise UserError(f'{path} is of other images, labels or another seed. Remove it, or '
                             'choose another --out.')
-        step, seconds = state['step'], state['seconds']
+        step = state['step']
         for name, part in parts.items():
             part.load_state_dict(state[name])
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
-    progress, began, saved = Progress(steps, 'steps', step), time.time() - seconds, 0.0
-    limit, losses = 60 * (minutes or math.inf), []
-    while step < steps and seconds < limit:
+    progress = Progress(steps, 'steps', step)
+    while step < steps:
         for x, y in batches.epoch(*divmod(step, len(batches))):
             loss = flow_loss(network, x, conditions(y, len(source.classes)),
                              (seed * 10 ** 9 + step) % 2 ** 63, device)
@@ -874,20 +848,17 @@ def train_flow(source, path, steps, minutes, seed, device):
             adam.step()
             adam.zero_grad()
             average.update_parameters(network)
-            losses.append(loss.detach())
             step += 1
             if step % 20 and step < steps:
                 continue
-            mean, losses, seconds = torch.stack(losses).mean().item(), [], time.time() - began
-            if not math.isfinite(mean):
+            if not loss.isfinite():
                 raise UserError(f'{path}: the loss is not finite. Remove it, use another --seed.')
-            progress.update(step, f'loss {mean:.3f}')
-            stop = step >= steps or seconds >= limit
-            if stop or time.time() - saved > 60:
-                saved = time.time()
-                write_file(path, {'about': about, 'step': step, 'seconds': seconds,
+            progress.update(step, f'loss {loss:.3f}')
+            if step == steps or time.time() - saved > 60:
+                write_file(path, {'about': about, 'step': step,
                                   **{name: part.state_dict() for name, part in parts.items()}})
-            if stop:
+                saved = time.time()
+            if step == steps:
                 break
     progress.close()
     return average.module.eval()
@@ -916,8 +887,7 @@ def trained(s, device):
         raise UserError(f'--generator train needs a multiple of 8 px, not {size}: --image_size.')
     folder = Path(f'{s["out"]}.generator')
     folder.mkdir(parents=True, exist_ok=True)
-    network = train_flow(source, folder / 'checkpoint.pt', s['generator_steps'], s['time_limit'],
-                         seed, device)
+    network = train_flow(source, folder / 'checkpoint.pt', s['generator_steps'], seed, device)
     labels = draw_labels(seed, n, classes, 'balanced')
     if source.multilabel:               # vectors of labels that the source has
         rows = draw_labels(seed, n, len(source))
@@ -943,7 +913,7 @@ GENERATORS = {
     'fractal': Kind(drawn, 'num_classes difficulty multilabel'),
     'spectrum': Kind(drawn, 'num_classes difficulty'),
     'deadleaves': Kind(drawn, 'num_classes difficulty'),
-    'train': Kind(trained, 'source generator_steps time_limit')}
+    'train': Kind(trained, 'source generator_steps')}
 KINDS = {
     'noise': Kind(noise, 'num_images num_classes multilabel label_mode'),
     'random_labels': Kind(random_labels, 'source label_mode label_noise', augment=True),
@@ -954,22 +924,6 @@ KINDS = {
 # Writing a data set
 
 
-@contextlib.contextmanager
-def locked(path):
-    """Hold the file `path` for this process alone while the block runs, then remove it."""
-    held = fcntl is None
-    while not held:
-        file = open(path, 'w')  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX)
-        # Who held it before may have removed it: then another file of that name is the lock.
-        with contextlib.suppress(FileNotFoundError):
-            held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
 def put_back(out):
     """Give a set its name again if a run was killed while --force replaced it."""
     if not out.exists():
@@ -977,44 +931,44 @@ def put_back(out):
             os.replace(out.with_name(f'.{out.name}.old'), out)
 
 
-def check_out(out, force):
-    """UserError if a set must not be written."""
-    put_back(out)
-    if out.exists() and not force:
-        raise UserError(f'{out} exists. Use --force to replace it, or choose another --out.')
-    if out.is_file() or out.exists() and not (out / 'meta.json').exists() and any(out.iterdir()):
-        raise UserError(f'{out} is no data set of ours: --force does not replace it. Choose '
-                        'another --out.')
-
-
 @contextlib.contextmanager
 def new_folder(out, force=False):
     """Yield a hidden folder that takes the name `out` when the block ends well.
 
-    One process at a time. `out` is the old set or the new one, whatever kills the run: what is
-    missing for a moment lies beside it and is put back. What killed runs left is removed.
+    One process at a time. Whatever kills a run, `out` is the old set or the new one: if it is
+    missing for a moment, the old one lies beside it and is put back. UserError if `out` exists.
     """
     out = Path(os.path.realpath(out))
     old, new = out.with_name(f'.{out.name}.old'), out.with_name(f'.{out.name}.new')
+    lock, held = out.with_name(f'.{out.name}.lock'), False
     out.parent.mkdir(parents=True, exist_ok=True)
-    with locked(out.with_name(f'.{out.name}.lock')):
-        check_out(out, force)
-        remove_left = functools.partial(shutil.rmtree, ignore_errors=True)
-        remove_left(new)
-        remove_left(old)
+    while not held:
+        file = open(lock, 'w')  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Who held it before may have removed it: then another file of that name is the lock.
+        with contextlib.suppress(FileNotFoundError):
+            held = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+    with file:
         try:
+            put_back(out)
+            if out.exists() and not force:
+                raise UserError(f'{out} exists. Use --force to replace it, or choose another '
+                                '--out.')
+            if out.is_file() or out.exists() and not (out / 'meta.json').exists():
+                raise UserError(f'{out} is no data set of ours: --force does not replace it. '
+                                'Choose another --out.')
+            shutil.rmtree(old, ignore_errors=True)          # what killed runs left
+            shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
             yield new
             if out.exists():
                 os.replace(out, old)
             os.replace(new, out)
-        except OSError as error:
-            error.filename = error.filename or str(out)
-            raise
         finally:
             put_back(out)
-            remove_left(new)
-            remove_left(old)
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+            lock.unlink()
 
 
 def own_settings(name, s):
@@ -1029,43 +983,34 @@ def own_settings(name, s):
 
 
 def make_set(out, name, s, device, force=False):
-    """Write a set of the kind `name` with the settings s into the folder `out`; images/s."""
-    if name not in KINDS:
-        raise UserError(f'{name} is no kind of unreal data. Use one of {", ".join(KINDS)}.')
-    check_out(Path(out), force)
+    """Write a set of the kind `name` into the folder `out`, with the settings s.
+
+    It holds images.npy, if the images are not those of a source, labels.npy, meta.json, sheet.png.
+    """
     own = own_settings(name, s)
     if 'num_classes' in own and not own.get('multilabel') and s['num_images'] < s['num_classes']:
         raise UserError(f'--num_images {s["num_images"]} cannot hold {s["num_classes"]} classes. '
                         'Raise it.')
-    made = KINDS[name].make({**s, 'out': out, 'image_size': own['image_size']}, device)
-    return write_set(out, made, {'kind': name, 'seed': s['data_seed'], 'settings': own}, force)
-
-
-def write_set(out, made, about, force=False):
-    """Write a Made into the folder `out`: images.npy, labels.npy, meta.json, sheet.png; images/s.
-
-    A set that has a source has no images.npy. about: 'kind', 'seed' and more for meta.json.
-    """
-    labels, source, began = np.ascontiguousarray(made.labels), made.source, time.time()
     with new_folder(out, force) as folder:
+        made = KINDS[name].make({**s, 'out': out, 'image_size': own['image_size']}, device)
+        labels, source = np.ascontiguousarray(made.labels), made.source
         if source:
-            images, pixels = next(iter(made.chunks)), {
-                'image_size': source.image_size, 'mean': source.mean, 'std': source.std}
-            digest = source.sha256()
+            images, digest = source.get(range(min(100, len(source)))), source.sha256()
+            pixels = {'mean': source.mean, 'std': source.std}
         else:
             images, digest, pixels = write_images(folder / 'images.npy', len(labels), made.chunks)
         np.save(folder / 'labels.npy', labels)
-        meta = {**about, 'classes': made.classes, 'num_images': len(labels), **pixels, **made.meta,
+        meta = {'kind': name, 'seed': s['data_seed'], 'settings': own, 'classes': made.classes,
+                'num_images': len(labels), 'image_size': images.shape[1], **pixels, **made.meta,
                 'sha256': {'images': digest, 'labels': hashlib.sha256(labels).hexdigest()},
                 'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
                 'versions': {'numpy': np.__version__, 'torch': torch.__version__}}
         contact_sheet(images, labels, meta).save(folder / 'sheet.png')
         write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
-    return len(labels) / max(time.time() - began, 1e-9)
 
 
 def write_images(path, n, chunks):
-    """Stream n images into an .npy file: (the first 100, SHA-256, image_size, mean and std)."""
+    """Stream n images into an .npy file: (the first 100, SHA-256, {'mean', 'std'})."""
     progress, digest, first, done, counts = Progress(n, 'images'), hashlib.sha256(), [], 0, 0
     with open(path, 'wb') as file:
         for chunk in chunks:
@@ -1080,8 +1025,7 @@ def write_images(path, n, chunks):
             progress.update(done)
     progress.close()
     mean, std = mean_and_std(counts)
-    return np.stack(first), digest.hexdigest(), {'image_size': len(first[0]), 'mean': mean,
-                                                 'std': std}
+    return np.stack(first), digest.hexdigest(), {'mean': mean, 'std': std}
 
 
 def count_values(images):
@@ -1098,29 +1042,23 @@ def mean_and_std(counts):
 
 
 def contact_sheet(images, labels, meta):
-    """A labelled PIL image of up to 100 images, in ten columns, sorted by class where possible."""
-    size, gap, text, top, v2 = 72, 8, 18, 34, vision().transforms.v2
-    order = np.arange(len(images))
+    """A labelled PIL image of up to 100 images, in ten columns, sorted by class if they have one."""
+    from torchvision.utils import make_grid
+    size, gap, order = 72, 18, np.arange(len(images))
     if labels.ndim == 1:
         order = np.argsort(labels[order], kind='stable')
-    x = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
-    how = v2.InterpolationMode.NEAREST if x.shape[-1] <= size else v2.InterpolationMode.BICUBIC
-    x = F.pad(v2.functional.resize(x, [size, size], how), (0, 0, 0, text), value=255)
-    grid = vision().utils.make_grid(x, 10, gap, pad_value=255)
-    grid = F.pad(grid, (0, 0, top, 0), value=255)
-    sheet = v2.functional.to_pil_image(grid)
-    pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    title = f'{meta["kind"]}: {len(labels):,} images of {meta["image_size"]} px, ' \
-            f'{len(meta["classes"])} classes, seed {meta["seed"]}'
-    pen.text((gap, gap), title, 'black', ImageFont.load_default(15))
+    x = torch.from_numpy(images[order]).permute(0, 3, 1, 2).float()
+    x = F.interpolate(x, (size, size), mode='nearest' if x.shape[-1] < size else 'area')
+    grid = make_grid(x, 10, gap, pad_value=255)
+    sheet = Image.fromarray(grid.byte().permute(1, 2, 0).numpy())
+    pen = ImageDraw.Draw(sheet)
+    pen.text((gap, 2), f'{meta["kind"]}: {len(labels):,} images of {meta["image_size"]} px, '
+             f'{len(meta["classes"])} classes, seed {meta["seed"]}', 'black')
     for place, k in enumerate(order):
         row, column = divmod(place, 10)
         present = [labels[k]] if labels.ndim == 1 else np.flatnonzero(labels[k] == 1)
-        name = ' '.join(' '.join(meta['classes'][c] for c in present).split())
-        while pen.textlength(name, small) > size:
-            name = name[:-1]
-        x, y = gap + column * (size + gap), top + (row + 1) * (size + text + gap) - text
-        pen.text((x + size / 2, y + 2), name, 'dimgray', small, anchor='ma')
+        name = ' '.join(meta['classes'][c] for c in present)[:14]
+        pen.text((gap + column * (size + gap), (row + 1) * (size + gap) + 2), name, 'dimgray')
     return sheet
 
 
@@ -1172,17 +1110,16 @@ class Data:
         """
         index, augment, seeds = item
         seed = np.random.SeedSequence([*seeds, index]).generate_state(1, np.uint64)[0]
+        crop = augment in ('crop', 'imagenet')
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(int(seed))
                 if isinstance(self.images, np.ndarray):
-                    image = Image.fromarray(self.images[index])
-                    if augment in CROPS:
-                        image = vision().transforms.RandomResizedCrop(self.image_size)(image)
+                    image = resized(Image.fromarray(self.images[index]), self.image_size, 1, crop)
                 else:
-                    image = Image.fromarray(read_image(self.images[index], self.image_size,
-                                                       self.zoom, augment in CROPS))
-                for transform in transforms_of(augment) if augment in IN_WORKERS else ():
+                    image = read_image(self.images[index], self.image_size, self.zoom, crop)
+                image = Image.fromarray(image)
+                for transform in transforms_of(augment):
                     image = transform(image)
                 return torch.from_numpy(np.array(image))
         except UserError as error:
@@ -1228,26 +1165,27 @@ def read(name, s, split='train'):
 
 
 def read_written(folder, s):
-    """A set of write_set."""
+    """A set of make_set."""
     again = 'Generate the set again.'
     with readable(f'{folder}/meta.json is broken', again):
         meta = json.loads((folder / 'meta.json').read_text())
-        digests = meta['sha256']['labels'], meta['sha256']['images']
+        digests = meta['sha256']
         data = Data(str(folder), meta['kind'], None, None, list(meta['classes']), meta['mean'],
                     meta['std'], meta['image_size'], {'name': str(folder.resolve())})
     with readable(f'{folder}/labels.npy is not what meta.json says', again):
-        labels = np.load(folder / 'labels.npy', allow_pickle=False)
+        labels = np.load(folder / 'labels.npy')
         data.labels = check_labels(labels, len(labels), len(data.classes))
-        if hashlib.sha256(labels).hexdigest() != digests[0]:
+        if hashlib.sha256(labels).hexdigest() != digests['labels']:
             raise ValueError('other labels')
     if 'source' in meta:
         source = read_source(folder, meta, s)
         return replace(source, name=data.name, kind=data.kind, labels=data.labels,
                        origin=data.origin)
     with readable(f'{folder}/images.npy is not what meta.json says', again):
-        data.images = images = np.load(folder / 'images.npy', 'r', allow_pickle=False)
-        if images.shape != (len(labels), data.image_size, data.image_size, 3) \
-                or images.dtype != np.uint8 or data.resident and data.sha256() != digests[1]:
+        data.images = np.load(folder / 'images.npy', 'r')
+        shape = (len(labels), data.image_size, data.image_size, 3)
+        if data.images.shape != shape or data.images.dtype != np.uint8 \
+                or data.small and data.sha256() != digests['images']:
             raise ValueError('other images')
     return data
 
@@ -1255,10 +1193,10 @@ def read_written(folder, s):
 def check_labels(labels, n, classes):
     """The labels if they are (n,) classes, as int64, or (n, classes) of -1, 0, 1; or ValueError."""
     low, high = (0, classes - 1) if labels.ndim == 1 else (-1, 1)
-    if labels.shape not in ((n,), (n, classes)) or not n or labels.dtype.kind not in 'iu':
-        raise ValueError(f'{labels.shape} of {labels.dtype}, not integers for {n} images')
-    if labels.min() < low or labels.max() > high:
-        raise ValueError(f'{labels.min()} to {labels.max()}, not {low} to {high}')
+    whole = n and labels.shape in ((n,), (n, classes)) and labels.dtype.kind in 'iu'
+    if not whole or labels.min() < low or labels.max() > high:
+        raise ValueError(f'{labels.shape} of {labels.dtype} are no labels from {low} to {high} of '
+                         f'{n} images')
     return labels if labels.ndim == 2 else labels.astype(np.int64)
 
 
@@ -1285,108 +1223,92 @@ CIFAR = {
                  [0.26733429, 0.25643846, 0.27615047])}
 
 
+class Inert:
+    """Stands for whatever a pickle wants to call: it keeps what it is given, and runs nothing."""
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class InertUnpickler(pickle.Unpickler):
+    """A pickle from elsewhere could run any code, and so could what numpy makes of its states."""
+    def find_class(self, module, name):
+        return Inert
+
+
+def read_pickle(path):
+    """(MD5, dictionary) of a file; the official ones are of Python 2."""
+    if not path.is_file():
+        raise ValueError('not there, or no regular file')
+    raw = path.read_bytes()
+    return hashlib.md5(raw).hexdigest(), InertUnpickler(io.BytesIO(raw), encoding='latin1').load()
+
+
 def read_cifar(name, s, split):
     """CIFAR-10 or -100 in the layout of its python archive, in data_dir or data_dir itself."""
-    official = getattr(vision().datasets, name.upper())
+    from torchvision import datasets
+    official, folder = getattr(datasets, name.upper()), Path(s['data_dir'])
     inner, mean, std = CIFAR[name]
-    folder = Path(s['data_dir'])
-    if folder.name != inner or not folder.is_dir():
+    if folder.name != inner:
         folder /= inner
     if s['download'] and not folder.is_dir():
         download_cifar(official, folder)
     if not folder.is_dir():
         raise UserError(f'{name}: no {inner}/ in {folder.parent}. Give its --data_dir, or '
                         '--download.')
-    key, count, size = 'labels', 10, s['image_size'] or 32
-    if name == 'cifar100':
-        key, count = 'fine_labels', 100
-    images, labels, unusual = [], [], []
+    path, size = folder / official.meta['filename'], s['image_size'] or 32
+    with readable(f'{path} names no classes', 'Unpack it again.'):
+        classes = list(map(str, read_pickle(path)[1][official.meta['key']]))
+    images, labels = [], []
     for file, md5 in official.train_list if split == 'train' else official.test_list:
         with readable(f'{folder / file} is no CIFAR file', 'Unpack it again.'):
-            digest, batch = load_pickle(folder / file)
-            images.append(cifar_images(batch['data']))
-            labels.append(check_labels(np.array(batch[key]), len(images[-1]), count))
+            digest, batch = read_pickle(folder / file)
+            _, shape, dtype, _, raw = batch['data'].state
+            if isinstance(raw, Inert):                      # Python 3 wrote codecs.encode(text)
+                raw = raw.args[0]
+            if isinstance(raw, str):
+                raw = raw.encode('latin-1')
+            if dtype.args[0] != 'u1' or shape[1:] != (3072,):
+                raise ValueError('"data" is no array of bytes, n x 3072')
+            images.append(np.frombuffer(raw, np.uint8).reshape(shape[0], 3, 32, 32))
+            numbers = np.array(batch['labels' if name == 'cifar10' else 'fine_labels'])
+            labels.append(check_labels(numbers, shape[0], len(classes)))
         if digest != md5:
-            unusual.append(file)
-    images = np.concatenate(images)
-    if unusual:
-        print(f'warning: {folder}: {len(images):,} {split} images; {", ".join(unusual)} not as '
-              'officially published', file=sys.stderr)
-    path = folder / official.meta['filename']
-    with readable(f'{path} names no classes', 'Unpack it again.'):
-        names = load_pickle(path)[1][official.meta['key']]
-        names = [n if isinstance(n, str) else n.decode() for n in names]
+            print(f'warning: {folder / file} is not as officially published', file=sys.stderr)
+    images = np.ascontiguousarray(np.concatenate(images).transpose(0, 2, 3, 1))
     if size != 32:
-        images = np.stack([np.asarray(Image.fromarray(x).resize((size, size), Image.BICUBIC))
-                           for x in images])
-    return Data(name, 'real', images, np.concatenate(labels), names, mean, std, size,
+        images = np.stack([resized(Image.fromarray(x), size) for x in images])
+    return Data(name, 'real', images, np.concatenate(labels), classes, mean, std, size,
                 {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
 
 
 def download_cifar(official, folder):
+    """Fetch CIFAR by torchvision: the folder is there whole, or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with new_folder(folder) as new:                 # by one process, whole or not at all
-            official(str(new), download=True)
-            for file in [*(new / folder.name).iterdir()]:
-                file.rename(new / file.name)
-            (new / folder.name).rmdir()
-            (new / official.filename).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+            official(new, download=True)
+            os.replace(Path(new, folder.name), folder)
     except Exception as error:
         if not folder.is_dir():                         # else another run has just fetched it
             raise UserError(f'no download ({error}). Put {folder.name}/ into {folder.parent}.') \
                 from None
 
 
-class Inert:
-    """Stands for all that a pickle wants of numpy: it keeps what it is given, and runs nothing."""
-    def __init__(self, *args):
-        self.args, self.state = args, None
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Plain types, and Inert for numpy's: a pickle from elsewhere could run any code."""
-    def find_class(self, module, name):
-        if (module.split('.')[0], name) in {('numpy', '_reconstruct'), ('numpy', 'ndarray'),
-                                            ('numpy', 'dtype'), ('_codecs', 'encode')}:
-            return Inert
-        raise pickle.UnpicklingError(f'{module}.{name} is not allowed')
-
-
-def load_pickle(path):
-    """(MD5, dictionary with text keys) of a file; the official ones are of Python 2."""
-    if not path.is_file():
-        raise ValueError('not there, or no regular file')
-    raw = path.read_bytes()
-    entries = PlainUnpickler(io.BytesIO(raw), encoding='bytes').load()
-    return hashlib.md5(raw).hexdigest(), {k if isinstance(k, str) else k.decode(): v
-                                          for k, v in entries.items()}
-
-
-def cifar_images(array):
-    """uint8 (n, 32, 32, 3) of an Inert that stands for a C array of bytes, n x 3072."""
-    _, shape, dtype, fortran, raw = array.state
-    if isinstance(raw, Inert):                      # how Python 3 writes bytes in protocol 2
-        raw = raw.args[0].encode('latin-1')
-    if dtype.args[0] not in ('u1', b'u1') or fortran or len(shape) != 2 or shape[1] != 3072:
-        raise ValueError('"data" is no array of bytes, n x 3072')
-    images = np.frombuffer(raw, np.uint8).reshape(shape[0], 3, 32, 32)
-    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-
-
 def read_imagenet(name, s, split):
     """ImageNet as train/<synset>/ and val/<synset>/ in data_dir, or in its folder imagenet/."""
-    for place in (Path(s['data_dir']), Path(s['data_dir'], name)):
-        if (place / 'train').is_dir() and (place / 'val').is_dir():
-            data = read_folder(place, split, s['image_size'] or 224, [0.485, 0.456, 0.406],
-                               [0.229, 0.224, 0.225])
-            data.name = name
-            data.origin = {'name': name, 'data_dir': os.path.abspath(s['data_dir'])}
-            return data
-    raise UserError(f'imagenet: no train/ and val/ in {s["data_dir"]} or its folder imagenet/. '
-                    'Give its --data_dir.')
+    root = Path(s['data_dir'])
+    if not (root / 'train').is_dir():
+        root /= name
+    if not (root / 'train').is_dir() or not (root / 'val').is_dir():
+        raise UserError(f'imagenet: no train/ and val/ in {s["data_dir"]} or its folder imagenet/. '
+                        'Give its --data_dir.')
+    data = read_folder(root, split, s['image_size'] or 224, [0.485, 0.456, 0.406],
+                       [0.229, 0.224, 0.225])
+    return replace(data, name=name,
+                   origin={'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
 
 
 CHEXPERT_FOLDERS = ['.', 'CheXpert-v1.0-small', 'CheXpert-v1.0',
@@ -1419,11 +1341,11 @@ def read_chexpert(name, s, split, table=None):
     data = Data(name, 'real', files, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
                 s['image_size'] or 320, origin, studies)
     if split == 'train' and (root / 'valid.csv').is_file():
-        others, _ = read_chexpert_table(root / 'valid.csv', s['uncertain'])
-        both = set(data.patients) & set('/'.join(others).split('/'))
+        others = re.findall('patient[0-9]+', (root / 'valid.csv').read_text())
+        both = sorted(set(data.patients) & set(others))
         if both:
             print(f'warning: {root}: patients in train.csv and in valid.csv: '
-                  f'{", ".join(sorted(both)[:5])}', file=sys.stderr)
+                  f'{", ".join(both[:5])}', file=sys.stderr)
     if data.small:
         data.images = decode(files, data.image_size)
     return data
@@ -1443,7 +1365,7 @@ def read_chexpert_table(path, uncertain):
     missing = [name for name in (where, *CHEXPERT) if rows and name not in rows[0]]
     if missing or not rows:
         raise UserError(f'{path} has no {", ".join(missing) or "rows"}. Unpack it again.')
-    meaning = {'ones': 1, 'zeros': 0, 'ignore': -1}
+    unknown = {'ones': 1, 'zeros': 0, 'ignore': -1}
     paths, labels = [], np.zeros((len(rows), len(CHEXPERT)), np.int8)
     for n, row in enumerate(rows):
         inside = re.sub(r'^(.*/)?(?=(train|valid|test)/)', '', row[where] or '')
@@ -1452,16 +1374,13 @@ def read_chexpert_table(path, uncertain):
                             'the set. Unpack it again.')
         paths.append(inside)
         for k, name in enumerate(CHEXPERT):
-            try:
-                value = float(row[name].strip() or 0)
-                if value not in (0, 1, -1):
-                    raise ValueError
-            except (AttributeError, ValueError):        # no text: the line is cut short
+            cell = str(row[name]).strip().removesuffix('.0')    # None: the line is cut short
+            if cell not in ('', '0', '1', '-1'):
                 raise UserError(f'{path}, line {n + 2}: {where} {row[where]!r}, {name} '
-                                f'{row[name]!r}: labels are 1.0, 0.0, -1.0 or blank.') from None
-            if value == -1:
-                value = meaning.get(uncertain, name in ('Atelectasis', 'Edema'))
-            labels[n, k] = value
+                                f'{row[name]!r}: labels are 1.0, 0.0, -1.0 or blank.')
+            labels[n, k] = int(cell or 0)
+            if cell == '-1':
+                labels[n, k] = unknown.get(uncertain, name in ('Atelectasis', 'Edema'))
     return paths, labels
 
 
@@ -1512,14 +1431,17 @@ def read_folder(root, split, image_size, mean=None, std=None):
         test = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
     if split == 'test' and not test:
         return None
-    classes = class_names(train)
-    differ = set(classes) ^ set(class_names(test)) if test else ()
-    if differ:
-        raise UserError(f'{test} and {train} differ in their classes: '
-                        f'{", ".join(sorted(differ)[:5])}. Give both the same folders.')
-    files, labels = list_images(test if split == 'test' else train, classes)
+    classes, known, labels = list_images(train)
+    files = known
+    if test:
+        others, files_of_test, labels_of_test = list_images(test)
+        if others != classes:
+            differ = sorted(set(classes) ^ set(others))
+            raise UserError(f'{test} and {train} differ in their classes: '
+                            f'{", ".join(differ[:5])}. Give both the same folders.')
+        if split == 'test':
+            files, labels = files_of_test, labels_of_test
     if mean is None:
-        known = files if split == 'train' else list_images(train, classes)[0]
         mean, std = training_statistics(tuple(known), image_size)
     data = Data(str(root), 'real', files, labels, classes, mean, std, image_size,
                 {'name': str(root.resolve())}, zoom=8 / 7 if image_size > 64 else 1)
@@ -1528,31 +1450,21 @@ def read_folder(root, split, image_size, mean=None, std=None):
     return data
 
 
+def list_images(folder):
+    """(classes, paths, int64 labels) of a tree with a folder of images for each class."""
+    from torchvision.datasets import ImageFolder
+    try:
+        found = ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise UserError(f'{folder}: {error} Give each class a folder of images.') from None
+    return found.classes, [Path(file) for file, _ in found.samples], np.array(found.targets)
+
+
 @functools.lru_cache(4)
 def training_statistics(files, image_size):
     """mean_and_std of at most 2,000 training images."""
     chosen = [files[k] for k in np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)]
     return mean_and_std(count_values(decode(chosen, image_size)))
-
-
-def list_images(folder, classes):
-    """(paths, int64 labels) of all images in the folders of the classes."""
-    datasets = vision().datasets
-    try:
-        samples = datasets.ImageFolder.make_dataset(
-            str(folder), {name: k for k, name in enumerate(classes)},
-            datasets.folder.IMG_EXTENSIONS)
-    except FileNotFoundError as error:
-        raise UserError(f'{folder}: {error} Put some in, or remove the class from every split.') \
-            from None
-    return [Path(file) for file, _ in samples], np.array([k for _, k in samples], np.int64)
-
-
-def class_names(folder):
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
-    if not names:
-        raise UserError(f'{folder}: no class folders in it. Give each class a folder of images.')
-    return names
 
 
 def decode(files, image_size, zoom=1):
@@ -1567,55 +1479,50 @@ def decode(files, image_size, zoom=1):
 
 
 def read_image(path, image_size, zoom=1, crop=False):
-    """uint8 (image_size, image_size, 3): the middle of an image file, or a random part, resized.
-
-    zoom: how much longer than the middle that is cut out the shorter side is. crop: instead
-    RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator. Grey becomes RGB.
-    """
+    """uint8 (image_size, image_size, 3) of an image file: see resized. Grey becomes RGB."""
     try:
         if not Path(path).is_file():
             raise ValueError('not there, or no regular file')
         with Image.open(path, formats=['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']) as image:
-            w, h = image.size
-            if w * h > MAX_PIXELS:
-                raise ValueError(f'{w} x {h} pixels are more than {MAX_PIXELS:,}')
-            if image.getexif().get(274, 1) > 4:             # lies on its side until it is turned
-                w, h = h, w
-            part = 1 / zoom
-            if crop:
-                top, left, high, wide = vision().transforms.RandomResizedCrop.get_params(
-                    torch.empty(1, h, w, device='meta'), (0.08, 1), (3 / 4, 4 / 3))
-                part = min(high, wide) / min(w, h)
-                shares = np.array([left / w, top / h, (left + wide) / w, (top + high) / h])
-            # A JPEG is decoded at a half, a quarter or an eighth if that leaves enough.
-            image.draft('RGB', [math.ceil(2 * image_size / part * side / min(w, h))
-                                for side in image.size])
-            image = eight_bits(ImageOps.exif_transpose(image))
-            w, h = image.size
-            if crop:
-                return np.asarray(image.resize((image_size, image_size), Image.BILINEAR,
-                                               tuple(shares * [w, h, w, h])))
-            # Whole pixels, as if the resized image had been cut.
-            scale = round(image_size * zoom) / min(w, h)
-            wide, high = max(image_size, round(w * scale)), max(image_size, round(h * scale))
-            left, top = (wide - image_size) // 2, (high - image_size) // 2
-            box = (left * w / wide, top * h / high, (left + image_size) * w / wide,
-                   (top + image_size) * h / high)
-            return np.asarray(image.resize((image_size, image_size), Image.BICUBIC, box))
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f'{image.size} pixels are more than {MAX_PIXELS:,}')
+            return resized(image, image_size, zoom, crop)
     except Exception as error:
         raise UserError(f'{path}: not a readable image ({error}). Mend or remove it.') from None
 
 
-def eight_bits(image):
-    """RGB; 16-bit images are scaled by their type's range, others of more bits by their own."""
+def resized(image, size, zoom=1, crop=False):
+    """uint8 (size, size, 3): the middle of a PIL image, or a random part of it, resized.
+
+    zoom: how much longer than the middle that is cut out the shorter side is. crop: instead
+    RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator.
+    """
+    w, h = image.size
+    if image.getexif().get(274, 1) > 4:             # lies on its side until it is turned
+        w, h = h, w
+    if crop:
+        from torchvision.transforms import RandomResizedCrop
+        top, left, high, wide = RandomResizedCrop.get_params(
+            torch.empty(1, h, w, device='meta'), (0.08, 1), (3 / 4, 4 / 3))
+        how, shares = Image.BILINEAR, (left / w, top / h, (left + wide) / w, (top + high) / h)
+        part = min(high, wide) / min(w, h)
+    else:                                           # whole pixels, as if the resized had been cut
+        scale, how, part = round(size * zoom) / min(w, h), Image.BICUBIC, 1 / zoom
+        wide, high = max(size, round(w * scale)), max(size, round(h * scale))
+        left, top = (wide - size) // 2, (high - size) // 2
+        shares = left / wide, top / high, (left + size) / wide, (top + size) / high
+    # A JPEG is decoded at a half, a quarter or an eighth if that leaves enough.
+    image.draft('RGB', [math.ceil(2 * size / part * side / min(w, h)) for side in image.size])
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I') or image.mode == 'F':
-        pixels = np.asarray(image).astype(np.float64)
-        low, high = 0, 65535
+        # 16 bits are scaled by the range of their type, more by their own.
+        pixels, low, high = np.asarray(image).astype(np.float64), 0, 65535
         if image.mode == 'F' or pixels.max() > 65535:
             low, high = pixels.min(), pixels.max()
-        pixels = np.clip((pixels - low) / max(high - low, 1e-12), 0, 1) * 255
-        image = Image.fromarray(np.uint8(np.rint(pixels)))
-    return image.convert('RGB')
+        pixels = (pixels - low) / max(high - low, 1e-12)
+        image = Image.fromarray(np.uint8(np.rint(255 * pixels.clip(0, 1))))
+    box = [share * side for share, side in zip(shares, 2 * image.size)]
+    return np.asarray(image.convert('RGB').resize((size, size), how, box))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1625,35 +1532,32 @@ def eight_bits(image):
 def find_or_make(name, s):
     """The training split of --data; an unreal set that is missing is made first, under data/.
 
-    The folder's name tells the settings that differ from the defaults. Of several processes that
-    need it, one makes it and the others wait. UserError if a folder of that name was made with
-    other settings, as of another source.
+    Of several processes that need it, one makes it and the others wait. UserError if a folder of
+    that name was made with other settings, as of another source.
     """
-    own, folder = {}, Path(name)
-    if name in KINDS:
-        own = own_settings(name, s)
-        folder = Path('data', folder_name(name, own))
-        put_back(folder)
-        shared = world()[1] > 1
-        if shared:                      # waiting for a set may take hours, all else minutes
-            waiting = torch.distributed.new_group(timeout=timedelta(hours=6), backend='gloo')
-        if not folder.exists() and not world()[0]:
-            print(f'making {folder}', file=sys.stderr)
-            try:
-                make_set(folder, name, s, torch.device('cpu'))
-            except UserError:
-                if not folder.exists():             # else another run has just made it
-                    raise
-        if shared:
-            torch.distributed.barrier(waiting)
+    if name not in KINDS:
+        return read(name, s)
+    own = own_settings(name, s)
+    folder = Path('data', folder_name(name, own))
+    put_back(folder)
+    shared = world()[1] > 1
+    if shared:                      # waiting for a set may take hours, all else minutes
+        waiting = torch.distributed.new_group(timeout=timedelta(hours=6), backend='gloo')
+    if not folder.exists() and not world()[0]:
+        print(f'making {folder}', file=sys.stderr)
+        try:
+            make_set(folder, name, s, torch.device('cpu'))
+        except UserError:
+            if not folder.exists():             # else another run has just made it
+                raise
+    if shared:
+        torch.distributed.barrier(waiting)
     data = read(str(folder), s)
+    made = json.loads((folder / 'meta.json').read_text()).get('settings', {})
     for key, value in own.items():
-        made = json.loads((folder / 'meta.json').read_text()).get('settings', {}).get(key)
-        if made != value:
-            raise UserError(f'{folder} was made with {key} {made}, not {value}. Rename or remove '
-                            'that folder.')
-    if data.image_size < 8:
-        raise UserError(f'{name}: {data.image_size} px are too few: 8 or more are needed.')
+        if made.get(key) != value:
+            raise UserError(f'{folder} was made with {key} {made.get(key)}, not {value}. Rename or '
+                            'remove that folder.')
     return data
 
 
@@ -1688,17 +1592,18 @@ def stratified_split(labels, fraction, seed, patients=None):
     return np.sort(order[first]), np.sort(order[~first])
 
 
-CROPS = ('crop', 'imagenet')                # these begin with RandomResizedCrop
-IN_WORKERS = (*CROPS, 'affine')             # these are done by the processes that read images
+IN_WORKERS = ('crop', 'imagenet', 'affine')     # done by the processes that read images
 
 
 @functools.cache
 def transforms_of(augment):
-    """What `augment`, one of IN_WORKERS, does to an image that is cropped already.
+    """What `augment` does to an image that is cropped already, in workers.
 
     The slight turn, shift and zoom of chest X-rays are our own choice.
     """
-    v2 = vision().transforms.v2
+    if augment not in IN_WORKERS:
+        return []
+    from torchvision.transforms import v2
     if augment == 'affine':
         return [v2.RandomAffine(5, (0.05, 0.05), (0.95, 1.05),
                                 interpolation=v2.InterpolationMode.BILINEAR)]
@@ -1753,8 +1658,7 @@ class Batches:
         labels = torch.from_numpy(np.ascontiguousarray(data.labels))
         self.labels = (labels.float() if data.multilabel else labels).to(device)
         self.resident = data.resident and self.augment not in IN_WORKERS
-        if self.augment in IN_WORKERS:          # so that the workers find torchvision loaded
-            transforms_of(self.augment)
+        transforms_of(self.augment)             # so that the workers find torchvision loaded
         if self.resident and str(device) not in data.on_device:
             data.on_device[str(device)] = torch.from_numpy(np.array(data.images)).to(device)
 
@@ -1844,22 +1748,20 @@ def main(argv=None):
            'out': Setting(None, 'folder to write', name_or_path),
            'force': Setting(False, 'replace the folder if it exists'),
            'seed': Setting(0, 'of pixels and labels', number(int, 0)),
-           'like': Setting(None, 'number, classes and size of a target', list(LIKE)),
+           'generator_steps': Setting(50000, 'of training, for --generator train', number(int, 1)),
            'gpu': Setting(-1, 'CUDA device of generators, -1: the CPU', number(int, -1))}
     data = {name: setting for name, setting in DATA.items() if name != 'data_seed'}
-    s, typed, _ = parse_flags(__doc__, {'set': own, 'data': data, '--generator train': TRAINING},
-                              argv, lambda _, chosen: LIKE.get(chosen['like'], {}))
+    s, typed, _ = parse_flags(__doc__, {'set': own, 'data': data}, argv)
     kind, out = s['kind'], s['out']
     if not kind or not out:
         raise UserError('Give --kind and --out (see --help).')
-    refuse_unused(kind, s, [*typed, *LIKE.get(s['like'], ())])
-    if 'source' in taken(kind, s) and Path(s['source']).is_dir():
-        both = [os.path.realpath(path) for path in (out, s['source'])]
-        if os.path.commonpath(both) in both:
-            raise UserError(f'--out {out} and --source {s["source"]}: one lies in the other. Write '
-                            'elsewhere.')
-    rate = make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']), s['force'])
-    print(f'wrote {out}, {rate:,.0f} images/s: look at {Path(out, "sheet.png")}')
+    refuse_unused(kind, s, typed)
+    both = [os.path.realpath(out), os.path.realpath(s['source'])]
+    if 'source' in taken(kind, s) and os.path.commonpath(both) in both:
+        raise UserError(f'--out {out} and --source {s["source"]}: one lies in the other. Write '
+                        'elsewhere.')
+    make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']), s['force'])
+    print(f'wrote {out}: look at {Path(out, "sheet.png")}')
     print(f'next: python search.py --data {shlex.quote(out)}')
 
 
