@@ -33,7 +33,6 @@ import shutil
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -202,26 +201,20 @@ def load_file(path, mend):
 
     Files of older runs have no checksum at their end.
     """
-    try:
+    with readable(f'{path} is missing or damaged', f'To go on: {mend}.'):
         content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing: {mend}') from None
-    zipped, checksum = content[:-32], content[-32:]
-    if hashlib.sha256(zipped).digest() != checksum and b'PK\5\6' not in checksum:
-        raise UserError(f'{path} is damaged: {mend}')
-    try:
+        zipped, checksum = content[:-32], content[-32:]
+        if hashlib.sha256(zipped).digest() != checksum and b'PK\5\6' not in checksum:
+            raise ValueError('other checksum')
         return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
-    except Exception as error:                  # whatever a damaged file makes torch say
-        reason = (str(error) or 'truncated').splitlines()[0][:100]
-        raise UserError(f'{path} is not readable ({reason}): {mend}') from None
 
 
 @contextlib.contextmanager
 def readable(what, mend):
-    """UserError, `what` (why): `mend`, for whatever fails in the block; files' own errors pass."""
+    """UserError, `what` (why): `mend`, for whatever fails in the block."""
     try:
         yield
-    except (OSError, UserError, MemoryError):
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -484,8 +477,7 @@ def drawn(s, device):
         shares = np.resize(list(CHEXPERT.values()), classes)
         labels = (uniforms(seed, LABELS, 0, n, classes) < shares).astype(np.uint8)
         names = list(CHEXPERT) if classes == len(CHEXPERT) else names
-    formula = Formula(s['generator'], labels, classes, s['image_size'], seed, s['difficulty'],
-                      device)
+    formula = Formula(s['generator'], labels, classes, s['image_size'], seed, s['difficulty'])
     return Made(labels, names, formula.chunks())
 
 
@@ -497,22 +489,21 @@ class Formula:
     about 0 to 1, of labels (B,), u (B, 32) uniform numbers, rolls (B, n) numbers of 16 bits and
     noise (B, 2, size, size) normal.
     """
-    def __init__(self, name, labels, num_classes, size, seed, difficulty='medium', device='cpu'):
-        self.labels, self.size, self.seed, self.device = labels, size, seed, torch.device(device)
+    def __init__(self, name, labels, num_classes, size, seed, difficulty='medium'):
+        self.labels, self.size, self.seed = torch.from_numpy(labels), size, seed
         self.draw_one_label = getattr(self, name)
         self.jitter, self.contrast = DIFFICULTY[difficulty]
         self.chunk = max(8, 2 ** 15 // size ** 2)
         self.systems = 8 if num_classes < 1000 else 1           # fractals of a class
-        maps, table = fractal_bank(seed, num_classes * self.systems)
-        self.maps, self.table = maps.to(device), table.to(device)
-        self.places = torch.from_numpy(spread(seed, num_classes, 8)).float().to(device)
+        self.maps, self.table = fractal_bank(seed, num_classes * self.systems)
+        self.places = torch.from_numpy(spread(seed, num_classes, 8)).float()
 
     def chunks(self):
         """All images in order, uint8 (n, size, size, 3) at a time.
 
         A thread draws a chunk: if it used more, their number would show in the last digits.
         """
-        threads = torch.get_num_threads() if self.device.type == 'cpu' else 1
+        threads = torch.get_num_threads()
         for ks in parts_of(-(-len(self.labels) // self.chunk), threads):
             torch.set_num_threads(1)
             with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
@@ -523,24 +514,23 @@ class Formula:
     def draw(self, k):
         """uint8 (B, size, size, 3): the k-th chunk."""
         start, s = k * self.chunk, self.size
-        labels = torch.from_numpy(self.labels[start:start + self.chunk]).to(self.device)
+        labels = self.labels[start:start + self.chunk]
         u, rolls = self.random(start, len(labels))
         normal = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
         noise = halves(self.seed, FIELD, start, len(labels), 2 * s * s)
-        noise = torch.from_numpy(normal.float().numpy()[noise]).view(-1, 2, s, s).to(self.device)
+        noise = torch.from_numpy(normal.float().numpy()[noise]).view(-1, 2, s, s)
         if labels.ndim == 2:
             x = self.glyphs(labels, background(u, noise, self.contrast), start)
         else:
             x = self.draw_one_label(labels, u, rolls, noise)
-        return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
     def random(self, start, count, stream=0):
         """(B, 32) numbers between 0 and 1, never 1 itself, and (B, n) of 16 bits."""
         u = torch.from_numpy(uniforms(self.seed, DRAWS + stream, start, count, 32)).float()
-        u = u.clamp(max=1 - 2 ** -24)           # the largest of 2^24 is rounded to 1
         rolls = halves(self.seed, ROLLS + stream, start, count,
                        max(8 * LEAVES, ROUNDS * 8 * self.size)).astype(np.int32)
-        return u.to(self.device), torch.from_numpy(rolls).to(self.device)
+        return u.clamp(max=1 - 2 ** -24), torch.from_numpy(rolls)   # 1: the largest, rounded
 
     def fractal(self, labels, u, rolls, noise, x=None, centre=0.5, reach=0.45):
         """A fractal of each label over x, or over a background of its own."""
@@ -565,7 +555,7 @@ class Formula:
 
     def spectrum(self, labels, u, rolls, noise):
         """Gaussian fields with power 1/f^slope, stretched along an angle, between two colours."""
-        strays = torch.tensor([0.17, 0.17, 0.085], device=u.device) * self.jitter
+        strays = torch.tensor([0.17, 0.17, 0.085]) * self.jitter
         slope, stretch, turn = (self.places[labels, :3] + strays * (2 * u[:, :3] - 1)).unbind(1)
         angle = math.pi / 2 * turn * (1 - 2 * (u[:, 10] < 0.5).float())     # flips keep the class
         x = smooth_field(noise[:, :1], 0.8 + 2.7 * slope, 8 ** (0.1 + stretch), angle)
@@ -592,7 +582,7 @@ class Formula:
         colours = (255 * hsv(hue, u[:, 2:3] * draws[6], 0.15 + 0.8 * draws[7])).byte()
         x = np.stack([draw_leaves(*image, fine) for image in zip(leaves.tolist(),
                                                                  colours.tolist())])
-        x = torch.from_numpy(x).to(u.device).permute(0, 3, 1, 2) / 255
+        x = torch.from_numpy(x).permute(0, 3, 1, 2) / 255
         x = F.adaptive_avg_pool2d(x, self.size)
         return x + self.contrast / 3 * smooth_field(noise[:, :1], 2 + u[:, 3])
 
@@ -651,7 +641,7 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     of the maps, the window and the direction change from image to image. Drawn at twice the size.
     """
     maps, b, points = maps.clone(), len(maps), 16 * size
-    rows = torch.arange(b, device=maps.device)
+    rows = torch.arange(b)
     which = table[rows, (256 * u[:, 1]).long()]
     grow = 1 - jitter * (0.2 - 0.3 * u[:, 2])                       # U(0.8, 1.1) at jitter 1
     grow = torch.minimum(grow, 0.98 / maps[rows, which, 6])
@@ -659,7 +649,7 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     rolls = rolls[:, :ROUNDS * points // 2]
     chosen = table.gather(1, torch.cat([rolls & 255, rolls >> 8], 1).long()) + 4 * rows[:, None]
     maps, path = maps.flatten(0, 1)[:, :6].contiguous(), []
-    x = y = torch.zeros(b, points, device=u.device)
+    x = y = torch.zeros(b, points)
     for t, hop in enumerate(chosen.view(b, ROUNDS, points).unbind(1)):
         m = F.embedding(hop, maps).unbind(-1)
         x, y = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
@@ -692,8 +682,8 @@ def spread(seed, n, k):
 def smooth_field(noise, slope, stretch=None, angle=None):
     """Gaussian fields with power 1/f^slope and deviation 1: noise (B, 1, S, S), the rest (B,)."""
     size = noise.shape[-1]
-    fy = torch.fft.fftfreq(size, device=noise.device)[:, None]
-    fx = torch.fft.rfftfreq(size, device=noise.device)
+    fy = torch.fft.fftfreq(size)[:, None]
+    fx = torch.fft.rfftfreq(size)
     if angle is not None:
         c, s = angle.cos()[:, None, None], angle.sin()[:, None, None]
         stretch = stretch[:, None, None]
@@ -707,7 +697,7 @@ def smooth_field(noise, slope, stretch=None, angle=None):
 
 def hsv(hue, saturation, value):
     """(..., 3) red, green and blue, all between 0 and 1."""
-    sixth = (6 * hue[..., None] + torch.tensor([0., 4, 2], device=hue.device)) % 6
+    sixth = (6 * hue[..., None] + torch.tensor([0., 4, 2])) % 6
     pure = ((sixth - 3).abs() - 1).clamp(0, 1)
     return value[..., None] * (1 - saturation[..., None] * (1 - pure))
 
@@ -904,11 +894,6 @@ def trained(s, device):
     return Made(labels, source.classes, map(images, parts_of(n, 64)))
 
 
-def generated(s, device):
-    """Made: images by --generator."""
-    return GENERATORS[s['generator']].make(s, device)
-
-
 GENERATORS = {
     'fractal': Kind(drawn, 'num_classes difficulty multilabel'),
     'spectrum': Kind(drawn, 'num_classes difficulty'),
@@ -917,7 +902,8 @@ GENERATORS = {
 KINDS = {
     'noise': Kind(noise, 'num_images num_classes multilabel label_mode'),
     'random_labels': Kind(random_labels, 'source label_mode label_noise', augment=True),
-    'generated': Kind(generated, 'num_images generator', augment=True)}
+    'generated': Kind(lambda s, device: GENERATORS[s['generator']].make(s, device),
+                      'num_images generator', augment=True)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1042,7 +1028,7 @@ def mean_and_std(counts):
 
 
 def contact_sheet(images, labels, meta):
-    """A labelled PIL image of up to 100 images, in ten columns, sorted by class if they have one."""
+    """A labelled PIL image of up to 100 images, in ten columns, sorted by class if possible."""
     from torchvision.utils import make_grid
     size, gap, order = 72, 18, np.arange(len(images))
     if labels.ndim == 1:
@@ -1104,16 +1090,16 @@ class Data:
         return None if self.studies is None else np.array([s.split('/')[0] for s in self.studies])
 
     def __getitem__(self, item):
-        """uint8 (H, W, 3) for a DataLoader, of item: (index, augment, seeds); or a UserError.
+        """uint8 (H, W, 3) for a DataLoader, of item: (index, augment, seed, epoch); or a UserError.
 
-        What `augment` draws depends on the seeds alone: torch's own generator stays as it is.
+        What `augment` draws depends on these alone: torch's own generator stays as it is.
         """
-        index, augment, seeds = item
-        seed = np.random.SeedSequence([*seeds, index]).generate_state(1, np.uint64)[0]
+        index, augment, seed, epoch = item
+        sequence = np.random.SeedSequence([seed, epoch, index])
         crop = augment in ('crop', 'imagenet')
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(int(seed))
+                torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
                 if isinstance(self.images, np.ndarray):
                     image = resized(Image.fromarray(self.images[index]), self.image_size, 1, crop)
                 else:
@@ -1179,8 +1165,7 @@ def read_written(folder, s):
             raise ValueError('other labels')
     if 'source' in meta:
         source = read_source(folder, meta, s)
-        return replace(source, name=data.name, kind=data.kind, labels=data.labels,
-                       origin=data.origin)
+        return replace(data, images=source.images, studies=source.studies, zoom=source.zoom)
     with readable(f'{folder}/images.npy is not what meta.json says', again):
         data.images = np.load(folder / 'images.npy', 'r')
         shape = (len(labels), data.image_size, data.image_size, 3)
@@ -1253,15 +1238,16 @@ def read_cifar(name, s, split):
     inner, mean, std = CIFAR[name]
     if folder.name != inner:
         folder /= inner
-    if s['download'] and not folder.is_dir():
-        download_cifar(official, folder)
+    if s['download']:                       # torchvision fetches what is not whole
+        with readable(f'{name}: no download', f'Put {inner}/ into {folder.parent}.'):
+            official(folder.parent, download=True)
     if not folder.is_dir():
         raise UserError(f'{name}: no {inner}/ in {folder.parent}. Give its --data_dir, or '
                         '--download.')
     path, size = folder / official.meta['filename'], s['image_size'] or 32
     with readable(f'{path} names no classes', 'Unpack it again.'):
         classes = list(map(str, read_pickle(path)[1][official.meta['key']]))
-    images, labels = [], []
+    images, labels, unusual = [], [], []
     for file, md5 in official.train_list if split == 'train' else official.test_list:
         with readable(f'{folder / file} is no CIFAR file', 'Unpack it again.'):
             digest, batch = read_pickle(folder / file)
@@ -1276,25 +1262,15 @@ def read_cifar(name, s, split):
             numbers = np.array(batch['labels' if name == 'cifar10' else 'fine_labels'])
             labels.append(check_labels(numbers, shape[0], len(classes)))
         if digest != md5:
-            print(f'warning: {folder / file} is not as officially published', file=sys.stderr)
+            unusual.append(file)
+    if unusual:
+        print(f'warning: {folder}: {", ".join(unusual)} not as officially published',
+              file=sys.stderr)
     images = np.ascontiguousarray(np.concatenate(images).transpose(0, 2, 3, 1))
     if size != 32:
         images = np.stack([resized(Image.fromarray(x), size) for x in images])
     return Data(name, 'real', images, np.concatenate(labels), classes, mean, std, size,
                 {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
-
-
-def download_cifar(official, folder):
-    """Fetch CIFAR by torchvision: the folder is there whole, or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent) as new:
-            official(new, download=True)
-            os.replace(Path(new, folder.name), folder)
-    except Exception as error:
-        if not folder.is_dir():                         # else another run has just fetched it
-            raise UserError(f'no download ({error}). Put {folder.name}/ into {folder.parent}.') \
-                from None
 
 
 def read_imagenet(name, s, split):
@@ -1340,12 +1316,6 @@ def read_chexpert(name, s, split, table=None):
               'views': s['views']}
     data = Data(name, 'real', files, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
                 s['image_size'] or 320, origin, studies)
-    if split == 'train' and (root / 'valid.csv').is_file():
-        others = re.findall('patient[0-9]+', (root / 'valid.csv').read_text())
-        both = sorted(set(data.patients) & set(others))
-        if both:
-            print(f'warning: {root}: patients in train.csv and in valid.csv: '
-                  f'{", ".join(both[:5])}', file=sys.stderr)
     if data.small:
         data.images = decode(files, data.image_size)
     return data
@@ -1514,13 +1484,8 @@ def resized(image, size, zoom=1, crop=False):
     # A JPEG is decoded at a half, a quarter or an eighth if that leaves enough.
     image.draft('RGB', [math.ceil(2 * size / part * side / min(w, h)) for side in image.size])
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I') or image.mode == 'F':
-        # 16 bits are scaled by the range of their type, more by their own.
-        pixels, low, high = np.asarray(image).astype(np.float64), 0, 65535
-        if image.mode == 'F' or pixels.max() > 65535:
-            low, high = pixels.min(), pixels.max()
-        pixels = (pixels - low) / max(high - low, 1e-12)
-        image = Image.fromarray(np.uint8(np.rint(255 * pixels.clip(0, 1))))
+    if image.mode.startswith('I'):                  # 16 bits, which Pillow would clip at 255
+        image = Image.fromarray(np.uint8(np.rint(np.asarray(image).clip(0, 65535) / 257)))
     box = [share * side for share, side in zip(shares, 2 * image.size)]
     return np.asarray(image.convert('RGB').resize((size, size), how, box))
 
@@ -1538,7 +1503,11 @@ def find_or_make(name, s):
     if name not in KINDS:
         return read(name, s)
     own = own_settings(name, s)
-    folder = Path('data', folder_name(name, own))
+    usual = {**DEFAULTS, 'data_seed': own['data_seed']}
+    if 'source' not in own:
+        usual['image_size'] = 32
+    parts = [f'{k}={Path(str(v)).name}' for k, v in own.items() if v != usual[k]]
+    folder = Path('data', '-'.join([name, *parts, f'seed{own["data_seed"]}']))
     put_back(folder)
     shared = world()[1] > 1
     if shared:                      # waiting for a set may take hours, all else minutes
@@ -1559,15 +1528,6 @@ def find_or_make(name, s):
             raise UserError(f'{folder} was made with {key} {made.get(key)}, not {value}. Rename or '
                             'remove that folder.')
     return data
-
-
-def folder_name(name, own):
-    """noise-num_images=1000-seed0: the own_settings that differ from the defaults."""
-    usual = {**DEFAULTS, 'data_seed': own['data_seed']}
-    if 'source' not in own:
-        usual['image_size'] = 32
-    parts = [f'{k}={Path(str(value)).name}' for k, value in own.items() if value != usual[k]]
-    return '-'.join([name, *parts, f'seed{own["data_seed"]}'])
 
 
 def stratified_split(labels, fraction, seed, patients=None):
@@ -1642,8 +1602,7 @@ class Batches:
             raise UserError(f'--batch_size {batch_size} is more than the {len(indices)} images of '
                             f'its split of {data.name}. Use a smaller one.')
         if batch_size % processes and shuffle:
-            raise UserError(f'--batch_size {batch_size} is no multiple of the {processes} '
-                            'processes. Use one.')
+            raise UserError(f'--batch_size {batch_size}: use a multiple of {processes} processes.')
         self.data, self.indices, self.batch_size = data, np.asarray(indices), batch_size
         self.part = slice(0, batch_size)
         if shuffle:
@@ -1680,63 +1639,43 @@ class Batches:
             images = self.data.on_device[str(self.device)]
             batches = (images[order[part]] for part in parts)
         else:
-            batches = self.from_workers((indices[part].tolist() for part in parts), epoch)
+            items = [(index, self.augment, self.seed, epoch) for index in indices.tolist()]
+            batches = torch.utils.data.DataLoader(
+                self.data, batch_sampler=[items[part] for part in parts], collate_fn=stacked,
+                num_workers=self.workers, pin_memory=self.device.type == 'cuda',
+                generator=torch.Generator())
         for part, x in zip(parts, batches):
-            yield self.prepared(x, draws[part]), self.labels[order[part]]
-
-    def from_workers(self, batches, epoch):
-        """uint8 (B, H, W, 3) on the device for each list of indices."""
-        loader = torch.utils.data.DataLoader(
-            self.data, batch_sampler=self.items(batches, epoch), num_workers=self.workers,
-            collate_fn=stack_images, pin_memory=self.device.type == 'cuda',
-            generator=torch.Generator())
-        for x in loader:
             if isinstance(x, UserError):
                 raise x
-            yield x.to(self.device, non_blocking=True)
-
-    def items(self, batches, epoch):
-        """What Data's __getitem__ takes, for each list of indices."""
-        seeds = self.seed, epoch
-        for batch in batches:
-            yield [(index, self.augment, seeds) for index in batch]
+            x = self.prepared(x.to(self.device, non_blocking=True), draws[part])
+            yield x, self.labels[order[part]]
 
     def prepared(self, x, u):
-        """x: uint8 (B, H, W, 3), u: (B, 11) from 0 to 1, whose first columns are a flip, the place
-        of cutout (2) and a shift (2). Returns (B, 3, H, W), normalised."""
+        """(B, 3, S, S), normalised, of x: uint8 (B, S, S, 3) and u: (B, 11) from 0 to 1.
+
+        The first columns of u are a flip, the place of cutout (2) and a shift (2).
+        """
         size = self.data.image_size
+        at = torch.arange(size, device=x.device)
         if self.augment == 'standard':
-            x = crop_and_flip(x, (u[:, 3:5] * (2 * (size // 8) + 1)).long(), u[:, 0] < 0.5,
-                              size // 8)
+            padding, images = size // 8, torch.arange(len(x), device=x.device)
+            shift = (u[:, 3:5] * (2 * padding + 1)).long()
+            rows = shift[:, :1] + at
+            columns = shift[:, 1:] + torch.where(u[:, :1] < 0.5, size - 1 - at, at)
+            x = F.pad(x, (0, 0, padding, padding, padding, padding))
+            x = x[images[:, None, None], rows[:, :, None], columns[:, None]]
         x = ((x.float() - self.mean) * self.scale).permute(0, 3, 1, 2)
         if self.cutout:
-            x = x * square_mask((u[:, 1:3] * size).long(), self.cutout, size).unsqueeze(1)
+            start = (u[:, 1:3, None] * size).long() - self.cutout // 2
+            rows, columns = ((at >= start) & (at < start + self.cutout)).unbind(1)
+            x = x * (~(rows[:, None, :, None] & columns[:, None, None])).float()
         return x
 
 
-def stack_images(images):
+def stacked(images):
     """A batch of what Data gives, or the first UserError in it."""
     errors = [image for image in images if isinstance(image, UserError)]
     return errors[0] if errors else torch.stack(images)
-
-
-def crop_and_flip(x, offsets, flips, padding):
-    """x: uint8 (B, H, W, 3); offsets (B, 2) into x padded with black; flips (B,) 0 or 1."""
-    b, h, w, _ = x.shape
-    x = F.pad(x, (0, 0, padding, padding, padding, padding))
-    rows = offsets[:, :1] + torch.arange(h, device=x.device)
-    columns = torch.arange(w, device=x.device)
-    columns = torch.where(flips.unsqueeze(1) == 1, w - 1 - columns, columns) + offsets[:, 1:]
-    images = torch.arange(b, device=x.device)
-    return x[images[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def square_mask(centres, side, size):
-    """float (B, size, size): 0 in a square of `side` around each centre (B, 2), clipped, else 1."""
-    at = torch.arange(size, device=centres.device)
-    start = centres.unsqueeze(2) - side // 2
-    inside = (at >= start) & (at < start + side)
-    return (~(inside[:, 0, :, None] & inside[:, 1, None, :])).float()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1749,7 +1688,7 @@ def main(argv=None):
            'force': Setting(False, 'replace the folder if it exists'),
            'seed': Setting(0, 'of pixels and labels', number(int, 0)),
            'generator_steps': Setting(50000, 'of training, for --generator train', number(int, 1)),
-           'gpu': Setting(-1, 'CUDA device of generators, -1: the CPU', number(int, -1))}
+           'gpu': Setting(-1, 'CUDA device for --generator train', number(int, -1))}
     data = {name: setting for name, setting in DATA.items() if name != 'data_seed'}
     s, typed, _ = parse_flags(__doc__, {'set': own, 'data': data}, argv)
     kind, out = s['kind'], s['out']

@@ -65,7 +65,7 @@ TABLE = [
     ('', '', 'generate', '--kind random_labels --out x --label_noise nan', 'label_noise'),
     ('', '', 'generate', '--kind random_labels --out x --source nowhere', 'nowhere'),
     ('', '', 'generate', '--kind random_labels --out x', 'cifar10'),
-    ('', '', 'generate', '--kind noise --out x --like cifar100 --source own', 'source'),
+    ('', '', 'generate', '--kind noise --out x --source own', 'source'),
     ('set', '', 'generate', '--kind noise --out set', 'set'),
     ('own', '', 'generate', '--kind noise --out own --force --num_images 40', 'own'),
     ('own', '', 'generate', '--kind random_labels --source own --out own/x', 'own/x'),

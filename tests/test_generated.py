@@ -24,7 +24,7 @@ def formula(name, n=40, size=64, difficulty='medium'):
     labels = g.draw_labels(1, n, 4, 'balanced')
     if name == 'labels':
         labels, name = (np.arange(4) < labels[:, None]).astype(np.uint8), 'fractal'
-    return g.Formula(name, labels, 4, size, 5, difficulty, 'cpu')
+    return g.Formula(name, labels, 4, size, 5, difficulty)
 
 
 def generate(out, *flags):
@@ -101,24 +101,23 @@ def test_leaves_have_their_shapes_and_the_first_is_in_front():
     assert drawn[128, 128, 0] == 255 and drawn[128, 180, 0] == 9 and drawn[0, 200, 0] == 0
 
 
-def test_flags_and_targets():
+def test_flags_change_the_set_and_seeds_repeat_it():
     base, digests = ['--num_images', '40', '--image_size', '16'], {}
     for name, flags in (('a', []), ('easy', ['--difficulty', 'easy']), ('seed', ['--seed', '1']),
-                        ('leaves', ['--generator', 'deadleaves'])):
+                        ('leaves', ['--generator', 'deadleaves']), ('again', [])):
         assert generate(name, *base, *flags) == 0
         digests[name] = json.loads(Path(name, 'meta.json').read_text())['sha256']['images']
-    assert len(set(digests.values())) == 4
-    assert generate('b', *base) == 0                    # twice the same
-    assert json.loads(Path('b/meta.json').read_text())['sha256']['images'] == digests['a']
+    assert len(set(digests.values())) == 4 and digests['a'] == digests['again']
     data = g.read('a', {})
     assert data.kind == 'generated' and (np.bincount(data.labels) == 4).all()
     assert np.allclose(data.images.mean((0, 1, 2)) / 255, data.mean)
     assert np.allclose(data.images.std((0, 1, 2)) / 255, data.std)
-    assert generate('xray', '--like', 'chexpert', '--num_images', '20', '--image_size', '32') == 0
+    assert generate('xray', *base, '--multilabel', '--num_classes', '14') == 0
     xray = g.read('xray', {})
-    assert xray.classes == list(g.CHEXPERT) and xray.labels.shape == (20, 14)
+    assert xray.classes == list(g.CHEXPERT) and xray.labels.shape == (40, 14)
     assert (xray.images == xray.images[..., :1]).all()
-    assert generate('many', '--like', 'imagenet', '--num_images', '1000', '--image_size', '8') == 0
+    assert generate('many', '--num_classes', '1000', '--num_images', '1000', '--image_size',
+                    '8') == 0
     assert len(g.read('many', {}).classes) == 1000
 
 
@@ -159,10 +158,6 @@ def test_trained_generator_stops_and_goes_on(capsys, narrow):
     assert (np.load('whole/images.npy') == np.load('part/images.npy')).all()
     data = g.read('whole', {})
     assert data.classes == ['cat', 'dog'] and (np.bincount(data.labels) == 4).all()
-    assert generate('short', *common, '--time_limit', '1e-6', '--num_images', '10') == 0
-    steps = [torch.load(f'{name}.generator/checkpoint.pt', weights_only=True)['step']
-             for name in ('whole', 'short')]
-    assert steps == [22, 20]
     capsys.readouterr()
     one_line(capsys, generate('part', *common, '--force', '--seed', '1'), 'part.generator')
     one_line(capsys, generate('odd', *common[:-4], '--image_size', '17', '--num_images', '24'),
