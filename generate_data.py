@@ -7,12 +7,11 @@
     python generate_data.py --kind noise --num_images 1000 --out data/small     # a second
 
 `noise` is Gaussian pixels with random labels. `random_labels` is new labels for the images of a
-source, which stay where they are. `generated` draws an image for each label, by a formula
-(fractal, spectrum, deadleaves) or by a network that is trained on a source's images (train).
-A source is cifar10 or cifar100 in their python layout under --data_dir, imagenet, chexpert, a
-written set, or a folder with a folder of images for each class (train/ and val/, or one tree).
+source, which stay where they are. `generated` draws an image for each label, by a formula or by a
+network that is trained on a source (train). A source is cifar10, cifar100, imagenet or chexpert
+under --data_dir, a written set, or a folder with a folder of images for each class.
 
-A set appears under its name when it is complete, so you can simply repeat a run that was stopped.
+A set appears when it is complete, so you can simply repeat a run that was stopped.
 `--generator train` keeps its training in OUT.generator/ and goes on from there.
 """
 import argparse
@@ -745,22 +744,17 @@ class UNet(nn.Module):
     """Velocity of the flow: images (B, 3, S, S), time (B,), condition (B, classes + 1)."""
     def __init__(self, size, num_classes, emb=256, widths=(64, 128, 192, 240)):
         super().__init__()
-        levels = 2
-        while size % 2 ** levels == 0 and size >> levels >= 4:
-            levels += 1
-        widths = (widths[:1] * levels + widths[1:])[-levels:]
-        small = [size >> k <= 8 for k in range(levels)]             # where there is attention
         self.frequencies = nn.Parameter(torch.randn(64) * 8, requires_grad=False)
         self.embed = nn.Sequential(nn.Linear(128 + num_classes + 1, emb), nn.SiLU(),
                                    nn.Linear(emb, emb), nn.SiLU())
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down, self.up, width = nn.ModuleList(), nn.ModuleList(), widths[0]
-        for k in range(levels):
-            self.down.append(ResBlock(width, widths[k], emb, small[k]))
+        for k in range(4):                      # attention at 8 px and below
+            self.down.append(ResBlock(width, widths[k], emb, size >> k <= 8))
             width = widths[k]
         self.middle = ResBlock(width, width, emb, True)
-        for k in reversed(range(levels)):
-            self.up.append(ResBlock(width + widths[k], widths[k], emb, small[k]))
+        for k in (3, 2, 1, 0):
+            self.up.append(ResBlock(width + widths[k], widths[k], emb, size >> k <= 8))
             width = widths[k]
         self.head = nn.Sequential(nn.GroupNorm(16, width), nn.SiLU(),
                                   nn.Conv2d(width, 3, 3, padding=1))
@@ -1294,11 +1288,9 @@ CHEXPERT_FOLDERS = ['.', 'CheXpert-v1.0-small', 'CheXpert-v1.0',
 def read_chexpert(name, s, split, table=None):
     """Chest X-rays in CheXpert's layouts (arXiv 1901.07031): train.csv, or valid.csv for 'test'.
 
-    uncertain: what -1.0 becomes: ones, zeros, ignore (-1: left out of the loss and of metrics), or
-    mixed, the later practice: ones for Atelectasis and Edema, zeros else. Blank cells are zeros.
-    views: frontal, or all. table: another CSV, that of the test set, with a column Study. Pixels
-    are normalised with mean 0.5 and deviation 0.25 in every split, our own choice. UserError names
-    the file, line or column that is not as it should be.
+    uncertain: what -1.0 becomes; ignore: -1, which losses and metrics leave out. Blank cells are
+    zeros. table: another CSV, that of the test set, with a column Study. Mean 0.5 and deviation
+    0.25 in every split are our own choice.
     """
     data_dir = Path(s['data_dir'])
     root = next((data_dir / place for place in CHEXPERT_FOLDERS
@@ -1326,11 +1318,9 @@ def read_chexpert_table(path, uncertain):
 
     What precedes train/, valid/ or test/ in a path is of another machine, and is left out.
     """
-    try:
-        with open(path, newline='', encoding='utf-8-sig') as file:
-            rows = list(csv.DictReader(file))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f'{path} is no CSV file ({error}). Unpack it again.') from None
+    with readable(f'{path} is no CSV file', 'Unpack it again.'), \
+            open(path, newline='', encoding='utf-8-sig') as file:
+        rows = list(csv.DictReader(file))
     where = 'Path' if rows and 'Path' in rows[0] else 'Study'
     missing = [name for name in (where, *CHEXPERT) if rows and name not in rows[0]]
     if missing or not rows:
@@ -1338,19 +1328,18 @@ def read_chexpert_table(path, uncertain):
     unknown = {'ones': 1, 'zeros': 0, 'ignore': -1}
     paths, labels = [], np.zeros((len(rows), len(CHEXPERT)), np.int8)
     for n, row in enumerate(rows):
-        inside = re.sub(r'^(.*/)?(?=(train|valid|test)/)', '', row[where] or '')
-        if not inside or inside.startswith('/') or '..' in inside.split('/'):
-            raise UserError(f'{path}, line {n + 2}: {where} {row[where]!r} leaves the folder of '
-                            'the set. Unpack it again.')
-        paths.append(inside)
-        for k, name in enumerate(CHEXPERT):
-            cell = str(row[name]).strip().removesuffix('.0')    # None: the line is cut short
-            if cell not in ('', '0', '1', '-1'):
-                raise UserError(f'{path}, line {n + 2}: {where} {row[where]!r}, {name} '
-                                f'{row[name]!r}: labels are 1.0, 0.0, -1.0 or blank.')
-            labels[n, k] = int(cell or 0)
-            if cell == '-1':
-                labels[n, k] = unknown.get(uncertain, name in ('Atelectasis', 'Edema'))
+        with readable(f'{path}, line {n + 2}: {where} {row[where]!r}', 'Unpack it again.'):
+            inside = re.sub(r'^(.*/)?(?=(train|valid|test)/)', '', row[where] or '')
+            if not inside or inside.startswith('/') or '..' in inside.split('/'):
+                raise ValueError('it leaves the folder of the set')
+            paths.append(inside)
+            for k, name in enumerate(CHEXPERT):
+                cell = str(row[name]).strip().removesuffix('.0')    # None: a line that is cut
+                if cell not in ('', '0', '1', '-1'):
+                    raise ValueError(f'{name} {row[name]} is not 1.0, 0.0, -1.0 or blank')
+                labels[n, k] = int(cell or 0)
+                if cell == '-1':
+                    labels[n, k] = unknown.get(uncertain, name in ('Atelectasis', 'Edema'))
     return paths, labels
 
 
@@ -1401,18 +1390,16 @@ def read_folder(root, split, image_size, mean=None, std=None):
         test = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
     if split == 'test' and not test:
         return None
-    classes, known, labels = list_images(train)
-    files = known
+    listed = {'train': list_images(train)}
     if test:
-        others, files_of_test, labels_of_test = list_images(test)
-        if others != classes:
-            differ = sorted(set(classes) ^ set(others))
+        listed['test'] = list_images(test)
+        differ = sorted({*listed['train'][0]} ^ {*listed['test'][0]})
+        if differ:
             raise UserError(f'{test} and {train} differ in their classes: '
                             f'{", ".join(differ[:5])}. Give both the same folders.')
-        if split == 'test':
-            files, labels = files_of_test, labels_of_test
+    classes, files, labels = listed[split]
     if mean is None:
-        mean, std = training_statistics(tuple(known), image_size)
+        mean, std = training_statistics(tuple(listed['train'][1]), image_size)
     data = Data(str(root), 'real', files, labels, classes, mean, std, image_size,
                 {'name': str(root.resolve())}, zoom=8 / 7 if image_size > 64 else 1)
     if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
@@ -1450,15 +1437,13 @@ def decode(files, image_size, zoom=1):
 
 def read_image(path, image_size, zoom=1, crop=False):
     """uint8 (image_size, image_size, 3) of an image file: see resized. Grey becomes RGB."""
-    try:
+    with readable(f'{path}: not a readable image', 'Mend or remove it.'):
         if not Path(path).is_file():
             raise ValueError('not there, or no regular file')
         with Image.open(path, formats=['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f'{image.size} pixels are more than {MAX_PIXELS:,}')
             return resized(image, image_size, zoom, crop)
-    except Exception as error:
-        raise UserError(f'{path}: not a readable image ({error}). Mend or remove it.') from None
 
 
 def resized(image, size, zoom=1, crop=False):
@@ -1509,18 +1494,14 @@ def find_or_make(name, s):
     parts = [f'{k}={Path(str(v)).name}' for k, v in own.items() if v != usual[k]]
     folder = Path('data', '-'.join([name, *parts, f'seed{own["data_seed"]}']))
     put_back(folder)
-    shared = world()[1] > 1
-    if shared:                      # waiting for a set may take hours, all else minutes
-        waiting = torch.distributed.new_group(timeout=timedelta(hours=6), backend='gloo')
-    if not folder.exists() and not world()[0]:
-        print(f'making {folder}', file=sys.stderr)
+    if not folder.exists():
+        if not world()[0]:
+            print(f'making {folder}', file=sys.stderr)
         try:
             make_set(folder, name, s, torch.device('cpu'))
         except UserError:
-            if not folder.exists():             # else another run has just made it
+            if not folder.exists():             # else another process has just made it
                 raise
-    if shared:
-        torch.distributed.barrier(waiting)
     data = read(str(folder), s)
     made = json.loads((folder / 'meta.json').read_text()).get('settings', {})
     for key, value in own.items():
@@ -1586,14 +1567,12 @@ def suited(data):
 class Batches:
     """Normalised batches of some images of a Data, every epoch in an order of its own.
 
-    Yields x (B, 3, H, W) float32, channels_last, and y, int64 (B,) or float32 (B, classes). All
-    random draws depend on (seed, epoch), and in workers on the image: an epoch can be entered at
-    any step. Of several processes each gets its share of every batch of `batch_size`.
-    augment: 'standard' is RandomCrop (padding 4 at 32 px) and flip; 'crop' RandomResizedCrop and
-    flip; 'imagenet' that and colours; 'affine' a slight turn, shift and zoom; 'auto' what suits
-    the images, and nothing for noise. cutout: side of a square that is blanked (arXiv 1708.04552).
-    Training drops the last incomplete batch, so that shapes never change; with shuffle=False
-    every image comes once, in order, in batches of `batch_size` in each process.
+    Yields x (B, 3, H, W) float32, channels_last, and y, int64 (B,) or float32 (B, classes). Draws
+    depend on (seed, epoch), in workers on the image too: an epoch can be entered at any step. Each
+    process gets its share of every batch. augment: 'standard' is RandomCrop (padding 4 at 32 px)
+    and flip; 'crop' RandomResizedCrop and flip; 'imagenet' that and colours; 'affine' a slight
+    turn, shift and zoom. cutout: side of a square that is blanked (arXiv 1708.04552). The last
+    incomplete batch is dropped; with shuffle=False every image comes once, in order.
     """
     def __init__(self, data, indices, batch_size, device, augment='none', cutout=0, seed=0,
                  shuffle=True, workers=2):
