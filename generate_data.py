@@ -59,11 +59,8 @@ Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit, which warns first
 
 
 class Setting(NamedTuple):
-    """A flag: its default, a few words for --help, and its values: a list or a function of text.
-
-    A default of True or False makes a switch, [] the words that no flag stands before.
-    """
-    default: object
+    """A flag: its default, words for --help, its values: a list or a function of text."""
+    default: object         # True or False: a switch; []: the words that no flag stands before
     help: str
     values: object = str
 
@@ -95,9 +92,8 @@ class Parser(argparse.ArgumentParser):
 def parse_flags(doc, tables, argv=None, layers=lambda typed, chosen: {}):
     """(settings, what was typed, defaults) of a command line, each {name: value}.
 
-    doc: the script's docstring. tables: {title: {name: Setting}}. layers(typed, chosen) returns
-    the defaults of the method, the preset and so on that take the place of those in the tables;
-    `chosen` is what was typed over the tables. --help shows the defaults that result.
+    tables: {title: {name: Setting}}. layers(typed, chosen) returns the defaults of the method, the
+    preset and so on, where `chosen` is what was typed over the tables; --help shows them.
     """
     layout = functools.partial(argparse.HelpFormatter, max_help_position=30, width=100)
     parser = Parser(description=doc.split('\n')[0], usage='%(prog)s [flags]', add_help=False,
@@ -196,13 +192,10 @@ def write_file(path, content):
 
 
 def load_file(path, mend):
-    """The dictionary that write_file wrote; UserError, with the mend, if one bit of it has changed.
-
-    Files of older runs have no checksum at their end.
-    """
+    """The dictionary that write_file wrote; UserError, with the mend, if one bit has changed."""
     with readable(f'{path} is missing or damaged', f'To go on: {mend}.'):
         content = Path(path).read_bytes()
-        zipped, checksum = content[:-32], content[-32:]
+        zipped, checksum = content[:-32], content[-32:]     # older files have no checksum
         if hashlib.sha256(zipped).digest() != checksum and b'PK\5\6' not in checksum:
             raise ValueError('other checksum')
         return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
@@ -251,7 +244,7 @@ class Progress:
 
 
 def choose_device(gpu, tf32=False):
-    """torch.device for --gpu: a CUDA device, or the CPU for -1 and on a machine without CUDA.
+    """torch.device for --gpu: CUDA, or the CPU for -1 and on a machine without CUDA.
 
     Under torchrun each process takes the device of its local rank, and joins the others.
     """
@@ -370,15 +363,10 @@ def philox(seed, stream, skip=0, count=0):
     return bits.random_raw(count)
 
 
-@functools.cache
-def normal_table():
-    """uint8 (65536,): a uniform 16-bit integer -> a pixel of N(127.5, 32), clipped at 0 and 255.
-
-    0 and 255 lie 3.98 standard deviations from the mean.
-    """
-    gauss = statistics.NormalDist(127.5, 32)
-    edges = [round(65536 * gauss.cdf(pixel + 0.5)) for pixel in range(255)]
-    return np.searchsorted(edges, np.arange(65536), side='right').astype(np.uint8)
+# A uniform 16-bit number -> a pixel of N(127.5, 32), clipped at 0 and 255, 3.98 deviations away
+GAUSS = statistics.NormalDist(127.5, 32)
+EDGES = [round(65536 * GAUSS.cdf(pixel + 0.5)) for pixel in range(255)]
+NORMAL = np.searchsorted(EDGES, np.arange(65536), side='right').astype(np.uint8)
 
 
 def halves(seed, stream, start, count, n):
@@ -391,14 +379,14 @@ def halves(seed, stream, start, count, n):
 def noise_images(seed, start, count, size):
     """Images start to start+count of the noise of a seed: uint8 (count, size, size, 3)."""
     draws = halves(seed, PIXELS, start, count, size * size * 3)
-    return normal_table()[draws].reshape(count, size, size, 3)
+    return NORMAL[draws].reshape(count, size, size, 3)
 
 
 def draw_labels(seed, num_images, num_classes, mode='uniform', true=None, multilabel=False):
-    """Random labels from a generator of their own: int64 (n,), or uint8 (n, classes) multilabel.
+    """Random labels: int64 (n,), or uint8 (n, classes) multilabel.
 
     uniform: every class (or 0 and 1) equally likely; balanced: equally often; permute: the true
-    labels, or rows of labels, in random order, so that their frequencies stay.
+    labels, or rows of labels, in random order.
     """
     if mode == 'permute':
         return true[np.argsort(philox(seed, LABELS, count=num_images), kind='stable')]
@@ -483,10 +471,9 @@ def drawn(s, device):
 class Formula:
     """Draws images: `name` is fractal, spectrum or deadleaves, as its method.
 
-    labels: int64 (N,); or uint8 (N, classes), and then the images are grey and every label that
-    is present adds a fractal of its own. The three methods draw float (B, 3, size, size), from
-    about 0 to 1, of labels (B,), u (B, 32) uniform numbers, rolls (B, n) numbers of 16 bits and
-    noise (B, 2, size, size) normal.
+    labels: int64 (N,); or uint8 (N, classes): then each that is present adds a grey fractal. The
+    methods draw float (B, 3, size, size), from about 0 to 1, of labels (B,), u (B, 32) uniform
+    numbers, rolls (B, n) numbers of 16 bits and noise (B, 2, size, size) normal.
     """
     def __init__(self, name, labels, num_classes, size, seed, difficulty='medium'):
         self.labels, self.size, self.seed = torch.from_numpy(labels), size, seed
@@ -498,10 +485,7 @@ class Formula:
         self.places = torch.from_numpy(spread(seed, num_classes, 8)).float()
 
     def chunks(self):
-        """All images in order, uint8 (n, size, size, 3) at a time.
-
-        A thread draws a chunk: if it used more, their number would show in the last digits.
-        """
+        """uint8 (n, size, size, 3) at a time. One thread draws a chunk: more change last digits."""
         threads = torch.get_num_threads()
         for ks in parts_of(-(-len(self.labels) // self.chunk), threads):
             torch.set_num_threads(1)
@@ -587,10 +571,8 @@ class Formula:
 
 
 def draw_leaves(leaves, colours, size):
-    """uint8 (size, size, 3) of leaves (shape, radius, angle, x, y) in pixels, the front one first.
-
-    Shape 0 is a disc, 1 a ring, 2 a triangle, 3 a bar.
-    """
+    """uint8 (size, size, 3) of leaves (shape, radius, angle, x, y) in px, the first in front."""
+    # Shape 0 is a disc, 1 a ring, 2 a triangle, 3 a bar.
     corners = {2: [0.5, 7 / 6, 11 / 6], 3: [0.045, 0.955, 1.045, -0.045]}       # angles / pi
     image = Image.new('RGB', (size, size), tuple(colours[-1]))
     pen = ImageDraw.Draw(image)
@@ -792,18 +774,12 @@ def flow_loss(network, x, y, seed, device):
     return (velocity.float() - (x - noise)).square().mean()
 
 
-def moving_average(averages, weights, steps):
-    torch._foreach_lerp_(averages, weights, 1 - min(0.999, float(steps) / (float(steps) + 10)))
-
-
 def train_flow(source, path, steps, seed, device):
-    """Return a UNet with averaged weights, trained on a Data; goes on from a checkpoint at `path`.
-
-    All draws of a step come from its number.
-    """
+    """Return a UNet with averaged weights; goes on from a checkpoint at `path`, bit for bit."""
     torch.manual_seed(seed)
     network = UNet(source.image_size, len(source.classes)).to(device)
-    average = AveragedModel(network, multi_avg_fn=moving_average)
+    average = AveragedModel(network, multi_avg_fn=lambda averages, weights, n: torch._foreach_lerp_(
+        averages, weights, 1 - min(0.999, float(n) / (float(n) + 10))))
     weights = [p for p in network.parameters() if p.requires_grad]
     adam = torch.optim.Adam(weights)
     parts = {'network': network, 'average': average, 'adam': adam}
@@ -916,7 +892,7 @@ def new_folder(out, force=False):
     """Yield a hidden folder that takes the name `out` when the block ends well.
 
     One process at a time. Whatever kills a run, `out` is the old set or the new one: if it is
-    missing for a moment, the old one lies beside it and is put back. UserError if `out` exists.
+    missing for a moment, put_back finds it.
     """
     out = Path(os.path.realpath(out))
     old, new = out.with_name(f'.{out.name}.old'), out.with_name(f'.{out.name}.new')
@@ -963,10 +939,7 @@ def own_settings(name, s):
 
 
 def make_set(out, name, s, device, force=False):
-    """Write a set of the kind `name` into the folder `out`, with the settings s.
-
-    It holds images.npy, if the images are not those of a source, labels.npy, meta.json, sheet.png.
-    """
+    """Write a set into the folder `out`: images.npy (not of a source), labels, meta.json, sheet."""
     own = own_settings(name, s)
     if 'num_classes' in own and not own.get('multilabel') and s['num_images'] < s['num_classes']:
         raise UserError(f'--num_images {s["num_images"]} cannot hold {s["num_classes"]} classes. '
@@ -1071,8 +1044,7 @@ class Data:
         return len(self.labels) * self.image_size ** 2 * 3 <= RESIDENT
 
     @property
-    def resident(self):
-        """Whether its images live on the device."""
+    def resident(self):                 # whether its images live on the device
         return self.small and isinstance(self.images, np.ndarray)
 
     def __len__(self):
@@ -1084,7 +1056,7 @@ class Data:
         return None if self.studies is None else np.array([s.split('/')[0] for s in self.studies])
 
     def __getitem__(self, item):
-        """uint8 (H, W, 3) for a DataLoader, of item: (index, augment, seed, epoch); or a UserError.
+        """uint8 (H, W, 3), or a UserError, for a worker; item: (index, augment, seed, epoch).
 
         What `augment` draws depends on these alone: torch's own generator stays as it is.
         """
@@ -1120,10 +1092,9 @@ class Data:
 
 
 def read(name, s, split='train'):
-    """Data of one split, 'train' or 'test': `name` is one of REAL or the path of a folder.
+    """Data of one split, 'train' or 'test', or None: `name` is one of REAL or a folder's path.
 
-    s: settings of DATA, defaults for those that are missing. Real images are resized to
-    image_size; a written set never is. None if the set has no test split.
+    s: settings of DATA, or some. Real images are resized to image_size; a written set never is.
     """
     s = {**DEFAULTS, **s}
     if name in REAL:
@@ -1158,8 +1129,15 @@ def read_written(folder, s):
         if hashlib.sha256(labels).hexdigest() != digests['labels']:
             raise ValueError('other labels')
     if 'source' in meta:
-        source = read_source(folder, meta, s)
-        return replace(data, images=source.images, studies=source.studies, zoom=source.zoom)
+        origin = {**meta['source'], 'image_size': data.image_size, 'download': False}
+        for place in (s['data_dir'], origin.get('data_dir', '.')):
+            with contextlib.suppress(UserError):
+                source = read(origin['name'], {**s, **origin, 'data_dir': place})
+                if source.sha256() == digests['images']:
+                    return replace(data, images=source.images, studies=source.studies,
+                                   zoom=source.zoom)
+        raise UserError(f'{folder}: its images, {origin["name"]} {origin.get("data_dir", "")}, are '
+                        'not as they were. Give their --data_dir, or generate it again.')
     with readable(f'{folder}/images.npy is not what meta.json says', again):
         data.images = np.load(folder / 'images.npy', 'r')
         shape = (len(labels), data.image_size, data.image_size, 3)
@@ -1177,20 +1155,6 @@ def check_labels(labels, n, classes):
         raise ValueError(f'{labels.shape} of {labels.dtype} are no labels from {low} to {high} of '
                          f'{n} images')
     return labels if labels.ndim == 2 else labels.astype(np.int64)
-
-
-def read_source(folder, meta, s):
-    """The images that random labels are of: under --data_dir, or else where they were before."""
-    origin = meta['source']
-    for place in (s['data_dir'], origin.get('data_dir', '.')):
-        with contextlib.suppress(UserError):
-            source = read(origin['name'], {**s, **origin, 'data_dir': place, 'download': False,
-                                           'image_size': meta['image_size']})
-            if source.sha256() == meta['sha256']['images']:
-                return source
-            break
-    raise UserError(f'{folder}: its images, {origin["name"]} {origin.get("data_dir", "")}, are not '
-                    'as they were. Give their --data_dir, or generate it again.')
 
 
 # CIFAR: folder, means and standard deviations of the training images (those that DARTS's code
@@ -1314,10 +1278,7 @@ def read_chexpert(name, s, split, table=None):
 
 
 def read_chexpert_table(path, uncertain):
-    """(paths inside of the set, int8 labels (N, 14)) of a CSV, its columns found by their names.
-
-    What precedes train/, valid/ or test/ in a path is of another machine, and is left out.
-    """
+    """(paths, int8 labels (N, 14)) of a CSV; a path begins at train/, valid/ or test/."""
     with readable(f'{path} is no CSV file', 'Unpack it again.'), \
             open(path, newline='', encoding='utf-8-sig') as file:
         rows = list(csv.DictReader(file))
@@ -1344,11 +1305,8 @@ def read_chexpert_table(path, uncertain):
 
 
 def chexpert_files(root, table, paths, views):
-    """(files, rows) of the wanted views that a CSV names, a Study standing for all of its views.
-
-    In the full download the patients of train/ are spread over the folders of the other batches.
-    """
-    owners = {}
+    """(files, rows) of the wanted views that a CSV names, a Study standing for all of its views."""
+    owners = {}             # in the full download patients are spread over other batches
     if root.name.startswith('CheXpert-v1.0 batch'):
         owners = {patient.name: patient.parent
                   for patient in root.parent.glob('CheXpert-v1.0 batch */patient*')}
@@ -1381,8 +1339,8 @@ REAL = {'cifar10': read_cifar, 'cifar100': read_cifar, 'imagenet': read_imagenet
 def read_folder(root, split, image_size, mean=None, std=None):
     """A tree with a folder for each class: root/train and root/val (or test), or root alone.
 
-    A tree without val/ has no test split. Resident sets are decoded at once. Above 64 px images
-    are resized to 8/7 of the size and their middle is cut out, as 256 and 224 px of ImageNet's.
+    Above 64 px images are resized to 8/7 of the size and their middle is cut out, as 256 and 224
+    px of ImageNet. Small sets are decoded at once.
     """
     train, test = root, None
     if (root / 'train').is_dir():
@@ -1399,7 +1357,9 @@ def read_folder(root, split, image_size, mean=None, std=None):
                             f'{", ".join(differ[:5])}. Give both the same folders.')
     classes, files, labels = listed[split]
     if mean is None:
-        mean, std = training_statistics(tuple(listed['train'][1]), image_size)
+        known = listed['train'][1]              # of at most 2,000 training images
+        some = np.linspace(0, len(known) - 1, min(len(known), 2000)).astype(int)
+        mean, std = mean_and_std(count_values(decode([known[k] for k in some], image_size)))
     data = Data(str(root), 'real', files, labels, classes, mean, std, image_size,
                 {'name': str(root.resolve())}, zoom=8 / 7 if image_size > 64 else 1)
     if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
@@ -1415,13 +1375,6 @@ def list_images(folder):
     except FileNotFoundError as error:
         raise UserError(f'{folder}: {error} Give each class a folder of images.') from None
     return found.classes, [Path(file) for file, _ in found.samples], np.array(found.targets)
-
-
-@functools.lru_cache(4)
-def training_statistics(files, image_size):
-    """mean_and_std of at most 2,000 training images."""
-    chosen = [files[k] for k in np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)]
-    return mean_and_std(count_values(decode(chosen, image_size)))
 
 
 def decode(files, image_size, zoom=1):
@@ -1447,10 +1400,9 @@ def read_image(path, image_size, zoom=1, crop=False):
 
 
 def resized(image, size, zoom=1, crop=False):
-    """uint8 (size, size, 3): the middle of a PIL image, or a random part of it, resized.
+    """uint8 (size, size, 3): the middle of a PIL image, its shorter side `zoom` times as long.
 
-    zoom: how much longer than the middle that is cut out the shorter side is. crop: instead
-    RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator.
+    crop: instead RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator.
     """
     w, h = image.size
     if image.getexif().get(274, 1) > 4:             # lies on its side until it is turned
@@ -1482,8 +1434,7 @@ def resized(image, size, zoom=1, crop=False):
 def find_or_make(name, s):
     """The training split of --data; an unreal set that is missing is made first, under data/.
 
-    Of several processes that need it, one makes it and the others wait. UserError if a folder of
-    that name was made with other settings, as of another source.
+    Of several processes that need it, one makes it and the others wait.
     """
     if name not in KINDS:
         return read(name, s)
@@ -1512,11 +1463,9 @@ def find_or_make(name, s):
 
 
 def stratified_split(labels, fraction, seed, patients=None):
-    """Two sorted index arrays, drawn by seed: a share `fraction` of every class, and the rest.
+    """Two sorted index arrays, drawn by seed: ceil(n * fraction) of each class, and the rest.
 
-    The first part gets ceil(n * fraction) of the n images of a class. Images with several labels
-    are split without regard to them. patients (N,): all images of one are in one of the two, and
-    the share is of patients.
+    Images with several labels are one class. patients (N,): the share is of patients instead.
     """
     if patients is not None:
         names, whose = np.unique(patients, return_inverse=True)
@@ -1538,10 +1487,7 @@ IN_WORKERS = ('crop', 'imagenet', 'affine')     # done by the processes that rea
 
 @functools.cache
 def transforms_of(augment):
-    """What `augment` does to an image that is cropped already, in workers.
-
-    The slight turn, shift and zoom of chest X-rays are our own choice.
-    """
+    """What workers do to an image that is cropped; the X-rays' slight moves are our own choice."""
     if augment not in IN_WORKERS:
         return []
     from torchvision.transforms import v2
@@ -1630,10 +1576,7 @@ class Batches:
             yield x, self.labels[order[part]]
 
     def prepared(self, x, u):
-        """(B, 3, S, S), normalised, of x: uint8 (B, S, S, 3) and u: (B, 11) from 0 to 1.
-
-        The first columns of u are a flip, the place of cutout (2) and a shift (2).
-        """
+        """(B, 3, S, S) of uint8 (B, S, S, 3). u (B, 11), 0 to 1: flip, place of cutout, shift."""
         size = self.data.image_size
         at = torch.arange(size, device=x.device)
         if self.augment == 'standard':
