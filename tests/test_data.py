@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import one_line
 from PIL import Image
 
 import generate_data as g
@@ -49,13 +50,6 @@ def make(out, kind='noise', force=False, **changed):
     s = settings(**{'num_images': 40, 'num_classes': 4, 'image_size': 8, **changed})
     g.make_set(out, kind, s, CPU, force)
     return g.read(out, {})
-
-
-def one_line(capsys, status, *needles):
-    """The run ended with status 2 and one line, which holds the needles."""
-    said = capsys.readouterr().err.strip()
-    assert status == 2 and said.count('\n') == 0 and 'Traceback' not in said
-    assert all(needle in said for needle in needles), said
 
 
 def names(folder='.'):
@@ -336,8 +330,9 @@ def test_turned_images_are_set_upright():
 EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(evil) (w) file\n'
 
 
-@pytest.mark.parametrize('name, needle', [('eps', 'cannot identify'), ('pipe', 'no regular file'),
-                                          ('bomb', 'pixels'), ('cut', 'truncated')])
+@pytest.mark.parametrize('name, needle', [
+    ('eps', '0.png: not a readable image (cannot identify'), ('pipe', 'no regular file'),
+    ('bomb', 'pixels'), ('cut', 'truncated')])
 def test_a_hostile_image_is_one_line(name, needle, capsys):
     folder_of_images('own')
     path = Path('own/cat/0.png')
@@ -350,8 +345,7 @@ def test_a_hostile_image_is_one_line(name, needle, capsys):
         Image.new('1', (13000, 13000)).save(path)
     else:
         path.write_bytes(path.read_bytes()[:50])
-    one_line(capsys, g.main(['--kind', 'random_labels', '--source', 'own', '--out', 'x']),
-             str(path), needle)
+    one_line(capsys, g.main(['--kind', 'random_labels', '--source', 'own', '--out', 'x']), needle)
 
 
 @pytest.mark.parametrize('labels, needle', [
@@ -369,16 +363,14 @@ def test_labels_that_do_not_fit_are_one_line(labels, needle):
     assert needle in str(error.value) and '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('file', ['images.npy', 'labels.npy', 'meta.json'])
-def test_a_damaged_set_is_one_line(file):
+@pytest.mark.parametrize('file', ['images.npy', 'labels.npy'])
+def test_a_flipped_bit_of_a_set_is_one_line(file):
     make('n')
-    whole = Path('n', file).read_bytes()
-    half = len(whole) // 2
-    flipped = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1:]
-    for damaged in (whole[:half], b'', flipped if file != 'meta.json' else b'[]'):
-        Path('n', file).write_bytes(damaged)
-        with pytest.raises(g.UserError, match=file):
-            g.read('n', {})
+    content = bytearray(Path('n', file).read_bytes())
+    content[-20] ^= 1
+    Path('n', file).write_bytes(content)
+    with pytest.raises(g.UserError, match=f'{file} is not what meta.json says'):
+        g.read('n', {})
 
 
 @pytest.mark.parametrize('path', ['train/../../x/study1/view1_frontal.jpg', '/etc/view_frontal.jpg',
