@@ -563,9 +563,8 @@ class Formula:
                               fine * (1.2 * draws[3] - 0.1), fine * (1.2 * draws[4] - 0.1)], 2)
         hue = (u[:, 1:2] + 0.35 * (draws[5] - 0.5)) % 1         # a palette for each image
         colours = (255 * hsv(hue, u[:, 2:3] * draws[6], 0.15 + 0.8 * draws[7])).byte()
-        x = np.stack([draw_leaves(*image, fine) for image in zip(leaves.tolist(),
-                                                                 colours.tolist())])
-        x = torch.from_numpy(x).permute(0, 3, 1, 2) / 255
+        images = [draw_leaves(*image, fine) for image in zip(leaves.tolist(), colours.tolist())]
+        x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
         x = F.adaptive_avg_pool2d(x, self.size)
         return x + self.contrast / 3 * smooth_field(noise[:, :1], 2 + u[:, 3])
 
@@ -651,6 +650,7 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     tone = F.avg_pool2d(counts.view(b, 1, 2 * size, 2 * size).float().log1p(), 2)
     return tone / tone.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
+
 def spread(seed, n, k):
     """float64 (n, k): n points of the unit cube far from one another (Roberts's R sequence)."""
     phi = 2.0
@@ -692,7 +692,6 @@ def background(u, noise, contrast):
     contrast = contrast * (0.8 + 0.4 * u[:, 25, None, None, None])
     return tint * (level + contrast * smooth_field(noise[:, :1], slope)) \
         + contrast / 2 * other * smooth_field(noise[:, 1:], slope)
-
 
 
 # ---------------------------------------------------------------------------------------------
@@ -845,13 +844,12 @@ def trained(s, device):
     size, classes = source.image_size, len(source.classes)
     if size % 8:
         raise UserError(f'--generator train needs a multiple of 8 px, not {size}: --image_size.')
-    folder = Path(f'{s["out"]}.generator')
-    folder.mkdir(parents=True, exist_ok=True)
-    network = train_flow(source, folder / 'checkpoint.pt', s['generator_steps'], seed, device)
+    path = Path(f'{s["out"]}.generator', 'checkpoint.pt')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    network = train_flow(source, path, s['generator_steps'], seed, device)
     labels = draw_labels(seed, n, classes, 'balanced')
     if source.multilabel:               # vectors of labels that the source has
-        rows = draw_labels(seed, n, len(source))
-        labels = (source.labels[rows] == 1).astype(np.uint8)
+        labels = (source.labels[draw_labels(seed, n, len(source))] == 1).astype(np.uint8)
     mean, std = torch.tensor([source.mean, source.std], device=device)
 
     def images(part):
