@@ -7,19 +7,18 @@
     python generate_data.py --kind noise --num_images 1000 --out data/small     # a second
 
 `noise` is Gaussian pixels with random labels. `random_labels` is new labels for the images of a
-source, which stay where they are. `generated` draws an image for each label, by a formula
-(fractal, spectrum, deadleaves) or by a network that is trained on a source's images (train).
-A source is cifar10 or cifar100 in their python layout under --data_dir, imagenet, chexpert, a
-written set, or a folder with a folder of images for each class (train/ and val/, or one tree).
+source, which stay where they are. `generated` draws an image for each label, by a formula or by a
+network that is trained on a source (train). A source is cifar10, cifar100, imagenet or chexpert
+under --data_dir, a written set, or a folder with a folder of images for each class.
 
-A set appears under its name when it is complete, so you can simply repeat a run that was stopped.
+A set appears when it is complete, so you can simply repeat a run that was stopped.
 `--generator train` keeps its training in OUT.generator/ and goes on from there.
 """
 import argparse
 import contextlib
 import csv
 import ctypes
-import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -27,7 +26,6 @@ import json
 import math
 import os
 import pickle
-import platform
 import re
 import shlex
 import shutil
@@ -46,15 +44,10 @@ from typing import NamedTuple
 os.environ.setdefault('GOMP_SPINCOUNT', '300')
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
+from PIL import Image, ImageDraw, ImageOps  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
-
-try:
-    import fcntl
-except ImportError:             # Windows: two runs at once may both make a missing set
-    fcntl = None
 
 RESIDENT = 2 << 30              # bytes: smaller sets live on the device, larger ones are streamed
 MAX_PIXELS = 10 ** 8            # of an image file: a larger one is not decoded
@@ -66,11 +59,8 @@ Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit, which warns first
 
 
 class Setting(NamedTuple):
-    """A flag: its default, a few words for --help, and its values: a list or a function of text.
-
-    A default of True or False makes a switch, [] the words that no flag stands before.
-    """
-    default: object
+    """A flag: its default, words for --help, its values: a list or a function of text."""
+    default: object         # True or False: a switch; []: the words that no flag stands before
     help: str
     values: object = str
 
@@ -78,15 +68,13 @@ class Setting(NamedTuple):
 def number(kind, low=-2 ** 62, high=2 ** 62, above=-math.inf, below=math.inf):
     """Values of a Setting: int or float (`kind`) from low to high, over `above`, under `below`."""
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {kind.__name__}') from None
-        if not (low <= value <= high and above < value < below):
-            limits = f'from {low} to {high}' if above == -math.inf == -below \
-                else f'above {max(low, above)} and below {min(high, below)}'
-            raise argparse.ArgumentTypeError(f'{text[:40]} is out of range: take one {limits}')
-        return value
+            if low <= value <= high and above < value < below:
+                return value
+        limits = f'from {low} to {high}' if above == -math.inf == -below \
+            else f'above {max(low, above)} and below {min(high, below)}'
+        raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {kind.__name__} {limits}')
     return parse
 
 
@@ -101,12 +89,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'{message} (see --help)')
 
 
-def parse_flags(doc, tables, argv=None, layers=lambda typed, chosen: {}):
+def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
     """(settings, what was typed, defaults) of a command line, each {name: value}.
 
-    doc: the script's docstring. tables: {title: {name: Setting}}. layers(typed, chosen) returns
-    the defaults of the method, the preset and so on that take the place of those in the tables;
-    `chosen` is what was typed over the tables. --help shows the defaults that result.
+    tables: {title: {name: Setting}}. defaults_for(typed, chosen) returns the defaults of the
+    method, the preset and so on, where `chosen` is what was typed over the tables; --help shows them.
     """
     layout = functools.partial(argparse.HelpFormatter, max_help_position=30, width=100)
     parser = Parser(description=doc.split('\n')[0], usage='%(prog)s [flags]', add_help=False,
@@ -127,7 +114,10 @@ def parse_flags(doc, tables, argv=None, layers=lambda typed, chosen: {}):
                 group.add_argument(f'--{name}', type=values, metavar='X', help=text)
     typed = vars(parser.parse_args(argv))
     wants_help = typed.pop('help', False)
-    defaults.update(layers(typed, {**defaults, **typed}))
+    for name, value in typed.items():
+        if value == [] != defaults[name]:       # what argparse makes of --name=--
+            raise UserError(f'--{name} needs a value (see --help)')
+    defaults.update(defaults_for(typed, {**defaults, **typed}))
     if wants_help:
         for action in parser._actions:
             value = defaults.get(action.dest)
@@ -162,10 +152,8 @@ def one_line_errors(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except OSError as error:
-            mends = {errno.ENOSPC: 'free some space', errno.EROFS: 'choose another folder',
-                     errno.EACCES: 'check its permissions', errno.ENOENT: 'check the path'}
-            mend = mends.get(error.errno, 'check the file')
-            message = f'{error.filename or "a file"}: {error.strerror or error}; {mend}'
+            message = f'{error.filename or "a file"}: {error.strerror or error}. Check the path, ' \
+                      'the permissions of its folder, and the free space.'
         except KeyboardInterrupt:
             print(file=sys.stderr)
             return 130
@@ -207,30 +195,21 @@ def write_file(path, content):
 
 
 def load_file(path, mend):
-    """The dictionary that write_file wrote; UserError, with the mend, if one bit of it has changed.
-
-    Files of older runs have no checksum at their end.
-    """
-    try:
+    """The dictionary that write_file wrote; UserError, with the mend, if one bit has changed."""
+    with readable(f'{path} is missing or damaged', f'To go on: {mend}.'):
         content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing: {mend}') from None
-    zipped, checksum = content[:-32], content[-32:]
-    if hashlib.sha256(zipped).digest() != checksum and b'PK\5\6' not in checksum:
-        raise UserError(f'{path} is damaged: {mend}')
-    try:
+        zipped, checksum = content[:-32], content[-32:]     # older files have no checksum
+        if hashlib.sha256(zipped).digest() != checksum and b'PK\5\6' not in checksum:
+            raise ValueError('other checksum')
         return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
-    except Exception as error:                  # whatever a damaged file makes torch say
-        reason = (str(error) or 'truncated').splitlines()[0][:100]
-        raise UserError(f'{path} is not readable ({reason}): {mend}') from None
 
 
 @contextlib.contextmanager
 def readable(what, mend):
-    """UserError, `what` (why): `mend`, for whatever fails in the block; files' own errors pass."""
+    """UserError, `what` (why): `mend`, for whatever fails in the block."""
     try:
         yield
-    except (OSError, UserError, MemoryError):
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -279,17 +258,16 @@ class Progress:
 
 
 def choose_device(gpu, tf32=False):
-    """torch.device for --gpu: a CUDA device, or the CPU for -1 and on a machine without CUDA.
+    """torch.device for --gpu: CUDA, or the CPU for -1 and on a machine without CUDA.
 
     Under torchrun each process takes the device of its local rank, and joins the others.
     """
     # glibc would give large blocks back to the system at once and fault them in again on the next
     # step: keeping them saves up to a half of the time of memory-bound calls on a CPU.
-    if platform.system() == 'Linux':
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, 'mallopt'):
-            libc.mallopt(-3, 1 << 30)               # M_MMAP_THRESHOLD
-            libc.mallopt(-1, (1 << 31) - 1)         # M_TRIM_THRESHOLD
+    with contextlib.suppress(AttributeError):       # another system than Linux
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)                        # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)                  # M_TRIM_THRESHOLD
     set_tf32(tf32)
     shared = int(os.environ.get('WORLD_SIZE', 1)) > 1 and world()[1] == 1
     cuda = gpu >= 0 and torch.cuda.is_available()
@@ -315,12 +293,6 @@ def choose_device(gpu, tf32=False):
         print(f'no CUDA on this machine: --gpu {gpu} runs on the CPU '
               f'({torch.get_num_threads()} threads)', file=sys.stderr)
     return torch.device('cuda', gpu) if cuda else torch.device('cpu')
-
-
-def vision():
-    """torchvision, loaded when it is needed: it takes as long as torch."""
-    import torchvision.transforms.v2
-    return torchvision
 
 
 def set_tf32(on):
@@ -354,15 +326,6 @@ DATA = {
                          'Edema, else zeros', ['mixed', 'ones', 'zeros', 'ignore']),
     'views': Setting('frontal', 'of CheXpert', ['frontal', 'all'])}
 DEFAULTS = {name: setting.default for name, setting in DATA.items()}
-# Of generate_data.py alone, for --generator train
-TRAINING = {'generator_steps': Setting(50000, 'steps of training', number(int, 1)),
-            'time_limit': Setting(None, 'minutes of training', number(float, above=0))}
-# --like: number, classes and size of a target
-LIKE = {'cifar10': {'num_images': 50000, 'num_classes': 10, 'image_size': 32},
-        'cifar100': {'num_images': 50000, 'num_classes': 100, 'image_size': 32},
-        'imagenet': {'num_images': 128000, 'num_classes': 1000, 'image_size': 224},
-        'chexpert': {'num_images': 20000, 'num_classes': 14, 'image_size': 224,
-                     'multilabel': True}}
 
 
 class Kind(NamedTuple):
@@ -373,12 +336,12 @@ class Kind(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a Kind makes, for write_set."""
+    """What a Kind makes, for make_set."""
     labels: np.ndarray      # int64 (N,), or with several labels uint8 (N, classes) of 0 and 1
     classes: list           # names
     chunks: object          # the images in order: an iterator of uint8 (n, H, W, 3)
     meta: dict = {}         # more for meta.json; mean and std are computed if they are not in it
-    source: object = None   # the Data that has the images; then the chunks are for sheet.png alone
+    source: object = None   # the Data that has the images, instead of chunks
 
 
 def taken(name, s):
@@ -396,7 +359,7 @@ def taken(name, s):
 def refuse_unused(name, s, typed):
     """UserError for a setting among `typed` that `--data name` would pass over in silence."""
     used = taken(name, s)
-    for setting in sorted(set(typed) & {*DATA, *TRAINING} - used):
+    for setting in sorted(set(typed) & {*DATA, 'generator_steps'} - used):
         what = f'{name} (--generator {s["generator"]})' if 'generator' in used else name
         raise UserError(f'--{setting} means nothing for {what}. Leave it out.')
 
@@ -414,15 +377,10 @@ def philox(seed, stream, skip=0, count=0):
     return bits.random_raw(count)
 
 
-@functools.cache
-def normal_table():
-    """uint8 (65536,): a uniform 16-bit integer -> a pixel of N(127.5, 32), clipped at 0 and 255.
-
-    0 and 255 lie 3.98 standard deviations from the mean.
-    """
-    gauss = statistics.NormalDist(127.5, 32)
-    edges = [round(65536 * gauss.cdf(pixel + 0.5)) for pixel in range(255)]
-    return np.searchsorted(edges, np.arange(65536), side='right').astype(np.uint8)
+# A uniform 16-bit number -> a pixel of N(127.5, 32), clipped at 0 and 255, 3.98 deviations away
+GAUSS = statistics.NormalDist(127.5, 32)
+EDGES = [round(65536 * GAUSS.cdf(pixel + 0.5)) for pixel in range(255)]
+NORMAL = np.searchsorted(EDGES, np.arange(65536), side='right').astype(np.uint8)
 
 
 def halves(seed, stream, start, count, n):
@@ -435,14 +393,14 @@ def halves(seed, stream, start, count, n):
 def noise_images(seed, start, count, size):
     """Images start to start+count of the noise of a seed: uint8 (count, size, size, 3)."""
     draws = halves(seed, PIXELS, start, count, size * size * 3)
-    return normal_table()[draws].reshape(count, size, size, 3)
+    return NORMAL[draws].reshape(count, size, size, 3)
 
 
 def draw_labels(seed, num_images, num_classes, mode='uniform', true=None, multilabel=False):
-    """Random labels from a generator of their own: int64 (n,), or uint8 (n, classes) multilabel.
+    """Random labels: int64 (n,), or uint8 (n, classes) multilabel.
 
     uniform: every class (or 0 and 1) equally likely; balanced: equally often; permute: the true
-    labels, or rows of labels, in random order, so that their frequencies stay.
+    labels, or rows of labels, in random order.
     """
     if mode == 'permute':
         return true[np.argsort(philox(seed, LABELS, count=num_images), kind='stable')]
@@ -487,8 +445,7 @@ def random_labels(s, device):
     source = read(s['source'], s)
     labels = redraw_labels(source.labels, len(source.classes), s['data_seed'], s['label_mode'],
                            s['label_noise'])
-    some = source.get(range(min(100, len(source))))
-    return Made(labels, source.classes, [some], {'source': source.origin}, source)
+    return Made(labels, source.classes, None, {'source': source.origin}, source)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -521,35 +478,29 @@ def drawn(s, device):
         shares = np.resize(list(CHEXPERT.values()), classes)
         labels = (uniforms(seed, LABELS, 0, n, classes) < shares).astype(np.uint8)
         names = list(CHEXPERT) if classes == len(CHEXPERT) else names
-    formula = Formula(s['generator'], labels, classes, s['image_size'], seed, s['difficulty'],
-                      device)
+    formula = Formula(s['generator'], labels, classes, s['image_size'], seed, s['difficulty'])
     return Made(labels, names, formula.chunks())
 
 
 class Formula:
     """Draws images: `name` is fractal, spectrum or deadleaves, as its method.
 
-    labels: int64 (N,); or uint8 (N, classes), and then the images are grey and every label that
-    is present adds a fractal of its own. The three methods draw float (B, 3, size, size), from
-    about 0 to 1, of labels (B,), u (B, 32) uniform numbers, rolls (B, n) numbers of 16 bits and
-    noise (B, 2, size, size) normal.
+    labels: int64 (N,); or uint8 (N, classes): then each that is present adds a grey fractal. The
+    methods draw float (B, 3, size, size), from about 0 to 1, of labels (B,), u (B, 32) uniform
+    numbers, rolls (B, n) numbers of 16 bits and noise (B, 2, size, size) normal.
     """
-    def __init__(self, name, labels, num_classes, size, seed, difficulty='medium', device='cpu'):
-        self.labels, self.size, self.seed, self.device = labels, size, seed, torch.device(device)
+    def __init__(self, name, labels, num_classes, size, seed, difficulty='medium'):
+        self.labels, self.size, self.seed = torch.from_numpy(labels), size, seed
         self.draw_one_label = getattr(self, name)
         self.jitter, self.contrast = DIFFICULTY[difficulty]
         self.chunk = max(8, 2 ** 15 // size ** 2)
         self.systems = 8 if num_classes < 1000 else 1           # fractals of a class
-        maps, table = fractal_bank(seed, num_classes * self.systems)
-        self.maps, self.table = maps.to(device), table.to(device)
-        self.places = torch.from_numpy(spread(seed, num_classes, 8)).float().to(device)
+        self.maps, self.table = fractal_bank(seed, num_classes * self.systems)
+        self.places = torch.from_numpy(spread(seed, num_classes, 8)).float()
 
     def chunks(self):
-        """All images in order, uint8 (n, size, size, 3) at a time.
-
-        A thread draws a chunk: if it used more, their number would show in the last digits.
-        """
-        threads = torch.get_num_threads() if self.device.type == 'cpu' else 1
+        """uint8 (n, size, size, 3) at a time. One thread draws a chunk: more change last digits."""
+        threads = torch.get_num_threads()
         for ks in parts_of(-(-len(self.labels) // self.chunk), threads):
             torch.set_num_threads(1)
             with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
@@ -560,24 +511,23 @@ class Formula:
     def draw(self, k):
         """uint8 (B, size, size, 3): the k-th chunk."""
         start, s = k * self.chunk, self.size
-        labels = torch.from_numpy(self.labels[start:start + self.chunk]).to(self.device)
+        labels = self.labels[start:start + self.chunk]
         u, rolls = self.random(start, len(labels))
         normal = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
         noise = halves(self.seed, FIELD, start, len(labels), 2 * s * s)
-        noise = torch.from_numpy(normal.float().numpy()[noise]).view(-1, 2, s, s).to(self.device)
+        noise = torch.from_numpy(normal.float().numpy()[noise]).view(-1, 2, s, s)
         if labels.ndim == 2:
             x = self.glyphs(labels, background(u, noise, self.contrast), start)
         else:
             x = self.draw_one_label(labels, u, rolls, noise)
-        return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
     def random(self, start, count, stream=0):
         """(B, 32) numbers between 0 and 1, never 1 itself, and (B, n) of 16 bits."""
         u = torch.from_numpy(uniforms(self.seed, DRAWS + stream, start, count, 32)).float()
-        u = u.clamp(max=1 - 2 ** -24)           # the largest of 2^24 is rounded to 1
         rolls = halves(self.seed, ROLLS + stream, start, count,
                        max(8 * LEAVES, ROUNDS * 8 * self.size)).astype(np.int32)
-        return u.to(self.device), torch.from_numpy(rolls).to(self.device)
+        return u.clamp(max=1 - 2 ** -24), torch.from_numpy(rolls)   # 1: the largest, rounded
 
     def fractal(self, labels, u, rolls, noise, x=None, centre=0.5, reach=0.45):
         """A fractal of each label over x, or over a background of its own."""
@@ -602,7 +552,7 @@ class Formula:
 
     def spectrum(self, labels, u, rolls, noise):
         """Gaussian fields with power 1/f^slope, stretched along an angle, between two colours."""
-        strays = torch.tensor([0.17, 0.17, 0.085], device=u.device) * self.jitter
+        strays = torch.tensor([0.17, 0.17, 0.085]) * self.jitter
         slope, stretch, turn = (self.places[labels, :3] + strays * (2 * u[:, :3] - 1)).unbind(1)
         angle = math.pi / 2 * turn * (1 - 2 * (u[:, 10] < 0.5).float())     # flips keep the class
         x = smooth_field(noise[:, :1], 0.8 + 2.7 * slope, 8 ** (0.1 + stretch), angle)
@@ -627,18 +577,15 @@ class Formula:
                               fine * (1.2 * draws[3] - 0.1), fine * (1.2 * draws[4] - 0.1)], 2)
         hue = (u[:, 1:2] + 0.35 * (draws[5] - 0.5)) % 1         # a palette for each image
         colours = (255 * hsv(hue, u[:, 2:3] * draws[6], 0.15 + 0.8 * draws[7])).byte()
-        x = np.stack([draw_leaves(*image, fine) for image in zip(leaves.tolist(),
-                                                                 colours.tolist())])
-        x = torch.from_numpy(x).to(u.device).permute(0, 3, 1, 2) / 255
+        images = [draw_leaves(*image, fine) for image in zip(leaves.tolist(), colours.tolist())]
+        x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
         x = F.adaptive_avg_pool2d(x, self.size)
         return x + self.contrast / 3 * smooth_field(noise[:, :1], 2 + u[:, 3])
 
 
 def draw_leaves(leaves, colours, size):
-    """uint8 (size, size, 3) of leaves (shape, radius, angle, x, y) in pixels, the front one first.
-
-    Shape 0 is a disc, 1 a ring, 2 a triangle, 3 a bar.
-    """
+    """uint8 (size, size, 3) of leaves (shape, radius, angle, x, y) in px, the first in front."""
+    # Shape 0 is a disc, 1 a ring, 2 a triangle, 3 a bar.
     corners = {2: [0.5, 7 / 6, 11 / 6], 3: [0.045, 0.955, 1.045, -0.045]}       # angles / pi
     image = Image.new('RGB', (size, size), tuple(colours[-1]))
     pen = ImageDraw.Draw(image)
@@ -688,7 +635,7 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     of the maps, the window and the direction change from image to image. Drawn at twice the size.
     """
     maps, b, points = maps.clone(), len(maps), 16 * size
-    rows = torch.arange(b, device=maps.device)
+    rows = torch.arange(b)
     which = table[rows, (256 * u[:, 1]).long()]
     grow = 1 - jitter * (0.2 - 0.3 * u[:, 2])                       # U(0.8, 1.1) at jitter 1
     grow = torch.minimum(grow, 0.98 / maps[rows, which, 6])
@@ -696,7 +643,7 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     rolls = rolls[:, :ROUNDS * points // 2]
     chosen = table.gather(1, torch.cat([rolls & 255, rolls >> 8], 1).long()) + 4 * rows[:, None]
     maps, path = maps.flatten(0, 1)[:, :6].contiguous(), []
-    x = y = torch.zeros(b, points, device=u.device)
+    x = y = torch.zeros(b, points)
     for t, hop in enumerate(chosen.view(b, ROUNDS, points).unbind(1)):
         m = F.embedding(hop, maps).unbind(-1)
         x, y = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
@@ -717,6 +664,7 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     tone = F.avg_pool2d(counts.view(b, 1, 2 * size, 2 * size).float().log1p(), 2)
     return tone / tone.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
+
 def spread(seed, n, k):
     """float64 (n, k): n points of the unit cube far from one another (Roberts's R sequence)."""
     phi = 2.0
@@ -729,8 +677,8 @@ def spread(seed, n, k):
 def smooth_field(noise, slope, stretch=None, angle=None):
     """Gaussian fields with power 1/f^slope and deviation 1: noise (B, 1, S, S), the rest (B,)."""
     size = noise.shape[-1]
-    fy = torch.fft.fftfreq(size, device=noise.device)[:, None]
-    fx = torch.fft.rfftfreq(size, device=noise.device)
+    fy = torch.fft.fftfreq(size)[:, None]
+    fx = torch.fft.rfftfreq(size)
     if angle is not None:
         c, s = angle.cos()[:, None, None], angle.sin()[:, None, None]
         stretch = stretch[:, None, None]
@@ -744,7 +692,7 @@ def smooth_field(noise, slope, stretch=None, angle=None):
 
 def hsv(hue, saturation, value):
     """(..., 3) red, green and blue, all between 0 and 1."""
-    sixth = (6 * hue[..., None] + torch.tensor([0., 4, 2], device=hue.device)) % 6
+    sixth = (6 * hue[..., None] + torch.tensor([0., 4, 2])) % 6
     pure = ((sixth - 3).abs() - 1).clamp(0, 1)
     return value[..., None] * (1 - saturation[..., None] * (1 - pure))
 
@@ -758,7 +706,6 @@ def background(u, noise, contrast):
     contrast = contrast * (0.8 + 0.4 * u[:, 25, None, None, None])
     return tint * (level + contrast * smooth_field(noise[:, :1], slope)) \
         + contrast / 2 * other * smooth_field(noise[:, 1:], slope)
-
 
 
 # ---------------------------------------------------------------------------------------------
@@ -792,22 +739,17 @@ class UNet(nn.Module):
     """Velocity of the flow: images (B, 3, S, S), time (B,), condition (B, classes + 1)."""
     def __init__(self, size, num_classes, emb=256, widths=(64, 128, 192, 240)):
         super().__init__()
-        levels = 2
-        while size % 2 ** levels == 0 and size >> levels >= 4:
-            levels += 1
-        widths = (widths[:1] * levels + widths[1:])[-levels:]
-        small = [size >> k <= 8 for k in range(levels)]             # where there is attention
         self.frequencies = nn.Parameter(torch.randn(64) * 8, requires_grad=False)
         self.embed = nn.Sequential(nn.Linear(128 + num_classes + 1, emb), nn.SiLU(),
                                    nn.Linear(emb, emb), nn.SiLU())
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down, self.up, width = nn.ModuleList(), nn.ModuleList(), widths[0]
-        for k in range(levels):
-            self.down.append(ResBlock(width, widths[k], emb, small[k]))
+        for k in range(4):                      # attention at 8 px and below
+            self.down.append(ResBlock(width, widths[k], emb, size >> k <= 8))
             width = widths[k]
         self.middle = ResBlock(width, width, emb, True)
-        for k in reversed(range(levels)):
-            self.up.append(ResBlock(width + widths[k], widths[k], emb, small[k]))
+        for k in (3, 2, 1, 0):
+            self.up.append(ResBlock(width + widths[k], widths[k], emb, size >> k <= 8))
             width = widths[k]
         self.head = nn.Sequential(nn.GroupNorm(16, width), nn.SiLU(),
                                   nn.Conv2d(width, 3, 3, padding=1))
@@ -845,23 +787,18 @@ def flow_loss(network, x, y, seed, device):
     return (velocity.float() - (x - noise)).square().mean()
 
 
-def moving_average(averages, weights, steps):
-    torch._foreach_lerp_(averages, weights, 1 - min(0.999, float(steps) / (float(steps) + 10)))
-
-
-def train_flow(source, path, steps, minutes, seed, device):
-    """Return a UNet with averaged weights, trained on a Data; goes on from a checkpoint at `path`.
-
-    All draws of a step come from its number.
-    """
+def train_flow(source, path, steps, seed, device):
+    """Return a UNet with averaged weights; goes on from a checkpoint at `path`, bit for bit."""
     torch.manual_seed(seed)
     network = UNet(source.image_size, len(source.classes)).to(device)
-    average = AveragedModel(network, multi_avg_fn=moving_average)
+    average = AveragedModel(network, multi_avg_fn=lambda averages, weights, n: torch._foreach_lerp_(
+        averages, weights, 1 - min(0.999, float(n) / (float(n) + 10))))
     weights = [p for p in network.parameters() if p.requires_grad]
     adam = torch.optim.Adam(weights)
+    parts = {'network': network, 'average': average, 'adam': adam}
     about = [source.sha256(), hashlib.sha256(source.labels.tobytes()).hexdigest(), source.classes,
              source.image_size, seed]
-    step, seconds, parts = 0, 0.0, {'network': network, 'average': average, 'adam': adam}
+    step, saved = 0, 0.0
     for left in path.parent.glob('.*.tmp'):             # of a killed run
         left.unlink()
     if path.exists():
@@ -869,13 +806,12 @@ def train_flow(source, path, steps, minutes, seed, device):
         if state['about'] != about:
             raise UserError(f'{path} is of other images, labels or another seed. Remove it, or '
                             'choose another --out.')
-        step, seconds = state['step'], state['seconds']
+        step = state['step']
         for name, part in parts.items():
             part.load_state_dict(state[name])
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
-    progress, began, saved = Progress(steps, 'steps', step), time.time() - seconds, 0.0
-    limit, losses = 60 * (minutes or math.inf), []
-    while step < steps and seconds < limit:
+    progress = Progress(steps, 'steps', step)
+    while step < steps:
         for x, y in batches.epoch(*divmod(step, len(batches))):
             loss = flow_loss(network, x, conditions(y, len(source.classes)),
                              (seed * 10 ** 9 + step) % 2 ** 63, device)
@@ -885,20 +821,17 @@ def train_flow(source, path, steps, minutes, seed, device):
             adam.step()
             adam.zero_grad()
             average.update_parameters(network)
-            losses.append(loss.detach())
             step += 1
             if step % 20 and step < steps:
                 continue
-            mean, losses, seconds = torch.stack(losses).mean().item(), [], time.time() - began
-            if not math.isfinite(mean):
+            if not loss.isfinite():
                 raise UserError(f'{path}: the loss is not finite. Remove it, use another --seed.')
-            progress.update(step, f'loss {mean:.3f}')
-            stop = step >= steps or seconds >= limit
-            if stop or time.time() - saved > 60:
-                saved = time.time()
-                write_file(path, {'about': about, 'step': step, 'seconds': seconds,
+            progress.update(step, f'loss {loss:.3f}')
+            if step == steps or time.time() - saved > 60:
+                write_file(path, {'about': about, 'step': step,
                                   **{name: part.state_dict() for name, part in parts.items()}})
-            if stop:
+                saved = time.time()
+            if step == steps:
                 break
     progress.close()
     return average.module.eval()
@@ -925,14 +858,12 @@ def trained(s, device):
     size, classes = source.image_size, len(source.classes)
     if size % 8:
         raise UserError(f'--generator train needs a multiple of 8 px, not {size}: --image_size.')
-    folder = Path(f'{s["out"]}.generator')
-    folder.mkdir(parents=True, exist_ok=True)
-    network = train_flow(source, folder / 'checkpoint.pt', s['generator_steps'], s['time_limit'],
-                         seed, device)
+    path = Path(f'{s["out"]}.generator', 'checkpoint.pt')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    network = train_flow(source, path, s['generator_steps'], seed, device)
     labels = draw_labels(seed, n, classes, 'balanced')
     if source.multilabel:               # vectors of labels that the source has
-        rows = draw_labels(seed, n, len(source))
-        labels = (source.labels[rows] == 1).astype(np.uint8)
+        labels = (source.labels[draw_labels(seed, n, len(source))] == 1).astype(np.uint8)
     mean, std = torch.tensor([source.mean, source.std], device=device)
 
     def images(part):
@@ -945,40 +876,20 @@ def trained(s, device):
     return Made(labels, source.classes, map(images, parts_of(n, 64)))
 
 
-def generated(s, device):
-    """Made: images by --generator."""
-    return GENERATORS[s['generator']].make(s, device)
-
-
 GENERATORS = {
     'fractal': Kind(drawn, 'num_classes difficulty multilabel'),
     'spectrum': Kind(drawn, 'num_classes difficulty'),
     'deadleaves': Kind(drawn, 'num_classes difficulty'),
-    'train': Kind(trained, 'source generator_steps time_limit')}
+    'train': Kind(trained, 'source generator_steps')}
 KINDS = {
     'noise': Kind(noise, 'num_images num_classes multilabel label_mode'),
     'random_labels': Kind(random_labels, 'source label_mode label_noise', augment=True),
-    'generated': Kind(generated, 'num_images generator', augment=True)}
+    'generated': Kind(lambda s, device: GENERATORS[s['generator']].make(s, device),
+                      'num_images generator', augment=True)}
 
 
 # ---------------------------------------------------------------------------------------------
 # Writing a data set
-
-
-@contextlib.contextmanager
-def locked(path):
-    """Hold the file `path` for this process alone while the block runs, then remove it."""
-    held = fcntl is None
-    while not held:
-        file = open(path, 'w')  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX)
-        # Who held it before may have removed it: then another file of that name is the lock.
-        with contextlib.suppress(FileNotFoundError):
-            held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def put_back(out):
@@ -988,44 +899,44 @@ def put_back(out):
             os.replace(out.with_name(f'.{out.name}.old'), out)
 
 
-def check_out(out, force):
-    """UserError if a set must not be written."""
-    put_back(out)
-    if out.exists() and not force:
-        raise UserError(f'{out} exists. Use --force to replace it, or choose another --out.')
-    if out.is_file() or out.exists() and not (out / 'meta.json').exists() and any(out.iterdir()):
-        raise UserError(f'{out} is no data set of ours: --force does not replace it. Choose '
-                        'another --out.')
-
-
 @contextlib.contextmanager
 def new_folder(out, force=False):
     """Yield a hidden folder that takes the name `out` when the block ends well.
 
-    One process at a time. `out` is the old set or the new one, whatever kills the run: what is
-    missing for a moment lies beside it and is put back. What killed runs left is removed.
+    One process at a time. Whatever kills a run, `out` is the old set or the new one: if it is
+    missing for a moment, put_back finds it.
     """
     out = Path(os.path.realpath(out))
     old, new = out.with_name(f'.{out.name}.old'), out.with_name(f'.{out.name}.new')
+    lock, held = out.with_name(f'.{out.name}.lock'), False
     out.parent.mkdir(parents=True, exist_ok=True)
-    with locked(out.with_name(f'.{out.name}.lock')):
-        check_out(out, force)
-        remove_left = functools.partial(shutil.rmtree, ignore_errors=True)
-        remove_left(new)
-        remove_left(old)
+    while not held:
+        file = open(lock, 'w')  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Who held it before may have removed it: then another file of that name is the lock.
+        with contextlib.suppress(FileNotFoundError):
+            held = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+    with file:
         try:
+            put_back(out)
+            if out.exists() and not force:
+                raise UserError(f'{out} exists. Use --force to replace it, or choose another '
+                                '--out.')
+            if out.is_file() or out.exists() and not (out / 'meta.json').exists():
+                raise UserError(f'{out} is no data set of ours: --force does not replace it. '
+                                'Choose another --out.')
+            shutil.rmtree(old, ignore_errors=True)          # what killed runs left
+            shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
             yield new
             if out.exists():
                 os.replace(out, old)
             os.replace(new, out)
-        except OSError as error:
-            error.filename = error.filename or str(out)
-            raise
         finally:
             put_back(out)
-            remove_left(new)
-            remove_left(old)
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+            lock.unlink()
 
 
 def own_settings(name, s):
@@ -1040,43 +951,31 @@ def own_settings(name, s):
 
 
 def make_set(out, name, s, device, force=False):
-    """Write a set of the kind `name` with the settings s into the folder `out`; images/s."""
-    if name not in KINDS:
-        raise UserError(f'{name} is no kind of unreal data. Use one of {", ".join(KINDS)}.')
-    check_out(Path(out), force)
+    """Write a set into the folder `out`: images.npy (not of a source), labels, meta.json, sheet."""
     own = own_settings(name, s)
     if 'num_classes' in own and not own.get('multilabel') and s['num_images'] < s['num_classes']:
         raise UserError(f'--num_images {s["num_images"]} cannot hold {s["num_classes"]} classes. '
                         'Raise it.')
-    made = KINDS[name].make({**s, 'out': out, 'image_size': own['image_size']}, device)
-    return write_set(out, made, {'kind': name, 'seed': s['data_seed'], 'settings': own}, force)
-
-
-def write_set(out, made, about, force=False):
-    """Write a Made into the folder `out`: images.npy, labels.npy, meta.json, sheet.png; images/s.
-
-    A set that has a source has no images.npy. about: 'kind', 'seed' and more for meta.json.
-    """
-    labels, source, began = np.ascontiguousarray(made.labels), made.source, time.time()
     with new_folder(out, force) as folder:
+        made = KINDS[name].make({**s, 'out': out, 'image_size': own['image_size']}, device)
+        labels, source = np.ascontiguousarray(made.labels), made.source
         if source:
-            images, pixels = next(iter(made.chunks)), {
-                'image_size': source.image_size, 'mean': source.mean, 'std': source.std}
-            digest = source.sha256()
+            images, digest = source.get(range(min(100, len(source)))), source.sha256()
+            pixels = {'mean': source.mean, 'std': source.std}
         else:
             images, digest, pixels = write_images(folder / 'images.npy', len(labels), made.chunks)
         np.save(folder / 'labels.npy', labels)
-        meta = {**about, 'classes': made.classes, 'num_images': len(labels), **pixels, **made.meta,
+        meta = {'kind': name, 'seed': s['data_seed'], 'settings': own, 'classes': made.classes,
+                'num_images': len(labels), 'image_size': images.shape[1], **pixels, **made.meta,
                 'sha256': {'images': digest, 'labels': hashlib.sha256(labels).hexdigest()},
                 'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
                 'versions': {'numpy': np.__version__, 'torch': torch.__version__}}
         contact_sheet(images, labels, meta).save(folder / 'sheet.png')
         write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
-    return len(labels) / max(time.time() - began, 1e-9)
 
 
 def write_images(path, n, chunks):
-    """Stream n images into an .npy file: (the first 100, SHA-256, image_size, mean and std)."""
+    """Stream n images into an .npy file: (the first 100, SHA-256, {'mean', 'std'})."""
     progress, digest, first, done, counts = Progress(n, 'images'), hashlib.sha256(), [], 0, 0
     with open(path, 'wb') as file:
         for chunk in chunks:
@@ -1091,8 +990,7 @@ def write_images(path, n, chunks):
             progress.update(done)
     progress.close()
     mean, std = mean_and_std(counts)
-    return np.stack(first), digest.hexdigest(), {'image_size': len(first[0]), 'mean': mean,
-                                                 'std': std}
+    return np.stack(first), digest.hexdigest(), {'mean': mean, 'std': std}
 
 
 def count_values(images):
@@ -1109,29 +1007,23 @@ def mean_and_std(counts):
 
 
 def contact_sheet(images, labels, meta):
-    """A labelled PIL image of up to 100 images, in ten columns, sorted by class where possible."""
-    size, gap, text, top, v2 = 72, 8, 18, 34, vision().transforms.v2
-    order = np.arange(len(images))
+    """A labelled PIL image of up to 100 images, in ten columns, sorted by class if possible."""
+    from torchvision.utils import make_grid
+    size, gap, order = 72, 18, np.arange(len(images))
     if labels.ndim == 1:
         order = np.argsort(labels[order], kind='stable')
-    x = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
-    how = v2.InterpolationMode.NEAREST if x.shape[-1] <= size else v2.InterpolationMode.BICUBIC
-    x = F.pad(v2.functional.resize(x, [size, size], how), (0, 0, 0, text), value=255)
-    grid = vision().utils.make_grid(x, 10, gap, pad_value=255)
-    grid = F.pad(grid, (0, 0, top, 0), value=255)
-    sheet = v2.functional.to_pil_image(grid)
-    pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    title = f'{meta["kind"]}: {len(labels):,} images of {meta["image_size"]} px, ' \
-            f'{len(meta["classes"])} classes, seed {meta["seed"]}'
-    pen.text((gap, gap), title, 'black', ImageFont.load_default(15))
+    x = torch.from_numpy(images[order]).permute(0, 3, 1, 2).float()
+    x = F.interpolate(x, (size, size), mode='nearest' if x.shape[-1] < size else 'area')
+    grid = make_grid(x, 10, gap, pad_value=255)
+    sheet = Image.fromarray(grid.byte().permute(1, 2, 0).numpy())
+    pen = ImageDraw.Draw(sheet)
+    pen.text((gap, 2), f'{meta["kind"]}: {len(labels):,} images of {meta["image_size"]} px, '
+             f'{len(meta["classes"])} classes, seed {meta["seed"]}', 'black')
     for place, k in enumerate(order):
         row, column = divmod(place, 10)
         present = [labels[k]] if labels.ndim == 1 else np.flatnonzero(labels[k] == 1)
-        name = ' '.join(' '.join(meta['classes'][c] for c in present).split())
-        while pen.textlength(name, small) > size:
-            name = name[:-1]
-        x, y = gap + column * (size + gap), top + (row + 1) * (size + text + gap) - text
-        pen.text((x + size / 2, y + 2), name, 'dimgray', small, anchor='ma')
+        name = ' '.join(meta['classes'][c] for c in present)[:14]
+        pen.text((gap + column * (size + gap), (row + 1) * (size + gap) + 2), name, 'dimgray')
     return sheet
 
 
@@ -1164,8 +1056,7 @@ class Data:
         return len(self.labels) * self.image_size ** 2 * 3 <= RESIDENT
 
     @property
-    def resident(self):
-        """Whether its images live on the device."""
+    def resident(self):                 # whether its images live on the device
         return self.small and isinstance(self.images, np.ndarray)
 
     def __len__(self):
@@ -1177,23 +1068,22 @@ class Data:
         return None if self.studies is None else np.array([s.split('/')[0] for s in self.studies])
 
     def __getitem__(self, item):
-        """uint8 (H, W, 3) for a DataLoader, of item: (index, augment, seeds); or a UserError.
+        """uint8 (H, W, 3), or a UserError, for a worker; item: (index, augment, seed, epoch).
 
-        What `augment` draws depends on the seeds alone: torch's own generator stays as it is.
+        What `augment` draws depends on these alone: torch's own generator stays as it is.
         """
-        index, augment, seeds = item
-        seed = np.random.SeedSequence([*seeds, index]).generate_state(1, np.uint64)[0]
+        index, augment, seed, epoch = item
+        sequence = np.random.SeedSequence([seed, epoch, index])
+        crop = augment in ('crop', 'imagenet')
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(int(seed))
+                torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
                 if isinstance(self.images, np.ndarray):
-                    image = Image.fromarray(self.images[index])
-                    if augment in CROPS:
-                        image = vision().transforms.RandomResizedCrop(self.image_size)(image)
+                    image = resized(Image.fromarray(self.images[index]), self.image_size, 1, crop)
                 else:
-                    image = Image.fromarray(read_image(self.images[index], self.image_size,
-                                                       self.zoom, augment in CROPS))
-                for transform in transforms_of(augment) if augment in IN_WORKERS else ():
+                    image = read_image(self.images[index], self.image_size, self.zoom, crop)
+                image = Image.fromarray(image)
+                for transform in transforms_of(augment):
                     image = transform(image)
                 return torch.from_numpy(np.array(image))
         except UserError as error:
@@ -1214,10 +1104,9 @@ class Data:
 
 
 def read(name, s, split='train'):
-    """Data of one split, 'train' or 'test': `name` is one of REAL or the path of a folder.
+    """Data of one split, 'train' or 'test', or None: `name` is one of REAL or a folder's path.
 
-    s: settings of DATA, defaults for those that are missing. Real images are resized to
-    image_size; a written set never is. None if the set has no test split.
+    s: settings of DATA, or some. Real images are resized to image_size; a written set never is.
     """
     s = {**DEFAULTS, **s}
     if name in REAL:
@@ -1239,26 +1128,33 @@ def read(name, s, split='train'):
 
 
 def read_written(folder, s):
-    """A set of write_set."""
+    """A set of make_set."""
     again = 'Generate the set again.'
     with readable(f'{folder}/meta.json is broken', again):
         meta = json.loads((folder / 'meta.json').read_text())
-        digests = meta['sha256']['labels'], meta['sha256']['images']
+        digests = meta['sha256']
         data = Data(str(folder), meta['kind'], None, None, list(meta['classes']), meta['mean'],
                     meta['std'], meta['image_size'], {'name': str(folder.resolve())})
     with readable(f'{folder}/labels.npy is not what meta.json says', again):
-        labels = np.load(folder / 'labels.npy', allow_pickle=False)
+        labels = np.load(folder / 'labels.npy')
         data.labels = check_labels(labels, len(labels), len(data.classes))
-        if hashlib.sha256(labels).hexdigest() != digests[0]:
+        if hashlib.sha256(labels).hexdigest() != digests['labels']:
             raise ValueError('other labels')
     if 'source' in meta:
-        source = read_source(folder, meta, s)
-        return replace(source, name=data.name, kind=data.kind, labels=data.labels,
-                       origin=data.origin)
+        origin = {**meta['source'], 'image_size': data.image_size, 'download': False}
+        for place in (s['data_dir'], origin.get('data_dir', '.')):
+            with contextlib.suppress(UserError):
+                source = read(origin['name'], {**s, **origin, 'data_dir': place})
+                if source.sha256() == digests['images']:
+                    return replace(data, images=source.images, studies=source.studies,
+                                   zoom=source.zoom)
+        raise UserError(f'{folder}: its images, {origin["name"]} {origin.get("data_dir", "")}, are '
+                        'not as they were. Give their --data_dir, or generate it again.')
     with readable(f'{folder}/images.npy is not what meta.json says', again):
-        data.images = images = np.load(folder / 'images.npy', 'r', allow_pickle=False)
-        if images.shape != (len(labels), data.image_size, data.image_size, 3) \
-                or images.dtype != np.uint8 or data.resident and data.sha256() != digests[1]:
+        data.images = np.load(folder / 'images.npy', 'r')
+        shape = (len(labels), data.image_size, data.image_size, 3)
+        if data.images.shape != shape or data.images.dtype != np.uint8 \
+                or data.small and data.sha256() != digests['images']:
             raise ValueError('other images')
     return data
 
@@ -1266,25 +1162,11 @@ def read_written(folder, s):
 def check_labels(labels, n, classes):
     """The labels if they are (n,) classes, as int64, or (n, classes) of -1, 0, 1; or ValueError."""
     low, high = (0, classes - 1) if labels.ndim == 1 else (-1, 1)
-    if labels.shape not in ((n,), (n, classes)) or not n or labels.dtype.kind not in 'iu':
-        raise ValueError(f'{labels.shape} of {labels.dtype}, not integers for {n} images')
-    if labels.min() < low or labels.max() > high:
-        raise ValueError(f'{labels.min()} to {labels.max()}, not {low} to {high}')
+    whole = n and labels.shape in ((n,), (n, classes)) and labels.dtype.kind in 'iu'
+    if not whole or labels.min() < low or labels.max() > high:
+        raise ValueError(f'{labels.shape} of {labels.dtype} are no labels from {low} to {high} of '
+                         f'{n} images')
     return labels if labels.ndim == 2 else labels.astype(np.int64)
-
-
-def read_source(folder, meta, s):
-    """The images that random labels are of: under --data_dir, or else where they were before."""
-    origin = meta['source']
-    for place in (s['data_dir'], origin.get('data_dir', '.')):
-        with contextlib.suppress(UserError):
-            source = read(origin['name'], {**s, **origin, 'data_dir': place, 'download': False,
-                                           'image_size': meta['image_size']})
-            if source.sha256() == meta['sha256']['images']:
-                return source
-            break
-    raise UserError(f'{folder}: its images, {origin["name"]} {origin.get("data_dir", "")}, are not '
-                    'as they were. Give their --data_dir, or generate it again.')
 
 
 # CIFAR: folder, means and standard deviations of the training images (those that DARTS's code
@@ -1296,108 +1178,83 @@ CIFAR = {
                  [0.26733429, 0.25643846, 0.27615047])}
 
 
-def read_cifar(name, s, split):
-    """CIFAR-10 or -100 in the layout of its python archive, in data_dir or data_dir itself."""
-    official = getattr(vision().datasets, name.upper())
-    inner, mean, std = CIFAR[name]
-    folder = Path(s['data_dir'])
-    if folder.name != inner or not folder.is_dir():
-        folder /= inner
-    if s['download'] and not folder.is_dir():
-        download_cifar(official, folder)
-    if not folder.is_dir():
-        raise UserError(f'{name}: no {inner}/ in {folder.parent}. Give its --data_dir, or '
-                        '--download.')
-    key, count, size = 'labels', 10, s['image_size'] or 32
-    if name == 'cifar100':
-        key, count = 'fine_labels', 100
-    images, labels, unusual = [], [], []
-    for file, md5 in official.train_list if split == 'train' else official.test_list:
-        with readable(f'{folder / file} is no CIFAR file', 'Unpack it again.'):
-            digest, batch = load_pickle(folder / file)
-            images.append(cifar_images(batch['data']))
-            labels.append(check_labels(np.array(batch[key]), len(images[-1]), count))
-        if digest != md5:
-            unusual.append(file)
-    images = np.concatenate(images)
-    if unusual:
-        print(f'warning: {folder}: {len(images):,} {split} images; {", ".join(unusual)} not as '
-              'officially published', file=sys.stderr)
-    path = folder / official.meta['filename']
-    with readable(f'{path} names no classes', 'Unpack it again.'):
-        names = load_pickle(path)[1][official.meta['key']]
-        names = [n if isinstance(n, str) else n.decode() for n in names]
-    if size != 32:
-        images = np.stack([np.asarray(Image.fromarray(x).resize((size, size), Image.BICUBIC))
-                           for x in images])
-    return Data(name, 'real', images, np.concatenate(labels), names, mean, std, size,
-                {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
-
-
-def download_cifar(official, folder):
-    try:
-        with new_folder(folder) as new:                 # by one process, whole or not at all
-            official(str(new), download=True)
-            for file in [*(new / folder.name).iterdir()]:
-                file.rename(new / file.name)
-            (new / folder.name).rmdir()
-            (new / official.filename).unlink(missing_ok=True)
-    except Exception as error:
-        if not folder.is_dir():                         # else another run has just fetched it
-            raise UserError(f'no download ({error}). Put {folder.name}/ into {folder.parent}.') \
-                from None
-
-
 class Inert:
-    """Stands for all that a pickle wants of numpy: it keeps what it is given, and runs nothing."""
+    """Stands for whatever a pickle wants to call: it keeps what it is given, and runs nothing."""
     def __init__(self, *args):
-        self.args, self.state = args, None
+        self.args = args
 
     def __setstate__(self, state):
         self.state = state
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Plain types, and Inert for numpy's: a pickle from elsewhere could run any code."""
+class InertUnpickler(pickle.Unpickler):
+    """A pickle from elsewhere could run any code, and so could what numpy makes of its states."""
     def find_class(self, module, name):
-        if (module.split('.')[0], name) in {('numpy', '_reconstruct'), ('numpy', 'ndarray'),
-                                            ('numpy', 'dtype'), ('_codecs', 'encode')}:
-            return Inert
-        raise pickle.UnpicklingError(f'{module}.{name} is not allowed')
+        return Inert
 
 
-def load_pickle(path):
-    """(MD5, dictionary with text keys) of a file; the official ones are of Python 2."""
+def read_pickle(path):
+    """(MD5, dictionary) of a file; the official ones are of Python 2."""
     if not path.is_file():
         raise ValueError('not there, or no regular file')
     raw = path.read_bytes()
-    entries = PlainUnpickler(io.BytesIO(raw), encoding='bytes').load()
-    return hashlib.md5(raw).hexdigest(), {k if isinstance(k, str) else k.decode(): v
-                                          for k, v in entries.items()}
+    return hashlib.md5(raw).hexdigest(), InertUnpickler(io.BytesIO(raw), encoding='latin1').load()
 
 
-def cifar_images(array):
-    """uint8 (n, 32, 32, 3) of an Inert that stands for a C array of bytes, n x 3072."""
-    _, shape, dtype, fortran, raw = array.state
-    if isinstance(raw, Inert):                      # how Python 3 writes bytes in protocol 2
-        raw = raw.args[0].encode('latin-1')
-    if dtype.args[0] not in ('u1', b'u1') or fortran or len(shape) != 2 or shape[1] != 3072:
-        raise ValueError('"data" is no array of bytes, n x 3072')
-    images = np.frombuffer(raw, np.uint8).reshape(shape[0], 3, 32, 32)
-    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+def read_cifar(name, s, split):
+    """CIFAR-10 or -100 in the layout of its python archive, in data_dir or data_dir itself."""
+    from torchvision import datasets
+    official, folder = getattr(datasets, name.upper()), Path(s['data_dir'])
+    inner, mean, std = CIFAR[name]
+    if folder.name != inner:
+        folder /= inner
+    if s['download']:                       # torchvision fetches what is not whole
+        with readable(f'{name}: no download', f'Put {inner}/ into {folder.parent}.'):
+            official(folder.parent, download=True)
+    if not folder.is_dir():
+        raise UserError(f'{name}: no {inner}/ in {folder.parent}. Give its --data_dir, or '
+                        '--download.')
+    path, size = folder / official.meta['filename'], s['image_size'] or 32
+    with readable(f'{path} names no classes', 'Unpack it again.'):
+        classes = list(map(str, read_pickle(path)[1][official.meta['key']]))
+    images, labels, unusual = [], [], []
+    for file, md5 in official.train_list if split == 'train' else official.test_list:
+        with readable(f'{folder / file} is no CIFAR file', 'Unpack it again.'):
+            digest, batch = read_pickle(folder / file)
+            _, shape, dtype, _, raw = batch['data'].state
+            if isinstance(raw, Inert):                      # Python 3 wrote codecs.encode(text)
+                raw = raw.args[0]
+            if isinstance(raw, str):
+                raw = raw.encode('latin-1')
+            if dtype.args[0] != 'u1' or shape[1:] != (3072,):
+                raise ValueError('"data" is no array of bytes, n x 3072')
+            images.append(np.frombuffer(raw, np.uint8).reshape(shape[0], 3, 32, 32))
+            numbers = np.array(batch['labels' if name == 'cifar10' else 'fine_labels'])
+            labels.append(check_labels(numbers, shape[0], len(classes)))
+        if digest != md5:
+            unusual.append(file)
+    if unusual:
+        print(f'warning: {folder}: {", ".join(unusual)} not as officially published',
+              file=sys.stderr)
+    images = np.ascontiguousarray(np.concatenate(images).transpose(0, 2, 3, 1))
+    if size != 32:
+        images = np.stack([resized(Image.fromarray(x), size) for x in images])
+    return Data(name, 'real', images, np.concatenate(labels), classes, mean, std, size,
+                {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
 
 
 def read_imagenet(name, s, split):
     """ImageNet as train/<synset>/ and val/<synset>/ in data_dir, or in its folder imagenet/."""
-    for place in (Path(s['data_dir']), Path(s['data_dir'], name)):
-        if (place / 'train').is_dir() and (place / 'val').is_dir():
-            data = read_folder(place, split, s['image_size'] or 224, [0.485, 0.456, 0.406],
-                               [0.229, 0.224, 0.225])
-            data.name = name
-            data.origin = {'name': name, 'data_dir': os.path.abspath(s['data_dir'])}
-            return data
-    raise UserError(f'imagenet: no train/ and val/ in {s["data_dir"]} or its folder imagenet/. '
-                    'Give its --data_dir.')
+    root = Path(s['data_dir'])
+    if not (root / 'train').is_dir():
+        root /= name
+    if not (root / 'train').is_dir() or not (root / 'val').is_dir():
+        raise UserError(f'imagenet: no train/ and val/ in {s["data_dir"]} or its folder imagenet/. '
+                        'Give its --data_dir.')
+    data = read_folder(root, split, s['image_size'] or 224, [0.485, 0.456, 0.406],
+                       [0.229, 0.224, 0.225])
+    return replace(data, name=name,
+                   origin={'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
 
 
 CHEXPERT_FOLDERS = ['.', 'CheXpert-v1.0-small', 'CheXpert-v1.0',
@@ -1407,11 +1264,9 @@ CHEXPERT_FOLDERS = ['.', 'CheXpert-v1.0-small', 'CheXpert-v1.0',
 def read_chexpert(name, s, split, table=None):
     """Chest X-rays in CheXpert's layouts (arXiv 1901.07031): train.csv, or valid.csv for 'test'.
 
-    uncertain: what -1.0 becomes: ones, zeros, ignore (-1: left out of the loss and of metrics), or
-    mixed, the later practice: ones for Atelectasis and Edema, zeros else. Blank cells are zeros.
-    views: frontal, or all. table: another CSV, that of the test set, with a column Study. Pixels
-    are normalised with mean 0.5 and deviation 0.25 in every split, our own choice. UserError names
-    the file, line or column that is not as it should be.
+    uncertain: what -1.0 becomes; ignore: -1, which losses and metrics leave out. Blank cells are
+    zeros. table: another CSV, that of the test set, with a column Study. Mean 0.5 and deviation
+    0.25 in every split are our own choice.
     """
     data_dir = Path(s['data_dir'])
     root = next((data_dir / place for place in CHEXPERT_FOLDERS
@@ -1429,59 +1284,41 @@ def read_chexpert(name, s, split, table=None):
               'views': s['views']}
     data = Data(name, 'real', files, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
                 s['image_size'] or 320, origin, studies)
-    if split == 'train' and (root / 'valid.csv').is_file():
-        others, _ = read_chexpert_table(root / 'valid.csv', s['uncertain'])
-        both = set(data.patients) & set('/'.join(others).split('/'))
-        if both:
-            print(f'warning: {root}: patients in train.csv and in valid.csv: '
-                  f'{", ".join(sorted(both)[:5])}', file=sys.stderr)
     if data.small:
         data.images = decode(files, data.image_size)
     return data
 
 
 def read_chexpert_table(path, uncertain):
-    """(paths inside of the set, int8 labels (N, 14)) of a CSV, its columns found by their names.
-
-    What precedes train/, valid/ or test/ in a path is of another machine, and is left out.
-    """
-    try:
-        with open(path, newline='', encoding='utf-8-sig') as file:
-            rows = list(csv.DictReader(file))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f'{path} is no CSV file ({error}). Unpack it again.') from None
+    """(paths, int8 labels (N, 14)) of a CSV; a path begins at train/, valid/ or test/."""
+    with readable(f'{path} is no CSV file', 'Unpack it again.'), \
+            open(path, newline='', encoding='utf-8-sig') as file:
+        rows = list(csv.DictReader(file))
     where = 'Path' if rows and 'Path' in rows[0] else 'Study'
     missing = [name for name in (where, *CHEXPERT) if rows and name not in rows[0]]
     if missing or not rows:
         raise UserError(f'{path} has no {", ".join(missing) or "rows"}. Unpack it again.')
-    meaning = {'ones': 1, 'zeros': 0, 'ignore': -1}
+    unknown = {'ones': 1, 'zeros': 0, 'ignore': -1}
     paths, labels = [], np.zeros((len(rows), len(CHEXPERT)), np.int8)
     for n, row in enumerate(rows):
-        inside = re.sub(r'^(.*/)?(?=(train|valid|test)/)', '', row[where] or '')
-        if not inside or inside.startswith('/') or '..' in inside.split('/'):
-            raise UserError(f'{path}, line {n + 2}: {where} {row[where]!r} leaves the folder of '
-                            'the set. Unpack it again.')
-        paths.append(inside)
-        for k, name in enumerate(CHEXPERT):
-            try:
-                value = float(row[name].strip() or 0)
-                if value not in (0, 1, -1):
-                    raise ValueError
-            except (AttributeError, ValueError):        # no text: the line is cut short
-                raise UserError(f'{path}, line {n + 2}: {where} {row[where]!r}, {name} '
-                                f'{row[name]!r}: labels are 1.0, 0.0, -1.0 or blank.') from None
-            if value == -1:
-                value = meaning.get(uncertain, name in ('Atelectasis', 'Edema'))
-            labels[n, k] = value
+        with readable(f'{path}, line {n + 2}: {where} {row[where]!r}', 'Unpack it again.'):
+            inside = re.sub(r'^(.*/)?(?=(train|valid|test)/)', '', row[where] or '')
+            if not inside or inside.startswith('/') or '..' in inside.split('/'):
+                raise ValueError('it leaves the folder of the set')
+            paths.append(inside)
+            for k, name in enumerate(CHEXPERT):
+                cell = str(row[name]).strip().removesuffix('.0')    # None: a line that is cut
+                if cell not in ('', '0', '1', '-1'):
+                    raise ValueError(f'{name} {row[name]} is not 1.0, 0.0, -1.0 or blank')
+                labels[n, k] = int(cell or 0)
+                if cell == '-1':
+                    labels[n, k] = unknown.get(uncertain, name in ('Atelectasis', 'Edema'))
     return paths, labels
 
 
 def chexpert_files(root, table, paths, views):
-    """(files, rows) of the wanted views that a CSV names, a Study standing for all of its views.
-
-    In the full download the patients of train/ are spread over the folders of the other batches.
-    """
-    owners = {}
+    """(files, rows) of the wanted views that a CSV names, a Study standing for all of its views."""
+    owners = {}             # in the full download patients are spread over other batches
     if root.name.startswith('CheXpert-v1.0 batch'):
         owners = {patient.name: patient.parent
                   for patient in root.parent.glob('CheXpert-v1.0 batch */patient*')}
@@ -1514,8 +1351,8 @@ REAL = {'cifar10': read_cifar, 'cifar100': read_cifar, 'imagenet': read_imagenet
 def read_folder(root, split, image_size, mean=None, std=None):
     """A tree with a folder for each class: root/train and root/val (or test), or root alone.
 
-    A tree without val/ has no test split. Resident sets are decoded at once. Above 64 px images
-    are resized to 8/7 of the size and their middle is cut out, as 256 and 224 px of ImageNet's.
+    Above 64 px images are resized to 8/7 of the size and their middle is cut out, as 256 and 224
+    px of ImageNet. Small sets are decoded at once.
     """
     train, test = root, None
     if (root / 'train').is_dir():
@@ -1523,15 +1360,18 @@ def read_folder(root, split, image_size, mean=None, std=None):
         test = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
     if split == 'test' and not test:
         return None
-    classes = class_names(train)
-    differ = set(classes) ^ set(class_names(test)) if test else ()
-    if differ:
-        raise UserError(f'{test} and {train} differ in their classes: '
-                        f'{", ".join(sorted(differ)[:5])}. Give both the same folders.')
-    files, labels = list_images(test if split == 'test' else train, classes)
+    listed = {'train': list_images(train)}
+    if test:
+        listed['test'] = list_images(test)
+        differ = sorted({*listed['train'][0]} ^ {*listed['test'][0]})
+        if differ:
+            raise UserError(f'{test} and {train} differ in their classes: '
+                            f'{", ".join(differ[:5])}. Give both the same folders.')
+    classes, files, labels = listed[split]
     if mean is None:
-        known = files if split == 'train' else list_images(train, classes)[0]
-        mean, std = training_statistics(tuple(known), image_size)
+        known = listed['train'][1]              # of at most 2,000 training images
+        some = np.linspace(0, len(known) - 1, min(len(known), 2000)).astype(int)
+        mean, std = mean_and_std(count_values(decode([known[k] for k in some], image_size)))
     data = Data(str(root), 'real', files, labels, classes, mean, std, image_size,
                 {'name': str(root.resolve())}, zoom=8 / 7 if image_size > 64 else 1)
     if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
@@ -1539,31 +1379,14 @@ def read_folder(root, split, image_size, mean=None, std=None):
     return data
 
 
-@functools.lru_cache(4)
-def training_statistics(files, image_size):
-    """mean_and_std of at most 2,000 training images."""
-    chosen = [files[k] for k in np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)]
-    return mean_and_std(count_values(decode(chosen, image_size)))
-
-
-def list_images(folder, classes):
-    """(paths, int64 labels) of all images in the folders of the classes."""
-    datasets = vision().datasets
+def list_images(folder):
+    """(classes, paths, int64 labels) of a tree with a folder of images for each class."""
+    from torchvision.datasets import ImageFolder
     try:
-        samples = datasets.ImageFolder.make_dataset(
-            str(folder), {name: k for k, name in enumerate(classes)},
-            datasets.folder.IMG_EXTENSIONS)
+        found = ImageFolder(folder)
     except FileNotFoundError as error:
-        raise UserError(f'{folder}: {error} Put some in, or remove the class from every split.') \
-            from None
-    return [Path(file) for file, _ in samples], np.array([k for _, k in samples], np.int64)
-
-
-def class_names(folder):
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
-    if not names:
-        raise UserError(f'{folder}: no class folders in it. Give each class a folder of images.')
-    return names
+        raise UserError(f'{folder}: {error} Give each class a folder of images.') from None
+    return found.classes, [Path(file) for file, _ in found.samples], np.array(found.targets)
 
 
 def decode(files, image_size, zoom=1):
@@ -1578,55 +1401,42 @@ def decode(files, image_size, zoom=1):
 
 
 def read_image(path, image_size, zoom=1, crop=False):
-    """uint8 (image_size, image_size, 3): the middle of an image file, or a random part, resized.
-
-    zoom: how much longer than the middle that is cut out the shorter side is. crop: instead
-    RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator. Grey becomes RGB.
-    """
-    try:
+    """uint8 (image_size, image_size, 3) of an image file: see resized. Grey becomes RGB."""
+    with readable(f'{path}: not a readable image', 'Mend or remove it.'):
         if not Path(path).is_file():
             raise ValueError('not there, or no regular file')
         with Image.open(path, formats=['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']) as image:
-            w, h = image.size
-            if w * h > MAX_PIXELS:
-                raise ValueError(f'{w} x {h} pixels are more than {MAX_PIXELS:,}')
-            if image.getexif().get(274, 1) > 4:             # lies on its side until it is turned
-                w, h = h, w
-            part = 1 / zoom
-            if crop:
-                top, left, high, wide = vision().transforms.RandomResizedCrop.get_params(
-                    torch.empty(1, h, w, device='meta'), (0.08, 1), (3 / 4, 4 / 3))
-                part = min(high, wide) / min(w, h)
-                shares = np.array([left / w, top / h, (left + wide) / w, (top + high) / h])
-            # A JPEG is decoded at a half, a quarter or an eighth if that leaves enough.
-            image.draft('RGB', [math.ceil(2 * image_size / part * side / min(w, h))
-                                for side in image.size])
-            image = eight_bits(ImageOps.exif_transpose(image))
-            w, h = image.size
-            if crop:
-                return np.asarray(image.resize((image_size, image_size), Image.BILINEAR,
-                                               tuple(shares * [w, h, w, h])))
-            # Whole pixels, as if the resized image had been cut.
-            scale = round(image_size * zoom) / min(w, h)
-            wide, high = max(image_size, round(w * scale)), max(image_size, round(h * scale))
-            left, top = (wide - image_size) // 2, (high - image_size) // 2
-            box = (left * w / wide, top * h / high, (left + image_size) * w / wide,
-                   (top + image_size) * h / high)
-            return np.asarray(image.resize((image_size, image_size), Image.BICUBIC, box))
-    except Exception as error:
-        raise UserError(f'{path}: not a readable image ({error}). Mend or remove it.') from None
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f'{image.size} pixels are more than {MAX_PIXELS:,}')
+            return resized(image, image_size, zoom, crop)
 
 
-def eight_bits(image):
-    """RGB; 16-bit images are scaled by their type's range, others of more bits by their own."""
-    if image.mode.startswith('I') or image.mode == 'F':
-        pixels = np.asarray(image).astype(np.float64)
-        low, high = 0, 65535
-        if image.mode == 'F' or pixels.max() > 65535:
-            low, high = pixels.min(), pixels.max()
-        pixels = np.clip((pixels - low) / max(high - low, 1e-12), 0, 1) * 255
-        image = Image.fromarray(np.uint8(np.rint(pixels)))
-    return image.convert('RGB')
+def resized(image, size, zoom=1, crop=False):
+    """uint8 (size, size, 3): the middle of a PIL image, its shorter side `zoom` times as long.
+
+    crop: instead RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator.
+    """
+    w, h = image.size
+    if image.getexif().get(274, 1) > 4:             # lies on its side until it is turned
+        w, h = h, w
+    if crop:
+        from torchvision.transforms import RandomResizedCrop
+        top, left, high, wide = RandomResizedCrop.get_params(
+            torch.empty(1, h, w, device='meta'), (0.08, 1), (3 / 4, 4 / 3))
+        how, shares = Image.BILINEAR, (left / w, top / h, (left + wide) / w, (top + high) / h)
+        part = min(high, wide) / min(w, h)
+    else:                                           # whole pixels, as if the resized had been cut
+        scale, how, part = round(size * zoom) / min(w, h), Image.BICUBIC, 1 / zoom
+        wide, high = max(size, round(w * scale)), max(size, round(h * scale))
+        left, top = (wide - size) // 2, (high - size) // 2
+        shares = left / wide, top / high, (left + size) / wide, (top + size) / high
+    # A JPEG is decoded at a half, a quarter or an eighth if that leaves enough.
+    image.draft('RGB', [math.ceil(2 * size / part * side / min(w, h)) for side in image.size])
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I'):                  # 16 bits, which Pillow would clip at 255
+        image = Image.fromarray(np.uint8(np.rint(np.asarray(image).clip(0, 65535) / 257)))
+    box = [share * side for share, side in zip(shares, 2 * image.size)]
+    return np.asarray(image.convert('RGB').resize((size, size), how, box))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1636,53 +1446,38 @@ def eight_bits(image):
 def find_or_make(name, s):
     """The training split of --data; an unreal set that is missing is made first, under data/.
 
-    The folder's name tells the settings that differ from the defaults. Of several processes that
-    need it, one makes it and the others wait. UserError if a folder of that name was made with
-    other settings, as of another source.
+    Of several processes that need it, one makes it and the others wait.
     """
-    own, folder = {}, Path(name)
-    if name in KINDS:
-        own = own_settings(name, s)
-        folder = Path('data', folder_name(name, own))
-        put_back(folder)
-        shared = world()[1] > 1
-        if shared:                      # waiting for a set may take hours, all else minutes
-            waiting = torch.distributed.new_group(timeout=timedelta(hours=6), backend='gloo')
-        if not folder.exists() and not world()[0]:
-            print(f'making {folder}', file=sys.stderr)
-            try:
-                make_set(folder, name, s, torch.device('cpu'))
-            except UserError:
-                if not folder.exists():             # else another run has just made it
-                    raise
-        if shared:
-            torch.distributed.barrier(waiting)
-    data = read(str(folder), s)
-    for key, value in own.items():
-        made = json.loads((folder / 'meta.json').read_text()).get('settings', {}).get(key)
-        if made != value:
-            raise UserError(f'{folder} was made with {key} {made}, not {value}. Rename or remove '
-                            'that folder.')
-    if data.image_size < 8:
-        raise UserError(f'{name}: {data.image_size} px are too few: 8 or more are needed.')
-    return data
-
-
-def folder_name(name, own):
-    """noise-num_images=1000-seed0: the own_settings that differ from the defaults."""
+    if name not in KINDS:
+        return read(name, s)
+    own = own_settings(name, s)
     usual = {**DEFAULTS, 'data_seed': own['data_seed']}
     if 'source' not in own:
         usual['image_size'] = 32
-    parts = [f'{k}={Path(str(value)).name}' for k, value in own.items() if value != usual[k]]
-    return '-'.join([name, *parts, f'seed{own["data_seed"]}'])
+    parts = [f'{k}={Path(str(v)).name}' for k, v in own.items() if v != usual[k]]
+    folder = Path('data', '-'.join([name, *parts, f'seed{own["data_seed"]}']))
+    put_back(folder)
+    if not folder.exists():
+        if not world()[0]:
+            print(f'making {folder}', file=sys.stderr)
+        try:
+            make_set(folder, name, s, torch.device('cpu'))
+        except UserError:
+            if not folder.exists():             # else another process has just made it
+                raise
+    data = read(str(folder), s)
+    made = json.loads((folder / 'meta.json').read_text()).get('settings', {})
+    for key, value in own.items():
+        if made.get(key) != value:
+            raise UserError(f'{folder} was made with {key} {made.get(key)}, not {value}. Rename or '
+                            'remove that folder.')
+    return data
 
 
 def stratified_split(labels, fraction, seed, patients=None):
-    """Two sorted index arrays, drawn by seed: a share `fraction` of every class, and the rest.
+    """Two sorted index arrays, drawn by seed: ceil(n * fraction) of each class, and the rest.
 
-    The first part gets ceil(n * fraction) of the n images of a class. Images with several labels
-    are split without regard to them. patients (N,): all images of one are in one of the two, and
-    the share is of patients.
+    Images with several labels are one class. patients (N,): the share is of patients instead.
     """
     if patients is not None:
         names, whose = np.unique(patients, return_inverse=True)
@@ -1699,17 +1494,15 @@ def stratified_split(labels, fraction, seed, patients=None):
     return np.sort(order[first]), np.sort(order[~first])
 
 
-CROPS = ('crop', 'imagenet')                # these begin with RandomResizedCrop
-IN_WORKERS = (*CROPS, 'affine')             # these are done by the processes that read images
+IN_WORKERS = ('crop', 'imagenet', 'affine')     # done by the processes that read images
 
 
 @functools.cache
 def transforms_of(augment):
-    """What `augment`, one of IN_WORKERS, does to an image that is cropped already.
-
-    The slight turn, shift and zoom of chest X-rays are our own choice.
-    """
-    v2 = vision().transforms.v2
+    """What workers do to an image that is cropped; the X-rays' slight moves are our own choice."""
+    if augment not in IN_WORKERS:
+        return []
+    from torchvision.transforms import v2
     if augment == 'affine':
         return [v2.RandomAffine(5, (0.05, 0.05), (0.95, 1.05),
                                 interpolation=v2.InterpolationMode.BILINEAR)]
@@ -1732,14 +1525,12 @@ def suited(data):
 class Batches:
     """Normalised batches of some images of a Data, every epoch in an order of its own.
 
-    Yields x (B, 3, H, W) float32, channels_last, and y, int64 (B,) or float32 (B, classes). All
-    random draws depend on (seed, epoch), and in workers on the image: an epoch can be entered at
-    any step. Of several processes each gets its share of every batch of `batch_size`.
-    augment: 'standard' is RandomCrop (padding 4 at 32 px) and flip; 'crop' RandomResizedCrop and
-    flip; 'imagenet' that and colours; 'affine' a slight turn, shift and zoom; 'auto' what suits
-    the images, and nothing for noise. cutout: side of a square that is blanked (arXiv 1708.04552).
-    Training drops the last incomplete batch, so that shapes never change; with shuffle=False
-    every image comes once, in order, in batches of `batch_size` in each process.
+    Yields x (B, 3, H, W) float32, channels_last, and y, int64 (B,) or float32 (B, classes). Draws
+    depend on (seed, epoch), in workers on the image too: an epoch can be entered at any step. Each
+    process gets its share of every batch. augment: 'standard' is RandomCrop (padding 4 at 32 px)
+    and flip; 'crop' RandomResizedCrop and flip; 'imagenet' that and colours; 'affine' a slight
+    turn, shift and zoom. cutout: side of a square that is blanked (arXiv 1708.04552). The last
+    incomplete batch is dropped; with shuffle=False every image comes once, in order.
     """
     def __init__(self, data, indices, batch_size, device, augment='none', cutout=0, seed=0,
                  shuffle=True, workers=2):
@@ -1748,8 +1539,7 @@ class Batches:
             raise UserError(f'--batch_size {batch_size} is more than the {len(indices)} images of '
                             f'its split of {data.name}. Use a smaller one.')
         if batch_size % processes and shuffle:
-            raise UserError(f'--batch_size {batch_size} is no multiple of the {processes} '
-                            'processes. Use one.')
+            raise UserError(f'--batch_size {batch_size}: use a multiple of {processes} processes.')
         self.data, self.indices, self.batch_size = data, np.asarray(indices), batch_size
         self.part = slice(0, batch_size)
         if shuffle:
@@ -1764,8 +1554,7 @@ class Batches:
         labels = torch.from_numpy(np.ascontiguousarray(data.labels))
         self.labels = (labels.float() if data.multilabel else labels).to(device)
         self.resident = data.resident and self.augment not in IN_WORKERS
-        if self.augment in IN_WORKERS:          # so that the workers find torchvision loaded
-            transforms_of(self.augment)
+        transforms_of(self.augment)             # so that the workers find torchvision loaded
         if self.resident and str(device) not in data.on_device:
             data.on_device[str(device)] = torch.from_numpy(np.array(data.images)).to(device)
 
@@ -1787,63 +1576,40 @@ class Batches:
             images = self.data.on_device[str(self.device)]
             batches = (images[order[part]] for part in parts)
         else:
-            batches = self.from_workers((indices[part].tolist() for part in parts), epoch)
+            items = [(index, self.augment, self.seed, epoch) for index in indices.tolist()]
+            batches = torch.utils.data.DataLoader(
+                self.data, batch_sampler=[items[part] for part in parts], collate_fn=stacked,
+                num_workers=self.workers, pin_memory=self.device.type == 'cuda',
+                generator=torch.Generator())
         for part, x in zip(parts, batches):
-            yield self.prepared(x, draws[part]), self.labels[order[part]]
-
-    def from_workers(self, batches, epoch):
-        """uint8 (B, H, W, 3) on the device for each list of indices."""
-        loader = torch.utils.data.DataLoader(
-            self.data, batch_sampler=self.items(batches, epoch), num_workers=self.workers,
-            collate_fn=stack_images, pin_memory=self.device.type == 'cuda',
-            generator=torch.Generator())
-        for x in loader:
             if isinstance(x, UserError):
                 raise x
-            yield x.to(self.device, non_blocking=True)
-
-    def items(self, batches, epoch):
-        """What Data's __getitem__ takes, for each list of indices."""
-        seeds = self.seed, epoch
-        for batch in batches:
-            yield [(index, self.augment, seeds) for index in batch]
+            x = self.prepared(x.to(self.device, non_blocking=True), draws[part])
+            yield x, self.labels[order[part]]
 
     def prepared(self, x, u):
-        """x: uint8 (B, H, W, 3), u: (B, 11) from 0 to 1, whose first columns are a flip, the place
-        of cutout (2) and a shift (2). Returns (B, 3, H, W), normalised."""
+        """(B, 3, S, S) of uint8 (B, S, S, 3). u (B, 11), 0 to 1: flip, place of cutout, shift."""
         size = self.data.image_size
+        at = torch.arange(size, device=x.device)
         if self.augment == 'standard':
-            x = crop_and_flip(x, (u[:, 3:5] * (2 * (size // 8) + 1)).long(), u[:, 0] < 0.5,
-                              size // 8)
+            padding, images = size // 8, torch.arange(len(x), device=x.device)
+            shift = (u[:, 3:5] * (2 * padding + 1)).long()
+            rows = shift[:, :1] + at
+            columns = shift[:, 1:] + torch.where(u[:, :1] < 0.5, size - 1 - at, at)
+            x = F.pad(x, (0, 0, padding, padding, padding, padding))
+            x = x[images[:, None, None], rows[:, :, None], columns[:, None]]
         x = ((x.float() - self.mean) * self.scale).permute(0, 3, 1, 2)
         if self.cutout:
-            x = x * square_mask((u[:, 1:3] * size).long(), self.cutout, size).unsqueeze(1)
+            start = (u[:, 1:3, None] * size).long() - self.cutout // 2
+            rows, columns = ((at >= start) & (at < start + self.cutout)).unbind(1)
+            x = x * (~(rows[:, None, :, None] & columns[:, None, None])).float()
         return x
 
 
-def stack_images(images):
+def stacked(images):
     """A batch of what Data gives, or the first UserError in it."""
     errors = [image for image in images if isinstance(image, UserError)]
     return errors[0] if errors else torch.stack(images)
-
-
-def crop_and_flip(x, offsets, flips, padding):
-    """x: uint8 (B, H, W, 3); offsets (B, 2) into x padded with black; flips (B,) 0 or 1."""
-    b, h, w, _ = x.shape
-    x = F.pad(x, (0, 0, padding, padding, padding, padding))
-    rows = offsets[:, :1] + torch.arange(h, device=x.device)
-    columns = torch.arange(w, device=x.device)
-    columns = torch.where(flips.unsqueeze(1) == 1, w - 1 - columns, columns) + offsets[:, 1:]
-    images = torch.arange(b, device=x.device)
-    return x[images[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def square_mask(centres, side, size):
-    """float (B, size, size): 0 in a square of `side` around each centre (B, 2), clipped, else 1."""
-    at = torch.arange(size, device=centres.device)
-    start = centres.unsqueeze(2) - side // 2
-    inside = (at >= start) & (at < start + side)
-    return (~(inside[:, 0, :, None] & inside[:, 1, None, :])).float()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1855,22 +1621,20 @@ def main(argv=None):
            'out': Setting(None, 'folder to write', name_or_path),
            'force': Setting(False, 'replace the folder if it exists'),
            'seed': Setting(0, 'of pixels and labels', number(int, 0)),
-           'like': Setting(None, 'number, classes and size of a target', list(LIKE)),
-           'gpu': Setting(-1, 'CUDA device of generators, -1: the CPU', number(int, -1))}
+           'generator_steps': Setting(50000, 'of training, for --generator train', number(int, 1)),
+           'gpu': Setting(-1, 'CUDA device for --generator train', number(int, -1))}
     data = {name: setting for name, setting in DATA.items() if name != 'data_seed'}
-    s, typed, _ = parse_flags(__doc__, {'set': own, 'data': data, '--generator train': TRAINING},
-                              argv, lambda _, chosen: LIKE.get(chosen['like'], {}))
+    s, typed, _ = parse_flags(__doc__, {'set': own, 'data': data}, argv)
     kind, out = s['kind'], s['out']
     if not kind or not out:
         raise UserError('Give --kind and --out (see --help).')
-    refuse_unused(kind, s, [*typed, *LIKE.get(s['like'], ())])
-    if 'source' in taken(kind, s) and Path(s['source']).is_dir():
-        both = [os.path.realpath(path) for path in (out, s['source'])]
-        if os.path.commonpath(both) in both:
-            raise UserError(f'--out {out} and --source {s["source"]}: one lies in the other. Write '
-                            'elsewhere.')
-    rate = make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']), s['force'])
-    print(f'wrote {out}, {rate:,.0f} images/s: look at {Path(out, "sheet.png")}')
+    refuse_unused(kind, s, typed)
+    both = [os.path.realpath(out), os.path.realpath(s['source'])]
+    if 'source' in taken(kind, s) and os.path.commonpath(both) in both:
+        raise UserError(f'--out {out} and --source {s["source"]}: one lies in the other. Write '
+                        'elsewhere.')
+    make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']), s['force'])
+    print(f'wrote {out}: look at {Path(out, "sheet.png")}')
     print(f'next: python search.py --data {shlex.quote(out)}')
 
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import evaluate
 import generate_data
 import retrain
 import search
@@ -295,7 +296,6 @@ def main():
     print(retrain.hardware(device), 'torch', torch.__version__)
 
 
-
 # ---------------------------------------------------------------------------------------------
 # How learnable a set is: a fixed small network, and the nearest neighbour
 
@@ -325,19 +325,11 @@ def fit_probe(data, rows, device):
     network = network.to(device, memory_format=torch.channels_last)
     adam = torch.optim.Adam(network.parameters(), 1e-3)
     batches = generate_data.Batches(data, rows, min(128, len(rows)), device)
-    progress = generate_data.Progress(10 * len(batches), 'steps of the probe')
     for epoch in range(10):
-        for step, (x, y) in enumerate(batches.epoch(epoch)):
-            if data.multilabel:                             # -1: not known
-                loss = torch.nn.functional.binary_cross_entropy_with_logits(
-                    network(x), y, weight=(y >= 0).float())
-            else:
-                loss = torch.nn.functional.cross_entropy(network(x), y)
-            loss.backward()
+        for x, y in batches.epoch(epoch):
+            evaluate.loss_of(network(x), y).backward()
             adam.step()
             adam.zero_grad()
-            progress.update(epoch * len(batches) + step)
-    progress.close()
     return network.eval()
 
 
@@ -348,18 +340,8 @@ def nearest_neighbour(data, rows, device):
     batches = generate_data.Batches(data, rows, 200, device, shuffle=False)
     known = torch.cat([pool(x).flatten(1) for x, _ in batches.epoch()])
     labels = generate_data.conditions(torch.from_numpy(data.labels[rows]).to(device),
-                                      len(data.classes))
+                                      len(data.classes))[:, :-1]
     return lambda x: labels[torch.cdist(pool(x).flatten(1), known).argmin(1)]
-
-
-def area_under_curve(scores, labels):
-    """Of the ROC curve by Mann and Whitney's statistic; None if all labels are the same."""
-    if not labels.any() or labels.all():
-        return None
-    negative, positive = np.sort(scores[~labels].astype(np.float64)), scores[labels]
-    below = np.searchsorted(negative, positive, 'left')
-    upto = np.searchsorted(negative, positive, 'right')
-    return float((below + upto).mean() / 2 / len(negative))
 
 
 @torch.no_grad()
@@ -368,49 +350,28 @@ def grade(predict, data, rows, device):
     batches = generate_data.Batches(data, rows, 200, device, shuffle=False)
     scores = torch.cat([predict(x).float() for x, _ in batches.epoch()]).cpu().numpy()
     labels = data.labels[np.asarray(rows)]
-    if not data.multilabel:
-        return 100 * (scores.argmax(1) == labels).mean().item()
-    areas = [area_under_curve(score[label >= 0], label[label >= 0] == 1)
-             for score, label in zip(scores.T, labels.T)]
-    areas = [area for area in areas if area is not None]
-    if not areas:
-        raise generate_data.UserError(f'no label is in some of the {len(rows)} images tested and '
-                                      'not in others. Make more.')
-    return 100 * float(np.mean(areas))
-
-
-def probe(data, device):
-    """Train on nine tenths of a Data, test on the rest."""
-    train, test = generate_data.stratified_split(data.labels, 0.9, 0)
-    if not len(test):
-        raise generate_data.UserError(f'{data.name}: {len(data)} images are too few. Make more.')
-    return {'network': grade(fit_probe(data, train, device), data, test, device),
-            'nearest_neighbour': grade(nearest_neighbour(data, train, device), data, test, device),
-            'measure': 'mean AUC' if data.multilabel else 'accuracy', 'n_train': len(train),
-            'n_test': len(test)}
-
-
-def probe_against(data, real, test, device):
-    """Probes of a Data and of the real images that its generator learned, each on the other.
-
-    test: the real set's test split, or None. Real images are as many as those of `data`.
-    """
-    test, rng = test or real, np.random.default_rng(0)
-    some = np.sort(rng.permutation(len(real))[:len(data)])
-    made_network = fit_probe(data, range(len(data)), device)
-    real_network = fit_probe(real, some, device)
-    return {'generated_to_real': grade(made_network, test, range(len(test)), device),
-            'real_to_generated': grade(real_network, data, range(len(data)), device),
-            'real_to_real': grade(real_network, test, range(len(test)), device)}
+    if data.multilabel:
+        return 100 * evaluate.mean_area(scores, labels, data.classes, data.classes)
+    return 100 * (scores.argmax(1) == labels).mean().item()
 
 
 def print_probe(folder, against, data_dir, device):
+    """Train on nine tenths, test on the rest; `against` a real set also each on the other."""
     data = generate_data.read(folder, {})
-    found = probe(data, device)
+    train, test = generate_data.stratified_split(data.labels, 0.9, 0)
+    found = {'network': grade(fit_probe(data, train, device), data, test, device),
+             'nearest_neighbour': grade(nearest_neighbour(data, train, device), data, test,
+                                        device),
+             'measure': 'mean AUC' if data.multilabel else 'accuracy', 'n_test': len(test)}
     if against:
         s = {'data_dir': data_dir, 'image_size': data.image_size}
-        real, test = (generate_data.read(against, s, split) for split in ('train', 'test'))
-        found.update(probe_against(data, real, test, device))
+        real = generate_data.read(against, s)
+        held_out = generate_data.read(against, s, 'test') or real
+        as_many = np.sort(np.random.default_rng(0).permutation(len(real))[:len(data)])
+        made, learned = fit_probe(data, range(len(data)), device), fit_probe(real, as_many, device)
+        found['generated_to_real'] = grade(made, held_out, range(len(held_out)), device)
+        found['real_to_generated'] = grade(learned, data, range(len(data)), device)
+        found['real_to_real'] = grade(learned, held_out, range(len(held_out)), device)
     print(json.dumps(found, indent=1))
 
 

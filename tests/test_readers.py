@@ -161,7 +161,7 @@ def test_uncertain_labels(policy, other, atelectasis):
         assert (labels[cells == 1, k] == 1).all() and (labels[cells % 2 == 0, k] == 0).all()
 
 
-def test_chexpert_that_is_damaged_is_one_line(capsys):
+def test_chexpert_that_is_damaged_is_one_line():
     def run():
         return refused('chexpert', data_dir='d')
     assert 'train.csv' in run()
@@ -181,8 +181,3 @@ def test_chexpert_that_is_damaged_is_one_line(capsys):
     lost = Path('d/CheXpert-v1.0-small/train/patient00007/study1/view1_frontal.jpg')
     lost.rename('d/kept.jpg')
     assert 'patient00007' in run()
-    Path('d/kept.jpg').rename(lost)
-    valid = Path('d/CheXpert-v1.0-small/valid.csv')
-    valid.write_text(valid.read_text().replace('valid/patient00013', 'valid/patient00003'))
-    g.read('chexpert', {'data_dir': 'd', 'image_size': 16})
-    assert 'patient00003' in capsys.readouterr().err
