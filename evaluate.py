@@ -735,7 +735,7 @@ def main(argv=None):
 
     s, typed, _ = parse_flags(__doc__, {'runs': RUNS, 'cost without training': COST}, argv,
                               defaults_for)
-    unused = (RUNS if s['cost'] else COST).keys() & typed.keys() - {'json'}
+    unused = (RUNS if s['cost'] else COST).keys() & typed.keys() - {'json', 'gpu'}
     if unused:
         raise UserError(f'--{min(unused)} means nothing {"with" if s["cost"] else "without"} '
                         '--cost: leave it out')

@@ -93,7 +93,8 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
     """(settings, what was typed, defaults) of a command line, each {name: value}.
 
     tables: {title: {name: Setting}}. defaults_for(typed, chosen) returns the defaults of the
-    method, the preset and so on, where `chosen` is what was typed over the tables; --help shows them.
+    method, the preset and so on, where `chosen` is what was typed over the tables. --help shows
+    them.
     """
     layout = functools.partial(argparse.HelpFormatter, max_help_position=30, width=100)
     parser = Parser(description=doc.split('\n')[0], usage='%(prog)s [flags]', add_help=False,
@@ -167,6 +168,12 @@ def leave(status):
     if status > 128:
         signal.signal(status - 128, signal.SIG_DFL)
         os.kill(os.getpid(), status - 128)
+    if world()[1] > 1:                          # torch's threads sometimes abort an orderly end
+        if status == 0:
+            torch.distributed.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

@@ -47,7 +47,7 @@ SEARCH = {
     'unrolled': Setting(False, 'second-order step'),
     'arch_data': Setting('valid', 'images for the alphas: held out, those of the weights, or none',
                          ['valid', 'train', 'none']),
-    'perturb': Setting('random', 'perturbation of --method sdarts', ['random', 'adversarial']),
+    'perturb': Setting('random', 'perturbation of sdarts', ['random', 'adversarial']),
     'partial': Setting(1, 'operations see 1/partial of the channels', number(int, 1)),
     'init_channels': Setting(16, 'channels of the first cell', number(int, 1)),
     'layers': Setting(8, 'cells; of pdarts in its first stage', number(int, 3, 200)),

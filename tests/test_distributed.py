@@ -121,4 +121,4 @@ if __name__ == '__main__':
     retrain.check_alike([results['weights []'], results['retrained']], 'weights')
     if not generate_data.world()[0]:
         torch.save(results, 'steps.pt')
-    torch.distributed.destroy_process_group()
+    generate_data.leave(0)

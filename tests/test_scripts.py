@@ -244,7 +244,7 @@ RETRAIN_FLAGS = {
     'train_portion': ('', '0.5'), 'seed': ('', '9'), 'amp': ('', ''), 'preset': ('', 'nb201'),
     'quick': ('', '')}
 SCRIPTS = {'search': (search, TINY, SEARCH_FLAGS), 'retrain': (retrain, RETRAIN, RETRAIN_FLAGS)}
-SAME = evaluate.MAY_DIFFER | {'tf32'}                 # flags that change no result; tf32 none on a CPU
+SAME = evaluate.MAY_DIFFER | {"tf32"}        # flags that change no result on a CPU
 PLACES = {'random_labels': '--data random_labels --image_size 8',
           'chexpert': '--data chexpert --image_size 16 --preset cifar'}
 
