@@ -15,6 +15,7 @@ A set appears when it is complete, so you can simply repeat a run that was stopp
 `--generator train` keeps its training in OUT.generator/ and goes on from there.
 """
 import argparse
+import collections
 import contextlib
 import csv
 import ctypes
@@ -50,7 +51,7 @@ from torch.nn import functional as F  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
 
 RESIDENT = 2 << 30              # bytes: smaller sets live on the device, larger ones are streamed
-MAX_PIXELS = 10 ** 8            # of an image file: a larger one is not decoded
+MAX_PIXELS = 150_000_000        # of an image file: a larger one is not decoded
 Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit, which warns first
 
 
@@ -331,6 +332,8 @@ DATA = {
     'difficulty': Setting('medium', 'of generated images', list(DIFFICULTY)),
     'uncertain': Setting('mixed', 'what -1.0 of CheXpert becomes; mixed: ones for Atelectasis and '
                          'Edema, else zeros', ['mixed', 'ones', 'zeros', 'ignore']),
+    'test_fraction': Setting(0.2, 'of pictures without val/, held out', number(float, 0, below=1)),
+    'skip_broken': Setting(False, 'leave out pictures that cannot be read'),
     'views': Setting('frontal', 'of CheXpert', ['frontal', 'all'])}
 DEFAULTS = {name: setting.default for name, setting in DATA.items()}
 
@@ -358,8 +361,11 @@ def taken(name, s):
         names |= {'data_seed', *KINDS[name].settings.split()}
     if 'generator' in names:
         names |= set(GENERATORS[s['generator']].settings.split())
-    if name == 'chexpert' or ('source' in names and s['source'] == 'chexpert'):
+    real = s['source'] if 'source' in names else name
+    if real == 'chexpert':
         names |= {'uncertain', 'views'}
+    elif Path(real).is_dir() and not Path(real, 'meta.json').exists():
+        names |= {'test_fraction', 'skip_broken'}
     return names
 
 
@@ -1124,7 +1130,7 @@ def read(name, s, split='train'):
         raise UserError(f'{name}: neither a folder nor one of {", ".join([*REAL, *KINDS])}. Check '
                         'the path.')
     if not (folder / 'meta.json').exists():
-        return read_folder(folder, split, s['image_size'] or 32)
+        return read_folder(folder, split, s)
     if split != 'train':                                # unreal data have no test split
         return None
     data = read_written(folder, s)
@@ -1258,10 +1264,10 @@ def read_imagenet(name, s, split):
     if not (root / 'train').is_dir() or not (root / 'val').is_dir():
         raise UserError(f'imagenet: no train/ and val/ in {s["data_dir"]} or its folder imagenet/. '
                         'Give its --data_dir.')
-    data = read_folder(root, split, s['image_size'] or 224, [0.485, 0.456, 0.406],
-                       [0.229, 0.224, 0.225])
-    return replace(data, name=name,
-                   origin={'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
+    listed = list_images(root / ('train' if split == 'train' else 'val'))
+    return listed_data(name, split, listed, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225],
+                       s['image_size'] or 224,
+                       {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
 
 
 CHEXPERT_FOLDERS = ['.', 'CheXpert-v1.0-small', 'CheXpert-v1.0',
@@ -1355,34 +1361,50 @@ REAL = {'cifar10': read_cifar, 'cifar100': read_cifar, 'imagenet': read_imagenet
         'chexpert': read_chexpert}
 
 
-def read_folder(root, split, image_size, mean=None, std=None):
-    """A tree with a folder for each class: root/train and root/val (or test), or root alone.
+def read_folder(root, split, s):
+    """Pictures, a folder for each class: root/train and root/val (or test), or root alone.
 
-    Above 64 px images are resized to 8/7 of the size and their middle is cut out, as 256 and 224
-    px of ImageNet. Small sets are decoded at once.
+    Without val/ a share test_fraction of each class, always the same, is the test split. With
+    skip_broken pictures that cannot be read are left out; else they are named, all at once.
     """
     train, test = root, None
     if (root / 'train').is_dir():
         train = root / 'train'
         test = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
-    if split == 'test' and not test:
+    if split == 'test' and not test and not s['test_fraction']:
         return None
-    listed = {'train': list_images(train)}
+    folders = (train, test) if test else (train,)
+    listed = dict(zip(('train', 'test'), readable_images(folders, s['skip_broken'])))
     if test:
-        listed['test'] = list_images(test)
         differ = sorted({*listed['train'][0]} ^ {*listed['test'][0]})
         if differ:
             raise UserError(f'{test} and {train} differ in their classes: '
                             f'{", ".join(differ[:5])}. Give both the same folders.')
-    classes, files, labels = listed[split]
-    if mean is None:
-        known = listed['train'][1]              # of at most 2,000 training images
-        some = np.linspace(0, len(known) - 1, min(len(known), 2000)).astype(int)
-        mean, std = mean_and_std(count_values(decode([known[k] for k in some], image_size)))
-    data = Data(str(root), 'real', files, labels, classes, mean, std, image_size,
-                {'name': str(root.resolve())}, zoom=8 / 7 if image_size > 64 else 1)
+    elif s['test_fraction']:
+        classes, files, labels = listed['train']
+        kept, held = stratified_split(labels, 1 - s['test_fraction'], 0)
+        listed = {'train': (classes, [files[k] for k in kept], labels[kept]),
+                  'test': (classes, [files[k] for k in held], labels[held])}
+    size = s['image_size'] or 32
+    known = listed['train'][1]                          # of at most 2,000 training images
+    some = np.linspace(0, len(known) - 1, min(len(known), 2000)).astype(int)
+    mean, std = mean_and_std(count_values(decode([known[k] for k in some], size)))
+    origin = {'name': str(root.resolve()), 'test_fraction': s['test_fraction'],
+              'skip_broken': s['skip_broken']}
+    return listed_data(str(root), split, listed[split], mean, std, size, origin)
+
+
+def listed_data(name, split, listed, mean, std, size, origin):
+    """A Data of (classes, files, labels).
+
+    Above 64 px images are resized to 8/7 of the size and their middle is cut out, as 256 and 224
+    px of ImageNet. Small sets are decoded at once.
+    """
+    classes, files, labels = listed
+    data = Data(name, 'real', files, labels, classes, mean, std, size, origin,
+                zoom=8 / 7 if size > 64 else 1)
     if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
-        data.images = decode(files, image_size, data.zoom)
+        data.images = decode(files, size, data.zoom)
     return data
 
 
@@ -1394,6 +1416,41 @@ def list_images(folder):
     except FileNotFoundError as error:
         raise UserError(f'{folder}: {error} Give each class a folder of images.') from None
     return found.classes, [Path(file) for file, _ in found.samples], np.array(found.targets)
+
+
+@functools.cache
+def readable_images(folders, skip_broken):
+    """[what list_images returns] of each folder, without the pictures that cannot be read.
+
+    UserError names these without skip_broken. Files of other types are counted on stderr. Up to
+    20,000 pictures of a folder are tried.
+    """
+    out, names = [], []
+    for folder in folders:
+        classes, files, labels = list_images(folder)
+        others = collections.Counter(path.suffix for path in folder.rglob('*') if path.is_file())
+        others -= collections.Counter(path.suffix for path in files)
+        if others:
+            ends = ', '.join(f'{count} {end or "no ending"}' for end, count in others.items())
+            print(f'{folder}: files that are no pictures are left out: {ends}', file=sys.stderr)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            fine = list(pool.map(is_image, files if len(files) <= 20000 else ()))
+        broken = [k for k, is_fine in enumerate(fine) if not is_fine]
+        names += [str(files[k]) for k in broken]
+        kept = np.delete(np.arange(len(files)), broken)
+        out.append((classes, [files[k] for k in kept], labels[kept]))
+    if names and not skip_broken:
+        raise UserError(f'{len(names)} pictures cannot be read: {", ".join(names[:10])}. Mend or '
+                        'remove them, or add --skip_broken.')
+    return out
+
+
+def is_image(path):
+    try:
+        read_image(path, 8)
+        return True
+    except UserError:
+        return False
 
 
 def decode(files, image_size, zoom=1):

@@ -879,7 +879,8 @@ def finish(run, args, data, test_data, stem, genotype, found_by, weights):
             'multilabel': data.multilabel, 'has_test': test_data is not None,
             'data': args.data if args.data in REAL else str(Path(args.data).resolve()),
             'settings': {'data_dir': str(Path(args.data_dir).resolve()),
-                         'uncertain': args.uncertain, 'views': args.views}}
+                         'uncertain': args.uncertain, 'views': args.views,
+                         'test_fraction': args.test_fraction, 'skip_broken': args.skip_broken}}
     write_file(run.folder / 'weights.pt', {'network': weights, 'meta': meta})
     print('result:', summary(run.log[-1]))
     if args.quick:

@@ -835,8 +835,9 @@ def next_command(folder, args):
         words += ['--auxiliary', '--cutout']
     if target in CIFAR and not Path(args.data_dir, CIFAR[target][0]).is_dir():
         words.append('--download')
-    if target not in REAL and args.image_size:
-        words += ['--image_size', str(args.image_size)]
+    if target not in REAL:
+        words += ['--image_size', str(args.image_size)] if args.image_size else []
+        words += ['--skip_broken'] if args.skip_broken else []
     if target in REAL and args.data_dir != 'data':
         words += ['--data_dir', args.data_dir]
     if target == 'chexpert':

@@ -255,7 +255,7 @@ def data_costs(steps_taken=20):
             target = Path(folder, str(k % 2))
             target.mkdir(exist_ok=True)
             image.save(target / f'{k}.jpg')
-        data = generate_data.read_folder(Path(folder), 'train', 224)
+        data = generate_data.read(folder, {'image_size': 224, 'test_fraction': 0.0})
         batches = generate_data.Batches(data, range(512), 64, CPU, 'imagenet', workers=2)
         began = time.time()
         count = sum(len(x) for x, _ in batches.epoch())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data import folder_of_images
 from torchvision.transforms import RandomResizedCrop
 
 import generate_data as g
@@ -181,3 +182,33 @@ def test_chexpert_that_is_damaged_is_one_line():
     lost = Path('d/CheXpert-v1.0-small/train/patient00007/study1/view1_frontal.jpg')
     lost.rename('d/kept.jpg')
     assert 'patient00007' in run()
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures of the user's own
+
+
+def test_pictures_without_val_hold_out_the_same_share_of_each_class():
+    folder_of_images('own', n=8)
+    train, test = (g.read('own', {'image_size': 8}, split) for split in ('train', 'test'))
+    assert np.bincount(train.labels).tolist() == [7, 7]
+    assert np.bincount(test.labels).tolist() == [1, 1] and test.mean == train.mean
+    both = {image.tobytes() for image in (*train.images, *test.images)}
+    assert len(both) == 16                              # no picture is in both
+    again = g.read('own', {'image_size': 8}, 'test')
+    assert np.array_equal(again.images, test.images)
+    whole = {'image_size': 8, 'test_fraction': 0.0}
+    assert len(g.read('own', whole)) == 16 and g.read('own', whole, 'test') is None
+
+
+def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
+    for split in ('train', 'val'):
+        folder_of_images(f'own/{split}')
+        for name in ('one', 'two'):
+            Path(f'own/{split}/cat/{name}.jpg').write_bytes(b'no picture')
+    Path('own/train/cat/notes.txt').touch()
+    with pytest.raises(g.UserError, match='4 pictures cannot be read: .*one.jpg, .*val.*one.jpg'):
+        g.read('own', {})
+    assert len(g.read('own', {'skip_broken': True})) == 8
+    assert len(g.read('own', {'skip_broken': True}, 'test')) == 8
+    assert '1 .txt' in capsys.readouterr().err
