@@ -713,7 +713,9 @@ def show_predictions(run, target):
     network, meta = load_weights(Path(run) / 'weights.pt')
     paths = [Path(target)]
     if paths[0].is_dir():
-        paths = sorted(path for path in paths[0].rglob('*') if path.is_file())
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+        paths = sorted(path for path in paths[0].rglob('*')
+                       if path.suffix.lower() in IMG_EXTENSIONS)
     writer = csv.writer(sys.stdout, lineterminator='\n')
     if meta['multilabel']:
         writer.writerow(['file', *meta['classes']])

@@ -629,7 +629,7 @@ def parse(argv):
     method = METHODS[args.method]
     if args.space not in method.spaces:
         raise UserError(f'--method {args.method} is not for --space {args.space}, whose depth is '
-                        'fixed: take another')
+                        'fixed: take another, or --space darts')
     if args.epochs <= args.frozen_epochs * method.stages:
         raise UserError(f'--frozen_epochs {args.frozen_epochs} leaves none of {args.epochs} '
                         'epochs for the alphas: take fewer')
