@@ -6,8 +6,8 @@ A genotype of DARTS (arXiv 1806.09055, section 2.1) is two cells, normal and red
 two inputs, states 0 and 1, the outputs of the two cells before it, and four nodes, states 2 to 5.
 Every node sums two operations on earlier states; the nodes in `*_concat` make the output.
 
-A genotype of NAS-Bench-201 (arXiv 2001.00326) is the official string of its one cell, operations
-by node and input: `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`. All 15,625 were trained: see `truth`.
+One of NAS-Bench-201 (arXiv 2001.00326) is the official string of its one cell, operations by node
+and input: `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`. All 15,625 were trained: see `truth`.
 """
 import csv
 import gzip
@@ -46,9 +46,8 @@ def from_plain(value, source='genotype'):
             pairs = tuple((str(name), int(state)) for name, state in value[cell])
             cells += [pairs, tuple(map(int, value[cell + '_concat']))]
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f'{source}: a genotype has "normal" and "reduce", lists of [operation, '
-                         'input state], and lists of nodes, "normal_concat" and '
-                         '"reduce_concat"') from None
+        raise ValueError(f'{source}: "normal" and "reduce" are lists of [operation, input state], '
+                         '"normal_concat" and "reduce_concat" lists of nodes') from None
     check_cell(*cells[:2], f'{source}: normal')
     check_cell(*cells[2:], f'{source}: reduce')
     return Genotype(*cells)
@@ -64,8 +63,7 @@ def check_cell(pairs, concat, source):
             raise ValueError(f'{source}[{k}]: unknown operation {name!r}; known: '
                              + ', '.join(known for known in OPERATIONS if known != 'none'))
         if not 0 <= state < node or k % 2 and state == pairs[k - 1][1]:
-            raise ValueError(f'{source}[{k}]: the inputs of node {node} are two different states '
-                             f'from 0 to {node - 1}, not {state}')
+            raise ValueError(f'{source}[{k}]: node {node} has two inputs below {node}, not {state}')
     if not concat or not set(concat) <= set(ALL_NODES) or len(set(concat)) < len(concat):
         raise ValueError(f'{source}_concat must list nodes from 2 to {1 + NODES}, each once')
 
@@ -98,10 +96,6 @@ def agreement(a, b):
     for x, y in ((a.normal, b.normal), (a.reduce, b.reduce)):
         same += sum(len({*x[k:k + 2]} & {*y[k:k + 2]}) for k in range(0, 2 * NODES, 2))
     return same / (4 * NODES)
-
-
-# ---------------------------------------------------------------------------------------------
-# What --arch names
 
 
 def find_genotype(arch):
@@ -150,8 +144,8 @@ def from_string(text, source='genotype'):
     names = [pair.split('~')[0] for pair in text.replace('+', '').split('|') if pair]
     for name in names:
         if name not in NB201_OPERATIONS:
-            raise ValueError(f'{source}: unknown operation {name!r}; known: '
-                             + ', '.join(NB201_OPERATIONS))
+            known = ', '.join(NB201_OPERATIONS)
+            raise ValueError(f'{source}: unknown operation {name!r}; known: {known}')
     if len(names) != 6 or to_string(names) != text:
         raise ValueError(f'{source}: {text!r} is not of the form {to_string(["op"] * 6)}')
     return tuple(names)
@@ -159,8 +153,7 @@ def from_string(text, source='genotype'):
 
 def random_string(seed):
     """Uniform over all 15,625 cells, `none` included (the control)."""
-    rng = np.random.Generator(np.random.Philox(seed))
-    names = list(NB201_OPERATIONS)
+    rng, names = np.random.Generator(np.random.Philox(seed)), list(NB201_OPERATIONS)
     return to_string(names[k] for k in rng.integers(len(names), size=6))
 
 
@@ -172,8 +165,7 @@ ACCURACIES = ('cifar10', 'cifar100', 'imagenet16')
 def nas_bench_201():
     """({string: row}, {data set: sorted test accuracies}) of tests/nas_bench_201.csv.gz.
 
-    A row: test accuracies in per cent (ACCURACIES), the same on validation images (`..._valid`),
-    and `params`.
+    A row: accuracies in per cent (ACCURACIES), on validation images (`..._valid`), and `params`.
     """
     path = Path(__file__).resolve().parent / 'tests' / 'nas_bench_201.csv.gz'
     names, table = list(NB201_OPERATIONS), {}
@@ -189,15 +181,13 @@ def nas_bench_201():
 
 
 def truth(arch):
-    """Official accuracies of a cell of NAS-Bench-201, in per cent, after 200 epochs, by data set.
+    """Test accuracies of a cell of NAS-Bench-201 after 200 epochs, in per cent, by data set.
 
-    With them its `rank` on CIFAR-10, 1 for the best, and `percentile`: the share of all cells, in
-    per cent, that it beats, ties counted half.
+    Also its `rank` on CIFAR-10 and `percentile`: per cent of all cells that it beats, ties half.
     """
     table, ordered = nas_bench_201()
     row, values = table[arch], ordered['cifar10']
-    below = bisect_left(values, row['cifar10'])
-    upto = bisect_right(values, row['cifar10'])
+    below, upto = bisect_left(values, row['cifar10']), bisect_right(values, row['cifar10'])
     return {**{name: row[name] for name in ACCURACIES}, 'rank': len(values) - upto + 1,
             'percentile': 50 * (below + upto) / len(values)}
 
@@ -260,9 +250,8 @@ COLOURS = {'max_pool_3x3': '#b7791f', 'avg_pool_3x3': '#d69e2e', 'skip_connect':
 def draw(genotype, title=''):
     """SVG text: the cells, one above the other, `title` over them.
 
-    The states stand in a row; each operation is an arrow from its input to its node, in its own
-    colour (dashed: none), and a bar below collects the nodes that are concatenated. Nodes are
-    numbered from 0, as in DARTS's own drawings.
+    An operation is an arc from its input to its node, on the right (dashed: none). A bar below
+    collects the nodes that are concatenated. Nodes are numbered from 0, as DARTS draws them.
     """
     if isinstance(genotype, str):
         edges = [(op, *edge) for op, edge in zip(from_string(genotype), NB201_EDGES)]
@@ -277,12 +266,10 @@ def draw(genotype, title=''):
     height = 40 + 312 * len(cells)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height}" font-size="13" '
              'font-family="Helvetica, Arial, sans-serif" text-anchor="middle">',
-             '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" '
-             'markerHeight="6" orient="auto"><path d="M0 0 L8 4 L0 8 Z" fill="#4a5568"/>'
-             f'</marker></defs><rect width="720" height="{height}" fill="white"/>',
+             f'<rect width="720" height="{height}" fill="white"/>',
              f'<text x="360" y="26" font-size="15" fill="#1a202c">{escape(title)}</text>']
     for k, (name, edges, concat) in enumerate(cells):
-        parts += [f'<g transform="translate(0 {36 + 312 * k})">',
+        parts += [f'<g transform="translate(0 {36 + 312 * k})" stroke-width="2">',
                   f'<text x="16" y="20" text-anchor="start" font-weight="bold">{name}</text>',
                   *cell_svg(edges, labels, concat), '</g>']
     return '\n'.join([*parts, '</svg>\n'])
@@ -296,9 +283,9 @@ def cell_svg(edges, labels, concat):
         colour = COLOURS.get(op, '#805ad5')
         left, right, apex = x[state], x[node], 224 - 38 * (node - state)
         control = 216 - (216 - apex) * 4 / 3          # a cubic's apex is at 3/4 of its controls
-        dashes = ' stroke-dasharray="3 5"' if op == 'none' else ' marker-end="url(#tip)"'
+        dashes = '3 5' if op == 'none' else 'none'
         arcs.append(f'<path d="M{left} 216 C{left} {control:.0f} {right} {control:.0f} {right} '
-                    f'216" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
+                    f'216" fill="none" stroke="{colour}" stroke-dasharray="{dashes}"/>')
         words.append(f'<text x="{(left + right) / 2}" y="{apex + 4}" fill="{colour}" '
                      f'stroke="white" stroke-width="5" paint-order="stroke">{escape(op)}</text>')
     for state, label in enumerate(labels):
