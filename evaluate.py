@@ -619,19 +619,6 @@ COST = {
 }
 
 
-def show_cost(s):
-    """Print parameters and multiply-adds of the network of --arch."""
-    if not s['arch']:
-        raise UserError('--cost needs --arch: give a published name, a genotype.json or a run')
-    genotype, _ = find_genotype(s['arch'])
-    check_layers(genotype, s['layers'])
-    stem = stem_for(s['stem'], s['image_size'], s['init_channels'])
-    counts = cost(genotype, s['init_channels'], s['layers'], s['num_classes'], s['image_size'],
-                  stem)
-    lines = [f'{name:<18} {count:>15,}' for name, count in counts.items()]
-    print(json.dumps(counts) if s['json'] else '\n'.join(lines))
-
-
 def show_predictions(run, target):
     """Print the class of each picture and its probability, or the probability of each label."""
     network, meta = load_weights(Path(run) / 'weights.pt')
@@ -662,7 +649,14 @@ def main(argv=None):
         if s[name] and (Path(s[name]).is_dir() or not Path(s[name]).resolve().parent.is_dir()):
             raise UserError(f'--{name} {s[name]}: give a file in a folder that exists')
     if s['cost']:
-        show_cost(s)
+        if not s['arch']:
+            raise UserError('--cost needs --arch: give a published name, a genotype.json or a run')
+        genotype, size = find_genotype(s['arch'])[0], s['image_size']
+        check_layers(genotype, s['layers'])
+        stem = stem_for(s['stem'], size, s['init_channels'])
+        counts = cost(genotype, s['init_channels'], s['layers'], s['num_classes'], size, stem)
+        lines = [f'{name:<18} {count:>15,}' for name, count in counts.items()]
+        print(json.dumps(counts) if s['json'] else '\n'.join(lines))
         return
     if not s['runs']:
         raise UserError('nothing to evaluate: give the folders of runs, or --arch NAME --cost')

@@ -525,8 +525,8 @@ class GraphedStep:
     """A training step that CUDA replays as one graph, if that gives what the eager step gives.
 
     step(*batch) returns a tensor and changes the tensors in changed(), a dict of lists, in place.
-    After WARM_UP eager steps it is captured and compared with the eager one, from one state on one
-    batch. No list may differ by more than TOLERANCE of its change, or the eager step goes on.
+    After WARM_UP steps it is captured. If a list then differs from the eager step's by more than
+    TOLERANCE of its change, the eager step goes on.
     """
     WARM_UP, TOLERANCE = 3, 0.05
 
