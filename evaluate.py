@@ -8,8 +8,7 @@
     python evaluate.py --arch DARTS_V2 --cost           # parameters and multiply-adds
 
 A retrained network is tested anew from its weights.pt. The true accuracy of a cell of
-NAS-Bench-201 is looked up. A metric is a row of METRICS: it is then in the log of a training, in
-the report and in the table.
+NAS-Bench-201 is looked up. A metric is a row of METRICS.
 """
 import csv
 import io
@@ -51,8 +50,7 @@ MAY_DIFFER = {'save', 'resume', 'gpu', 'graph', 'workers', 'checkpoint_minutes',
 def loss_of(logits, y, smoothing=0.0):
     """Return the cross-entropy for classes y (B,), or the binary one for labels y (B, classes).
 
-    Labels below 0 are unknown and add nothing. The sum is still divided by all B * classes, so
-    that the mean over parts of a batch is that of the batch.
+    Labels below 0 are unknown and add nothing. The sum is divided by all B * classes.
     """
     if y.dim() == 1:
         return F.cross_entropy(logits, y, label_smoothing=smoothing)
@@ -60,10 +58,7 @@ def loss_of(logits, y, smoothing=0.0):
 
 
 def correct(logits, y):
-    """Return how many of a batch are right, or the sum of the shares of right known labels (B, K).
-
-    It is a tensor on the device: the caller knows when to wait for it.
-    """
+    """How many of a batch are right, or the sum of each image's share of right known labels."""
     if y.dim() == 2:
         known = y >= 0
         right = ((logits > 0) == (y > 0.5)) & known
@@ -71,9 +66,11 @@ def correct(logits, y):
     return (logits.argmax(1) == y).float().sum()
 
 
-def top_error(scores, labels, k=1):
-    """Per cent of the rows of scores (N, classes) whose label is not among the k best."""
-    best = scores.topk(min(k, scores.shape[1]), 1).indices
+def top_error(scores, labels, classes, k=1):
+    """Per cent of the rows of scores (N, classes) whose label is not among the k best, or None."""
+    if len(classes) < k:
+        return None
+    best = scores.topk(k, 1).indices
     return 100 * (1 - (best == labels.unsqueeze(1)).any(1).double().mean().item())
 
 
@@ -82,11 +79,7 @@ TASKS = ['Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Pleural Effus
 
 
 def auroc(scores, labels):
-    """Area under the ROC curve by Mann and Whitney's statistic, ties counted half, in float64.
-
-    scores, labels: (N,) arrays, labels 0, 1 or below 0 (unknown). None if only one of 0 and 1 is
-    there.
-    """
+    """Area under the ROC curve of (N,) arrays, ties counted half; labels below 0 are unknown."""
     positive = scores[labels == 1].astype(np.float64)
     negative = np.sort(scores[labels == 0].astype(np.float64))
     if not len(positive) or not len(negative):
@@ -102,7 +95,7 @@ def areas(scores, labels, classes):
     return {name: value for name, value in values.items() if value is not None}
 
 
-def mean_area(scores, labels, classes, names):
+def mean_area(scores, labels, classes, names=()):
     """Mean area under the ROC curve over some classes, or over all if none of them is there."""
     values = areas(scores, labels, classes)
     chosen = [values[name] for name in names if name in values] or list(values.values())
@@ -118,13 +111,10 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    'error': Metric('error %', 2, lambda scores, labels, classes: top_error(scores, labels)),
-    'top5_error': Metric('top-5 error %', 2, lambda scores, labels, classes:
-                         top_error(scores, labels, 5) if len(classes) > 4 else None),
-    'auroc_tasks': Metric('AUROC, 5 tasks', 3, lambda scores, labels, classes:
-                          mean_area(scores, labels, classes, TASKS), multilabel=True),
-    'auroc': Metric('AUROC, all labels', 3, lambda scores, labels, classes:
-                    mean_area(scores, labels, classes, classes), multilabel=True),
+    'error': Metric('error %', 2, top_error),
+    'top5_error': Metric('top-5 error %', 2, partial(top_error, k=5)),
+    'auroc_tasks': Metric('AUROC, 5 tasks', 3, partial(mean_area, names=TASKS), multilabel=True),
+    'auroc': Metric('AUROC, all labels', 3, mean_area, multilabel=True),
 }
 
 
@@ -141,8 +131,7 @@ def gathered(value):
 def predictions(network, batches):
     """(loss, scores (N, classes), labels) of a network in evaluation mode, on the CPU.
 
-    Every process tests a share of the images, each image once. The scores of a study's views
-    become one by their maximum, and its labels too (CheXpert).
+    Every process tests a share of the images. The views of a study become one, by the maximum.
     """
     network.eval()
     total, scores, labels = 0.0, [], []
@@ -166,15 +155,15 @@ def predictions(network, batches):
 
 def measure(scores, labels, classes):
     """{metric: value} by METRICS, of those that suit the labels."""
-    suited = {name: metric for name, metric in METRICS.items()
-              if metric.multilabel == (labels.dim() == 2)}
-    return {name: metric.of(scores, labels, classes) for name, metric in suited.items()}
+    return {name: metric.of(scores, labels, classes) for name, metric in METRICS.items()
+            if metric.multilabel == (labels.dim() == 2)}
 
 
-def test(network, batches):
-    """{'loss', 'n' and every metric} of a network on some images, in evaluation mode."""
+def test(part, network, batches):
+    """{part_loss, part_n, part_METRIC, ...} of a network on some images, in evaluation mode."""
     loss, scores, labels = predictions(network, batches)
-    return {'loss': loss, 'n': len(labels), **measure(scores, labels, batches.data.classes)}
+    values = {'loss': loss, 'n': len(labels), **measure(scores, labels, batches.data.classes)}
+    return {f'{part}_{name}': value for name, value in values.items()}
 
 
 def bootstrap(scores, labels, classes):
@@ -202,15 +191,11 @@ def find_genotype(arch):
 def check_layers(genotype, layers):
     """UserError if a network of NAS-Bench-201 would not have three equal stages."""
     if isinstance(genotype, str) and (layers < 5 or layers % 3 != 2):
-        raise UserError(f'--layers {layers}: a network of NAS-Bench-201 has three stages of N '
-                        'cells and two blocks between them, 3 N + 2: take 5, 8, 11, 14, 17, ...')
+        raise UserError(f'--layers {layers}: NAS-Bench-201 has 3 N + 2: take 5, 8, 11, 14, 17, ...')
 
 
 def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32, stem='cifar'):
-    """Parameters without and with the auxiliary head, and multiply-adds of one image.
-
-    Multiply-adds are those of convolutions and linear layers, without the auxiliary head.
-    """
+    """Parameters without and with the auxiliary head; multiply-adds of convolutions and linears."""
     with torch.device('meta'):
         network = Network(init_channels, num_classes, layers, genotype, auxiliary=True,
                           stem=stem).eval()
@@ -227,24 +212,17 @@ def stem_for(stem, image_size, init_channels, auxiliary=False):
     """'cifar' or 'imagenet' for --stem; UserError if it leaves too few pixels."""
     if stem == 'auto':
         stem = 'imagenet' if image_size > 64 else 'cifar'
-    least = {'cifar': (8, 29), 'imagenet': (32, 193)}[stem][auxiliary]
+    least = {'cifar': (8, 29), 'imagenet': (32, 193)}[stem]
     if stem == 'imagenet' and init_channels == 1:
-        raise UserError('--init_channels 1 is too few for --stem imagenet, which halves it: take 2 '
-                        'or more')
-    if image_size < least:
-        with_head = ' with --auxiliary' if auxiliary else ''
-        raise UserError(f'{image_size} px are too few for --stem {stem}{with_head}: take {least} '
-                        'or more')
+        raise UserError('--init_channels 1: --stem imagenet halves it. Use 2 or more.')
+    if image_size < least[auxiliary]:
+        raise UserError(f'{image_size} px are too few: --stem {stem} needs {least[0]}, with '
+                        f'--auxiliary {least[1]}')
     return stem
 
 
 def load_weights(path):
-    """(network in evaluation mode, meta) from a weights.pt.
-
-    meta: genotype, init_channels, layers, auxiliary, stem, classes, mean and std (3,) of pixels /
-    255, image_size, zoom (1 in old files), multilabel, arch, found_by, data, has_test and the
-    settings with which the data are read.
-    """
+    """(network in evaluation mode, meta) from a weights.pt; meta: see retrain.finish."""
     content = load_file(path, 'retrain again')
     try:
         meta = content['meta']
@@ -254,25 +232,18 @@ def load_weights(path):
         network.load_state_dict(content['network'])
     except (KeyError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f'{path} is no network that this code can build ({reason}): retrain again, '
-                        'or use the code in scripts/ beside it') from None
+        raise UserError(f'{path} is no network of this code ({reason}): retrain again') from None
     return network.eval(), meta
 
 
-def predict(network, meta, paths):
-    """Probabilities, float (N, classes), of the classes (or labels) of picture files.
-
-    The pictures are prepared as those of the test are: see read_image.
-    """
+@torch.no_grad()
+def predict(network, meta, path):
+    """Probabilities (classes,) of the classes (or labels) of a picture, prepared as for a test."""
     mean, std = torch.tensor(meta['mean']) * 255, torch.tensor(meta['std']) * 255
-    rows = []
-    with torch.no_grad():
-        for path in paths:
-            pixels = read_image(path, meta['image_size'], meta.get('zoom', 1.0))
-            x = (torch.from_numpy(pixels.copy()).float() - mean) / std
-            rows.append(network(x.permute(2, 0, 1).unsqueeze(0)).squeeze(0))
-    logits = torch.stack(rows)
-    return logits.sigmoid() if meta['multilabel'] else logits.softmax(1)
+    pixels = read_image(path, meta['image_size'], meta.get('zoom', 1.0))
+    x = (torch.from_numpy(pixels.copy()).float() - mean) / std
+    logits = network(x.permute(2, 0, 1).unsqueeze(0)).squeeze(0)
+    return logits.sigmoid() if meta['multilabel'] else logits.softmax(0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,8 +271,7 @@ def read_log(folder):
         try:
             lines.append(json.loads(line))
         except ValueError:
-            raise UserError(f'{path}: line {number_} is damaged: --resume the run, which writes '
-                            'it again') from None
+            raise UserError(f'{path}: line {number_} is damaged: --resume the run') from None
     return lines
 
 
@@ -320,10 +290,7 @@ def method_name(settings):
 def read_run(run):
     """What a run's folder says of it, as a dictionary; a retrained network is not tested.
 
-    Keys: run, type ('search' or 'retrain'), finished, settings, command, git_commit, device, seed,
-    searched_on, method, arch_data, genotype (None before the end), epochs, seconds, log; of a
-    search its space and what is known of the cell; of a retraining arch, trained_on and the
-    metrics of the last epoch.
+    Of a search also what is known of its cell, of a retraining the metrics of the last epoch.
     """
     folder = Path(run)
     about = read_json(folder / 'args.json')
@@ -341,33 +308,19 @@ def read_run(run):
             row.update(finished=True, genotype=plain(genotype), searched_on=found_by['data'],
                        arch_data=found_by['arch_data'], **known_of(genotype))
         return row
-    noise = settings.get('label_noise', 1.0)
     trained_on = settings['data']
-    if trained_on == 'random_labels' and noise < 1:
-        trained_on += f' {noise:g}'
+    if trained_on == 'random_labels' and settings.get('label_noise', 1) < 1:
+        trained_on += f' {settings["label_noise"]:g}'
     row.update(arch=settings['arch'], trained_on=trained_on,
                finished=(folder / 'weights.pt').exists())
     for name, value in (log[-1] if log else {}).items():
         if name.startswith(('fit_', 'test_', 'holdout_')):
             row[name] = value
-    return with_gap(row)
-
-
-def with_gap(row):
-    """A row with the gap between its test and its training error, in points, if it has both."""
-    if row.get('test_error') is not None and row.get('fit_error') is not None:
-        row['gap'] = row['test_error'] - row['fit_error']
     return row
 
 
 def known_of(genotype):
-    """What is known of a cell: skips, parameters of the network that it is retrained as by default,
-    and, in NAS-Bench-201, its true accuracy.
-
-    Distances are in points of CIFAR-10, CIFAR-100 and ImageNet16-120 test accuracy: to the best
-    cell, to the median one and to the largest network, which a search must beat to have been of
-    use.
-    """
+    """A cell's skips, parameters and, of NAS-Bench-201, true accuracy and distances in points."""
     if not isinstance(genotype, str):
         skips = {f'skips_{cell}': sum(op == 'skip_connect' for op, _ in getattr(genotype, cell))
                  for cell in ('normal', 'reduce')}
@@ -384,17 +337,16 @@ def known_of(genotype):
 
 
 def read_test(meta, data_dir=None, table=None):
-    """The test images of a retrained network, with its own classes, mean and deviation.
+    """The test images of a retrained network, with its own classes, mean and deviation, or None.
 
-    data_dir: where real data are now; table: a CSV of CheXpert's test set. None if there are none.
+    data_dir: where real data are now; table: a CSV of CheXpert's test set.
     """
     settings = {**meta['settings'], 'image_size': meta['image_size']}
     if data_dir:
         settings['data_dir'] = data_dir
     if table:
         if meta['classes'] != list(CHEXPERT):
-            raise UserError(f'--test_labels {table}: the network was not trained on chexpert: '
-                            'leave it out')
+            raise UserError('--test_labels is for networks trained on chexpert. Leave it out.')
         data = read_chexpert('chexpert', settings, 'test', table)
     elif not meta['has_test']:
         return None
@@ -402,20 +354,18 @@ def read_test(meta, data_dir=None, table=None):
         moved = data_dir and meta['data'] not in REAL
         data = read(data_dir if moved else meta['data'], settings, 'test')
     if data is None:
-        raise UserError(f'{data_dir or meta["data"]} has no test images any more: give the folder '
-                        'that the network was trained on')
-    if data.classes != meta['classes']:
-        unknown = sorted(set(data.classes) - set(meta['classes']))
-        if unknown or data.multilabel:
-            raise UserError(f'{data.name} has classes that the network does not know: '
-                            f'{", ".join(unknown[:5])}: give the data that it was trained on')
+        raise UserError(f'{data_dir or meta["data"]} has no test images any more: bring them back')
+    unknown = sorted(set(data.classes) - set(meta['classes']))
+    if unknown or data.multilabel and data.classes != meta['classes']:
+        raise UserError(f'{data.name}: the network has other classes ({", ".join(unknown[:5])})')
+    if not data.multilabel:
         place = np.array([meta['classes'].index(name) for name in data.classes])
         data = replace(data, labels=place[data.labels], classes=meta['classes'])
     return replace(data, mean=meta['mean'], std=meta['std'])
 
 
 def report(run, device, data_dir=None, test_labels=None):
-    """What read_run returns, and for a finished retraining its cost and its test."""
+    """What read_run returns, and for a finished retraining its cost, its test and their gap."""
     row = read_run(run)
     if row['type'] == 'search' or not row['finished']:
         return row
@@ -439,21 +389,20 @@ def report(run, device, data_dir=None, test_labels=None):
         intervals = bootstrap(scores.numpy(), labels.numpy(), data.classes)
         values = areas(scores, labels, data.classes)
         row['test_areas'] = {name: [value, *intervals[name]] for name, value in values.items()}
-    return with_gap(row)
+    elif 'fit_error' in row:
+        row['gap'] = row['test_error'] - row['fit_error']
+    return row
 
 
 # ---------------------------------------------------------------------------------------------
 # One run, and the table of several
 
 
-UNSAID = 'log', 'settings', 'tested'        # of a run: too long for a list
-
-
 def show(row):
     """Print one run as a list, with units."""
     print(row['run'])
     for name, value in row.items():
-        if value is None or name in ('run', 'finished', *UNSAID):
+        if value is None or name in ('run', 'finished', 'log', 'settings', 'tested'):
             continue
         if name == 'genotype' and isinstance(value, dict):
             for cell in ('normal', 'reduce'):
@@ -509,27 +458,22 @@ def table(rows):
                 line[name] = float(np.mean(values))
                 line[f'{name}_std'] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         lines.append(line)
-        names = sorted(differences(runs))
+        values = {}                             # of each setting, in these runs
+        for name in set().union(*[run['settings'] for run in runs]):
+            values[name] = {str(run['settings'].get(name)) for run in runs}
+        names = {name for name in values if len(values[name]) > 1}
+        names -= MAY_DIFFER | {'seed', 'data_seed', 'arch'}
         if names:
             print(f'{" ".join(str(word) for word in key if word)}: averaged over runs that differ '
-                  f'in {", ".join(names)}', file=sys.stderr)
+                  f'in {", ".join(sorted(names))}', file=sys.stderr)
     return lines
-
-
-def differences(runs):
-    """Names of the settings, apart from seeds and MAY_DIFFER, in which runs differ."""
-    first, names = runs[0]['settings'], set()
-    for run in runs:
-        names |= {name for name in first.keys() | run['settings'].keys()
-                  if run['settings'].get(name) != first.get(name)}
-    return names - MAY_DIFFER - {'seed', 'data_seed', 'arch'}
 
 
 def print_table(lines):
     """Print what `table` returns: mean ± standard deviation over the runs of a group."""
-    known = {name: text for name, text in columns().items()
-             if any(line.get(name) is not None for line in lines)}
-    about = [name for name in (*GROUPS, 'n') if any(line.get(name) is not None for line in lines)]
+    there = {name for line in lines for name in line if line[name] is not None}
+    known = {name: text for name, text in columns().items() if name in there}
+    about = [name for name in (*GROUPS, 'n') if name in there]
     texts = [[name.replace('_', ' ') for name in about] + [header for header, _ in known.values()]]
     for line in lines:
         cells = ['-' if line.get(name) is None else str(line[name]) for name in about]
@@ -548,113 +492,97 @@ def print_table(lines):
 # Plots
 
 
-def mean_of(line, start):
-    """Mean over the cells of a log line's values whose names begin with `start`, or None."""
-    values = [value for name, value in line.items()
-              if name.startswith(start) and value is not None]
-    return sum(values) / len(values) if values else None
-
-
-def percent(share):
-    return None if share is None else 100 * share
-
-
-# A panel: its title, and a function from a line of the log to what it shows, or None.
+# Panels: a title, and how the entries of the log begin whose mean is drawn
 PANELS = {
-    'training loss': lambda line: line.get('train_loss'),
-    'training accuracy, %': lambda line: percent(line.get('train_accuracy')),
-    'held-out loss': lambda line: line.get('valid_loss'),
-    'held-out accuracy, %': lambda line: percent(line.get('valid_accuracy')),
-    'entropy of the alphas, nats': lambda line: mean_of(line, 'entropy_'),
-    'skips in a cell': lambda line: mean_of(line, 'skips_'),
-    'true CIFAR-10 accuracy, %':
-        lambda line: line.get('truth_for_analysis_only', {}).get('cifar10'),
-    'held-out error, %': lambda line: line.get('holdout_error'),
-    'held-out AUROC': lambda line: line.get('holdout_auroc_tasks'),
-    'test error, %': lambda line: line.get('test_error'),
-    'test AUROC': lambda line: line.get('test_auroc_tasks'),
+    'training loss': 'train_loss', 'training accuracy': 'train_accuracy',
+    'held-out loss': 'valid_loss', 'held-out accuracy': 'valid_accuracy',
+    'entropy of the alphas, nats': 'entropy_', 'skips in a cell': 'skips_',
+    'true CIFAR-10 accuracy, %': 'truth_', 'held-out error, %': 'holdout_error',
+    'held-out AUROC': 'holdout_auroc_tasks', 'test error, %': 'test_error',
+    'test AUROC': 'test_auroc_tasks',
 }
 
 
+def mean_of(line, start):
+    """Mean of a log line's values whose names begin with `start`, or None."""
+    values = [value['cifar10'] if isinstance(value, dict) else value
+              for name, value in line.items() if name.startswith(start) and value is not None]
+    return sum(values) / len(values) if values else None
+
+
 def plot(rows, path):
-    """Draw runs to a PNG, SVG or PDF file: one panel per quantity over the epochs, one colour per
-    group. Three or more retrainings: also fit against test error. One retraining: also its test.
-    """
+    """Draw what runs did by epoch, and of retrainings one's test, or the fit of three and more."""
     try:
         import matplotlib
     except ImportError:
         raise UserError('--plot needs matplotlib: pip install matplotlib') from None
     matplotlib.use('Agg')
     from matplotlib import pyplot
-    panels, colours = [], {}                            # functions that draw on an axis
+    panels, colours = [], {}                    # panels: title, inches, function, its arguments
     for row in rows:
-        words = [row.get('method') or row.get('arch'), row.get('searched_on'),
-                 row.get('trained_on')]
-        row['group'] = ' on '.join(word for word in words if word)
-        colours.setdefault(row['group'], f'C{len(colours)}')
-    for title, value_of in PANELS.items():
-        lines = [(colours[row['group']], [value_of(line) for line in row['log']]) for row in rows]
-        if any(value is not None for _, values in lines for value in values):
-            panels.append(partial(draw_curves, title, lines))
+        words = row.get('method') or row['arch'], row.get('searched_on'), row.get('trained_on')
+        group = ' on '.join(word for word in words if word)
+        row['colour'] = colours.setdefault(group, f'C{len(colours)}')
+    for title, start in PANELS.items():
+        lines = [(row['colour'], [mean_of(line, start) for line in row['log']]) for row in rows]
+        if any(set(values) - {None} for _, values in lines):
+            panels.append((title, 2.4, draw_curves, [lines]))
     fits = [row for row in rows if row.get('gap') is not None]
     if len(fits) > 2:
-        panels.append(partial(draw_fits, fits, colours))
+        panels.append(('fit and generalization, one dot per network', 2.4, draw_fits, [fits]))
     elif len(rows) == 1 and 'tested' in rows[0]:
-        panels.append(partial(draw_test, *rows[0]['tested'], rows[0].get('test_areas')))
+        tested = [*rows[0]['tested'], rows[0].get('test_areas')]
+        panels.append(('test images', 6, draw_test, tested))
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
-    heights = [6 if panel.func is draw_test else 2.4 for panel in panels]
+    heights = [panel[1] for panel in panels]
     figure, axes = pyplot.subplots(len(panels), 1, figsize=(8, sum(heights)), squeeze=False,
                                    layout='constrained', height_ratios=heights)
-    for axis, panel in zip(axes[:, 0], panels):
-        panel(axis)
+    for axis, (title, _, draw, arguments) in zip(axes[:, 0], panels):
+        axis.set_title(title, fontsize=10, loc='left')
+        draw(axis, *arguments)
     handles = [pyplot.Line2D([], [], color=c, label=name) for name, c in colours.items()]
     figure.legend(handles=handles, loc='outside lower center', ncols=2, fontsize=9)
     buffer = io.BytesIO()
     try:
         figure.savefig(buffer, format=Path(path).suffix[1:] or 'png', dpi=120)
     except ValueError:
-        raise UserError(f'--plot {path}: unknown kind of picture: name it .png, .svg or '
-                        '.pdf') from None
+        raise UserError(f'--plot {path}: name it .png, .svg or .pdf') from None
     pyplot.close(figure)
     write_file(path, buffer.getvalue())
 
 
-def draw_curves(title, lines, axis):
+def draw_curves(axis, lines):
     """lines: (colour, the value of each epoch or None)."""
     for colour, values in lines:
         points = [(epoch, value) for epoch, value in enumerate(values, 1) if value is not None]
         if points:
             axis.plot(*zip(*points), color=colour, marker='.', alpha=0.8)
-    axis.set_title(title, fontsize=10, loc='left')
     axis.set_xlabel('epoch', fontsize=9)
     axis.grid(alpha=0.3)
 
 
-def draw_fits(rows, colours, axis):
+def draw_fits(axis, rows):
     """One dot per retraining; the axis is logarithmic, because most losses are close to 0."""
     for row in rows:
-        axis.plot(row['fit_loss'], row['test_error'], 'o', color=colours[row['group']], alpha=0.7)
+        axis.plot(row['fit_loss'], row['test_error'], 'o', color=row['colour'], alpha=0.7)
     axis.set(xscale='log', xlabel='loss on training images', ylabel='test error, %')
-    axis.set_title('fit and generalization, one dot per network', fontsize=10, loc='left')
     axis.grid(alpha=0.3)
 
 
-def draw_test(scores, labels, classes, test_areas, axis):
+def draw_test(axis, scores, labels, classes, test_areas):
     """The confusion matrix of a test, or the ROC curve of each label."""
     if labels.ndim == 1:
         counts = np.zeros((len(classes), len(classes)), int)
         np.add.at(counts, (labels, scores.argmax(1)), 1)
         axis.imshow(counts, cmap='Blues')
-        if len(classes) <= 20:
-            axis.set(xticks=range(len(classes)), yticks=range(len(classes)), yticklabels=classes)
-            axis.set_xticklabels(classes, rotation=90)
-            for (row, column), count in np.ndenumerate(counts):
-                dark = count > counts.max() / 2
-                axis.text(column, row, count, ha='center', va='center', fontsize=8,
-                          color='white' if dark else 'black')
         axis.set(xlabel='predicted class', ylabel='true class')
-        axis.set_title('test images by class', fontsize=10, loc='left')
+        if len(classes) <= 20:
+            axis.set_xticks(range(len(classes)), classes, rotation=90)
+            axis.set_yticks(range(len(classes)), classes)
+            for (row, column), count in np.ndenumerate(counts):
+                axis.text(column, row, count, ha='center', va='center', fontsize=8,
+                          color='white' if count > counts.max() / 2 else 'black')
         return
     for name, (area, low, high) in test_areas.items():
         k = classes.index(name)
@@ -665,7 +593,6 @@ def draw_test(scores, labels, classes, test_areas, axis):
     axis.plot([0, 1], [0, 1], '--', color='gray', lw=1)
     axis.legend(fontsize=7, title='area (95%)', title_fontsize=8)
     axis.set(xlabel='false positive rate', ylabel='true positive rate')
-    axis.set_title('ROC curves of the test', fontsize=10, loc='left')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -692,22 +619,6 @@ COST = {
 }
 
 
-def show_cost(s, as_json):
-    """Print parameters and multiply-adds of the network of --arch."""
-    if not s['arch']:
-        raise UserError('--cost needs --arch: give a published name, a genotype.json or a run')
-    genotype, _ = find_genotype(s['arch'])
-    check_layers(genotype, s['layers'])
-    stem = stem_for(s['stem'], s['image_size'], s['init_channels'])
-    counts = cost(genotype, s['init_channels'], s['layers'], s['num_classes'], s['image_size'],
-                  stem)
-    if as_json:
-        print(json.dumps(counts))
-        return
-    for name, count in counts.items():
-        print(f'{name:<18} {count:>15,}')
-
-
 def show_predictions(run, target):
     """Print the class of each picture and its probability, or the probability of each label."""
     network, meta = load_weights(Path(run) / 'weights.pt')
@@ -717,12 +628,10 @@ def show_predictions(run, target):
         paths = sorted(path for path in paths[0].rglob('*')
                        if path.suffix.lower() in IMG_EXTENSIONS)
     writer = csv.writer(sys.stdout, lineterminator='\n')
-    if meta['multilabel']:
-        writer.writerow(['file', *meta['classes']])
-    else:
-        writer.writerow(['file', 'class', 'probability'])
+    columns = meta['classes'] if meta['multilabel'] else ['class', 'probability']
+    writer.writerow(['file', *columns])
     for path in paths:
-        row = predict(network, meta, [path])[0]
+        row = predict(network, meta, path)
         if meta['multilabel']:
             writer.writerow([path, *(f'{p:.4f}' for p in row.tolist())])
         else:
@@ -739,14 +648,19 @@ def main(argv=None):
                               defaults_for)
     unused = (RUNS if s['cost'] else COST).keys() & typed.keys() - {'json', 'gpu'}
     if unused:
-        raise UserError(f'--{min(unused)} means nothing {"with" if s["cost"] else "without"} '
-                        '--cost: leave it out')
+        raise UserError(f'--{min(unused)} does not go with --cost {s["cost"]}: leave it out')
     for name in ('csv', 'plot'):
         if s[name] and (Path(s[name]).is_dir() or not Path(s[name]).resolve().parent.is_dir()):
-            raise UserError(f'--{name} {s[name]}: it must be a file in a folder that exists: '
-                            'choose another')
+            raise UserError(f'--{name} {s[name]}: give a file in a folder that exists')
     if s['cost']:
-        show_cost(s, s['json'])
+        if not s['arch']:
+            raise UserError('--cost needs --arch: give a published name, a genotype.json or a run')
+        genotype, size = find_genotype(s['arch'])[0], s['image_size']
+        check_layers(genotype, s['layers'])
+        stem = stem_for(s['stem'], size, s['init_channels'])
+        counts = cost(genotype, s['init_channels'], s['layers'], s['num_classes'], size, stem)
+        lines = [f'{name:<18} {count:>15,}' for name, count in counts.items()]
+        print(json.dumps(counts) if s['json'] else '\n'.join(lines))
         return
     if not s['runs']:
         raise UserError('nothing to evaluate: give the folders of runs, or --arch NAME --cost')
@@ -761,14 +675,13 @@ def main(argv=None):
     rows = [report(run, device, s['data_dir'], s['test_labels']) for run in folders]
     for row in rows:
         if not row['finished']:
-            print(f'{row["run"]}: {row["epochs"]} of {row["settings"]["epochs"]} epochs, not '
-                  'finished: --resume it', file=sys.stderr)
+            epochs = f'{row["epochs"]} of {row["settings"]["epochs"]} epochs'
+            print(f'{row["run"]}: {epochs}, not finished: --resume it', file=sys.stderr)
     done = [row for row in rows if row['finished']]
     lines = table(done)
     if s['json']:
         for row in done:
-            print(json.dumps({name: value for name, value in row.items()
-                              if name not in ('log', 'tested')}))
+            print(json.dumps({key: row[key] for key in row if key not in ('log', 'tested')}))
     elif len(done) == 1:
         show(done[0])
     elif done:

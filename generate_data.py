@@ -1374,7 +1374,8 @@ def read_folder(root, split, s):
     if split == 'test' and not test and not s['test_fraction']:
         return None
     folders = (train, test) if test else (train,)
-    listed = dict(zip(('train', 'test'), readable_images(folders, s['skip_broken'])))
+    checks = split == 'train' or s['skip_broken']           # the test split is read after it
+    listed = dict(zip(('train', 'test'), readable_images(folders, s['skip_broken'], checks)))
     if test:
         differ = sorted({*listed['train'][0]} ^ {*listed['test'][0]})
         if differ:
@@ -1418,23 +1419,22 @@ def list_images(folder):
     return found.classes, [Path(file) for file, _ in found.samples], np.array(found.targets)
 
 
-@functools.cache
-def readable_images(folders, skip_broken):
+def readable_images(folders, skip_broken, checks=True):
     """[what list_images returns] of each folder, without the pictures that cannot be read.
 
     UserError names these without skip_broken. Files of other types are counted on stderr. Up to
-    20,000 pictures of a folder are tried.
+    20,000 pictures of a folder are tried, with `checks`.
     """
     out, names = [], []
     for folder in folders:
         classes, files, labels = list_images(folder)
         others = collections.Counter(path.suffix for path in folder.rglob('*') if path.is_file())
         others -= collections.Counter(path.suffix for path in files)
-        if others:
+        if others and checks:
             ends = ', '.join(f'{count} {end or "no ending"}' for end, count in others.items())
             print(f'{folder}: files that are no pictures are left out: {ends}', file=sys.stderr)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            fine = list(pool.map(is_image, files if len(files) <= 20000 else ()))
+            fine = list(pool.map(is_image, files if checks and len(files) <= 20000 else ()))
         broken = [k for k, is_fine in enumerate(fine) if not is_fine]
         names += [str(files[k]) for k in broken]
         kept = np.delete(np.arange(len(files)), broken)

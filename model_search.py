@@ -6,8 +6,8 @@
     network = Network(36, 10, 20, DARTS_V2, auxiliary=True)       # derived network, as retrained
     network = Network(48, 1000, 14, DARTS_V2, stem='imagenet')    # for images of 224 px
 
-A derived cell is a supernet cell with one operation left per edge, affine BatchNorm and nothing to
-mix. Work is done by state, not by edge: see MixedOp.
+A derived cell is a supernet cell with one operation per edge and affine BatchNorm. Work is done by
+state, not by edge: see MixedOp.
 Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737), NAS-Bench-201 (arXiv 2001.00326).
 """
 import math
@@ -59,9 +59,8 @@ EDGES = DARTS.edges
 class MixedOp(nn.Module):
     """All candidate operations on all E edges that leave one state (DARTS, equation 2).
 
-    names: for each edge its operations: all in a supernet, fewer in P-DARTS, one in a derived
-    network. An operation without weights is computed once for all edges, the others in blocks of
-    at most `width` adjacent edges.
+    names: each edge's operations, one in a derived network. An operation without weights is
+    computed once for all edges, the others in blocks of at most `width` adjacent edges.
     """
     def __init__(self, operations, channels, stride, names, affine, width):
         super().__init__()
@@ -104,10 +103,7 @@ class MixedOp(nn.Module):
         return shared, factors
 
     def forward(self, state, factors=None):
-        """E maps (B, C, H', W') of a state (B, C, H, W).
-
-        factors: from `factors`, or None if every edge has one operation and no weight.
-        """
+        """E maps (B, C, H', W') of a state (B, C, H, W); factors: None without edge weights."""
         if isinstance(factors, list):
             return self.forward_drawn(state, factors)
         inputs, out = Inputs(state), [None] * len(self.names)
@@ -185,12 +181,11 @@ def add_map(total, y, factor=None):
 
 
 class Cell(nn.Module):
-    """Inputs, brought to one size and width, and nodes that sum their edges.
+    """Inputs, in DARTS brought to one size and width, and nodes that sum their edges.
 
-    DARTS: two inputs, four nodes, concatenated. NAS-Bench-201: the input as it is, and the last of
-    three nodes is the output. edges: {(node, input): names of its operations}. concat: the nodes
-    that make the output. partial: operations see the first 1/partial of the channels (PC-DARTS).
-    width: the most edges that one call serves.
+    edges: {(node, input): names of its operations}. concat: the nodes that make the output.
+    partial: operations see the first 1/partial of the channels (PC-DARTS). width: the most edges
+    that one call serves.
     """
     def __init__(self, space, channels_in, channels, reduction, reduction_before, edges, concat,
                  affine, partial=1, width=None):
@@ -278,10 +273,7 @@ class Cell(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """A classifier at two thirds of the depth that helps training, on maps of 8 px or more.
-
-    With the ImageNet stem 7 px are enough, and the last BatchNorm is left out, as in DARTS's code.
-    """
+    """A classifier that helps training; as in DARTS's code, it depends on the stem."""
     def __init__(self, channels, num_classes, stem):
         super().__init__()
         stride, norm = (3, nn.BatchNorm2d(768)) if stem == 'cifar' else (2, nn.Identity())
@@ -299,7 +291,7 @@ def image_stem(channels):
     """Two modules for images of many pixels: to a quarter of the size, and on to an eighth."""
     def halving(c_in, c_out):
         return nn.Conv2d(c_in, c_out, 3, 2, 1, bias=False), BatchNorm(c_out)
-    half = max(1, channels // 2)
+    half = channels // 2
     return (nn.Sequential(*halving(3, half), nn.ReLU(inplace=True), *halving(half, channels)),
             nn.Sequential(nn.ReLU(), *halving(channels, channels)))
 
@@ -327,10 +319,9 @@ class Network(nn.Module):
     each edge's operations}, if not all (P-DARTS). width: 1 if `mix` draws (see Cell).
     forward(x): (B, 3, H, W) -> logits (B, num_classes); in training also the auxiliary head's.
 
-    Attributes set from outside: drop_path_prob, a number, or a tensor, which a CUDA graph sees
-    change. mix: None, or a function mix(cell_type, p) that turns probabilities p (edges,
-    operations) into edge weights: as p is, with a column more for each of the space's extras, or
-    Drawn.
+    Set from outside: drop_path_prob, None or a tensor. mix: None, or a function mix(cell_type, p)
+    that turns probabilities p (edges, operations) into edge weights, like p with a column more for
+    each of the space's extras, or Drawn.
     """
     def __init__(self, init_channels, num_classes, layers, genotype=None, partial=1,
                  auxiliary=False, stem='cifar', space=DARTS, kept=None, width=None):
@@ -473,16 +464,11 @@ def cell_edges(genotype, cell_type, space=DARTS, kept=None):
     return edges, getattr(genotype, cell_type + '_concat')
 
 
-# ---------------------------------------------------------------------------------------------
-# From weights to a genotype
-
-
 def derive(normal, reduce):
     """Genotype rule of DARTS, section 2.4, for weights (14, operations) of both cell types.
 
-    Each node keeps the two inputs whose best operation (other than none) is strongest, and that
-    operation. Ties keep the lower index. Pairs are in the order of the inputs, so that the same
-    cell is the same genotype.
+    Each node keeps the two inputs whose best operation (other than none) is strongest, in the
+    order of the inputs, and that operation. Ties keep the lower index.
     """
     cells, names = [], list(OPERATIONS)
     for weights in (normal, reduce):

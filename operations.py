@@ -5,10 +5,8 @@ To add an operation, write below OPERATIONS, near the end, what DARTS's code has
     OPERATIONS['conv_3x3'] = per_edge(lambda C, stride, affine: nn.Sequential(
         nn.ReLU(), nn.Conv2d(C, C, 3, stride, 1, bias=False), nn.BatchNorm2d(C, affine=affine)))
 
-Searches then choose from it, and genotypes, derived networks, counts and drawings know it.
-
-The operations here are faster, because one call serves all E edges that leave a state: all of them
-see the same input. Their maps are (B, E*C, H, W), channels_last, edge e in channels e*C to (e+1)*C.
+Those here are faster, because one call serves all E edges that leave a state. Their maps are
+(B, E*C, H, W), channels_last, edge e in channels e*C to (e+1)*C.
 `operation(channels, edges, stride, affine)` builds one. Its forward takes Inputs and returns
 (B, E*C, H/stride, W/stride), or `Unnormalised`, whose last BatchNorm is still to be done. A module
 with `shared = True` has no weights: its result (B, C, H/stride, W/stride) serves every edge.
@@ -49,10 +47,7 @@ def from_grids(x, other=None):
 
 
 class Inputs:
-    """A state (B, C, H, W) in every form that operations take, its channels repeated `edges` times.
-
-    Each form is made once, when it is first asked for.
-    """
+    """A state (B, C, H, W) in the forms that operations take, each made once."""
     def __init__(self, state):
         self.state, self.forms = state, {}
 
@@ -76,7 +71,7 @@ class Inputs:
 
 
 # ---------------------------------------------------------------------------------------------
-# BatchNorm
+# BatchNorm and convolutions
 
 
 class Unnormalised(NamedTuple):
@@ -87,10 +82,7 @@ class Unnormalised(NamedTuple):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose result can be scaled, channel by channel, at no cost.
-
-    The scale takes the place of the affine weight: BatchNorm's own backward gives its gradient.
-    """
+    """nn.BatchNorm2d whose weight takes a scale by channel, at no cost."""
     def forward(self, x, scale=None):
         weight, bias = self.weight, self.bias
         if scale is not None:
@@ -105,15 +97,8 @@ class BatchNorm(nn.BatchNorm2d):
         return y.contiguous(memory_format=torch.channels_last)
 
 
-# ---------------------------------------------------------------------------------------------
-# Convolutions
-
-
 class DepthwiseOnCPU(torch.autograd.Function):
-    """F.conv2d of a 5x5 depthwise kernel, whose own gradient is taken in two parts.
-
-    oneDNN is slow at that gradient: kernels of three and of two columns save a tenth of a step.
-    """
+    """5x5 depthwise convolution; in two parts its gradient saves a tenth of a step."""
     @staticmethod
     def forward(ctx, x, weight, stride):
         ctx.save_for_backward(x, weight)
@@ -324,8 +309,7 @@ def nor_conv(channels, edges, stride, affine, size):
     return ReLUConvBN(channels, channels * edges, affine, size, stride, statistics=affine)
 
 
-# The search spaces, in the order of their papers. `none` multiplies by zero: it only takes softmax
-# mass.
+# The search spaces, in the order of their papers. `none` only takes softmax mass.
 OPERATIONS = {
     'none': None,
     'max_pool_3x3': partial(Pool, largest=True),

@@ -1,18 +1,14 @@
-r"""Train the network of a genotype from scratch: on CIFAR, ImageNet, CheXpert, or unreal data.
+"""Train the network of a genotype from scratch: on CIFAR, ImageNet, CheXpert, or unreal data.
 
-    python retrain.py --arch DARTS_V2 --data cifar10 --auxiliary --cutout --gpu 0   # 600 epochs
-    python retrain.py --arch runs/NAME --data cifar10 --auxiliary --cutout --gpu 0  # of a search
+    python retrain.py --arch runs/NAME --data cifar10 --auxiliary --cutout --gpu 0  # 600 epochs
     python retrain.py --arch runs/NAME --data noise --gpu 0          # how well can it fit noise?
     python retrain.py --arch runs/NAME --data noise --preset laptop  # of nb201, on a CPU
     python retrain.py --arch runs/NAME --data cifar10 --quick        # a minute on a CPU
-    torchrun --nproc_per_node 8 retrain.py --arch runs/NAME --data imagenet --data_dir DIR \
-        --auxiliary --amp --resume
+    torchrun --nproc_per_node 8 retrain.py --arch DARTS_V2 --data imagenet --data_dir DIR --resume
     python retrain.py --arch runs/NAME --data chexpert --data_dir DIR --gpu 0
-    ... --resume                                                     # go on, or start
 
 The last epoch's test error is the result; on CheXpert the epoch is chosen on held-out patients.
-This file owns how one trains here: settings, the folder of a run, schedules, the CUDA graph and
-what several processes share. search.py adds the alphas.
+search.py takes its settings, runs, schedule and CUDA graph from here, and adds the alphas.
 Recipe: DARTS (arXiv 1806.09055), with cutout (arXiv 1708.04552), an auxiliary head (arXiv
 1409.4842) and drop-path (arXiv 1605.07648); on ImageNet that of PC-DARTS (arXiv 1907.05737).
 """
@@ -98,12 +94,10 @@ RECIPE = {
     'optimizer': Setting('sgd', 'of the weights', ['sgd', 'adam']),
     'label_smoothing': Setting(0.0, 'share spread over all classes', number(float, 0, below=1)),
     'holdout_patients': Setting(0.0, 'share that chooses the epoch', number(float, 0, below=1)),
-    'train_portion': Setting(1.0, 'share of the images to use, or from 2 on their number',
-                             number(float, above=0)),
+    'train_portion': Setting(1.0, 'share of the images, or their number', number(float, above=0)),
 }
-# nb201: the benchmark's recipe, three stages of five cells; by default for its cells. ImageNet:
-# that of PC-DARTS and P-DARTS, whose linear fall from 0.5 is worth more than a point over DARTS's
-# own; the learning rate is for 1,024 images. CheXpert and laptop: our own choice.
+# nb201: the benchmark's recipe, by default for its cells. ImageNet: that of PC-DARTS and P-DARTS,
+# with the learning rate for 1,024 images. CheXpert and laptop: our own choice.
 PRESETS = {
     'cifar': {},
     'nb201': dict(epochs=200, batch_size=256, learning_rate=0.1, nesterov=True, weight_decay=5e-4,
@@ -132,22 +126,22 @@ SAID = {'train_loss': 'loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}',
         'fit_error': 'training error {:.2f}%', 'fit_auroc_tasks': 'training AUROC {:.3f}'}
 
 
-def preset_name(chosen, presets):
-    """--preset, or for auto the one that suits the data."""
-    if chosen['preset'] != 'auto':
-        return chosen['preset']
-    real = chosen['source'] if chosen['data'] == 'random_labels' else chosen['data']
-    return real if real in presets else 'cifar'
+def settle(doc, tables, argv, presets, defaults_for):
+    """(settings as a namespace, what was typed, defaults); UserError if settings clash.
 
+    defaults_for(typed, chosen, preset): the defaults of a command line, as in parse_flags.
+    """
+    def merged(typed, chosen):
+        real = chosen['source'] if chosen['data'] == 'random_labels' else chosen['data']
+        preset = real if real in presets else 'cifar'
+        if chosen['preset'] != 'auto':
+            preset = chosen['preset']
+        out, known = defaults_for(typed, chosen, preset), taken(chosen['data'], chosen)
+        return {name: out[name] for name in out if name not in DATA or name in known}
 
-def that_data_take(settings, chosen):
-    """A preset's settings, without settings of data that --data does not use."""
-    known = taken(chosen['data'], chosen)
-    return {key: value for key, value in settings.items() if key not in DATA or key in known}
-
-
-def settle(s, typed, defaults):
-    """Settings as a namespace, with those that follow from others; UserError if they clash."""
+    preset = Setting('auto', 'defaults; auto: by the data and the cell', ['auto', *presets])
+    tables = {**tables, 'run': {'preset': preset, **RUN}}
+    s, typed, defaults = parse_flags(doc, tables, argv, merged)
     refuse_unused(s['data'], s, typed)
     if s['data_seed'] is None:
         s['data_seed'] = s['seed']
@@ -163,16 +157,14 @@ def settle(s, typed, defaults):
     parts = args.grad_accum * int(os.environ.get('WORLD_SIZE', 1))
     if args.batch_size % parts or args.batch_size // parts < 2:
         raise UserError(f'--batch_size {args.batch_size} makes no {parts} parts of two images or '
-                        'more (--grad_accum times the processes): take a multiple')
+                        'more, for --grad_accum and processes: take a multiple')
     if args.nesterov and not args.momentum:
         raise UserError('--momentum 0 goes without Nesterov: add --no-nesterov')
     if args.warmup_epochs >= args.epochs:
-        raise UserError(f'--warmup_epochs {args.warmup_epochs} leaves none of {args.epochs} '
-                        'epochs: take fewer')
+        raise UserError(f'--warmup_epochs must be below --epochs {args.epochs}')
     if args.learning_rate_min > args.learning_rate:
-        raise UserError(f'--learning_rate_min {args.learning_rate_min} is more than '
-                        f'--learning_rate {args.learning_rate}: take less')
-    return args
+        raise UserError(f'--learning_rate_min is more than --learning_rate {args.learning_rate}')
+    return args, typed, defaults
 
 
 def refuse_idle(typed, has_effect):
@@ -183,7 +175,7 @@ def refuse_idle(typed, has_effect):
 
 
 def batch_of(args, images):
-    """--batch_size, but less for few images with --preset laptop: for about 20 steps an epoch."""
+    """--batch_size, with --preset laptop less for few images: for about 20 steps an epoch."""
     if args.preset != 'laptop':
         return args.batch_size
     parts = args.grad_accum * int(os.environ.get('WORLD_SIZE', 1))
@@ -196,7 +188,7 @@ def check_batch(args, share):
     images = round(args.num_images * share)
     if 'num_images' in taken(args.data, vars(args)) and batch_of(args, images) > images:
         raise UserError(f'--batch_size {args.batch_size} is more than the {images} images that its '
-                        f'split gets of --num_images {args.num_images}: take less, or more images')
+                        'split gets: take less, or more --num_images')
 
 
 def run_name(script, first, args, typed, defaults):
@@ -206,8 +198,7 @@ def run_name(script, first, args, typed, defaults):
             return f'{value:g}'
         if str(value).startswith('|'):
             return short_name(value)
-        path = Path(str(value))
-        return (path.parent.name if path.name == 'genotype.json' else path.name).replace(' ', '_')
+        return Path(str(value).removesuffix('genotype.json')).name.replace(' ', '_')
 
     words = [script, *map(word, first), f'seed{args.seed}']
     defaults = {**defaults, 'data_seed': args.seed}
@@ -216,17 +207,15 @@ def run_name(script, first, args, typed, defaults):
             words.append(name)
         elif typed[name] != defaults[name]:
             words.append(f'{name}={word(typed[name])}')
-    name = '-'.join(words)
-    if len(name) > 200:                         # file systems end at 255
+    if len('-'.join(words)) > 200:              # file systems end at 255
         raise UserError('the name of this run would be too long: give it one by --save')
-    return str(Path('runs', name))
+    return str(Path('runs', '-'.join(words)))
 
 
 def learning_rate_at(args, epoch, epochs):
     """Learning rate of an epoch: a fall to learning_rate_min, scaled by the warm-up at the start.
 
-    linear: to nearly 0 by the last 2% of the epochs, in which it falls on five times as slowly, as
-    PC-DARTS retrains on ImageNet: lr (E-5-e) / (E-5), then lr (E-e) / (5 (E-5)), for E = 250.
+    linear: as PC-DARTS on ImageNet: lr (E-5-e) / (E-5), then lr (E-e) / (5 (E-5)), for E = 250.
     """
     left = (1 + math.cos(math.pi * epoch / epochs)) / 2
     if args.schedule == 'linear':
@@ -247,16 +236,14 @@ class Run:
     """A run's folder: args.json, scripts/, checkpoint.pt with the log in it, log.jsonl, a result.
 
     run = Run(args, device, 'weights.pt')   UserError if the folder is not of these settings
-    run.finished                            the result is there
     run.plan(full)                          epochs and steps, of data that give `full` steps
     with run.on(data):                      takes the folder for this process, reads the checkpoint
         run.start(...)                      loads the checkpoint into networks and optimizers
         for epoch in range(run.epoch, run.epochs):
             run.train(...), run.end_epoch(...)      True if a signal stopped the run: it is saved
-    run.log                                 one dictionary per epoch
 
-    log.jsonl is written from the log in the checkpoint, so the two are always of the same step.
-    Of several processes the first reads and writes; all save and stop at the same step.
+    log.jsonl is written from the log in the checkpoint, one line per epoch. Of several processes
+    the first reads and writes; all save and stop at the same step.
     """
     def __init__(self, args, device, result):
         self.args, self.device, self.folder = args, device, Path(args.save)
@@ -275,8 +262,7 @@ class Run:
                 if now.get(name) != before.get(name):
                     raise UserError(f'{self.folder} was run with --{name} {before.get(name)}, not '
                                     f'{now.get(name)}: give the same, or choose another --save')
-        elif self.folder.is_dir() and any(not path.name.startswith('.')
-                                          for path in self.folder.iterdir()):
+        elif self.folder.is_dir() and list(self.folder.glob('[!.]*')):
             raise UserError(f'{self.folder} holds something that is no run: choose another --save')
         if self.finished:
             print(f'{self.folder} is finished')
@@ -285,14 +271,12 @@ class Run:
         """Set epochs, steps of an epoch and total steps, of data that give `full` steps an epoch.
 
         Without --steps_per_epoch, --max_steps shortens the epochs and not their number, so that
-        everything that goes by epochs keeps its shape. --quick and --preset laptop take what the
-        data give.
+        everything that goes by epochs keeps its shape.
         """
         args = self.args
         steps, total = args.steps_per_epoch or full, args.max_steps
         if steps > full and not (args.quick or args.preset == 'laptop'):
-            raise UserError(f'--steps_per_epoch {steps}: the data give {full} steps of '
-                            f'--batch_size {args.batch_size}: take as many at most')
+            raise UserError(f'--steps_per_epoch {steps}: the data give only {full}')
         steps = min(steps, full)
         if total is not None and not args.steps_per_epoch:
             steps = min(full, max(1, math.ceil(total / args.epochs)))
@@ -300,63 +284,55 @@ class Run:
         self.total = args.epochs * steps if total is None else min(total, args.epochs * steps)
         self.epochs = math.ceil(self.total / steps)
 
+    @contextlib.contextmanager
     def on(self, data):
-        """This run on a Data, or None: on resume its images and labels must be as at the start."""
-        self.sha256 = None
-        if data is not None and not world()[0]:
-            labels = hashlib.sha256(data.labels.tobytes()).hexdigest()
-            self.sha256 = {'images': data.sha256(), 'labels': labels}
-        return self
-
-    def __enter__(self):
-        if not world()[0]:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / '.lock', 'a')
+        """Hold the run's folder, on a Data or None; read its checkpoint, and catch signals."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / '.lock', 'a') as lock:
+            if not world()[0]:
+                try:
+                    if fcntl:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise UserError(f'{self.folder}: wait for another process there') from None
+                self.write_args(data)
+            if world()[1] > 1:
+                torch.distributed.barrier()
+            path = self.folder / 'checkpoint.pt'
+            if path.exists():
+                self.checkpoint = load_file(path, 'delete it to start the run again')
+                self.log = self.checkpoint['log']
+                self.epoch, self.step = self.checkpoint['epoch'], self.checkpoint['step']
+            self.write_log()
+            handlers = {signum: signal.signal(signum, self.catch)
+                        for signum in (signal.SIGINT, signal.SIGTERM)}
             try:
-                if fcntl:
-                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f'{self.folder} is being run by another process: wait for it, or '
-                                'choose another --save') from None
-            for left in self.folder.glob('.*.tmp'):     # of runs that were killed as they wrote
-                left.unlink(missing_ok=True)
-            self.write_args()
-        if world()[1] > 1:
-            torch.distributed.barrier()
-        if (self.folder / 'checkpoint.pt').exists():
-            self.checkpoint = load_file(self.folder / 'checkpoint.pt',
-                                        'delete it to start the run again')
-            self.log = self.checkpoint['log']
-            self.epoch, self.step = self.checkpoint['epoch'], self.checkpoint['step']
-        self.write_log()
-        self.handlers = {signum: signal.signal(signum, self.catch)
-                         for signum in (signal.SIGINT, signal.SIGTERM)}
-        return self
+                yield
+            finally:
+                for signum, handler in handlers.items():
+                    signal.signal(signum, handler)
 
-    def __exit__(self, *_):
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-        if not world()[0]:
-            self.lock.close()
-
-    def write_args(self):
-        """Write args.json and scripts/ of a new run; compare the data of one that goes on."""
-        about = self.folder / 'args.json'
+    def write_args(self, data):
+        """Write args.json and scripts/ of a new run; one that goes on must have the same data."""
+        for left in self.folder.glob('.*.tmp'):         # of runs that were killed as they wrote
+            left.unlink(missing_ok=True)
+        about, sha256 = self.folder / 'args.json', None
+        if data is not None:
+            labels = hashlib.sha256(data.labels.tobytes()).hexdigest()
+            sha256 = {'images': data.sha256(), 'labels': labels}
         if about.exists():
-            if read_json(about).get('data_sha256') != self.sha256:
-                raise UserError(f'{self.folder} was run on other images or labels under the name '
-                                f'{self.args.data}: bring them back, or choose another --save')
+            if read_json(about).get('data_sha256') != sha256:
+                raise UserError(f'{self.folder} was run on other images or labels: bring them back')
             return
         (self.folder / 'scripts').mkdir(exist_ok=True)
         for script in Path(__file__).resolve().parent.glob('*.py'):
             shutil.copy(script, self.folder / 'scripts')
         write_file(about, json.dumps({
             'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
-            'settings': vars(self.args), 'data_sha256': self.sha256, 'git_commit': git_commit(),
+            'settings': vars(self.args), 'data_sha256': sha256, 'git_commit': git_commit(),
             'date': time.strftime('%Y-%m-%d'), 'hardware': hardware(self.device),
-            'world_size': world()[1],
-            'versions': {'python': platform.python_version(), 'torch': torch.__version__,
-                         **{name: version(name) for name in ('torchvision', 'numpy', 'pillow')}},
+            'world_size': world()[1], 'versions': {'python': platform.python_version(), **{
+                name: version(name) for name in ('torch', 'torchvision', 'numpy', 'pillow')}},
         }, indent=1) + '\n')
 
     def catch(self, signum, _frame):
@@ -368,10 +344,9 @@ class Run:
         """Load the checkpoint into `objects`, networks and optimizers, and torch's generators.
 
         what: said of the run in a line. sums: (n,) zeros, to which the steps of an epoch add.
-        state: a function that returns what the checkpoint is to hold beside what a Run knows.
+        state(): what the checkpoint is to hold beside what a Run knows.
         """
-        print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}, in '
-              f'{self.folder}')
+        print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}: {self.folder}')
         self.sums, self.state, saved = sums, state, self.checkpoint
         done = min(self.epoch * self.steps + self.step, self.total)
         hint = '; --preset laptop or --quick takes minutes' if self.device.type == 'cpu' else ''
@@ -381,13 +356,11 @@ class Run:
         try:
             for name, target in objects.items():
                 content = saved[name]
-                if 'param_groups' in content:   # of an optimizer only the state: the rest is as
-                    # it suits this device
+                if 'param_groups' in content:   # of an optimizer, which are as suits this device
                     content = {**content, 'param_groups': target.state_dict()['param_groups']}
                 target.load_state_dict(content)
         except (KeyError, RuntimeError, ValueError):
-            raise UserError(f'{self.folder}/checkpoint.pt is of another network or method: delete '
-                            'it to start the run again') from None
+            raise UserError(f'{self.folder}: delete checkpoint.pt, of another network') from None
         set_random_states(saved['random'][world()[0] % len(saved['random'])], self.device)
         # With another number of processes each takes the mean of their sums.
         same = len(saved['sums']) == world()[1]
@@ -397,8 +370,7 @@ class Run:
         """Take the steps of an epoch that are left; True if a signal stopped the run.
 
         draws: batches, each the arguments of step_of, which returns what the sums get. tensors:
-        what must stay finite. self.last is the number of steps of the epoch, and self.seconds
-        what they took, those before a stop included; self.batch is the last batch.
+        what must stay finite. Sets the epoch's steps, last, its seconds and its last batch.
         """
         tensors = list(tensors)
         self.last = min(self.steps, self.total - epoch * self.steps)
@@ -409,9 +381,8 @@ class Run:
             self.progress.update(epoch * self.steps + step + 1, f'epoch {epoch + 1}/{self.epochs}')
             if self.due(epoch, step, [self.sums, *tensors]):
                 self.seconds = time.time() - began
-                self.save(epoch, step + 1)
-                if self.stop:
-                    return self.say_stopped()
+                if self.save(epoch, step + 1):
+                    return True
         self.batch, self.seconds = batch, time.time() - began
         return False
 
@@ -423,16 +394,12 @@ class Run:
         self.progress.close()
         print(f'epoch {epoch + 1}/{self.epochs}: {summary(line)}')
         self.sums = torch.zeros_like(self.sums)
-        self.save(epoch + 1, 0)
-        if self.stop and epoch + 1 < self.epochs:
-            return self.say_stopped()
-        return False
+        return self.save(epoch + 1, 0)
 
     def due(self, epoch, step, tensors):
         """Whether to save after a step, the last of an epoch apart, after which the run saves.
 
-        UserError if `tensors` are not finite. On a GPU they are not looked at in every step,
-        because that makes it wait.
+        UserError if `tensors` are not finite; a GPU, which would wait, checks every 50 steps.
         """
         alone, limit = world()[1] == 1, 60 * self.args.checkpoint_minutes
         due = alone and (self.caught or time.time() - self.saved > limit)
@@ -452,11 +419,10 @@ class Run:
         """UserError if a loss, a weight or an alpha is not finite."""
         norms = torch._foreach_norm([t.detach() for t in tensors])
         if not torch.stack([norm.float() for norm in norms]).isfinite().all():
-            raise UserError(f'the loss or a weight is not finite at step {step}: lower '
-                            '--learning_rate (the last checkpoint is from before)')
+            raise UserError(f'the loss is not finite at step {step}: lower --learning_rate')
 
     def save(self, epoch, step):
-        """Write the checkpoint, `step` steps into `epoch`, and then log.jsonl."""
+        """Write checkpoint and log, `step` steps into `epoch`; True if a signal stops the run."""
         self.step, self.saved = step, time.time()
         if world()[1] == 1:                     # a signal may come after the last step as well
             self.stop = self.caught
@@ -466,15 +432,15 @@ class Run:
         if not world()[0]:
             write_file(self.folder / 'checkpoint.pt', content)
         self.write_log()
+        if not self.stop or epoch == self.epochs:
+            return False
+        print(f'stopped and saved in {self.folder}: run the same with --resume')
+        return True
 
     def write_log(self):
         if not world()[0]:
-            text = ''.join(json.dumps(line) + '\n' for line in self.log)
-            write_file(self.folder / 'log.jsonl', text)
-
-    def say_stopped(self):
-        print(f'stopped and saved in {self.folder}: run the same with --resume')
-        return True
+            lines = [json.dumps(line) + '\n' for line in self.log]
+            write_file(self.folder / 'log.jsonl', ''.join(lines))
 
 
 def summary(line):
@@ -484,20 +450,18 @@ def summary(line):
 
 
 def git_commit():
-    try:
-        return subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], text=True,
-                              cwd=Path(__file__).resolve().parent, capture_output=True,
-                              timeout=10).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
+    command = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
+    with contextlib.suppress(OSError):          # there is no git
+        return subprocess.run(command, text=True, cwd=Path(__file__).resolve().parent,
+                              capture_output=True).stdout.strip() or None
 
 
 def hardware(device):
     """What a measured number was measured on."""
     cpu, about = platform.processor() or platform.machine(), Path('/proc/cpuinfo')
-    if about.exists():
-        names = [line for line in about.read_text().splitlines() if line.startswith('model name')]
-        cpu = names[0].split(':')[1].strip() if names else cpu
+    for line in about.read_text().splitlines() if about.exists() else ():
+        if line.startswith('model name'):
+            cpu = line.split(':')[1].strip()
     return {'cpu': cpu, 'threads': torch.get_num_threads(),
             'instructions': torch.backends.cpu.get_cpu_capability(),        # how sums are rounded
             'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}
@@ -508,10 +472,8 @@ def peak_memory_mib(device):
     if device.type == 'cuda':
         return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
     status = Path('/proc/self/status')
-    text = status.read_text() if status.exists() else ''
-    if 'VmHWM:' not in text:
-        return None
-    return round(int(text.split('VmHWM:')[1].split()[0]) / 1024)
+    words = status.read_text().split() if status.exists() else []
+    return round(int(words[words.index('VmHWM:') + 1]) / 1024) if 'VmHWM:' in words else None
 
 
 def random_states(device):
@@ -522,7 +484,7 @@ def random_states(device):
 
 def set_random_states(states, device):
     torch.set_rng_state(states[0])
-    if device.type == 'cuda' and len(states) > 1:
+    if device.type == 'cuda' and len(states) > 1:       # a run of a CPU may go on here
         torch.cuda.set_rng_state(states[1], device)
 
 
@@ -552,8 +514,7 @@ def check_alike(tensors, what):
     mine = torch.cat([t.detach().double().flatten() for t in tensors]).cpu()
     for rank, other in enumerate(gathered(mine)):
         if not torch.equal(other, mine):
-            raise UserError(f'the {what} of process {rank} differ from those of {world()[0]}: use '
-                            'one kind of GPU and one version of torch')
+            raise UserError(f'the {what} of process {rank} are others: use GPUs of one kind')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -564,9 +525,8 @@ class GraphedStep:
     """A training step that CUDA replays as one graph, if that gives what the eager step gives.
 
     step(*batch) returns a tensor and changes the tensors in changed(), a dict of lists, in place.
-    On CUDA with `on`, after WARM_UP eager steps, the step is captured and compared with the eager
-    one from the same state on the same batch. If capture fails, or a list changes otherwise by
-    more than TOLERANCE of its change, one line says why and the eager step goes on.
+    After WARM_UP steps it is captured. If a list then differs from the eager step's by more than
+    TOLERANCE of its change, the eager step goes on.
     """
     WARM_UP, TOLERANCE = 3, 0.05
 
@@ -595,30 +555,33 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         # thread_local: a DataLoader's thread that pins memory must not break it off.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode='thread_local'):
-            result = self.step(*self.batch)
-        return graph, result
+            return graph, self.step(*self.batch)
 
     def first_replay(self, batch):
         """Capture, compare, and leave the state one step further."""
-        self.on, self.batch = False, [t.clone() for t in batch]
-        before, expected, after = self.state(), self.step(*batch), self.state()
+        self.on, self.batch, reason = False, [t.clone() for t in batch], None
+        before, result, after = self.state(), self.step(*batch), self.state()
         try:
             self.set_state(before)
             graph, self.result = self.capture()
             self.set_state(before)
             graph.replay()
-            reason = self.difference(before[0], after[0])
+            for name, part in self.changed().items():
+                start, end = before[0][name], after[0][name]
+                off, moved = distance(part, end), distance(start, end)
+                if not off <= self.TOLERANCE * moved:
+                    reason = f"the {name} differ from the eager step's by {off:.2g} in {moved:.2g}"
         except RuntimeError as error:
             reason = f'capture failed ({str(error).splitlines()[0][:100]})'
             if self.device.type == 'cuda':      # before torch 2.14 it would count as capturing on
                 generator = torch.cuda.default_generators[self.device.index]
                 generator.graphsafe_set_state(generator.clone_state())
-        if not reason:
+        if reason is None:
             self.graph = graph
-            return self.result.clone()
+        else:
+            print(f'no CUDA graph: {reason}; going on without', file=sys.stderr)
         self.set_state(after)
-        print(f'no CUDA graph: {reason}; going on without', file=sys.stderr)
-        return expected
+        return result
 
     def state(self):
         copies = {name: [t.detach().clone() for t in part] for name, part in self.changed().items()}
@@ -632,16 +595,8 @@ class GraphedStep:
                 t.grad = None                   # of a step that broke off
         set_random_states(state[1], self.device)
 
-    @torch.no_grad()
-    def difference(self, before, after):
-        """What the replay changed otherwise than the eager step did, or None."""
-        for name, part in self.changed().items():
-            moved, off = distance(after[name], before[name]), distance(part, after[name])
-            if not off <= self.TOLERANCE * moved:
-                return f"the {name} differ from the eager step's by {off:.2g} in {moved:.2g}"
-        return None
 
-
+@torch.no_grad()
 def distance(a, b):
     """Euclidean distance of two lists of tensors, in float64."""
     return math.sqrt(sum((x.double() - y.double()).square().sum().item() for x, y in zip(a, b)))
@@ -664,13 +619,10 @@ def changed_by_a_step(network, *optimizers):
 
 
 def train_step(network, batch, optimizer, args):
-    """One step of the weights; returns (loss without the auxiliary head's, right answers).
-
-    The batch is computed in --grad_accum parts. Of several processes each has its share of the
-    batch, and DistributedDataParallel averages what the last part leaves.
-    """
+    """Step the weights on a batch: (loss without the auxiliary head's, right answers)."""
     parts, sums = list(zip(*(t.chunk(args.grad_accum) for t in batch))), 0
     for k, (x, y) in enumerate(parts):
+        # DistributedDataParallel averages over the processes after the last part.
         waits = k + 1 < len(parts) and hasattr(network, 'no_sync')
         with network.no_sync() if waits else contextlib.nullcontext():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp,
@@ -679,8 +631,8 @@ def train_step(network, batch, optimizer, args):
             logits, auxiliary_logits = logits if args.auxiliary else (logits, None)
             loss = total = loss_of(logits.float(), y, args.label_smoothing)
             if args.auxiliary:
-                total = loss + args.auxiliary_weight * loss_of(auxiliary_logits.float(), y,
-                                                               args.label_smoothing)
+                more = loss_of(auxiliary_logits.float(), y, args.label_smoothing)
+                total = loss + args.auxiliary_weight * more
             (total / len(parts)).backward()
         sums = sums + torch.stack([loss.detach() / len(parts), correct(logits.detach(), y)])
     if args.grad_clip:
@@ -692,13 +644,12 @@ def train_step(network, batch, optimizer, args):
 
 def make_optimizer(weights, args, name='sgd'):
     """SGD or Adam, whose learning rate is a tensor, so that a CUDA graph sees it change."""
-    device = weights[0].device
     warnings.filterwarnings('ignore', 'This instance was constructed with capturable')
-    cuda, rate = device.type == 'cuda', torch.tensor(args.learning_rate, device=device)
+    cuda, decay = weights[0].is_cuda, args.weight_decay
+    rate = torch.tensor(args.learning_rate, device=weights[0].device)
     if name == 'adam':
-        return torch.optim.Adam(weights, rate, weight_decay=args.weight_decay, foreach=cuda,
-                                capturable=cuda)
-    return torch.optim.SGD(weights, rate, momentum=args.momentum, weight_decay=args.weight_decay,
+        return torch.optim.Adam(weights, rate, weight_decay=decay, foreach=cuda, capturable=cuda)
+    return torch.optim.SGD(weights, rate, momentum=args.momentum, weight_decay=decay,
                            nesterov=args.nesterov, fused=cuda, foreach=not cuda)
 
 
@@ -711,28 +662,24 @@ def build(args, genotype, num_classes, stem, device):
     if args.drop_path_prob:
         network.drop_path_prob = torch.zeros((), device=device)
     optimizer = make_optimizer(list(network.parameters()), args, args.optimizer)
-    if world()[1] == 1:
+    rank, processes = world()
+    if processes == 1:
         return network, network, optimizer
-    rank = world()[0]
     if rank:                                    # each process draws its own drop-path
         torch.manual_seed((args.seed + rank * 1_000_003) % 2 ** 62)
     warnings.filterwarnings('ignore', 'Grad strides do not match')      # of 1x1 kernels
     # A node of the cell may lead nowhere: then its operations get no gradient.
-    idle = isinstance(genotype, str) or min(len(genotype.normal_concat),
-                                            len(genotype.reduce_concat)) < 4
-    parallel = DistributedDataParallel(network, [device] if device.type == 'cuda' else None,
-                                       find_unused_parameters=idle)
+    idle = isinstance(genotype, str) or len(genotype.normal_concat + genotype.reduce_concat) < 8
+    devices = [device] if device.type == 'cuda' else None
+    parallel = DistributedDataParallel(network, devices, find_unused_parameters=idle)
     return network, parallel, optimizer
 
 
 def split_rows(data, args):
-    """(images to train on, images on which the epoch to keep is chosen): int arrays.
-
-    With --holdout_patients a patient is in one of them only.
-    """
+    """(images to train on, images of other patients on which the epoch is chosen): int arrays."""
     rows, portion = np.arange(len(data)), args.train_portion
     if portion > 1:
-        portion = min(1.0, portion / len(data))
+        portion /= len(data)
     if portion < 1:
         rows, _ = stratified_split(data.labels, portion, args.seed, data.patients)
     if not args.holdout_patients:
@@ -740,43 +687,27 @@ def split_rows(data, args):
     patients = None if data.patients is None else data.patients[rows]
     kept, held = stratified_split(data.labels[rows], 1 - args.holdout_patients, args.seed, patients)
     if not len(held):
-        raise UserError(f'--holdout_patients {args.holdout_patients} of {args.data} is nobody: '
-                        'take more')
+        raise UserError(f'--holdout_patients {args.holdout_patients} is nobody: take more')
     return rows[kept], rows[held]
-
-
-def scored(part, network, batches):
-    """What the log says of a test: {part_loss, part_error, ...}, by METRICS."""
-    return {f'{part}_{name}': value for name, value in test(network, batches).items()}
-
-
-def held_out_badness(line):
-    """What the epoch to keep has least of: the held-out error, or the AUROC's distance from 1."""
-    area = line.get('holdout_auroc_tasks')
-    return line.get('holdout_error', line['holdout_loss'] if area is None else 1 - area)
 
 
 def parse(argv):
     """Settings as a namespace: typed, over --quick, over the preset, over DARTS's."""
-    def defaults_for(typed, chosen):
-        name = preset_name(chosen, PRESETS)
-        if name == 'cifar' and chosen['preset'] == 'auto' and chosen['arch'] \
+    def defaults_for(typed, chosen, preset):
+        if (preset, chosen['preset']) == ('cifar', 'auto') and chosen['arch'] \
                 and isinstance(find_genotype(chosen['arch'])[0], str):
-            name = 'nb201'
-        out = dict(PRESETS[name])
+            preset = 'nb201'
+        out = dict(PRESETS[preset])
         if chosen['quick']:
             out.update(QUICK, num_classes=min(out.get('num_classes', 10), 20), rate_for=None)
             if {'optimizer': 'sgd', **out, **typed}['optimizer'] == 'sgd':
                 out['learning_rate'] = 0.05
-        return that_data_take(out, chosen)
+        return out
 
-    run = {'preset': Setting('auto', 'defaults of all settings; auto: by the data and the cell',
-                             ['auto', *PRESETS]), **RUN}
-    tables = {'network': NETWORK, 'data': INPUT, 'recipe': {**RECIPE, **SCHEDULE}, 'run': run}
-    s, typed, defaults = parse_flags(__doc__, tables, argv, defaults_for)
-    if not s['arch']:
-        raise UserError('--arch is missing: give a published name, a genotype.json or a search')
-    args = settle(s, typed, defaults)
+    tables = {'network': NETWORK, 'data': INPUT, 'recipe': {**RECIPE, **SCHEDULE}}
+    args, typed, defaults = settle(__doc__, tables, argv, PRESETS, defaults_for)
+    if not args.arch:
+        raise UserError('give --arch: a published name, a genotype.json or a search')
     check_layers(find_genotype(args.arch)[0], args.layers)
     if args.max_steps == 0:
         raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
@@ -802,8 +733,7 @@ def main(argv=None):
     genotype, found_by = find_genotype(args.arch)
     stem = stem_for(args.stem, data.image_size, args.init_channels, args.auxiliary)
     if args.label_smoothing and data.multilabel:
-        raise UserError(f'--label_smoothing {args.label_smoothing}: {args.data} has several labels '
-                        'an image, which are not smoothed: take 0')
+        raise UserError('--label_smoothing is for one label an image: leave it out')
     rows, held = split_rows(data, args)
     test_data = read(args.data, vars(args), 'test') if data.kind == 'real' else None
 
@@ -846,23 +776,25 @@ def main(argv=None):
                     'train_loss': loss, 'train_accuracy': right * world()[1] / size}
             is_last = epoch + 1 == run.epochs
             if len(held):
-                line.update(scored('holdout', network, whole(data, held)))
-                badness = held_out_badness(line)
+                line.update(test('holdout', network, whole(data, held)))
+                area = line.get('holdout_auroc_tasks')
+                badness = line['holdout_loss'] if area is None else 1 - area
+                badness = line.get('holdout_error', badness)
                 if badness < best_held:
                     best_held = badness
                     kept = {name: t.cpu().clone() for name, t in network.state_dict().items()}
                 if is_last:                     # its line is of the weights that weights.pt holds
                     network.load_state_dict(kept)
-                    line.update(scored('holdout', network, whole(data, held)))
+                    line.update(test('holdout', network, whole(data, held)))
             if test_data:
-                line.update(scored('test', network, whole(test_data, range(len(test_data)))))
+                line.update(test('test', network, whole(test_data, range(len(test_data)))))
             if 'test_error' in line:
                 best = min(best, line['test_error'])
                 line['best_test_error_selected_on_test'] = best
             if is_last:                         # without augmentation, in evaluation mode
-                line.update(scored('fit', network, whole(data, fit_rows)))
-            measured = [line[name] for name in ('test_loss', 'fit_loss') if name in line]
-            run.check_finite([torch.tensor(measured or [0.0])], epoch * run.steps + run.last)
+                line.update(test('fit', network, whole(data, fit_rows)))
+            measured = [line.get('test_loss', 0.0), line.get('fit_loss', 0.0)]
+            run.check_finite([torch.tensor(measured)], epoch * run.steps + run.last)
             if run.end_epoch(epoch, line, run.last * size):
                 return 128 + run.stop
         if not world()[0]:

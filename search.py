@@ -5,15 +5,11 @@
     python search.py --data random_labels --unrolled --gpu 0       # second order
     python search.py --data cifar10 --space nb201 --method gdas --gpu 0
     python search.py --data noise --preset laptop                  # minutes on a CPU, and the truth
-    python search.py --data noise --quick                          # a minute on a CPU, meaningless
-    python search.py --data imagenet --data_dir DIR --method pcdarts --gpu 0     # 224 px
-    python search.py --data chexpert --data_dir DIR --gpu 0
     torchrun --nproc_per_node 8 search.py --data imagenet --data_dir DIR --method pcdarts --resume
     for s in 0 1 2 3; do python search.py --data noise --seed $s --gpu 0 --resume; done
 
-The last line can be stopped and started again at will: --resume goes on from the last checkpoint,
-starts a run that has none and skips one that is done. Missing unreal data are made first. A method
-is a class: what differs from DARTS is what it overrides.
+--resume goes on from the last checkpoint, starts a run that has none and skips one that is done.
+Missing unreal data are made first. A method is a class that overrides what differs from DARTS.
 Sources: DARTS (arXiv 1806.09055), PC-DARTS (1907.05737), P-DARTS (1904.12760), GDAS (1910.04465),
 SDARTS (2002.05283), DARTS- (2009.01027), beta-DARTS (2203.01665), RobustDARTS (1909.09656).
 """
@@ -24,12 +20,12 @@ from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CIFAR, KINDS, REAL, Batches, Setting, UserError, choose_device,
-                           find_or_make, leave, number, one_line_errors, parse_flags, set_tf32,
+                           find_or_make, leave, number, one_line_errors, set_tf32,
                            stratified_split, suited, world, write_file)
 from evaluate import COST, correct, find_genotype, loss_of, method_name, read_json, stem_for
-from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, averaged, batch_of, changed_by_a_step,
-                     check_alike, check_batch, learning_rate_at, make_optimizer, preset_name,
-                     refuse_idle, run_name, settle, start_alike, that_data_take)
+from retrain import (INPUT, SCHEDULE, GraphedStep, Run, averaged, batch_of, changed_by_a_step,
+                     check_alike, check_batch, learning_rate_at, make_optimizer, refuse_idle,
+                     run_name, settle, start_alike)
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +41,7 @@ from operations import DroppedSkip, dropped_skip, skip_connect
 SEARCH = {
     'space': Setting('darts', 'nb201: where the truth is known', ['darts', 'nb201']),
     'unrolled': Setting(False, 'second-order step'),
-    'arch_data': Setting('valid', 'images for the alphas: held out, those of the weights, or none',
-                         ['valid', 'train', 'none']),
+    'arch_data': Setting('valid', 'of the alphas; valid: held out', ['valid', 'train', 'none']),
     'perturb': Setting('random', 'perturbation of sdarts', ['random', 'adversarial']),
     'partial': Setting(1, 'operations see 1/partial of the channels', number(int, 1)),
     'init_channels': Setting(16, 'channels of the first cell', number(int, 1)),
@@ -54,22 +49,19 @@ SEARCH = {
     'cells_per_stage': Setting(5, 'of nb201', number(int, 1, 60)),
     'stem': COST['stem'],
     'train_portion': Setting(0.5, "the weights' share of images", number(float, above=0, below=1)),
-    'valid_fraction': Setting(None, "the alphas' share, not all others",
-                              number(float, above=0, below=1)),
+    'valid_fraction': Setting(None, "the alphas' share", number(float, above=0, below=1)),
     'arch_learning_rate': Setting(3e-4, 'of the alphas', number(float, 0)),
     'arch_weight_decay': Setting(1e-3, 'of the alphas', number(float, 0)),
     'frozen_epochs': Setting(0, 'first epochs, of the weights alone', number(int, 0)),
-    'hessian': Setting(None, "log the alphas' Hessian's largest eigenvalue every N epochs",
-                       number(int, 1)),
+    'hessian': Setting(None, "log the Hessian's largest eigenvalue by N epochs", number(int, 1)),
     'early_stop': Setting(False, 'stop when that eigenvalue grows (RobustDARTS)'),
 }
 # arch_grad_clip, the largest norm of the alphas' gradient, is a method's, and no flag; 0: no limit.
 DEFAULTS = dict(epochs=50, batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
                 arch_grad_clip=0.0)
 SPACES = {'darts': {}, 'nb201': dict(nesterov=True, weight_decay=5e-4)}     # of its own searches
-# ImageNet: as PC-DARTS searched on it (section 4.3 of its paper), 10% of the images for the weights
-# and 2.5% for the alphas, the learning rate for 1,024 images. CheXpert: our own choice, 10% of the
-# patients for each. laptop: our own, minutes on two cores, for which the alphas move faster.
+# ImageNet: as PC-DARTS searched on it (section 4.3), with the learning rate for 1,024 images.
+# CheXpert: our own choice. laptop: our own, minutes on two cores, for which the alphas move faster.
 PRESETS = {
     'cifar': {},
     'imagenet': dict(image_size=224, num_classes=1000, num_images=128000, source='imagenet',
@@ -94,8 +86,7 @@ class Darts:
 
     recipe: the settings that differ from DARTS's; recipe_on: those by space or preset. stochastic:
     every loss draws anew what is computed, so that differences of losses mean nothing. one_path:
-    one operation per edge is computed. The numbers that begin_epoch sets are tensors on the device,
-    so that a CUDA graph sees them change.
+    one operation per edge is computed.
     """
     recipe, recipe_on = {}, {}
     spaces, stages = ('darts', 'nb201'), 1
@@ -108,8 +99,10 @@ class Darts:
 
     def build(self):
         """A new supernet; returns it."""
-        args, space = self.args, DARTS if self.args.space == 'darts' else NB201
-        layers = args.layers if args.space == 'darts' else 3 * args.cells_per_stage + 2
+        args = self.args
+        space, layers = DARTS, args.layers
+        if args.space == 'nb201':
+            space, layers = NB201, 3 * args.cells_per_stage + 2
         space, layers = self.change_space(space, layers)
         self.network = Network(args.init_channels, self.num_classes, layers, partial=args.partial,
                                stem=self.stem, space=space, kept=self.kept,
@@ -123,14 +116,11 @@ class Darts:
         return space, layers
 
     def begin_epoch(self, epoch, epochs, frozen):
-        """Set what changes by epoch, of `epochs` of which the first `frozen` leave the alphas.
-
-        Returns {name: number} for the log.
-        """
+        """Set and return what changes by epoch; the first `frozen` leave the alphas as they are."""
         return {}
 
     def set_tensors(self, **numbers):
-        """Keep numbers as attributes that are tensors on the device; return them for the log."""
+        """Keep numbers as tensors, which a CUDA graph sees change; return them for the log."""
         for name, value in numbers.items():
             if not hasattr(self, name):
                 setattr(self, name, torch.zeros((), device=self.device))
@@ -165,7 +155,7 @@ class PDarts(Darts):
     """P-DARTS (1904.12760): three stages, each with more cells and fewer operations per edge.
 
     Skips have dropout, which falls within a stage. In the end the normal cell keeps two skips at
-    most. Epochs are those of all stages together, frozen epochs those of each.
+    most. Frozen epochs are those of each stage.
     """
     recipe = dict(epochs=75, batch_size=96, learning_rate_min=0.0, arch_learning_rate=6e-4,
                   arch_grad_clip=5.0, frozen_epochs=10, layers=5)
@@ -272,20 +262,26 @@ class SDarts(Darts):
     """SDARTS (2002.05283): the weights are trained with probabilities moved within a radius.
 
     --perturb random: by a uniform shift, brought back to the simplex. adversarial: from there
-    seven steps of 2 radius / 7 along the sign of the training loss's gradient, each kept within
-    the radius and brought back; the probabilities themselves if the loss is then lower than with
-    them. The attack is in evaluation mode, as the authors have it.
+    seven steps of 2 radius / 7 along the sign of the training loss's gradient, each brought back,
+    in evaluation mode as by the authors; no shift if the loss is lower without.
     """
     recipe_on = {'nb201': dict(epochs=100, nesterov=False, weight_decay=3e-4)}
+
+    near = None             # what perturbed returned, while the weights are trained
 
     def begin_epoch(self, epoch, epochs, frozen):
         return self.set_tensors(radius=0.03 + 0.27 * (epoch / epochs))
 
+    def mix(self, cell_type, p):
+        return p if self.near is None else self.near[cell_type]
+
     @contextmanager
     def weight_training(self, train):
-        near = self.perturbed(train)
-        with mixed_by(self.network, lambda cell_type, _: near[cell_type]):
+        try:
+            self.near = self.perturbed(train)
             yield
+        finally:                                # a CUDA graph's capture may have failed
+            self.near = None
 
     def perturbed(self, train):
         """{cell type: (edges, operations)} to train the weights with."""
@@ -298,16 +294,17 @@ class SDarts(Darts):
         network.eval()
         with trained(network):
             before = self.training_loss(train)
-            with mixed_by(network, lambda cell_type, _: near[cell_type]):   # as near changes
-                for _ in range(7):
-                    for value in near.values():
-                        value.requires_grad_()
-                    grads, *_ = gradients(self, train, list(near.values()))
-                    for (cell, value), grad in zip(list(near.items()), grads):
-                        shift = value.detach() + 2 * radius / 7 * grad.sign() - start[cell]
-                        near[cell] = simplex(start[cell] + torch.minimum(
-                            torch.maximum(shift, -radius), radius))
-                worse = self.training_loss(train) >= before
+            self.near = near                    # whose values change
+            for _ in range(7):
+                for value in near.values():
+                    value.requires_grad_()
+                grads, *_ = gradients(self, train, list(near.values()))
+                for (cell, value), grad in zip(list(near.items()), grads):
+                    shift = value.detach() + 2 * radius / 7 * grad.sign() - start[cell]
+                    shift = torch.minimum(torch.maximum(shift, -radius), radius)
+                    near[cell] = simplex(start[cell] + shift)
+            worse = self.training_loss(train) >= before
+        self.near = None
         network.train()
         return {cell: torch.where(worse, value, start[cell]) for cell, value in near.items()}
 
@@ -338,16 +335,6 @@ def simplex(p):
 
 
 @contextmanager
-def mixed_by(network, mix):
-    """Forward passes inside take their weights from another function."""
-    before, network.mix = network.mix, mix
-    try:
-        yield
-    finally:
-        network.mix = before
-
-
-@contextmanager
 def trained(network, weights=False, alphas=False):
     """Gradients reach only what is named: no work is done for the others."""
     for p in network.weight_parameters():
@@ -357,8 +344,7 @@ def trained(network, weights=False, alphas=False):
     try:
         yield
     finally:
-        for p in network.parameters():
-            p.requires_grad_(True)
+        network.requires_grad_(True)
 
 
 def forward(network, batch, amp=False):
@@ -397,10 +383,7 @@ def gradients(method, batch, wanted, exact=False):
 
 
 def first_order(method, valid):
-    """Gradients of the alphas with the weights as they are (DARTS, equation 6).
-
-    Returns (gradients, loss, right answers) on the validation batch.
-    """
+    """(gradients of the alphas, loss, right answers) on valid at these weights (equation 6)."""
     network = method.network
     with trained(network, alphas=True), network.frozen_statistics():
         return gradients(method, valid, network.architecture_parameters())
@@ -409,9 +392,8 @@ def first_order(method, valid):
 def second_order(method, train, valid, sgd):
     """Gradients of the alphas through one virtual step of the weights (DARTS, equations 7, 8).
 
-    The virtual step w' = w - eta (gradient + weight decay + momentum) is that which sgd would
-    take without clipping. The weights are moved in place and put back; there is no second network.
-    Returns (gradients, loss, right answers) at w' on the validation batch.
+    The virtual step w' = w - eta (gradient + weight decay + momentum) is that of sgd without
+    clipping, in place. Returns (gradients, loss, right answers) at w' on the validation batch.
     """
     network = method.network
     weights, alphas = network.weight_parameters(), network.architecture_parameters()
@@ -452,10 +434,7 @@ def second_order(method, train, valid, sgd):
 
 
 def architecture_step(method, train, valid, sgd, adam, moments=()):
-    """Step the alphas; returns (loss, right answers) on the validation batch before it.
-
-    moments: to each pair of tensors the gradient of an alpha, and its square, is added.
-    """
+    """Step the alphas: (loss, right answers) on valid before it; adds to the moments."""
     alphas, args = method.network.architecture_parameters(), method.args
     if args.arch_data == 'none':                # the control: only what a method adds by itself
         loss = right = torch.zeros((), device=alphas[0].device)
@@ -493,10 +472,7 @@ def weight_step(method, train, sgd):
 
 
 def bilevel_step(method, train, valid, sgd, adam, frozen=False, moments=()):
-    """Step the alphas, unless `frozen`, then the weights.
-
-    Returns (4,): loss and right answers on the training batch, the same on the validation batch.
-    """
+    """Step the alphas, unless `frozen`, then the weights: (4,), loss and right of each batch."""
     parts = () if frozen else architecture_step(method, train, valid, sgd, adam, moments)
     sums = torch.stack([*weight_step(method, train, sgd), *parts])
     return torch.cat([sums, torch.zeros_like(sums)]) if frozen else sums
@@ -519,9 +495,9 @@ def optimizers(network, args):
 def describe(network, moments, steps, before):
     """What log.jsonl says of the alphas after an epoch; before: the line before, or None.
 
-    By cell type: entropy in nats and the margin between the first and the second operation, means
-    over edges; skips of the genotype, edges whose strongest operation is none; signal: the norm of
-    the mean architecture gradient over the epoch's steps, by the norm of its standard deviation.
+    By cell type: entropy in nats and margin of the first operation, means over edges; skips of the
+    genotype; edges whose strongest operation is none; signal: the norm of the mean architecture
+    gradient over the epoch's steps, by the norm of its standard deviation.
     """
     genotype, line = network.genotype(), {}
     none = list(network.space.operations).index('none')
@@ -552,11 +528,7 @@ def describe(network, moments, steps, before):
 
 
 def largest_eigenvalue(network, valid, args, iterations=20):
-    """Of the Hessian of a batch's loss in the alphas, their weight decay on its diagonal.
-
-    What RobustDARTS watches, by Lanczos's method, on the epoch's last batch for the alphas. Of it
-    the first of the --grad_accum parts is taken.
-    """
+    """Of the alphas' Hessian, weight decay added, by Lanczos's method (RobustDARTS)."""
     alphas, valid = network.architecture_parameters(), [t.chunk(args.grad_accum)[0] for t in valid]
     set_tf32(False)
     with trained(network, alphas=True), network.frozen_statistics():
@@ -586,7 +558,7 @@ def before_growth(log, epochs):
     """RobustDARTS: the line whose genotype to take, once the eigenvalue has grown, or None.
 
     The mean of five values must exceed 1.3 times the mean four values earlier, which must be
-    positive and not before epoch 10 of 50. log: lines with `epoch`, some of them with `eigenvalue`.
+    positive and not before epoch 10 of 50.
     """
     known = [line for line in log if line.get('eigenvalue') is not None]
     means = [sum(line['eigenvalue'] for line in known[k - 2:k + 3]) / 5
@@ -604,8 +576,8 @@ def before_growth(log, epochs):
 
 def parse(argv):
     """Settings as a namespace: typed, over --quick, preset, method, space, and DARTS's."""
-    def defaults_for(typed, chosen):
-        method, preset = METHODS[chosen['method']], preset_name(chosen, PRESETS)
+    def defaults_for(typed, chosen, preset):
+        method = METHODS[chosen['method']]
         space = {**chosen, **PRESETS[preset], **typed}['space']
         out = {**DEFAULTS, **SPACES[space], **method.recipe, **method.recipe_on.get(space, {}),
                **PRESETS[preset], **method.recipe_on.get(preset, {})}
@@ -617,43 +589,34 @@ def parse(argv):
             out.update(train_portion=0.8, valid_fraction=0.2)       # larger, of fewer images
         if chosen['quick']:
             out.update(QUICK, num_classes=min(out.get('num_classes', 10), 20))
-        return that_data_take(out, chosen)
+        return out
 
     table = {'method': Setting('darts', 'how to search', list(METHODS)), **SEARCH}
-    run = {'preset': Setting('auto', 'defaults of all settings; auto: by the data',
-                             ['auto', *PRESETS]), **RUN}
     data = {**INPUT, 'data': INPUT['data']._replace(default='noise')}
-    tables = {'method': table, 'data': data, 'schedule': SCHEDULE, 'run': run}
-    s, typed, defaults = parse_flags(__doc__, tables, argv, defaults_for)
-    args = settle(s, typed, defaults)
+    tables = {'method': table, 'data': data, 'schedule': SCHEDULE}
+    args, typed, defaults = settle(__doc__, tables, argv, PRESETS, defaults_for)
     method = METHODS[args.method]
     if args.space not in method.spaces:
-        raise UserError(f'--method {args.method} is not for --space {args.space}, whose depth is '
-                        'fixed: take another, or --space darts')
+        raise UserError(f'--method {args.method} is not for --space {args.space}: take another, or '
+                        '--space darts')
     if args.epochs <= args.frozen_epochs * method.stages:
-        raise UserError(f'--frozen_epochs {args.frozen_epochs} leaves none of {args.epochs} '
-                        'epochs for the alphas: take fewer')
+        raise UserError(f'--frozen_epochs {args.frozen_epochs} leaves the alphas none: take fewer')
     flag = 'early_stop' if args.early_stop else 'hessian' if args.hessian else 'unrolled'
     if args.unrolled or args.hessian:
         if method.stochastic:
-            raise UserError(f'--{flag}: {args.method} draws anew for every loss what is computed, '
-                            'so differences of losses mean nothing: leave it out')
+            raise UserError(f'--{flag}: {args.method} draws anew for every loss: leave it out')
         if args.arch_data == 'none':
-            raise UserError(f'--{flag}: with --arch_data none there is no loss for the alphas: '
-                            'leave it out')
+            raise UserError(f'--{flag} needs a loss of the alphas: leave out --arch_data none')
     if args.train_portion + (args.valid_fraction or 0) > 1 + 1e-9:
-        raise UserError(f'--train_portion {args.train_portion:g} and --valid_fraction '
-                        f'{args.valid_fraction:g} are more than all images: take less')
+        raise UserError('--train_portion and --valid_fraction are more than all images: take less')
     if args.init_channels % args.partial:
-        raise UserError(f'--init_channels {args.init_channels} does not divide into --partial '
-                        f'{args.partial} parts: take a multiple')
-    shares = [args.train_portion]
+        raise UserError(f'--init_channels must be a multiple of --partial {args.partial}')
+    share = args.train_portion
     if args.arch_data == 'valid':
-        shares.append(args.valid_fraction or 1 - args.train_portion)
-    words = [args.method]
+        share = min(share, args.valid_fraction or 1 - share)
+    words = [args.data, args.method] if method.searches else [args.method]
     if method.searches:
-        words = [args.data, args.method]
-        check_batch(args, min(shares))
+        check_batch(args, share)
     refuse_idle(typed, {'perturb': args.method == 'sdarts',
                         'valid_fraction': args.arch_data == 'valid'})
     args.save = args.save or run_name('search', words, args, typed, defaults)
@@ -708,22 +671,18 @@ def main(argv=None):
     run.plan(min(map(len, batches)))
     method = METHODS[args.method](args, len(data.classes), stem, device)
     if 0 < run.epochs < method.stages:
-        raise UserError(f'--epochs: {run.epochs} in all make no {method.stages} stages of '
-                        f'{args.method}: take more, or more --max_steps')
+        raise UserError(f'--epochs and --max_steps: {args.method} needs {method.stages} epochs')
     stage_starts = [k * run.epochs // method.stages for k in range(method.stages + 1)]
     frozen = round(args.frozen_epochs * run.epochs / args.epochs)
 
     with run.on(data):
-        # Supernet, alphas and optimizers.
         torch.manual_seed(args.seed)
         method.stage = run.checkpoint.get('stage', 0)
         method.kept = run.checkpoint.get('kept')
         network = method.build()
         sgd, adam = optimizers(network, args)
-        moments = [torch.zeros(2, *a.shape, device=device)
-                   for a in network.architecture_parameters()]
-        for pair, saved in zip(moments, run.checkpoint.get('moments', ())):
-            pair.copy_(saved)
+        zeros = [torch.zeros(2, *a.shape) for a in network.architecture_parameters()]
+        moments = [t.to(device) for t in run.checkpoint.get('moments', zeros)]
         run.start(f'{method_name(vars(args))} on {data.name} ({len(data):,} images of '
                   f'{data.image_size} px, {len(data.classes)} classes)',
                   torch.zeros(4, device=device),        # what bilevel_step returns
@@ -786,8 +745,7 @@ def main(argv=None):
 
 
 def rates(sums, steps, batch_size, has_valid):
-    """Mean losses and accuracies of an epoch, for the log; has_valid: also of the alphas' images.
-    """
+    """Mean losses and accuracies of an epoch, for the log; of the alphas' images if has_valid."""
     train_loss, train_right, valid_loss, valid_right = averaged([sums])[0].div(steps).tolist()
     images = batch_size / world()[1]
     return {'train_loss': train_loss, 'train_accuracy': train_right / images,
@@ -798,8 +756,7 @@ def rates(sums, steps, batch_size, has_valid):
 def finish(run, genotype, args, **beside):
     """Write genotype.svg and genotype.json, and say what came out and what comes next."""
     data, arch_data = (args.data, args.arch_data) if METHODS[args.method].searches else (None, None)
-    title = args.method + (f' on {data}' if data else '') + f', seed {args.seed}'
-    write_file(run.folder / 'genotype.svg', draw(genotype, title))
+    write_file(run.folder / 'genotype.svg', draw(genotype, run.folder.name))
     write_file(run.folder / 'genotype.json', to_json(
         genotype, data=data, method=method_name(vars(args)), seed=args.seed, arch_data=arch_data,
         **beside) + '\n')
@@ -813,9 +770,8 @@ def say(genotype):
     """Print the cells that were found, or the one of NAS-Bench-201 and what it is worth."""
     if isinstance(genotype, str):
         print(genotype)
-        print('test accuracy of this cell, known from NAS-Bench-201: CIFAR-10 {cifar10:.2f}%, '
-              'CIFAR-100 {cifar100:.2f}%, ImageNet16-120 {imagenet16:.2f}%; rank {rank:,} of '
-              '15,625'.format(**truth(genotype)))
+        print('known accuracy: CIFAR-10 {cifar10:.2f}%, CIFAR-100 {cifar100:.2f}%, ImageNet16-120 '
+              '{imagenet16:.2f}%; rank {rank:,} of 15,625'.format(**truth(genotype)))
         return
     for cell in ('normal', 'reduce'):
         print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
@@ -835,11 +791,11 @@ def next_command(folder, args):
         words += ['--auxiliary', '--cutout']
     if target in CIFAR and not Path(args.data_dir, CIFAR[target][0]).is_dir():
         words.append('--download')
-    if target not in REAL:
+    if target in REAL:
+        words += ['--data_dir', args.data_dir] if args.data_dir != 'data' else []
+    else:
         words += ['--image_size', str(args.image_size)] if args.image_size else []
         words += ['--skip_broken'] if args.skip_broken else []
-    if target in REAL and args.data_dir != 'data':
-        words += ['--data_dir', args.data_dir]
     if target == 'chexpert':
         words += ['--uncertain', args.uncertain, '--views', args.views]
     return shlex.join([*words, '--gpu', str(args.gpu)])

@@ -64,9 +64,9 @@ def steps(*flags):
     data = generate_data.Data('x', 'noise', images, y[0, 0, :7].numpy(), list('abcd'), [.5] * 3,
                               [.2] * 3, 8, {})
     batches = generate_data.Batches(data, range(7), 2, torch.device('cpu'), shuffle=False)
-    found = evaluate.test(ours.float(), batches)
-    assert found['n'] == 7                              # each image once
-    out['tested'] = torch.tensor([found['loss'], found['error']]).double()
+    found = evaluate.test('test', ours.float(), batches)
+    assert found['test_n'] == 7                         # each image once
+    out['tested'] = torch.tensor([found['test_loss'], found['test_error']]).double()
     return {name: value.detach() for name, value in out.items()}
 
 

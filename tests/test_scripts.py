@@ -70,8 +70,9 @@ def test_the_epoch_that_is_kept_is_the_one_that_is_best_on_held_out_images():
     data = generate_data.find_or_make(args.data, vars(args))
     kept, held = stratified_split(data.labels, 0.5, 0)
     for rows, name, line in ((kept, 'fit', lines[-1]), (held, 'holdout', best)):
-        found = evaluate.test(network, Batches(data, rows, 50, torch.device('cpu'), shuffle=False))
-        assert found['loss'] == pytest.approx(line[f'{name}_loss'], rel=1e-5)
+        batches = Batches(data, rows, 50, torch.device('cpu'), shuffle=False)
+        found = evaluate.test(name, network, batches)[f'{name}_loss']
+        assert found == pytest.approx(line[f'{name}_loss'], rel=1e-5)
 
 
 @pytest.mark.parametrize('space, draw', [('darts', random_genotype), ('nb201', random_string)])
