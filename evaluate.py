@@ -322,16 +322,19 @@ def read_run(run):
 def known_of(genotype):
     """A cell's skips, parameters and, of NAS-Bench-201, true accuracy and distances in points."""
     if not isinstance(genotype, str):
-        skips = {f'skips_{cell}': sum(op == 'skip_connect' for op, _ in getattr(genotype, cell))
-                 for cell in ('normal', 'reduce')}
+        skips = {}
+        for cell in ('normal', 'reduce'):
+            names = [op for op, _ in getattr(genotype, cell)]
+            skips[f'skips_{cell}'] = names.count('skip_connect')
         return {**skips, 'params': cost(genotype)['params']}
     table, ordered = nas_bench_201()
     names, true = from_string(genotype), genotypes.truth(genotype)
     others = {'to_optimum': {name: ordered[name][-1] for name in ACCURACIES},
               'to_median': {name: ordered[name][len(table) // 2] for name in ACCURACIES},
               'to_largest': table[NB201_LARGEST]}
-    distances = {key: [round(true[name] - values[name], 2) for name in ACCURACIES]
-                 for key, values in others.items()}
+    distances = {}
+    for key, values in others.items():
+        distances[key] = [round(true[name] - values[name], 2) for name in ACCURACIES]
     return {**true, **distances, 'skips': names.count('skip_connect'),
             'nones': names.count('none'), 'params': table[genotype]['params']}
 
@@ -357,7 +360,8 @@ def read_test(meta, data_dir=None, table=None):
         raise UserError(f'{data_dir or meta["data"]} has no test images any more: bring them back')
     unknown = sorted(set(data.classes) - set(meta['classes']))
     if unknown or data.multilabel and data.classes != meta['classes']:
-        raise UserError(f'{data.name}: the network has other classes ({", ".join(unknown[:5])})')
+        raise UserError(f'{data.name}: the network does not know {", ".join(unknown[:5])}: give '
+                        'the data that it was trained on')
     if not data.multilabel:
         place = np.array([meta['classes'].index(name) for name in data.classes])
         data = replace(data, labels=place[data.labels], classes=meta['classes'])
@@ -524,7 +528,9 @@ def plot(rows, path):
         group = ' on '.join(word for word in words if word)
         row['colour'] = colours.setdefault(group, f'C{len(colours)}')
     for title, start in PANELS.items():
-        lines = [(row['colour'], [mean_of(line, start) for line in row['log']]) for row in rows]
+        lines = []
+        for row in rows:
+            lines.append((row['colour'], [mean_of(line, start) for line in row['log']]))
         if any(set(values) - {None} for _, values in lines):
             panels.append((title, 2.4, draw_curves, [lines]))
     fits = [row for row in rows if row.get('gap') is not None]

@@ -1341,8 +1341,10 @@ def chexpert_files(root, table, paths, views):
         patient = inside.split('/')[0]
         return owners[patient] / inside if patient in owners else place / path
 
-    places = [place for place in (root, table.parent, root.parent)
-              if any(find(place, path).exists() for path in paths[:3])]
+    places = []
+    for place in (root, table.parent, root.parent):
+        if any(find(place, path).exists() for path in paths[:3]):
+            places.append(place)
     if not places:
         raise UserError(f'{table}: none of its first files is there; looked at '
                         f'{find(root, paths[0])}. Give the right --data_dir.')

@@ -584,7 +584,9 @@ class GraphedStep:
         return result
 
     def state(self):
-        copies = {name: [t.detach().clone() for t in part] for name, part in self.changed().items()}
+        copies = {}
+        for name, part in self.changed().items():
+            copies[name] = [t.detach().clone() for t in part]
         return copies, random_states(self.device)
 
     @torch.no_grad()

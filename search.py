@@ -182,7 +182,9 @@ class PDarts(Darts):
             p = self.network.probabilities(cell_type).detach().cpu()
             order = p.argsort(dim=1, descending=True, stable=True)
             rows = order[:, :self.KEEP[self.stage]].sort(1).values.tolist()
-            self.kept[cell_type] = [[names[k] for k in row] for row in rows]
+            self.kept[cell_type] = []
+            for row in rows:
+                self.kept[cell_type].append([names[k] for k in row])
 
     def begin_epoch(self, epoch, epochs, frozen):
         share = (epochs - 1 - epoch) / epochs
@@ -561,8 +563,8 @@ def before_growth(log, epochs):
     positive and not before epoch 10 of 50.
     """
     known = [line for line in log if line.get('eigenvalue') is not None]
-    means = [sum(line['eigenvalue'] for line in known[k - 2:k + 3]) / 5
-             for k in range(2, len(known) - 2)]
+    values = [line['eigenvalue'] for line in known]
+    means = [sum(values[k - 2:k + 3]) / 5 for k in range(2, len(known) - 2)]
     for k in range(4, len(means)):
         earlier = known[k - 2]                          # in the middle of means[k - 4]
         if earlier['epoch'] >= 10 * epochs / 50 and means[k] > 1.3 * means[k - 4] > 0:
