@@ -466,7 +466,9 @@ def fit_table(rows):
     table = [['architecture from', 'method', 'alphas on', 'trained on', 'n', 'loss', 'accuracy %',
               'area under the training curve %', 'test error %', 'train - test, points']]
     for key, members in (groups | together).items():
-        loss, accuracy, area = ([row[name] for row in members] for name in FITS)
+        loss = [row['fit_loss'] for row in members]
+        accuracy = [row['fit_accuracy'] for row in members]
+        area = [row['train_area'] for row in members]
         line = [*key, str(len(members)), mean_text(loss, 1, 3), mean_text(accuracy, 100),
                 mean_text(area, 100), '-', '-']
         if members[0]['test_error'] is not None:
