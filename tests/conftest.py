@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import generate_data  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wait)
+import search  # noqa: E402
+import textbook  # noqa: E402
 import torch  # noqa: E402
 
 SIZES = ['--layers', '3', '--init_channels', '4', '--batch_size', '8', '--epochs', '2',
@@ -43,6 +45,38 @@ def real_data():
         if folder and (Path(folder) / 'cifar-10-batches-py').is_dir():
             return str(folder)
     pytest.skip('no real CIFAR-10: put cifar-10-batches-py into data/')
+
+
+def batch(size=8, n=6):
+    return torch.randn(n, 3, size, size), torch.randint(4, (n,))
+
+
+def searching(*flags):
+    """(method, its network) for four classes, whose alphas are far from uniform."""
+    args = search.parse(['--init_channels', '4', '--layers', '3', '--cells_per_stage', '1', *flags])
+    method = search.METHODS[args.method](args, 4, 'cifar', torch.device('cpu'))
+    network = method.build()
+    with torch.no_grad():
+        for alpha in network.alphas.values():
+            alpha.mul_(500)
+    return method, network
+
+
+def with_textbook(*flags):
+    """(method, its network, the textbook's network, pairs of their equal weights)."""
+    method, network = searching(*flags)
+    args = method.args
+    if args.space == 'nb201':
+        book = textbook.NB201Network(args.init_channels, 4, args.cells_per_stage)
+    else:
+        book = textbook.Network(args.init_channels, 4, args.layers, partial=args.partial)
+    return method, network, book, textbook.copy_weights(network, book)
+
+
+def same_weights(pairs):
+    for p, block, q in pairs:
+        if p.requires_grad:
+            close(p[block], q)
 
 
 def log(folder):

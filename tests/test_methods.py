@@ -1,5 +1,4 @@
 """Every method against its formula written plainly, in float64; NAS-Bench-201; what is measured."""
-import copy
 import json
 import math
 from pathlib import Path
@@ -7,8 +6,8 @@ from pathlib import Path
 import pytest
 import textbook
 import torch
-from conftest import DARTS, TINY, close, log, run
-from torch import nn
+from conftest import (DARTS, TINY, batch, close, log, run, same_weights, searching,
+                      with_textbook)
 from torch.nn import functional as F
 
 import evaluate
@@ -18,39 +17,11 @@ from genotypes import (agreement, from_plain, from_string, nas_bench_201,
 from model_search import NB201, Network
 from operations import Inputs
 
-CPU = torch.device('cpu')
 
-
-def batch(size=8, n=6):
-    return torch.randn(n, 3, size, size), torch.randint(4, (n,))
-
-
-def searching(*flags):
-    """(method, its network) for four classes, whose alphas are far from uniform."""
-    args = search.parse(['--init_channels', '4', '--layers', '3', *flags])
-    method = search.METHODS[args.method](args, 4, 'cifar', CPU)
-    network = method.build()
-    with torch.no_grad():
-        for alpha in network.alphas.values():
-            alpha.mul_(500)
-    return method, network
-
-
-def nb201(name='darts', *flags, n=1):
+def nb201(name='darts', *flags):
     """(method, its network, SGD, Adam, the textbook's network, pairs of their weights)."""
-    method, network = searching('--space', 'nb201', '--method', name, '--cells_per_stage', str(n),
-                                '--partial', '1', *flags)
-    book = textbook.NB201Network(4, 4, n)
-    pairs = textbook.copy_weights(network, book)
+    method, network, book, pairs = with_textbook('--space', 'nb201', '--method', name, *flags)
     return method, network, *search.optimizers(network, method.args), book, pairs
-
-
-def darts(name):
-    """(method, its network, the textbook's network of DARTS's space)."""
-    method, network = searching('--method', name)
-    book = textbook.Network(4, 4, 3)
-    textbook.copy_weights(network, book)
-    return method, network, book
 
 
 def same_gradients(method, book, valid):
@@ -63,79 +34,18 @@ def same_gradients(method, book, valid):
 
 def same_step(method, sgd, book, pairs, train):
     """A step of the weights is that of plain SGD, clipped at 5, on the textbook's network."""
-    book_sgd = torch.optim.SGD(book.weights(), 0.025, momentum=0.9,
-                               nesterov=method.args.nesterov,
-                               weight_decay=method.args.weight_decay)
+    args = method.args
     search.weight_step(method, train, sgd)
-    grads = torch.autograd.grad(textbook.loss(book, train), book.weights(), allow_unused=True,
-                                materialize_grads=True)
-    for w, g in zip(book.weights(), grads):
-        w.grad = g
-    nn.utils.clip_grad_norm_(book.weights(), 5)
-    book_sgd.step()
+    for w in book.weights():
+        w.grad = torch.zeros_like(w)            # of an operation that is not drawn, too
+    textbook.Step(book, False, args.weight_decay, nesterov=args.nesterov).weight_step(train)
     same_weights(pairs)
-
-
-def same_weights(pairs):
-    for p, block, q in pairs:
-        if p.requires_grad:
-            close(p[block], q)
 
 
 def straight_through(alpha, gumbel, temperature):
     """GDAS: one-hot of Gumbel's argmax, with the gradient of the softmax."""
     q = F.softmax((F.log_softmax(alpha, 1) + gumbel) / temperature, 1)
     return F.one_hot(q.argmax(1), alpha.shape[1]).double() - q.detach() + q
-
-
-# ---------------------------------------------------------------------------------------------
-# The bilevel step
-
-
-def book_gradient(book, train, valid, sgd, unrolled):
-    """Equation 6 of DARTS, or 7 and 8 for a virtual step with Nesterov's momentum."""
-    if not unrolled:
-        return torch.autograd.grad(textbook.loss(book, valid), book.alphas)[0]
-    weights, virtual = book.weights(), copy.deepcopy(book)
-    twin = torch.optim.SGD(virtual.weights(), 0.025, momentum=0.9, weight_decay=5e-4,
-                           nesterov=True)
-    for w, v in zip(weights, virtual.weights()):
-        if sgd.state:
-            twin.state[v]['momentum_buffer'] = sgd.state[w]['momentum_buffer'].clone()
-    for v, g in zip(virtual.weights(), torch.autograd.grad(textbook.loss(book, train), weights)):
-        v.grad = g
-    twin.step()
-    both = torch.autograd.grad(textbook.loss(virtual, valid),
-                               virtual.weights() + list(virtual.alphas))
-    eps = 0.01 / math.sqrt(sum((g ** 2).sum().item() for g in both[:-1]))
-    sides = []
-    for sign in (1, -1):
-        moved = copy.deepcopy(book)
-        with torch.no_grad():
-            for w, g in zip(moved.weights(), both):
-                w += sign * eps * g
-        sides.append(torch.autograd.grad(textbook.loss(moved, train), moved.alphas)[0])
-    return both[-1] - 0.025 * (sides[0] - sides[1]) / (2 * eps)
-
-
-@pytest.mark.parametrize('unrolled', [[], ['--unrolled']])
-def test_steps_in_nb201_equal_the_textbook(float64, unrolled):
-    method, ours, sgd, adam, book, pairs = nb201('darts', *unrolled, n=2)
-    assert method.args.nesterov and method.args.weight_decay == 5e-4
-    book_sgd = torch.optim.SGD(book.weights(), 0.025, momentum=0.9, weight_decay=5e-4,
-                               nesterov=True)
-    book_adam = torch.optim.Adam(book.alphas, 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
-    for _ in range(3):
-        train, valid = batch(), batch()
-        search.bilevel_step(method, train, valid, sgd, adam)
-        book.alphas[0].grad = book_gradient(book, train, valid, book_sgd, unrolled)
-        book_adam.step()
-        book_sgd.zero_grad()
-        textbook.loss(book, train).backward()
-        nn.utils.clip_grad_norm_(book.weights(), 5)
-        book_sgd.step()
-    close(ours.alphas['cell'], book.alphas[0])
-    same_weights(pairs)
 
 
 @pytest.mark.parametrize('seed', range(6))
@@ -187,7 +97,7 @@ def test_gdas_draws_one_operation_straight_through_in_nb201(float64, monkeypatch
 
 def test_gdas_draws_one_operation_straight_through_in_darts(float64, monkeypatch):
     """Both cell types, strides of 2, and nothing is added for what was not drawn."""
-    method, ours, book = darts('gdas')
+    method, ours, book, _ = with_textbook('--method', 'gdas')
     method.set_tensors(temperature=0.7)
     exponentials = [torch.rand(14, 8) + 0.1, torch.rand(14, 8) + 0.1]
     cells = [id(alpha) for alpha in book.alphas]
@@ -261,7 +171,8 @@ def test_betadarts_adds_lambda_times_the_mean_of_logsumexp_to_the_alphas_loss(fl
     search.architecture_step(method, train, valid, sgd, adam)
     close(ours.alphas['cell'], book.alphas[0])
     same_step(method, sgd, book, pairs, train)
-    method, ours, book = darts('betadarts')     # in DARTS's space over both cells together
+    # In DARTS's space over both cells together.
+    method, ours, book, _ = with_textbook('--method', 'betadarts')
     method.set_tensors(lambda_=2.5)
     mean = torch.cat([torch.logsumexp(alpha, 1) for alpha in book.alphas]).mean()
     zeros = [torch.zeros_like(alpha) for alpha in book.alphas]
@@ -309,7 +220,7 @@ def test_sdarts_trains_the_weights_with_perturbed_edges(float64, perturb, monkey
 
 
 def test_sdarts_perturbs_both_cells_of_the_darts_space(float64):
-    method, ours, book = darts('sdarts')
+    method, ours, book, _ = with_textbook('--method', 'sdarts')
     method.set_tensors(radius=0.1)
     torch.manual_seed(5)
     near = method.perturbed(None)
@@ -358,13 +269,6 @@ def test_pdarts_keeps_the_strongest_operations_and_goes_deeper(float64):
             for alpha in network.alphas.values():
                 alpha.mul_(500)
     assert sizes == [3, 9, 15]
-    x, y = batch(n=2)
-    grads = torch.autograd.grad(F.cross_entropy(network(x), y), network.alphas['normal'])[0]
-    for row, grad, has, p in zip(network.alphas['normal'], grads, method.kept['normal'],
-                                 network.probabilities('normal')):
-        columns = [names.index(name) for name in has]
-        close(p[columns], F.softmax(row[columns], 0))
-        assert all((g == 0) == (k not in columns) for k, g in enumerate(grad))
 
 
 def test_dropout_on_skips_by_edge_and_epoch():
@@ -413,10 +317,11 @@ def test_pdarts_from_start_to_genotype(monkeypatch):
         return step(method, train, valid, sgd, adam, frozen, moments)
 
     monkeypatch.setattr(search, 'bilevel_step', watched)
+    monkeypatch.setattr(search.PDarts, 'MORE_CELLS', (0, 1, 2))         # quicker
     lines = run(search.main, 'p', *DARTS, '--method', 'pdarts', '--epochs', '7',
                 '--steps_per_epoch', '1', '--frozen_epochs', '1', '--init_channels', '2')
     cells, frozen, dropped = zip(*seen)
-    assert cells == (3, 3, 9, 9, 15, 15, 15)
+    assert cells == (3, 3, 4, 4, 5, 5, 5)
     assert frozen == (True, False, True, False, True, False, False)
     decay = math.exp(-0.2 * 25 / 3)
     assert dropped == pytest.approx([0, 0, 0.2, 0.4, 0.7 * 2 / 3, 0.7, 0.7 * decay])

@@ -201,23 +201,19 @@ class Network(nn.Module):
 # The bilevel step
 
 
-def architecture_gradients(network, train, valid, unrolled=False, eta=0.025, momentum=0.9,
-                           weight_decay=3e-4, buffers=None):
-    """Gradients of the alphas: equation 6 of the DARTS paper, or 7 and 8 where `unrolled`."""
-    alphas = list(network.alphas)
+def architecture_gradients(network, train, valid, sgd, unrolled):
+    """Gradients of the alphas: equation 6 of the DARTS paper, or 7 and 8 if `unrolled`."""
+    alphas, weights = list(network.alphas), network.weights()
     if not unrolled:
         return torch.autograd.grad(loss(network, valid), alphas)
-    weights = network.weights()
-    grads = torch.autograd.grad(loss(network, train), weights)
-    step = []
-    for k, (w, g) in enumerate(zip(weights, grads)):
-        step.append(g + weight_decay * w.detach())
-        if buffers is not None:
-            step[-1] = step[-1] + momentum * buffers[k]
     virtual = copy.deepcopy(network)
-    with torch.no_grad():
-        for w, s in zip(virtual.weights(), step):
-            w -= eta * s
+    twin = torch.optim.SGD(virtual.weights(), **sgd.defaults)
+    grads = torch.autograd.grad(loss(network, train), weights)
+    for w, v, g in zip(weights, virtual.weights(), grads):
+        v.grad = g
+        if sgd.state:
+            twin.state[v]['momentum_buffer'] = sgd.state[w]['momentum_buffer'].clone()
+    twin.step()
     both = torch.autograd.grad(loss(virtual, valid), virtual.weights() + list(virtual.alphas))
     dw, dalpha = both[:len(weights)], both[len(weights):]
     eps = 0.01 / torch.sqrt(sum((g ** 2).sum() for g in dw))
@@ -228,7 +224,8 @@ def architecture_gradients(network, train, valid, unrolled=False, eta=0.025, mom
             for w, g in zip(moved.weights(), dw):
                 w += sign * eps * g
         sides.append(torch.autograd.grad(loss(moved, train), list(moved.alphas)))
-    return [a - eta * (p - n) / (2 * eps) for a, p, n in zip(dalpha, *sides)]
+    lr = sgd.defaults['lr']
+    return [a - lr * (p - n) / (2 * eps) for a, p, n in zip(dalpha, *sides)]
 
 
 def loss(network, batch):
@@ -236,22 +233,21 @@ def loss(network, batch):
 
 
 class Step:
-    """One weight and one architecture step with torch's own optimizers."""
-    def __init__(self, network, unrolled, lr=0.025, lr_alpha=3e-4):
-        self.network, self.unrolled, self.lr = network, unrolled, lr
-        self.sgd = torch.optim.SGD(network.weights(), lr, momentum=0.9, weight_decay=3e-4)
-        self.adam = torch.optim.Adam(network.alphas, lr_alpha, betas=(0.5, 0.999),
-                                     weight_decay=1e-3)
+    """One architecture and one weight step with torch's own optimizers; more: SGD's settings."""
+    def __init__(self, network, unrolled, weight_decay=3e-4, **more):
+        self.network, self.unrolled = network, unrolled
+        self.sgd = torch.optim.SGD(network.weights(), 0.025, momentum=0.9,
+                                   weight_decay=weight_decay, **more)
+        self.adam = torch.optim.Adam(network.alphas, 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
 
     def __call__(self, train, valid):
-        buffers = [self.sgd.state[w]['momentum_buffer'] for w in self.network.weights()] \
-            if self.sgd.state else None
-        grads = architecture_gradients(self.network, train, valid, self.unrolled, self.lr,
-                                       buffers=buffers)
+        grads = architecture_gradients(self.network, train, valid, self.sgd, self.unrolled)
         for alpha, grad in zip(self.network.alphas, grads):
             alpha.grad = grad
         self.adam.step()
-        self.network.zero_grad()
+        return self.weight_step(train)
+
+    def weight_step(self, train):
         value = loss(self.network, train)
         value.backward()
         nn.utils.clip_grad_norm_(self.network.weights(), 5)
