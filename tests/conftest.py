@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-import generate_data  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wait)
+import evaluate  # noqa: E402
 import search  # noqa: E402
 import textbook  # noqa: E402
 import torch  # noqa: E402
@@ -92,6 +92,18 @@ def run(main, save, *flags):
     """The log of a run that ends well."""
     assert main([*flags, '--save', save]) == 0
     return log(save)
+
+
+def printed(capsys, *flags, main=None):
+    """What a command of evaluate.py prints."""
+    capsys.readouterr()
+    assert (main or evaluate.main)([*flags, '--gpu', '-1']) == 0
+    return capsys.readouterr().out
+
+
+def reports(capsys, *flags, main=None):
+    """What evaluate.py says of each run."""
+    return [json.loads(row) for row in printed(capsys, *flags, '--json', main=main).splitlines()]
 
 
 def stop_in_every_step(main, save, *flags):

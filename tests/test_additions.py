@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DARTS, NOISE, RETRAIN, ROOT, SIZES, TINY, run, same_run, stop_in_every_step
+from conftest import (DARTS, NOISE, RETRAIN, ROOT, SIZES, TINY, reports, run, same_run,
+                      stop_in_every_step)
 
 MODULES = ('operations', 'genotypes', 'model_search', 'generate_data', 'evaluate', 'retrain',
            'search')
@@ -57,10 +58,8 @@ def scripts(monkeypatch):
     return make
 
 
-def report(modules, capsys, *runs):
-    capsys.readouterr()
-    assert modules['evaluate'].main([*runs, '--json', '--gpu', '-1']) == 0
-    return json.loads(capsys.readouterr().out)
+def report(modules, capsys, run):
+    return reports(capsys, run, main=modules['evaluate'].main)[0]
 
 
 def search_and_stop(modules, *flags):

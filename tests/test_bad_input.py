@@ -110,6 +110,8 @@ TABLE = [
     ('run', 'drop run/genotype.json', 'search', '--save run --resume --layers 4', '--layers'),
     ('', '', 'retrain', '', '--arch'),
     ('', '', 'retrain', '--arch DARTS_V3', 'DARTS_V3'),
+    ('', '', 'retrain', '--arch |x~0|', "unknown operation 'x'"),
+    ('', 'put genotype.json [1]', 'retrain', ARCH, 'no JSON object'),
     ('net', '', 'retrain', '--arch net', 'net'),
     ('', '', 'retrain', '--arch DARTS_V2 --auxiliary', 'auxiliary'),
     ('', '', 'retrain', '--arch DARTS_V2 --auxiliary_weight 1', '--auxiliary_weight'),
@@ -211,13 +213,17 @@ def test_a_run_that_another_process_holds_is_refused(capsys):
 def test_a_full_disk_or_a_read_only_folder_is_one_line(code, needle, capsys, monkeypatch):
     def fail(path):
         raise OSError(code, os.strerror(code))
+    make('set')
     run(search.main, 'run', *TINY, '--max_steps', '1')
     Path('run/genotype.json').unlink()
     kept = Path('run/checkpoint.pt').read_bytes()
     monkeypatch.setattr(os, 'fsync', fail)
-    one_line(capsys, generate_data.main(['--kind', 'noise', '--out', 'n', *NOISE[2:]]), needle)
+    for out in ('n', 'set'):
+        flags = ['--kind', 'noise', '--out', out, '--force', *NOISE[2:]]
+        one_line(capsys, generate_data.main(flags), needle)
     one_line(capsys, search.main([*TINY, '--max_steps', '1', '--save', 'run', '--resume']), needle)
     assert not Path('n').exists() and Path('run/checkpoint.pt').read_bytes() == kept
+    assert generate_data.read('set', {}).classes == list('0123')
     assert not [path for path in files() if '.tmp' in path]
 
 

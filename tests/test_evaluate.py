@@ -1,13 +1,12 @@
 """evaluate.py: metrics by hand, tables, reports, plots and predictions of runs."""
 import csv
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import DARTS, RETRAIN, SIZES, TINY, one_line, run
+from conftest import DARTS, RETRAIN, SIZES, TINY, one_line, printed, reports, run
 from PIL import Image
 from test_data import fake_cifar, folder_of_images
 
@@ -15,17 +14,6 @@ import evaluate
 import retrain
 import search
 from genotypes import nas_bench_201, to_string, truth
-
-
-def printed(capsys, *flags):
-    """What a command of evaluate.py prints."""
-    capsys.readouterr()
-    assert evaluate.main([*flags, '--gpu', '-1']) == 0
-    return capsys.readouterr().out
-
-
-def reports(capsys, *flags):
-    return [json.loads(line) for line in printed(capsys, *flags, '--json').splitlines()]
 
 
 # ---------------------------------------------------------------------------------------------
