@@ -74,10 +74,6 @@ def batch(n, size=32, device=CPU):
     return torch.randn(n, 3, size, size, device=device), torch.randint(10, (n,), device=device)
 
 
-# ---------------------------------------------------------------------------------------------
-# Steps
-
-
 def steps(case, sides=('ours', 'book'), device=CPU, graph=False, flags=()):
     """{side: a function that takes one step}, the same weights on both sides.
 
@@ -140,10 +136,6 @@ def seconds(functions, n):
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-# ---------------------------------------------------------------------------------------------
-# The table
-
-
 def peak(name, side):
     """Peak MiB of one step above what the process held before it, in a process of its own."""
     command = [sys.executable, __file__, '--only', name, '--peak', side]
@@ -180,10 +172,6 @@ def show(name, row):
     words = [f'{key} {value:.3g}' if isinstance(value, float) else f'{key} {value}'
              for key, value in row.items()]
     print(f'{name:<13}', '  '.join(words), flush=True)
-
-
-# ---------------------------------------------------------------------------------------------
-# What else costs time
 
 
 def curve():
@@ -259,10 +247,6 @@ def data_costs(steps_taken=20):
         count = sum(len(x) for x, _ in batches.epoch())
         rows['folder, 224 px JPEG'] = {'images_per_second': count / (time.time() - began)}
     return rows
-
-
-# ---------------------------------------------------------------------------------------------
-# How learnable a set is: a fixed small network, and the nearest neighbour
 
 
 def fit_probe(data, rows):

@@ -33,12 +33,14 @@ def fake_cifar(root='data', n=20, name='cifar-10-batches-py'):
     return folder
 
 
-def folder_of_images(root, classes=('cat', 'dog'), n=4, size=(20, 16)):
-    for k, name in enumerate(classes):
-        (Path(root) / name).mkdir(parents=True)
-        for i in range(n):
-            pixels = np.full((*size, 3), 40 * k + 5 * i, np.uint8)
-            Image.fromarray(pixels).save(Path(root) / name / f'{i}.png')
+def folder_of_images(root, classes=('cat', 'dog'), n=4, size=(20, 16), ending='png'):
+    """A folder of n smooth pictures for each class; size: width, height."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        Path(root, name).mkdir(parents=True)
+        for k in range(n):
+            pixels = rng.integers(0, 256, (size[1] // 8, size[0] // 8, 3), np.uint8)
+            Image.fromarray(pixels).resize(size).save(Path(root, name, f'{k}.{ending}'))
 
 
 def settings(**changed):
@@ -54,10 +56,6 @@ def make(out, kind='noise', force=False, **changed):
 
 def names(folder='.'):
     return sorted(p.name for p in Path(folder).iterdir())
-
-
-# ---------------------------------------------------------------------------------------------
-# Noise, labels, writing
 
 
 def test_noise_and_labels_are_the_same_bytes_everywhere():
@@ -185,10 +183,6 @@ def test_a_killed_replacement_leaves_the_old_set_or_the_new_one(moment):
     os.wait()
     assert len(g.read('n', {})) in (40, 20)
     assert len(make('n', num_images=30, force=True)) == 30 and names() == ['n']
-
-
-# ---------------------------------------------------------------------------------------------
-# Readers, and what must not pass them
 
 
 def python2_pickle(data, labels, dtype_end=b'K\x00tb', state_end=b'tb'):
@@ -326,14 +320,14 @@ def test_labels_that_do_not_fit_are_one_line(labels, needle):
     assert needle in str(error.value) and '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('file', ['images.npy', 'labels.npy'])
-def test_a_flipped_bit_of_a_set_is_one_line(file):
-    make('n')
-    content = bytearray(Path('n', file).read_bytes())
-    content[-20] ^= 1
-    Path('n', file).write_bytes(content)
-    with pytest.raises(g.UserError, match=f'{file} is not what meta.json says'):
-        g.read('n', {})
+def test_a_flipped_bit_of_a_set_is_one_line():
+    for file in ('images.npy', 'labels.npy'):
+        make(file)
+        content = bytearray(Path(file, file).read_bytes())
+        content[-20] ^= 1
+        Path(file, file).write_bytes(content)
+        with pytest.raises(g.UserError, match=f'{file} is not what meta.json says'):
+            g.read(file, {})
 
 
 @pytest.mark.parametrize('path', ['train/../../x/study1/view1_frontal.jpg', '/etc/view_frontal.jpg',
@@ -344,10 +338,6 @@ def test_chexpert_paths_do_not_leave_the_folder(path):
         csv.writer(file).writerows([['Path', *g.CHEXPERT], [path, *['1.0'] * 14]])
     with pytest.raises(g.UserError, match='line 2'):
         g.read('chexpert', {'data_dir': 'd'})
-
-
-# ---------------------------------------------------------------------------------------------
-# Splits and batches
 
 
 def test_split_is_stratified_exact_and_drawn_by_seed():
@@ -379,13 +369,9 @@ def test_batches_are_the_same_from_memory_from_workers_and_from_the_middle(monke
 
 
 @pytest.mark.parametrize('augment', ['crop', 'imagenet', 'affine'])
-def test_augmentation_in_workers_depends_on_seed_epoch_and_image_alone(augment, tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / 'tree/a').mkdir(parents=True)
-    for k in range(10):
-        image = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
-        image.resize((96, 72), Image.BICUBIC).save(tmp_path / f'tree/a/{k}.jpg')
-    data = g.read(str(tmp_path / 'tree'), {'image_size': 65})
+def test_augmentation_in_workers_depends_on_seed_epoch_and_image_alone(augment):
+    folder_of_images('tree', 'a', n=10, size=(96, 72))
+    data = g.read('tree', {'image_size': 65})
     state = torch.get_rng_state()
 
     def epoch(workers=0, epoch=1, start=0, indices=range(10), seed=4):
@@ -397,9 +383,9 @@ def test_augmentation_in_workers_depends_on_seed_epoch_and_image_alone(augment, 
     assert torch.equal(whole[6:], epoch(2, start=3))
     assert all((whole != x).any() for x in (epoch(epoch=2), epoch(seed=5)))
     assert torch.equal(state, torch.get_rng_state())    # a run that goes on draws the same
-    (tmp_path / 'tree/a/3.jpg').write_bytes(b'no image')
+    Path('tree/a/3.png').write_bytes(b'no image')
     for workers in (0, 2):
-        with pytest.raises(g.UserError, match='3.jpg: not a readable image'):
+        with pytest.raises(g.UserError, match='3.png: not a readable image'):
             epoch(workers)
 
 

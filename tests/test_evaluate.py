@@ -7,17 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import DARTS, RETRAIN, SIZES, TINY, one_line, printed, reports, run
-from PIL import Image
 from test_data import fake_cifar, folder_of_images
 
 import evaluate
 import retrain
 import search
 from genotypes import nas_bench_201, to_string, truth
-
-
-# ---------------------------------------------------------------------------------------------
-# Metrics
 
 
 def test_errors_by_hand():
@@ -56,10 +51,6 @@ def test_unknown_labels_tasks_and_intervals():
     assert found == {'auroc_tasks': areas['Edema'], 'auroc': np.mean(list(areas.values()))}
     low, high = evaluate.bootstrap(scores, labels, names)['Edema']
     assert low < areas['Edema'] < high and 0.04 < high - low < 0.15     # about .76 +- .03
-
-
-# ---------------------------------------------------------------------------------------------
-# Searches
 
 
 SKIPS, CONVS, POINTS = (to_string([name] * 6) for name in (
@@ -140,10 +131,6 @@ def test_what_is_not_the_same_search_has_a_name_of_its_own(capsys):
         assert reports(capsys, name)[0]['method'] == name
 
 
-# ---------------------------------------------------------------------------------------------
-# Retrained networks
-
-
 def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(capsys):
     fake_cifar()
     run(search.main, 's', *DARTS, '--max_steps', '1')
@@ -164,14 +151,8 @@ def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(cap
 
 
 def test_a_prediction_is_that_of_the_test(capsys):
-    rng = np.random.default_rng(0)
     for split in ('train', 'val'):
-        for name in ('cat', 'dog', 'emu'):
-            folder = Path('photos', split, name)
-            folder.mkdir(parents=True)
-            for k in range(8):
-                pixels = rng.integers(0, 256, (12, 9, 3), np.uint8)
-                Image.fromarray(pixels).resize((90, 70)).save(folder / f'{k}.png')
+        folder_of_images(f'photos/{split}', ('cat', 'dog', 'emu'), n=8, size=(90, 70))
     for size in ('16', '72'):                           # above 64 px the middle is cut out
         run(retrain.main, size, '--arch', 'DARTS_V1', '--data', 'photos', '--image_size', size,
             *SIZES)

@@ -1,4 +1,5 @@
 """Every method against its formula written plainly, in float64; NAS-Bench-201; what is measured."""
+import itertools
 import json
 import math
 from pathlib import Path
@@ -18,12 +19,6 @@ from model_search import NB201, Network
 from operations import Inputs
 
 
-def nb201(name='darts', *flags):
-    """(method, its network, SGD, Adam, the textbook's network, pairs of their weights)."""
-    method, network, book, pairs = with_textbook('--space', 'nb201', '--method', name, *flags)
-    return method, network, *search.optimizers(network, method.args), book, pairs
-
-
 def same_gradients(method, book, valid):
     """Logits, and the gradients of the alphas, are those of the textbook's network."""
     close(method.network(valid[0]), book(valid[0]))
@@ -32,10 +27,10 @@ def same_gradients(method, book, valid):
         close(a, b)
 
 
-def same_step(method, sgd, book, pairs, train):
+def same_step(method, book, pairs, train):
     """A step of the weights is that of plain SGD, clipped at 5, on the textbook's network."""
     args = method.args
-    search.weight_step(method, train, sgd)
+    search.weight_step(method, train, search.optimizers(method.network, args)[0])
     for w in book.weights():
         w.grad = torch.zeros_like(w)            # of an operation that is not drawn, too
     textbook.Step(book, False, args.weight_decay, nesterov=args.nesterov).weight_step(train)
@@ -65,53 +60,28 @@ def test_derived_networks_of_nb201_equal_the_textbook(float64, seed):
     close(ours.eval()(x), book.eval()(x))
 
 
-# ---------------------------------------------------------------------------------------------
-# GDAS
-
-
-def test_gdas_draws_one_operation_straight_through_in_nb201(float64, monkeypatch):
-    method, ours, sgd, _, book, pairs = nb201('gdas')
+@pytest.mark.parametrize('space', ['darts', 'nb201'])
+def test_gdas_draws_one_operation_straight_through(float64, monkeypatch, space):
+    method, ours, book, pairs = with_textbook('--method', 'gdas', '--space', space)
     method.set_tensors(temperature=0.7)
-    gumbel = -torch.log(-torch.log(torch.rand(6, 5)))
-    monkeypatch.setattr(torch.Tensor, 'exponential_',
-                        lambda self: self.copy_((-gumbel).exp()) if self.shape == (6, 5) else 1 / 0)
-
-    # Of what was not drawn, the benchmark's code adds the weight itself, without the operation.
-    def forward(cell, x, weights):
-        states, row = [x], 0
-        for node in (1, 2, 3):
-            total = 0
-            for state in range(node):
-                best = weights[row].argmax().item()
-                for k, (w, op) in enumerate(zip(weights[row], cell.edges[row])):
-                    total = total + (w * op(states[state]) if k == best else w)
-                row += 1
-            states.append(total)
-        return states[-1]
-
-    book.mix = lambda alpha: straight_through(alpha, gumbel, 0.7)
-    monkeypatch.setattr(textbook.NB201Cell, 'forward', forward)
-    same_gradients(method, book, batch())
-    same_step(method, sgd, book, pairs, batch())
-
-
-def test_gdas_draws_one_operation_straight_through_in_darts(float64, monkeypatch):
-    """Both cell types, strides of 2, and nothing is added for what was not drawn."""
-    method, ours, book, _ = with_textbook('--method', 'gdas')
-    method.set_tensors(temperature=0.7)
-    exponentials = [torch.rand(14, 8) + 0.1, torch.rand(14, 8) + 0.1]
-    cells = [id(alpha) for alpha in book.alphas]
-    draws = iter(exponentials * 2)
+    exponentials = [torch.rand_like(alpha) + 0.1 for alpha in book.alphas]
+    draws, cells = itertools.cycle(exponentials), [id(alpha) for alpha in book.alphas]
     monkeypatch.setattr(torch.Tensor, 'exponential_', lambda self: self.copy_(next(draws)))
     book.mix = lambda alpha: straight_through(alpha, -exponentials[cells.index(id(alpha))].log(),
                                               0.7)
 
-    def one(mixed_op, x, weights):
+    def darts_edge(edge, x, weights):
         best = weights.argmax().item()
-        return weights[best] * mixed_op.ops[best](x)
+        return weights[best] * edge.ops[best](x)
 
-    monkeypatch.setattr(textbook.MixedOp, 'forward', one)
+    def nb201_edge(edge, x, weights):       # the benchmark's code adds the others' weights, too
+        best = weights.argmax().item()
+        return weights[best] * edge[best](x) + weights.sum() - weights[best]
+
+    monkeypatch.setattr(textbook.MixedOp, 'forward', darts_edge)
+    monkeypatch.setattr(textbook.NB201Edge, 'forward', nb201_edge)
     same_gradients(method, book, batch())
+    same_step(method, book, pairs, batch())
 
 
 @pytest.mark.parametrize('space', ['darts', 'nb201'])
@@ -142,24 +112,21 @@ def test_gdas_computes_only_what_is_drawn_and_draws_anew():
     assert not torch.equal(one, network(x))
 
 
-# ---------------------------------------------------------------------------------------------
-# DARTS-, beta-DARTS, SDARTS
-
-
 def test_dartsminus_adds_an_auxiliary_skip_that_does_not_count(float64):
-    method, ours, sgd, _, book, pairs = nb201('dartsminus')
+    method, ours, book, pairs = with_textbook('--space', 'nb201', '--method', 'dartsminus')
     assert [method.begin_epoch(e, 50, 0)['skip_weight'] for e in (0, 25)] == [1, 0.5]
     method.set_tensors(skip_weight=0.3)
     book.mix = lambda alpha: F.softmax(alpha, 1) + 0.3 * torch.tensor([0., 1, 0, 0, 0])
     same_gradients(method, book, batch())
-    same_step(method, sgd, book, pairs, batch())
+    same_step(method, book, pairs, batch())
     with torch.no_grad():                       # what is added is not what is chosen by
         ours.alphas['cell'].copy_(torch.tensor([0, 0.1, 0.2, 0, 0]).expand(6, 5))
     assert method.result()[0] == to_string(['nor_conv_1x1'] * 6)
 
 
 def test_betadarts_adds_lambda_times_the_mean_of_logsumexp_to_the_alphas_loss(float64):
-    method, ours, sgd, adam, book, pairs = nb201('betadarts')
+    method, ours, book, pairs = with_textbook('--space', 'nb201', '--method', 'betadarts')
+    sgd, adam = search.optimizers(ours, method.args)
     assert method.args.weight_decay == 3e-4
     assert [method.begin_epoch(e, 50, 0)['lambda_'] for e in (0, 25)] == [0, 25]
     method.set_tensors(lambda_=2.5)
@@ -170,7 +137,7 @@ def test_betadarts_adds_lambda_times_the_mean_of_logsumexp_to_the_alphas_loss(fl
     book_adam.step()
     search.architecture_step(method, train, valid, sgd, adam)
     close(ours.alphas['cell'], book.alphas[0])
-    same_step(method, sgd, book, pairs, train)
+    same_step(method, book, pairs, train)
     # In DARTS's space over both cells together.
     method, ours, book, _ = with_textbook('--method', 'betadarts')
     method.set_tensors(lambda_=2.5)
@@ -187,7 +154,8 @@ def to_simplex(q):
 
 @pytest.mark.parametrize('perturb', ['random', 'adversarial'])
 def test_sdarts_trains_the_weights_with_perturbed_edges(float64, perturb, monkeypatch):
-    method, ours, sgd, _, book, pairs = nb201('sdarts', '--perturb', perturb)
+    method, ours, book, pairs = with_textbook('--space', 'nb201', '--method', 'sdarts',
+                                              '--perturb', perturb)
     assert [method.begin_epoch(e, 50, 0)['radius'] for e in (0, 25)] == \
         pytest.approx([0.03, 0.165])
     method.set_tensors(radius=0.2)
@@ -213,7 +181,7 @@ def test_sdarts_trains_the_weights_with_perturbed_edges(float64, perturb, monkey
     assert all(torch.equal(v, ours.state_dict()[k]) for k, v in statistics.items())
     assert all(w.requires_grad for w in ours.parameters())
     book.mix = lambda _: moved
-    same_step(method, sgd, book, pairs, train)
+    same_step(method, book, pairs, train)
     book.mix = lambda alpha: F.softmax(alpha, 1)            # the alphas' step is DARTS's
     same_gradients(method, book, valid)
     assert ours.mix == method.mix
@@ -237,7 +205,7 @@ def test_sdarts_perturbs_both_cells_of_the_darts_space(float64):
 
 
 def test_an_adversarial_perturbation_that_does_no_harm_is_undone(float64, monkeypatch):
-    method, ours, *_ = nb201('sdarts', '--perturb', 'adversarial')
+    method, ours = searching('--space', 'nb201', '--method', 'sdarts', '--perturb', 'adversarial')
     method.set_tensors(radius=0.2)
     losses, forward = iter([2.0, *[1.0] * 8]), search.forward
 
@@ -247,10 +215,6 @@ def test_an_adversarial_perturbation_that_does_no_harm_is_undone(float64, monkey
 
     monkeypatch.setattr(search, 'forward', lower)
     assert torch.equal(method.perturbed(batch())['cell'], ours.probabilities('cell'))
-
-
-# ---------------------------------------------------------------------------------------------
-# P-DARTS
 
 
 def test_pdarts_keeps_the_strongest_operations_and_goes_deeper(float64):
@@ -330,12 +294,8 @@ def test_pdarts_from_start_to_genotype(monkeypatch):
     assert from_plain(found['without_restriction']) == from_plain(lines[-1]['genotype'])
 
 
-# ---------------------------------------------------------------------------------------------
-# What is measured
-
-
 def test_largest_eigenvalue_is_that_of_the_hessian(float64):
-    method, ours, _, _, book, _ = nb201()
+    method, ours, book, _ = with_textbook('--space', 'nb201')
     valid, before = batch(n=8), ours.alphas['cell'].detach().clone()
 
     def loss(alpha):
@@ -438,10 +398,6 @@ def test_arch_data_are_other_images_or_the_same_or_none(monkeypatch):
     assert log('train')[-1]['valid_loss'] is not None
 
 
-# ---------------------------------------------------------------------------------------------
-# NAS-Bench-201's table, random cells
-
-
 def test_parameters_of_nb201_are_those_of_the_table():
     table, _ = nas_bench_201()
     for seed in range(6):
@@ -450,13 +406,10 @@ def test_parameters_of_nb201_are_those_of_the_table():
 
 
 def test_look_ups():
-    skips, convs = (to_string([name] * 6) for name in ('skip_connect', 'nor_conv_3x3'))
-    table, ordered = nas_bench_201()
+    convs, (table, ordered) = to_string(['nor_conv_3x3'] * 6), nas_bench_201()
     assert len(table) == 15625 and list(table).index(convs) == 1462
     assert [round(ordered[name][-1], 2) for name in ordered] == [94.37, 73.51, 47.31]
-    for arch, values in ((skips, (54.30, 15.61, 16.32)), (convs, (93.76, 71.11, 41.44))):
-        found = truth(arch)
-        assert tuple(round(found[name], 2) for name in ordered) == values
+    assert [round(truth(convs)[name], 2) for name in ordered] == [93.76, 71.11, 41.44]
     best = max(table, key=lambda arch: table[arch]['cifar10'])
     assert truth(best)['rank'] == 1 and truth(best)['percentile'] > 99.99
 

@@ -26,10 +26,6 @@ from generate_data import Batches, stratified_split
 from genotypes import PUBLISHED, from_plain, random_genotype, random_string, to_json
 
 
-# ---------------------------------------------------------------------------------------------
-# What a run leaves
-
-
 def test_a_search_leaves_its_result_its_log_and_the_scripts(capsys):
     lines = run(search.main, 'r', *TINY)
     names = {path.name for path in Path('r').iterdir() if not path.name.startswith('.')}
@@ -98,10 +94,6 @@ def test_search_and_retrain_on_real_images(real_data, capsys):
                 '--train_portion', '0.1')
     assert lines[-1]['test_error'] < 85                 # chance: 90
     assert 'not as officially published' not in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------------------------
-# Stopped, killed, resumed
 
 
 ONE = ['--epochs', '4', '--steps_per_epoch', '1', '--frozen_epochs', '0', '--init_channels', '2']
@@ -319,10 +311,6 @@ def test_there_are_at_most_78_flags(capsys):
     assert 60 < len(flags) <= 78
 
 
-# ---------------------------------------------------------------------------------------------
-# Settings that follow from others
-
-
 def test_typed_wins_over_quick_over_preset_over_method_over_space():
     def value(name, flags):
         return vars(search.parse(flags.split()))[name]
@@ -358,10 +346,6 @@ def test_schedules_keep_their_shape_in_shorter_runs():
     assert np.allclose([retrain.learning_rate_at(args, epoch, 4) for epoch in range(4)],
                        0.001 + 0.024 * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2)
     assert search.parse(['--learning_rate', '0.0001']).learning_rate_min == 0.0001
-
-
-# ---------------------------------------------------------------------------------------------
-# Names of runs, and what comes next
 
 
 def name(flags, module=search):

@@ -106,26 +106,6 @@ def test_second_order_gradient_is_that_through_the_virtual_step(monkeypatch):
         assert (a - b).norm() < 0.02 * b.norm() < 0.1 * (c - b).norm(), (a, b)
 
 
-def test_gradients_of_a_5x5_depthwise_kernel():
-    """Ours beside torch's, also on maps narrower than the kernel."""
-    for height, width, stride in ((5, 6, 1), (6, 8, 2), (4, 4, 1), (3, 2, 2)):
-        x = torch.randn(2, 3, height, width).to(memory_format=torch.channels_last)
-        x, weight = x.requires_grad_(), torch.randn(3, 1, 5, 5, requires_grad=True)
-        call = operations.DepthwiseOnCPU.apply
-        assert torch.autograd.gradcheck(lambda *tensors: call(*tensors, stride), (x, weight))  # noqa: B023
-        close(call(x, weight, stride), nn.functional.conv2d(x, weight, None, stride, 2, 1, 3))
-
-
-def test_sub_grids_and_back():
-    x = torch.randn(2, 3, 6, 4)
-    grids = operations.sub_grids(x)
-    assert torch.equal(grids.chunk(4)[2], x[:, :, 1::2, ::2])           # odd rows, even columns
-    assert torch.equal(operations.from_grids(grids), x)
-    assert torch.equal(operations.from_grids(grids, 2 * x), 3 * x)
-    odd = operations.sub_grids(torch.ones(1, 1, 3, 5))
-    assert odd.shape == (4, 1, 2, 3) and odd.sum() == 15                # padded with zeros
-
-
 def test_parameter_counts():
     def count(*args, **kwargs):
         return sum(p.numel() for p in Network(*args, **kwargs).weight_parameters())
@@ -236,17 +216,6 @@ def test_an_added_operation_is_mixed_chosen_drawn_and_kept(monkeypatch):
     network = Network(4, 10, 3, kept={'normal': edges, 'reduce': edges})
     network(x).sum().backward()
     assert (network.alphas['normal'].grad != 0).sum(1).eq(2).all()
-
-
-def test_what_is_drawn_equals_the_whole_mixture():
-    """One-hot weights give the same logits, whether the rest is computed or not."""
-    ours, book = Network(4, 10, 3, width=1), textbook.Network(4, 10, 3)
-    best = [k % 8 for k in range(14)]
-    weights = nn.functional.one_hot(torch.tensor(best), 8).double()
-    ours.mix, book.mix = lambda cell_type, p: Drawn(weights, best), lambda alpha: weights
-    textbook.copy_weights(ours, book)
-    x, _ = batch()
-    close(ours(x), book(x))
 
 
 def test_kept_operations_equal_the_textbook():

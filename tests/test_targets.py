@@ -18,10 +18,6 @@ import retrain
 import search
 
 
-# ---------------------------------------------------------------------------------------------
-# ImageNet
-
-
 def test_search_retrain_and_evaluate_on_imagenet(capsys):
     tree('in')
     flags = [*SIZES, '--batch_size', '4', '--data', 'imagenet', '--data_dir', 'in', '--image_size',
@@ -39,18 +35,12 @@ def test_search_retrain_and_evaluate_on_imagenet(capsys):
 
 def test_unreal_data_of_imagenets_size():
     tree('in')
-    flags = [*SIZES, '--batch_size', '4', '--image_size', '72', '--warmup_epochs', '0',
-             '--frozen_epochs', '0', '--epochs', '1', '--steps_per_epoch',
-             '1']
+    flags = [*SIZES, '--batch_size', '4', '--image_size', '72', '--max_steps', '1', '--epochs', '1']
     run(search.main, 'a', *flags, '--data', 'random_labels', '--source', 'imagenet', '--data_dir',
         'in', '--train_portion', '0.5', '--valid_fraction', '0.5')
     for name in ('noise', 'generated'):
         run(search.main, name, *flags, '--data', name, '--preset', 'imagenet', '--num_classes',
             '3', '--num_images', '60')
-
-
-# ---------------------------------------------------------------------------------------------
-# CheXpert
 
 
 def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
@@ -92,10 +82,6 @@ def test_no_patient_is_in_both_halves():
         args = retrain.parse(['--arch', 'DARTS_V2', '--holdout_patients', '0.3'])
         rows, held = retrain.split_rows(data, args)
         assert len(held) and not set(data.patients[rows]) & set(data.patients[held])
-
-
-# ---------------------------------------------------------------------------------------------
-# Published numbers
 
 
 def test_published_counts_of_the_imagenet_network(capsys):

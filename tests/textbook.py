@@ -84,7 +84,7 @@ class Edge(nn.Module):
     """The one operation that is left on an edge of a derived cell."""
     def __init__(self, name, c, stride):
         super().__init__()
-        self.name, self.op = name, operation(name, c, stride, True)
+        self.op = operation(name, c, stride, True)
 
     def forward(self, x, drop_path_prob):
         y = self.op(x)
@@ -112,6 +112,10 @@ class Cell(nn.Module):
                 stride = 2 if reduction and state < 2 else 1
                 self.edges[f'{node},{state}'] = MixedOp(c, stride, partial) if pairs is None \
                     else Edge(pair[0], c, stride)
+
+    def operation(self, edge, name):
+        edge = self.edges['{},{}'.format(*edge)]
+        return edge.ops[NAMES.index(name)] if isinstance(edge, MixedOp) else edge.op
 
     def forward(self, s0, s1, weights, shares, drop_path_prob):
         states = [self.pre0(s0), self.pre1(s1)]
@@ -197,8 +201,85 @@ class Network(nn.Module):
         return [p for name, p in self.named_parameters() if not name.startswith('alphas')]
 
 
-# ---------------------------------------------------------------------------------------------
-# The bilevel step
+# NAS-Bench-201 (arXiv 2001.00326), one module per edge and operation
+NB201_NAMES = ['none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3']
+
+
+def nb201_operation(name, c, affine):
+    if name == 'none':
+        return Zero(1)
+    if name == 'skip_connect':
+        return nn.Identity()
+    if name == 'avg_pool_3x3':
+        return nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+    size = int(name[-1])
+    return nn.Sequential(nn.ReLU(), nn.Conv2d(c, c, size, 1, size // 2, bias=False),
+                         nn.BatchNorm2d(c, affine=affine, track_running_stats=affine))
+
+
+class NB201Edge(nn.ModuleList):
+    def forward(self, x, weights):
+        return sum(w * op(x) for w, op in zip(weights, self))
+
+
+class NB201Cell(nn.Module):
+    def __init__(self, c, names=None):
+        super().__init__()
+        self.edges = nn.ModuleList()
+        for e in range(6):
+            left = NB201_NAMES if names is None else [names[e]]
+            self.edges.append(NB201Edge(nb201_operation(name, c, bool(names)) for name in left))
+
+    def operation(self, edge, name):
+        operations = self.edges[edge[0] * (edge[0] - 1) // 2 + edge[1]]
+        return operations[NB201_NAMES.index(name) if len(operations) > 1 else 0]
+
+    def forward(self, x, weights):
+        states = [x]
+        for rows in ((0,), (1, 2), (3, 4, 5)):
+            states.append(sum(self.edges[row](state, weights[row])
+                              for row, state in zip(rows, states)))
+        return states[-1]
+
+
+class NB201Reduction(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.convs = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(c, 2 * c, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * c),
+            nn.ReLU(), nn.Conv2d(2 * c, 2 * c, 3, 1, 1, bias=False), nn.BatchNorm2d(2 * c))
+        self.shortcut = nn.Sequential(nn.AvgPool2d(2, 2), nn.Conv2d(c, 2 * c, 1, bias=False))
+
+    def forward(self, x, _):
+        return self.convs(x) + self.shortcut(x)
+
+
+class NB201Network(nn.Module):
+    """Supernet, or the network of six operations."""
+    def __init__(self, c, num_classes, cells_per_stage, names=None):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c))
+        self.cells = nn.ModuleList()
+        for stage in range(3):
+            if stage:
+                self.cells.append(NB201Reduction(c))
+                c *= 2
+            self.cells.extend(NB201Cell(c, names) for _ in range(cells_per_stage))
+        self.last, self.classifier = nn.BatchNorm2d(c), nn.Linear(c, num_classes)
+        self.alphas = nn.ParameterList() if names else \
+            nn.ParameterList([nn.Parameter(1e-3 * torch.randn(6, 5))])
+        self.mix = lambda alpha: F.softmax(alpha, 1)
+
+    def forward(self, x):
+        weights = self.mix(self.alphas[0]) if len(self.alphas) else torch.ones(6, 1).to(x)
+        x = self.stem(x)
+        for cell in self.cells:
+            x = cell(x, weights)
+        x = F.relu(self.last(x))
+        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+    def weights(self):
+        return [p for name, p in self.named_parameters() if not name.startswith('alphas')]
 
 
 def architecture_gradients(network, train, valid, sgd, unrolled):
@@ -256,10 +337,6 @@ class Step:
         return value.item()
 
 
-# ---------------------------------------------------------------------------------------------
-# The same weights in both
-
-
 def same(a, b, block=slice(None)):
     """[(tensor of module a, slice of its channels, tensor of module b), ...]"""
     return [(getattr(a, name), block, getattr(b, name))
@@ -281,7 +358,7 @@ def pairs_of_operation(ours, book, e=0, edges=1):
 
 
 def pairs_of_cell(ours, book):
-    """The pairs of the operations of a cell; book(edge, name) is the textbook's operation."""
+    """The pairs of the operations of a cell."""
     pairs = []
     for leaving, mixed_op in zip(ours.leaving, ours.mixed_ops):
         blocks = [((0, len(leaving)), mixed_op.shared)]
@@ -291,7 +368,8 @@ def pairs_of_cell(ours, book):
                     if name in mixed_op.names[e] and operation.state_dict():
                         # Pools are one for all edges.
                         place = (0, 1) if operation.shared else (e - start, end - start)
-                        pairs += pairs_of_operation(operation, book(leaving[e], name), *place)
+                        pairs += pairs_of_operation(operation, book.operation(leaving[e], name),
+                                                    *place)
     return pairs
 
 
@@ -301,124 +379,30 @@ def pairs_of_weights(ours, book):
     Covers every parameter but the alphas and every running statistic once.
     """
     pairs = pairs_of_operation(ours.stem, book.stem) + same(ours.classifier, book.classifier)
-    if ours.stem1:
+    if isinstance(book, NB201Network):
+        pairs += same(ours.last[0], book.last)
+    elif ours.stem1:
         pairs += pairs_of_operation(ours.stem1, book.stem1)
     if hasattr(book, 'auxiliary'):
         pairs += pairs_of_operation(ours.auxiliary_head, book.auxiliary)
         pairs += same(ours.auxiliary_head.classifier, book.auxiliary[-1])
     for cell, book_cell in zip(ours.cells, book.cells):
-        pairs += pairs_of_operation(cell.preprocess0, book_cell.pre0)
-        pairs += pairs_of_operation(cell.preprocess1, book_cell.pre1)
-
-        def operation(edge, name, edges=book_cell.edges):
-            edge = edges['{},{}'.format(*edge)]
-            return edge.ops[NAMES.index(name)] if isinstance(edge, MixedOp) else edge.op
-        pairs += pairs_of_cell(cell, operation)
+        if isinstance(book_cell, NB201Reduction):
+            pairs += pairs_of_operation(cell, book_cell)
+            continue
+        if isinstance(book_cell, Cell):
+            pairs += pairs_of_operation(cell.preprocess0, book_cell.pre0)
+            pairs += pairs_of_operation(cell.preprocess1, book_cell.pre1)
+        pairs += pairs_of_cell(cell, book_cell)
     return pairs
 
 
 def copy_weights(ours, book):
     """Fill the textbook network with our network's weights, statistics and alphas."""
-    pairs = pairs_of_nb201(ours, book) if isinstance(book, NB201Network) \
-        else pairs_of_weights(ours, book)
+    pairs = pairs_of_weights(ours, book)
     with torch.no_grad():
         for a, block, b in pairs:
             b.copy_(a[block])
         for a, b in zip(ours.architecture_parameters(), book.alphas):
             b.copy_(a)
-    return pairs
-
-
-# ---------------------------------------------------------------------------------------------
-# NAS-Bench-201 (arXiv 2001.00326), one module per edge and operation
-
-NB201_NAMES = ['none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3']
-
-
-def nb201_operation(name, c, affine):
-    if name == 'none':
-        return Zero(1)
-    if name == 'skip_connect':
-        return nn.Identity()
-    if name == 'avg_pool_3x3':
-        return nn.AvgPool2d(3, 1, 1, count_include_pad=False)
-    size = int(name[-1])
-    return nn.Sequential(nn.ReLU(), nn.Conv2d(c, c, size, 1, size // 2, bias=False),
-                         nn.BatchNorm2d(c, affine=affine, track_running_stats=affine))
-
-
-class NB201Cell(nn.Module):
-    def __init__(self, c, names=None):
-        super().__init__()
-        self.edges = nn.ModuleList()
-        for e in range(6):
-            self.edges.append(nn.ModuleList(
-                nb201_operation(name, c, names is not None)
-                for name in (NB201_NAMES if names is None else [names[e]])))
-
-    def forward(self, x, weights):
-        states, row = [x], 0
-        for node in (1, 2, 3):
-            total = 0
-            for state in range(node):
-                total = total + sum(w * op(states[state])
-                                    for w, op in zip(weights[row], self.edges[row]))
-                row += 1
-            states.append(total)
-        return states[-1]
-
-
-class NB201Reduction(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.convs = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(c, 2 * c, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * c),
-            nn.ReLU(), nn.Conv2d(2 * c, 2 * c, 3, 1, 1, bias=False), nn.BatchNorm2d(2 * c))
-        self.shortcut = nn.Sequential(nn.AvgPool2d(2, 2), nn.Conv2d(c, 2 * c, 1, bias=False))
-
-    def forward(self, x, _):
-        return self.convs(x) + self.shortcut(x)
-
-
-class NB201Network(nn.Module):
-    """Supernet, or the network of six operations."""
-    def __init__(self, c, num_classes, cells_per_stage, names=None):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c))
-        self.cells = nn.ModuleList()
-        for stage in range(3):
-            if stage:
-                self.cells.append(NB201Reduction(c))
-                c *= 2
-            self.cells.extend(NB201Cell(c, names) for _ in range(cells_per_stage))
-        self.last, self.classifier = nn.BatchNorm2d(c), nn.Linear(c, num_classes)
-        self.alphas = nn.ParameterList() if names else \
-            nn.ParameterList([nn.Parameter(1e-3 * torch.randn(6, 5))])
-        self.mix = lambda alpha: F.softmax(alpha, 1)
-
-    def forward(self, x):
-        weights = self.mix(self.alphas[0]) if len(self.alphas) else torch.ones(6, 1).to(x)
-        x = self.stem(x)
-        for cell in self.cells:
-            x = cell(x, weights)
-        x = F.relu(self.last(x))
-        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-    def weights(self):
-        return [p for name, p in self.named_parameters() if not name.startswith('alphas')]
-
-
-def pairs_of_nb201(ours, book):
-    """As pairs_of_weights."""
-    pairs = pairs_of_operation(ours.stem, book.stem) + same(ours.last[0], book.last)
-    pairs += same(ours.classifier, book.classifier)
-    for cell, book_cell in zip(ours.cells, book.cells):
-        if isinstance(book_cell, NB201Reduction):
-            pairs += pairs_of_operation(cell, book_cell)
-            continue
-
-        def operation(edge, name, edges=book_cell.edges):
-            operations = edges[edge[0] * (edge[0] - 1) // 2 + edge[1]]
-            return operations[NB201_NAMES.index(name) if len(operations) > 1 else 0]
-        pairs += pairs_of_cell(cell, operation)
     return pairs
