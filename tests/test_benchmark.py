@@ -117,10 +117,6 @@ def test_benchmark_counts_calls():
             step()
         counts[side] = calls.count
     assert 0 < counts['ours'] < counts['book'] / 2
-    with benchmark.Calls() as calls:
-        x = torch.empty(4).view(2, 2).detach()
-        (x + 1).sum()
-    assert calls.count == 2
 
 
 def test_benchmark_times_every_method(monkeypatch):

@@ -135,18 +135,6 @@ def test_folders_are_named_by_settings_and_never_mixed_up():
         g.find_or_make('random_labels', settings(label_noise=0.5, data_seed=4))
 
 
-def test_settings_that_mean_nothing_are_refused(capsys):
-    for kind, flags, needle in (
-            ('noise', '--views all', '--views'), ('noise', '--generator fractal', '--generator'),
-            ('noise', '--generator_steps 1', '--generator_steps'),
-            ('noise', '--label_mode permute', 'permute'), ('noise', '--image_size 7', '7'),
-            ('random_labels', '--num_classes 5', 'means nothing'),
-            ('generated', '--generator spectrum --multilabel', '--multilabel means nothing')):
-        one_line(capsys, g.main(['--kind', kind, '--out', 'x', *flags.split()]), needle)
-    assert g.taken('chexpert', {}) == {'data_dir', 'download', 'image_size', 'uncertain', 'views'}
-    assert names() == []
-
-
 def make_or_wait(folder):
     torch.set_num_threads(1)                            # OpenMP's threads do not outlive a fork
     try:

@@ -25,16 +25,11 @@ def test_errors_by_hand():
     assert evaluate.correct(torch.tensor([[1., -1]]), torch.tensor([[1., 1]])) == 0.5
 
 
-def test_area_under_the_curve_by_hand_and_by_scipy():
+def test_area_under_the_curve_by_hand():
     # Pairs of a positive and a negative: 3 x 2; won 3, tied 2, lost 1.
     scores, labels = np.array([.9, .5, .3, .5, .3]), np.array([1, 1, 1, 0, 0])
     assert evaluate.auroc(scores, labels) == (2 + 1.5 + 0.5) / 6
     assert evaluate.auroc(scores, labels * 0) is None
-    stats = pytest.importorskip('scipy.stats')
-    rng = np.random.default_rng(0)
-    scores, labels = rng.integers(0, 9, 500) / 9, (rng.random(500) < 0.3).astype(int)
-    won = stats.mannwhitneyu(scores[labels == 1], scores[labels == 0]).statistic
-    assert evaluate.auroc(scores, labels) == pytest.approx(won / labels.sum() / (1 - labels).sum())
 
 
 def test_unknown_labels_tasks_and_intervals():
@@ -78,7 +73,7 @@ def test_a_report_of_a_known_cell(searches, capsys):
     assert '54.30%' in out and '15,231' in out and '-40.08' in out
 
 
-def test_the_table_has_seeds_in_one_line_and_other_settings_apart(searches, capsys):
+def test_the_table_has_seeds_in_one_line_and_says_what_else_it_averages(searches, capsys):
     values = [truth(arch)['cifar10'] for arch in (SKIPS, CONVS, POINTS)]
     mean, deviation = np.mean(values), np.std(values, ddof=1)
     run(search.main, 't', *TINY, '--arch_data', 'train', '--max_steps', '1')
@@ -91,9 +86,6 @@ def test_the_table_has_seeds_in_one_line_and_other_settings_apart(searches, caps
     assert (first['n'], first['arch_data'], second['arch_data']) == ('3', 'valid', 'train')
     assert float(first['cifar10']) == pytest.approx(mean)
     assert float(first['cifar10_std']) == pytest.approx(deviation)
-
-
-def test_runs_of_other_settings_are_not_averaged_without_a_word(searches, capsys):
     run(search.main, 'w', *TINY, '--init_channels', '8', '--max_steps', '1')
     assert evaluate.main(['s0', 's1']) == 0 and 'averaged' not in capsys.readouterr().err
     assert evaluate.main(['s0', 's1', 'w']) == 0

@@ -184,42 +184,41 @@ def test_resume_with_other_images_is_refused(capsys):
     one_line(capsys, search.main(flags), 'other images')
 
 
-# ---------------------------------------------------------------------------------------------
-# Flags
+def table(rows):
+    """{flag: (more flags, its value)} of lines 'flag value, flag value: more flags'."""
+    found = {}
+    for line in rows.splitlines():
+        flags, _, more = line.partition(':')
+        for flag, *value in map(str.split, flags.split(',')):
+            found[flag] = more.strip(), ' '.join(value)
+    return found
 
-# Each flag of search.py: (more flags, a value that gives another result, a value before it).
-SEARCH_FLAGS = {
-    'method': ('', 'gdas'), 'space': ('--epochs 1', 'darts'), 'unrolled': ('', ''),
-    'arch_data': ('', 'train'), 'perturb': ('--method sdarts', 'adversarial'),
-    'partial': ('', '2'), 'init_channels': ('', '8'), 'layers': ('--space darts --epochs 1', '4'),
-    'cells_per_stage': ('', '2'), 'stem': ('--image_size 32', 'imagenet'),
-    'train_portion': ('', '0.6'),
-    'valid_fraction': ('', '0.3'), 'arch_learning_rate': ('', '0.01'),
-    'arch_weight_decay': ('', '0.5'),
-    'frozen_epochs': ('', '1'), 'hessian': ('', '1'),
-    'early_stop': ('', ''), 'data': ('', 'generated'), 'image_size': ('', '12'),
-    'data_seed': ('', '1'), 'num_images': ('', '160'), 'num_classes': ('', '5'),
-    'multilabel': ('', ''), 'source': ('random_labels', 'own'),
-    'label_mode': ('random_labels', 'balanced'), 'label_noise': ('random_labels', '0.5'),
-    'generator': ('--data generated', 'spectrum'), 'difficulty': ('--data generated', 'hard'),
-    'uncertain': ('chexpert', 'ones'), 'views': ('chexpert', 'all'), 'augment': ('', 'standard'),
-    'epochs': ('', '3'), 'steps_per_epoch': ('', '1'), 'max_steps': ('', '3'),
-    'batch_size': ('', '4'), 'grad_accum': ('', '2'), 'learning_rate': ('', '0.1'),
-    'learning_rate_min': ('', '0.01'), 'schedule': ('--epochs 3', 'linear'),
-    'warmup_epochs': ('--epochs 3', '2'), 'momentum': ('', '0.1'),
-    'nesterov': ('--no-nesterov', ''), 'weight_decay': ('', '0.1'), 'grad_clip': ('', '0.1'),
-    'seed': ('', '9'), 'amp': ('', ''), 'preset': ('--num_images 400', 'chexpert'),
-    'quick': ('', '')}
-RETRAIN_FLAGS = {
-    **{name: SEARCH_FLAGS[name] for name in retrain.INPUT.keys() | retrain.SCHEDULE.keys()
-       if name in SEARCH_FLAGS},
-    'arch': ('', 'PDARTS'), 'init_channels': ('', '8'), 'layers': ('', '4'),
-    'stem': ('--image_size 32', 'imagenet'), 'auxiliary': ('--image_size 32', ''),
-    'auxiliary_weight': ('--image_size 32 --auxiliary', '1'), 'drop_path_prob': ('', '0.9'),
-    'cutout': ('', ''), 'cutout_length': ('--cutout', '4'), 'optimizer': ('', 'adam'),
-    'label_smoothing': ('', '0.1'), 'holdout_patients': ('', '0.2'),
-    'train_portion': ('', '0.5'), 'seed': ('', '9'), 'amp': ('', ''), 'preset': ('', 'nb201'),
-    'quick': ('', '')}
+
+# Each flag with a value that gives another result, and the flags which that needs.
+SHARED = """data generated, image_size 12, data_seed 1, num_images 160, num_classes 5, multilabel
+source own, label_mode balanced, label_noise 0.5: random_labels
+generator spectrum, difficulty hard: --data generated
+uncertain ones, views all: chexpert
+augment standard, epochs 3, steps_per_epoch 1, max_steps 3, batch_size 4, grad_accum 2
+learning_rate 0.1, learning_rate_min 0.01, momentum 0.1, weight_decay 0.1, grad_clip 0.1
+schedule linear, warmup_epochs 2: --epochs 3
+nesterov: --no-nesterov
+stem imagenet: --image_size 32
+init_channels 8, seed 9, amp, quick"""
+SEARCH_FLAGS = table(SHARED + """
+method gdas, unrolled, arch_data train, partial 2, cells_per_stage 2, train_portion 0.6
+valid_fraction 0.3, arch_learning_rate 0.01, arch_weight_decay 0.5, frozen_epochs 1, hessian 1
+early_stop
+perturb adversarial: --method sdarts
+space darts: --epochs 1
+layers 4: --space darts --epochs 1
+preset chexpert: --num_images 400""")
+RETRAIN_FLAGS = table(SHARED + """
+arch PDARTS, layers 4, drop_path_prob 0.9, cutout, optimizer adam, label_smoothing 0.1
+holdout_patients 0.2, train_portion 0.5, preset nb201
+auxiliary: --image_size 32
+auxiliary_weight 1: --image_size 32 --auxiliary
+cutout_length 4: --cutout""")
 SCRIPTS = {'search': (search, TINY, SEARCH_FLAGS), 'retrain': (retrain, RETRAIN, RETRAIN_FLAGS)}
 SAME = evaluate.MAY_DIFFER | {"tf32"}        # flags that change no result on a CPU
 PLACES = {'random_labels': '--data random_labels --image_size 8',
