@@ -56,8 +56,6 @@ ARCH = '--arch genotype.json --data noise'
 TABLE = [
     # what is there, what is done to it, script, flags, what the line names
     ('', '', 'generate', '--kind noise --out x --label_noise 0.5', 'label_noise'),
-    ('', '', 'generate', '--kind noise --out x --views all', '--views'),
-    ('', '', 'generate', '--kind noise --out x --generator fractal', '--generator'),
     ('', '', 'generate', '--kind noise --out x --generator_steps 1', '--generator_steps'),
     ('', '', 'generate', '--kind noise --out x --label_mode permute', 'permute'),
     ('', '', 'generate', '--kind noise --out x --image_size 7', '7'),
@@ -72,7 +70,6 @@ TABLE = [
     ('own', '', 'search', '--save own', 'own'),
     ('set', 'cut set/images.npy 300', 'search', '--data set', 'images.npy'),
     ('set', 'cut set/meta.json 60', 'search', '--data set', 'meta.json'),
-    ('set', 'drop set/images.npy', 'search', '--data set', 'images.npy'),
     ('set', '', 'search', '--data set --image_size 16', '--image_size 8'),
     ('cifar', 'drop data/cifar-10-batches-py/data_batch_5', 'search', '--data cifar10',
      'data_batch_5'),
@@ -80,7 +77,6 @@ TABLE = [
     ('own', 'folder own/train/empty', 'search', '--data own --image_size 8', 'empty'),
     ('own', 'folder own/val/cow', 'retrain', '--arch DARTS_V2 --data own --image_size 8', 'cow'),
     ('', 'folder own', 'search', '--data own', 'own'),
-    ('', '', 'search', '--data nosuch', 'nosuch'),
     ('', '', 'search', '--nosuch 3', 'nosuch'),
     ('', '', 'search', '--batch_size 0', 'batch_size'),
     ('', '', 'search', '--batch_size 40', 'batch_size'),
@@ -116,7 +112,6 @@ TABLE = [
     ('', genotype(reduce=(('skip_connect', 2), *GOOD[1:])), 'retrain', ARCH, 'node 2'),
     ('', '', 'evaluate', 'norun', 'norun'),
     ('', '', 'evaluate', '', 'nothing to evaluate'),
-    ('', '', 'evaluate', '--cost', '--arch'),
     ('', '', 'evaluate', '--arch DARTS_V2 --cost --csv t.csv', '--csv'),
     ('', '', 'evaluate', '--arch DARTS_V2 --cost --stem imagenet --image_size 16', '16 px'),
     ('', '', 'evaluate', '--arch |none~0|+|none~0|none~1|+|none~0|none~1|none~2| --layers 6 '

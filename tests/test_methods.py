@@ -152,56 +152,45 @@ def to_simplex(q):
     return q.clamp(0, 1) / q.clamp(0, 1).sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize('perturb', ['random', 'adversarial'])
-def test_sdarts_trains_the_weights_with_perturbed_edges(float64, perturb, monkeypatch):
-    method, ours, book, pairs = with_textbook('--space', 'nb201', '--method', 'sdarts',
+@pytest.mark.parametrize('space, perturb', [
+    ('darts', 'random'), ('nb201', 'random'), ('nb201', 'adversarial')])
+def test_sdarts_trains_the_weights_with_perturbed_edges(float64, space, perturb, monkeypatch):
+    method, ours, book, pairs = with_textbook('--space', space, '--method', 'sdarts',
                                               '--perturb', perturb)
     assert [method.begin_epoch(e, 50, 0)['radius'] for e in (0, 25)] == \
         pytest.approx([0.03, 0.165])
     method.set_tensors(radius=0.2)
-    start, train, valid = torch.rand(6, 5), batch(), batch()
-    monkeypatch.setattr(torch, 'rand_like', lambda t: start.clone())
-    p = F.softmax(book.alphas[0], 1).detach()
-    moved = to_simplex(p + 0.2 * (2 * start - 1))
-    if perturb == 'adversarial':
-        def loss_at(q):
-            book.mix = lambda _: q
-            return textbook.loss(book, train)
+    plain, train, valid = book.mix, batch(), batch()
+    cells, starts = [id(a) for a in book.alphas], [torch.rand_like(a) for a in book.alphas]
+    draws = itertools.cycle(starts)
+    monkeypatch.setattr(torch, 'rand_like', lambda t: next(draws).clone())
+    near = [F.softmax(alpha, 1).detach() for alpha in book.alphas]
+    moved = [to_simplex(p + 0.2 * (2 * start - 1)) for p, start in zip(near, starts)]
 
+    def loss_at(edges):
+        book.mix = lambda alpha: edges[cells.index(id(alpha))]
+        return textbook.loss(book, train)
+
+    if perturb == 'adversarial':
         book.eval()
         for _ in range(7):
-            moved = moved.requires_grad_()
-            grad, = torch.autograd.grad(loss_at(moved), moved)
-            shift = (moved.detach() + 2 * 0.2 / 7 * grad.sign() - p).clamp(-0.2, 0.2)
-            moved = to_simplex(p + shift)
-        assert loss_at(moved) > loss_at(p)
+            moved = [q.requires_grad_() for q in moved]
+            grads = torch.autograd.grad(loss_at(moved), moved)
+            for k, grad in enumerate(grads):
+                shift = moved[k].detach() + 2 * 0.2 / 7 * grad.sign() - near[k]
+                moved[k] = to_simplex(near[k] + shift.clamp(-0.2, 0.2))
+        assert loss_at(moved) > loss_at(near)
         book.train()
     statistics = {k: v.clone() for k, v in ours.state_dict().items() if 'running' in k}
-    close(method.perturbed(train)['cell'], moved)
+    for found, wanted in zip(method.perturbed(train).values(), moved, strict=True):
+        close(found, wanted)
     assert all(torch.equal(v, ours.state_dict()[k]) for k, v in statistics.items())
     assert all(w.requires_grad for w in ours.parameters())
-    book.mix = lambda _: moved
+    book.mix = lambda alpha: moved[cells.index(id(alpha))]
     same_step(method, book, pairs, train)
-    book.mix = lambda alpha: F.softmax(alpha, 1)            # the alphas' step is DARTS's
+    book.mix = plain                                        # the alphas' step is DARTS's
     same_gradients(method, book, valid)
     assert ours.mix == method.mix
-
-
-def test_sdarts_perturbs_both_cells_of_the_darts_space(float64):
-    method, ours, book, _ = with_textbook('--method', 'sdarts')
-    method.set_tensors(radius=0.1)
-    torch.manual_seed(5)
-    near = method.perturbed(None)
-    for cell, p in near.items():
-        assert p.shape == (14, 8)
-        assert 0.05 < (p - ours.probabilities(cell)).abs().max() < 0.2
-    assert not torch.equal(*near.values())
-    cells = dict(zip(map(id, book.alphas), ('normal', 'reduce')))
-    book.mix = lambda alpha: near[cells[id(alpha)]]
-    train = batch()
-    torch.manual_seed(5)
-    with method.weight_training(train):
-        close(ours(train[0]), book(train[0]))
 
 
 def test_an_adversarial_perturbation_that_does_no_harm_is_undone(float64, monkeypatch):
