@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import one_line
+from conftest import forget, one_line
 from PIL import Image
 
 import generate_data as g
@@ -250,11 +250,12 @@ def test_image_folders_of_any_depth_of_colour():
     folder_of_images('tree/val', n=2)
     train, test = g.read('tree', {'image_size': 8}), g.read('tree', {'image_size': 8}, 'test')
     assert (len(train), len(test)) == (8, 4) and train.images.shape[1:] == (8, 8, 3)
-    assert train.mean == test.mean and g.read('tree/train', {}, 'test') is None
+    assert train.mean == test.mean
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(ramp).save('tree/train/cat/deep.png')           # 16 bits, grey
     Image.fromarray((ramp // 256).astype(np.uint8)).save('tree/train/cat/grey.jpg')
     Image.fromarray(np.zeros((9, 9, 4), np.uint8)).save('tree/train/cat/rgba.png')
+    forget()
     deep = g.read_image('tree/train/cat/deep.png', 64)
     assert len(np.unique(deep)) == 256 and len(g.read('tree', {'image_size': 16})) == 11
 
@@ -276,7 +277,7 @@ EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(evil) (w) file\n'
 
 
 @pytest.mark.parametrize('name, needle', [
-    ('eps', '0.png: not a readable image (cannot identify'), ('pipe', 'no regular file'),
+    ('eps', 'cannot identify'), ('pipe', 'no regular file'),
     ('bomb', 'pixels'), ('cut', 'truncated')])
 def test_a_hostile_image_is_one_line(name, needle, capsys):
     folder_of_images('own')
@@ -290,7 +291,9 @@ def test_a_hostile_image_is_one_line(name, needle, capsys):
         Image.new('1', (13000, 13000)).save(path)
     else:
         path.write_bytes(path.read_bytes()[:50])
-    one_line(capsys, g.main(['--kind', 'random_labels', '--source', 'own', '--out', 'x']), needle)
+    with pytest.raises(g.UserError, match=needle):
+        g.read_image(path, 8)
+    one_line(capsys, g.main(['--kind', 'random_labels', '--source', 'own', '--out', 'x']), '0.png')
 
 
 @pytest.mark.parametrize('labels, needle', [
@@ -359,7 +362,7 @@ def test_batches_are_the_same_from_memory_from_workers_and_from_the_middle(monke
 @pytest.mark.parametrize('augment', ['crop', 'imagenet', 'affine'])
 def test_augmentation_in_workers_depends_on_seed_epoch_and_image_alone(augment):
     folder_of_images('tree', 'a', n=10, size=(96, 72))
-    data = g.read('tree', {'image_size': 65})
+    data = g.read('tree', {'image_size': 65, 'test_fraction': 0.0})
     state = torch.get_rng_state()
 
     def epoch(workers=0, epoch=1, start=0, indices=range(10), seed=4):
