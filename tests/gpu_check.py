@@ -20,7 +20,6 @@ from model_search import Network
 
 import textbook
 import torch
-import torch.nn.functional as F
 
 RUNS = {                        # name: (step, images in it, steps of the full published run)
     'darts, first order': (benchmark.Case(1, False, 64, 0), 128, 50 * (25000 // 64)),
@@ -43,21 +42,20 @@ def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16
     book = textbook.Network(width, 10, layers, partial=partial)
     textbook.copy_weights(ours, book)
     ours, book = ours.to(device, dtype), book.to(device, dtype)
-    train, valid = [(x.to(dtype), y) for x, y in (benchmark.batch(size, device=device),
-                                                  benchmark.batch(size, device=device))]
-    x, y = train
+    (x, y), valid = [(x.to(dtype), y) for x, y in (benchmark.batch(size, device=device),
+                                                   benchmark.batch(size, device=device))]
     logits = ours(x), book(x)
     out = {'logits': relative(*logits)}
-    grads = [torch.autograd.grad(F.cross_entropy(z, y), list(p)) for z, p in zip(
-        logits, (ours.alphas.values(), book.alphas))]
+    grads = [torch.autograd.grad(torch.nn.functional.cross_entropy(z, y), list(p))
+             for z, p in zip(logits, (ours.alphas.values(), book.alphas))]
     out['alpha gradients'] = max(map(relative, *grads))
     textbook.copy_weights(ours, book)               # of the running statistics
     step, changed = benchmark.search_step(ours, unrolled)
     step = retrain.GraphedStep(step, changed, device, graph)
     book_step = textbook.Step(book, unrolled)
     for _ in range(5):
-        step(*train, *valid)
-        book_step(train, valid)
+        step(x, y, *valid)
+        book_step((x, y), valid)
     pairs = textbook.pairs_of_weights(ours, book)
     out['weights'] = max(relative(a[block], b) for a, block, b in pairs if a.requires_grad)
     out['captured'] = step.graph is not None
