@@ -119,14 +119,6 @@ def test_stopped_in_every_step_equals_never_stopped(name, monkeypatch):
     same_run('parts', 'whole')
 
 
-@pytest.mark.parametrize('main, flags', [(search.main, TINY), (retrain.main, RETRAIN)])
-def test_a_seed_gives_one_result_and_another_seed_another(main, flags):
-    first = run(main, 'a', *flags, '--seed', '3')
-    run(main, 'b', *flags, '--seed', '3')
-    same_run('a', 'b')
-    assert run(main, 'c', *flags, '--seed', '4')[-1]['train_loss'] != first[-1]['train_loss']
-
-
 def test_kill_9_at_random_moments(empty_folder):
     flags = [*TINY, '--epochs', '30', '--checkpoint_minutes', '0', '--resume']
     run(search.main, 'whole', *flags)
