@@ -1,11 +1,12 @@
 """Time, calls and memory of our steps against the textbook's, the same weights in both.
 
     python tests/benchmark.py                   # the table; about 20 minutes on two cores
-    python tests/benchmark.py --only darts1_b16 --json
+    python tests/benchmark.py --only darts1_b16
     python tests/benchmark.py --imagenet        # steps at 224 px, and the batches that fit a GPU
     python tests/benchmark.py --methods         # every method's step; NAS-Bench-201's textbook
     python tests/benchmark.py --curve           # seconds a step by batch, width and image size
     python tests/benchmark.py --input           # what the data cost, beside the step
+    python tests/benchmark.py --probe FOLDER    # how learnable a data set is
 
 A search step is one architecture and one weight step (C=16, 8 cells, 32 px); a retrain step one
 of DARTS_V2 (C=36, 20 cells, auxiliary head, drop-path). CPU seconds of the process: medians of n,
@@ -14,7 +15,6 @@ Peak memory is that of one step, each side in a process of its own.
 """
 import argparse
 import functools
-import json
 import statistics
 import subprocess
 import sys
@@ -74,10 +74,6 @@ def batch(n, size=32, device=CPU):
     return torch.randn(n, 3, size, size, device=device), torch.randint(10, (n,), device=device)
 
 
-# ---------------------------------------------------------------------------------------------
-# Steps
-
-
 def steps(case, sides=('ours', 'book'), device=CPU, graph=False, flags=()):
     """{side: a function that takes one step}, the same weights on both sides.
 
@@ -85,11 +81,11 @@ def steps(case, sides=('ours', 'book'), device=CPU, graph=False, flags=()):
     """
     torch.manual_seed(0)
     retraining, large = case.partial == 0, case.pixels > 64
-    extra = {'auxiliary': True} if retraining else {'partial': case.partial}
-    extra['stem'] = 'imagenet' if large else 'cifar'
-    shape = (case.width, 1000 if large else 10, 8)
+    shape, extra = (case.width, 1000 if large else 10, 8), {'partial': case.partial}
     if retraining:
         shape = (48, 1000, 14, DARTS_V2) if large else (36, 10, 20, DARTS_V2)
+        extra = {'auxiliary': True}
+    extra['stem'] = 'imagenet' if large else 'cifar'
     networks = {'ours': Network(*shape, **extra)}
     if 'book' in sides:
         networks['book'] = textbook.Network(*shape, **extra)
@@ -140,10 +136,6 @@ def seconds(functions, n):
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-# ---------------------------------------------------------------------------------------------
-# The table
-
-
 def peak(name, side):
     """Peak MiB of one step above what the process held before it, in a process of its own."""
     command = [sys.executable, __file__, '--only', name, '--peak', side]
@@ -151,8 +143,7 @@ def peak(name, side):
 
 
 def print_peak(name, side):
-    sides = ('ours',) if side == 'ours' else ('ours', 'book')
-    step = steps({**CASES, **IMAGENET}[name], sides)[side]
+    step = steps({**CASES, **IMAGENET}[name], {'ours', side})[side]
     held = retrain.peak_memory_mib(CPU)
     step()
     print(retrain.peak_memory_mib(CPU) - held)
@@ -181,10 +172,6 @@ def show(name, row):
     words = [f'{key} {value:.3g}' if isinstance(value, float) else f'{key} {value}'
              for key, value in row.items()]
     print(f'{name:<13}', '  '.join(words), flush=True)
-
-
-# ---------------------------------------------------------------------------------------------
-# What else costs time
 
 
 def curve():
@@ -250,11 +237,10 @@ def data_costs(steps_taken=20):
         cost = 2 * (time.process_time() - began) / count        # a search step takes two batches
         rows[f'{name}, resident'] = {'ms_a_step': 1000 * cost, 'share_of_a_step': cost / taken}
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder, 'a').mkdir()
         image = Image.fromarray(generate_data.noise_images(0, 0, 1, 256)[0])
         for k in range(512):
-            target = Path(folder, str(k % 2))
-            target.mkdir(exist_ok=True)
-            image.save(target / f'{k}.jpg')
+            image.save(f'{folder}/a/{k}.jpg')
         data = generate_data.read(folder, {'image_size': 224, 'test_fraction': 0.0})
         batches = generate_data.Batches(data, range(512), 64, CPU, 'imagenet', workers=2)
         began = time.time()
@@ -263,68 +249,19 @@ def data_costs(steps_taken=20):
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--only', choices=[*CASES, *IMAGENET], help='one case')
-    for flag, words in (('--json', 'one JSON object'), ('--imagenet', 'steps at 224 px'),
-                        ('--curve', 'how a step grows'), ('--input', 'what the data cost'),
-                        ('--methods', "every method's step")):
-        parser.add_argument(flag, action='store_true', help=words)
-    parser.add_argument('--peak', choices=['ours', 'book'], help=argparse.SUPPRESS)
-    add_probe_flags(parser)
-    args = parser.parse_args()
-    device = generate_data.choose_device(-1)
-    if args.probe:
-        return print_probe(args.probe, args.against, args.data_dir, device)
-    if args.peak:
-        print_peak(args.only, args.peak)
-        return
-    names = [args.only] if args.only else IMAGENET if args.imagenet else CASES
-    if args.curve:
-        results = curve()
-    elif args.input:
-        results = data_costs()
-    elif args.methods:
-        results = methods()
-    else:
-        results = {name: measure(name) for name in names}
-    if args.json:
-        print(json.dumps(results))
-        return
-    for name, row in results.items():
-        show(name, row)
-    print(retrain.hardware(device), 'torch', torch.__version__)
-
-
-# ---------------------------------------------------------------------------------------------
-# How learnable a set is: a fixed small network, and the nearest neighbour
-
-
-def add_probe_flags(parser):
-    parser.add_argument('--probe', metavar='FOLDER', help='how learnable a data set is')
-    parser.add_argument('--against', metavar='SOURCE', help='with --probe: the real set that its '
-                        'generator learned')
-    parser.add_argument('--data_dir', default='data', help='of --against')
-
-
-def pool_to_64(data):
-    """Averages images above 64 px down to about that."""
-    return torch.nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)
-
-
-def fit_probe(data, rows, device):
+def fit_probe(data, rows):
     """Train four convolutions on some images of a Data: 10 epochs, batch 128, Adam 1e-3."""
     torch.manual_seed(0)
-    layers = [pool_to_64(data)]
+    layers = [torch.nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)]    # to 64 px
     for c_in, c_out in ((3, 32), (32, 64), (64, 128), (128, 128)):
         layers += [torch.nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
                    torch.nn.BatchNorm2d(c_out), torch.nn.ReLU(),
                    torch.nn.MaxPool2d(2, ceil_mode=True)]
     network = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
                                   torch.nn.Linear(128, len(data.classes)))
-    network = network.to(device, memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)
     adam = torch.optim.Adam(network.parameters(), 1e-3)
-    batches = generate_data.Batches(data, rows, min(128, len(rows)), device)
+    batches = generate_data.Batches(data, rows, min(128, len(rows)), CPU)
     for epoch in range(10):
         for x, y in batches.epoch(epoch):
             evaluate.loss_of(network(x), y).backward()
@@ -333,46 +270,74 @@ def fit_probe(data, rows, device):
     return network.eval()
 
 
-@torch.no_grad()
-def nearest_neighbour(data, rows, device):
+def nearest_neighbour(data, rows):
     """predict(x): the labels of the nearest of some images of a Data, by pixels."""
-    pool = pool_to_64(data)
-    batches = generate_data.Batches(data, rows, 200, device, shuffle=False)
-    known = torch.cat([pool(x).flatten(1) for x, _ in batches.epoch()])
-    labels = generate_data.conditions(torch.from_numpy(data.labels[rows]).to(device),
-                                      len(data.classes))[:, :-1]
-    return lambda x: labels[torch.cdist(pool(x).flatten(1), known).argmin(1)]
+    pool = torch.nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)
+    known, labels = map(torch.cat, zip(*generate_data.Batches(
+        data, rows, 200, CPU, shuffle=False).epoch()))
+    known, labels = pool(known).flatten(1), generate_data.conditions(labels, len(data.classes))
+    return lambda x: labels[torch.cdist(pool(x).flatten(1), known).argmin(1), :-1]
 
 
 @torch.no_grad()
-def grade(predict, data, rows, device):
+def grade(predict, data, rows):
     """Per cent right of predict(x) -> scores (B, classes); with several labels the mean AUC."""
-    batches = generate_data.Batches(data, rows, 200, device, shuffle=False)
-    scores = torch.cat([predict(x).float() for x, _ in batches.epoch()]).cpu().numpy()
-    labels = data.labels[np.asarray(rows)]
-    if data.multilabel:
-        return 100 * evaluate.mean_area(scores, labels, data.classes, data.classes)
-    return 100 * (scores.argmax(1) == labels).mean().item()
+    batches = generate_data.Batches(data, rows, 200, CPU, shuffle=False)
+    scores = torch.cat([predict(x).float() for x, _ in batches.epoch()])
+    labels = torch.from_numpy(data.labels[np.asarray(rows)])
+    found = evaluate.measure(scores, labels, data.classes)
+    return 100 * found['auroc'] if data.multilabel else 100 - found['error']
 
 
-def print_probe(folder, against, data_dir, device):
+def probe(folder, against, data_dir):
     """Train on nine tenths, test on the rest; `against` a real set also each on the other."""
     data = generate_data.read(folder, {})
     train, test = generate_data.stratified_split(data.labels, 0.9, 0)
-    found = {'network': grade(fit_probe(data, train, device), data, test, device),
-             'nearest_neighbour': grade(nearest_neighbour(data, train, device), data, test,
-                                        device),
-             'measure': 'mean AUC' if data.multilabel else 'accuracy', 'n_test': len(test)}
+    found = {'network': grade(fit_probe(data, train), data, test),
+             'nearest_neighbour': grade(nearest_neighbour(data, train), data, test),
+             'n_test': len(test)}
     if against:
         s = {'data_dir': data_dir, 'image_size': data.image_size}
         real = generate_data.read(against, s)
         held_out = generate_data.read(against, s, 'test') or real
         as_many = np.sort(np.random.default_rng(0).permutation(len(real))[:len(data)])
-        made, learned = fit_probe(data, range(len(data)), device), fit_probe(real, as_many, device)
-        found['generated_to_real'] = grade(made, held_out, range(len(held_out)), device)
-        found['real_to_generated'] = grade(learned, data, range(len(data)), device)
-        found['real_to_real'] = grade(learned, held_out, range(len(held_out)), device)
-    print(json.dumps(found, indent=1))
+        made, learned = fit_probe(data, range(len(data))), fit_probe(real, as_many)
+        found.update(generated_to_real=grade(made, held_out, range(len(held_out))),
+                     real_to_generated=grade(learned, data, range(len(data))),
+                     real_to_real=grade(learned, held_out, range(len(held_out))))
+    return {folder: found}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--only', choices=[*CASES, *IMAGENET], help='one case')
+    for flag, words in (('--imagenet', 'steps at 224 px'), ('--curve', 'how a step grows'),
+                        ('--input', 'what the data cost'), ('--methods', "every method's step")):
+        parser.add_argument(flag, action='store_true', help=words)
+    parser.add_argument('--peak', choices=['ours', 'book'], help=argparse.SUPPRESS)
+    parser.add_argument('--probe', metavar='FOLDER', help='how learnable a data set is')
+    parser.add_argument('--against', metavar='SOURCE', help='with --probe: the real set that its '
+                        'generator learned')
+    parser.add_argument('--data_dir', default='data', help='of --against')
+    args = parser.parse_args(argv)
+    device = generate_data.choose_device(-1)
+    if args.peak:
+        print_peak(args.only, args.peak)
+        return
+    names = [args.only] if args.only else IMAGENET if args.imagenet else CASES
+    if args.probe:
+        results = probe(args.probe, args.against, args.data_dir)
+    elif args.curve:
+        results = curve()
+    elif args.input:
+        results = data_costs()
+    elif args.methods:
+        results = methods()
+    else:
+        results = {name: measure(name) for name in names}
+    for name, row in results.items():
+        show(name, row)
+    print(retrain.hardware(device), 'torch', torch.__version__)
 
 
 if __name__ == '__main__':

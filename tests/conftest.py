@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-import generate_data  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wait)
+import evaluate  # noqa: E402
+import generate_data  # noqa: E402
+import search  # noqa: E402
+import textbook  # noqa: E402
 import torch  # noqa: E402
 
 SIZES = ['--layers', '3', '--init_channels', '4', '--batch_size', '8', '--epochs', '2',
@@ -22,9 +25,15 @@ DARTS = [*TINY[:-1], 'darts']
 RETRAIN = ['--arch', 'DARTS_V2', *NOISE, *SIZES]
 
 
+def forget():
+    """As a process of its own does: nothing is known of pictures that were looked at before."""
+    generate_data.readable_images.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    forget()
     return tmp_path
 
 
@@ -45,6 +54,38 @@ def real_data():
     pytest.skip('no real CIFAR-10: put cifar-10-batches-py into data/')
 
 
+def batch(size=8, n=6):
+    return torch.randn(n, 3, size, size), torch.randint(4, (n,))
+
+
+def searching(*flags):
+    """(method, its network) for four classes, whose alphas are far from uniform."""
+    args = search.parse(['--init_channels', '4', '--layers', '3', '--cells_per_stage', '1', *flags])
+    method = search.METHODS[args.method](args, 4, 'cifar', torch.device('cpu'))
+    network = method.build()
+    with torch.no_grad():
+        for alpha in network.alphas.values():
+            alpha.mul_(500)
+    return method, network
+
+
+def with_textbook(*flags):
+    """(method, its network, the textbook's network, pairs of their equal weights)."""
+    method, network = searching(*flags)
+    args = method.args
+    if args.space == 'nb201':
+        book = textbook.NB201Network(args.init_channels, 4, args.cells_per_stage)
+    else:
+        book = textbook.Network(args.init_channels, 4, args.layers, partial=args.partial)
+    return method, network, book, textbook.copy_weights(network, book)
+
+
+def same_weights(pairs):
+    for p, block, q in pairs:
+        if p.requires_grad:
+            close(p[block], q)
+
+
 def log(folder):
     """The lines of a run's log, without what is measured."""
     lines = [json.loads(line) for line in Path(folder, 'log.jsonl').read_text().splitlines()]
@@ -58,6 +99,19 @@ def run(main, save, *flags):
     """The log of a run that ends well."""
     assert main([*flags, '--save', save]) == 0
     return log(save)
+
+
+def printed(capsys, *flags, main=None):
+    """What a command of evaluate.py prints."""
+    capsys.readouterr()
+    forget()
+    assert (main or evaluate.main)([*flags, '--gpu', '-1']) == 0
+    return capsys.readouterr().out
+
+
+def reports(capsys, *flags, main=None):
+    """What evaluate.py says of each run."""
+    return [json.loads(row) for row in printed(capsys, *flags, '--json', main=main).splitlines()]
 
 
 def stop_in_every_step(main, save, *flags):

@@ -1,15 +1,12 @@
 """Check and time everything on a CUDA device, in one table. Under 8 minutes.
 
     python tests/gpu_check.py                   # on any machine with CUDA
-    python tests/gpu_check.py --json > gpu.json
 
 First equality with the textbook on the device, in float64 and float32, eager and as a CUDA graph.
 Then ms a step, calls of a step, peak memory and images/s of search and retrain steps: the
-textbook's, ours eager, as a graph, and as a graph in bf16. Last what these make of a whole search
-and of a whole retraining. Without CUDA it says so and does nothing.
+textbook's, ours eager, as a graph, and as a graph in bf16, and the hours of a whole run. Without
+CUDA it says so and does nothing.
 """
-import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -23,7 +20,6 @@ from model_search import Network
 
 import textbook
 import torch
-import torch.nn.functional as F
 
 RUNS = {                        # name: (step, images in it, steps of the full published run)
     'darts, first order': (benchmark.Case(1, False, 64, 0), 128, 50 * (25000 // 64)),
@@ -46,40 +42,35 @@ def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16
     book = textbook.Network(width, 10, layers, partial=partial)
     textbook.copy_weights(ours, book)
     ours, book = ours.to(device, dtype), book.to(device, dtype)
-    train, valid = benchmark.batch(size, device=device), benchmark.batch(size, device=device)
-    train, valid = (train[0].to(dtype), train[1]), (valid[0].to(dtype), valid[1])
-    x, y = train
+    (x, y), valid = [(x.to(dtype), y) for x, y in (benchmark.batch(size, device=device),
+                                                   benchmark.batch(size, device=device))]
     logits = ours(x), book(x)
     out = {'logits': relative(*logits)}
-    grads = [torch.autograd.grad(F.cross_entropy(z, y), list(p)) for z, p in zip(
-        logits, (ours.alphas.values(), book.alphas))]
-    out['alpha gradients'] = max(relative(a, b) for a, b in zip(*grads))
+    grads = [torch.autograd.grad(torch.nn.functional.cross_entropy(z, y), list(p))
+             for z, p in zip(logits, (ours.alphas.values(), book.alphas))]
+    out['alpha gradients'] = max(map(relative, *grads))
     textbook.copy_weights(ours, book)               # of the running statistics
     step, changed = benchmark.search_step(ours, unrolled)
     step = retrain.GraphedStep(step, changed, device, graph)
     book_step = textbook.Step(book, unrolled)
     for _ in range(5):
-        step(*train, *valid)
-        book_step(train, valid)
+        step(x, y, *valid)
+        book_step((x, y), valid)
     pairs = textbook.pairs_of_weights(ours, book)
     out['weights'] = max(relative(a[block], b) for a, block, b in pairs if a.requires_grad)
-    if graph:
-        out['captured'] = step.graph is not None
+    out['captured'] = step.graph is not None
     return out
 
 
 def timing(name, way, device, seconds=6.0):
     """{'ms', 'calls', 'peak_mib', 'images_per_second', 'n'} of a step."""
-    case, images, _ = RUNS[name]
+    case, images, steps = RUNS[name]
     side, graph, flags = WAYS[way]
-    sides = ('ours',) if side == 'ours' else ('ours', 'book')
     generate_data.set_tf32('--tf32' in flags)
-    step = benchmark.steps(case, sides, device, graph, flags)[side]
+    step = benchmark.steps(case, {'ours', side}, device, graph, flags)[side]
     with benchmark.Calls() as calls:
         step()
-    def synchronize():
-        if device.type == 'cuda':
-            torch.cuda.synchronize()
+    synchronize = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(retrain.GraphedStep.WARM_UP + 2):
@@ -95,50 +86,34 @@ def timing(name, way, device, seconds=6.0):
     ms = 1000 * (time.perf_counter() - began) / count
     generate_data.set_tf32(False)
     return {'ms': ms, 'calls': calls.count, 'peak_mib': retrain.peak_memory_mib(device),
-            'images_per_second': 1000 * images / ms, 'n': count}
+            'images_per_second': 1000 * images / ms, 'n': count,
+            'hours of a run': steps / 3.6e6 * ms}
 
 
-def check(device, seconds=6.0):
-    """All rows: ({name: differences}, {name: {way: timing}})."""
-    differences, timings = {}, {}
-    for name, partial, unrolled in (('darts', 1, False), ('darts, second order', 1, True),
-                                    ('pcdarts', 4, False)):
-        for words, dtype, graph in (('float64', torch.float64, False),      # a graph's learning
-                                    ('float32', torch.float32, False),      # rate is float32
-                                    ('float32, graph', torch.float32, True)):
+def check_equality(device):
+    """Print the differences to the textbook; end with an error if one is too large."""
+    for partial, unrolled in ((1, False), (1, True), (4, False)):
+        # In float64 without a graph, whose learning rate is float32.
+        for dtype, graph in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
             row = equality(device, dtype, partial, unrolled, graph)
-            differences[f'{words}, {name}'] = row
-            benchmark.show(f'{words + ", " + name:<38}', row)
-    for name in RUNS:
-        timings[name] = {}
-        for way in WAYS:
-            timings[name][way] = row = timing(name, way, device, seconds)
-            benchmark.show(f'{name + ", " + way:<38}', row)
-            torch.cuda.empty_cache()
-        hours = RUNS[name][-1] / 3.6e6 * min(timings[name][way]['ms'] for way in list(WAYS)[1:])
-        print(f'{name}: {RUNS[name][-1]:,} steps of the full run take {hours:.2f} hours at best')
-    return differences, timings
+            name = f'{dtype}, K={partial}, unrolled={unrolled}, graph={graph}'
+            benchmark.show(name, row)
+            largest = row['logits'] if unrolled else max(row['logits'], row['alpha gradients'])
+            if largest > (1e-9 if dtype == torch.float64 else 1e-2):
+                sys.exit(f'{name}: differs from the textbook')
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--json', action='store_true', help='one JSON object at the end')
-    parser.add_argument('--gpu', type=int, default=0)
-    args = parser.parse_args()
     if not torch.cuda.is_available():
         print('no CUDA on this machine: nothing to check here')
         return
-    device = generate_data.choose_device(args.gpu)
+    device = generate_data.choose_device(0)
     print(retrain.hardware(device), 'torch', torch.__version__)
-    differences, timings = check(device)
-    if args.json:
-        print(json.dumps({'hardware': retrain.hardware(device), 'equality': differences,
-                          'timing': timings}))
-    for name, row in differences.items():
-        limit = 1e-9 if name.startswith('float64') else 1e-2
-        largest = row['logits'] if 'second' in name else max(row['logits'], row['alpha gradients'])
-        if largest > limit:
-            sys.exit(f'{name} differs from the textbook: {row}')
+    check_equality(device)
+    for name in RUNS:
+        for way in WAYS:
+            benchmark.show(f'{name + ", " + way:<38}', timing(name, way, device))
+            torch.cuda.empty_cache()
 
 
 if __name__ == '__main__':

@@ -7,9 +7,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import DARTS, NOISE, RETRAIN, ROOT, SIZES, TINY, run, same_run, stop_in_every_step
+from conftest import (DARTS, NOISE, RETRAIN, ROOT, SIZES, TINY, reports, run, same_run,
+                      stop_in_every_step)
 
 MODULES = ('operations', 'genotypes', 'model_search', 'generate_data', 'evaluate', 'retrain',
            'search')
@@ -57,15 +59,12 @@ def scripts(monkeypatch):
     return make
 
 
-def report(modules, capsys, *runs):
-    capsys.readouterr()
-    assert modules['evaluate'].main([*runs, '--json', '--gpu', '-1']) == 0
-    return json.loads(capsys.readouterr().out)
+def report(modules, capsys, run):
+    return reports(capsys, run, main=modules['evaluate'].main)[0]
 
 
-def search_and_stop(modules, *flags):
-    """A search, the same stopped in every step, both equal."""
-    main = modules['search'].main
+def run_and_stop(main, *flags):
+    """A run, the same stopped in every step, both equal."""
     run(main, 'found', *flags)
     assert stop_in_every_step(main, 'parts', *flags) == 4
     same_run('parts', 'found')
@@ -80,7 +79,7 @@ def test_the_section_has_the_five_usual_changes():
 
 def test_a_method(scripts, capsys):
     modules = scripts('search.py', 'below', 'METHODS')
-    search_and_stop(modules, *TINY, '--method', 'entropy')
+    run_and_stop(modules['search'].main, *TINY, '--method', 'entropy')
     assert report(modules, capsys, 'found')['method'] == 'entropy'
     args = modules['search'].parse([*TINY, '--method', 'entropy'])
     method = modules['search'].METHODS['entropy'](args, 4, 'cifar', torch.device('cpu'))
@@ -93,7 +92,7 @@ def test_a_method(scripts, capsys):
 
 def test_an_optimiser_of_the_alphas(scripts, capsys):
     modules = scripts('search.py', 'instead of', 'adam')
-    search_and_stop(modules, *TINY)
+    run_and_stop(modules['search'].main, *TINY)
     state = torch.load('found/checkpoint.pt', weights_only=True)['adam']['state'][0]
     assert 'square_avg' in state and report(modules, capsys, 'found')['method'] == 'darts'
 
@@ -101,7 +100,7 @@ def test_an_optimiser_of_the_alphas(scripts, capsys):
 def test_a_kind_of_data(scripts, capsys):
     modules = scripts('generate_data.py', 'below', 'KINDS')
     flags = ['--data', 'uniform', *NOISE[2:], *TINY[len(NOISE):]]
-    search_and_stop(modules, *flags)
+    run_and_stop(modules['search'].main, *flags)
     assert report(modules, capsys, 'found')['searched_on'] == 'uniform'
     assert modules['generate_data'].main(['--kind', 'uniform', '--out', 'set', *NOISE[2:]]) == 0
     assert abs(modules['generate_data'].read('set', {}).images.astype(float).std() - 74) < 1
@@ -109,18 +108,14 @@ def test_a_kind_of_data(scripts, capsys):
 
 def test_an_operation(scripts, capsys):
     modules = scripts('operations.py', 'below', 'OPERATIONS')
-    run(modules['search'].main, 'found', *DARTS, '--epochs', '1')
-    assert torch.load('found/checkpoint.pt', weights_only=True)['network'][
-        'alphas.normal'].shape == (14, 9)
+    lines = run(modules['search'].main, 'search', *DARTS, '--epochs', '1')
+    assert np.shape(lines[0]['alphas']['normal']) == (14, 9)
     cell = [('conv_7x1_1x7', state) for _ in range(4) for state in (0, 1)]
     Path('own.json').write_text(json.dumps({
         'normal': cell, 'normal_concat': [2, 3, 4, 5], 'reduce': cell,
         'reduce_concat': [2, 3, 4, 5]}))
-    flags = ['--arch', 'own.json', *RETRAIN[2:]]
-    run(modules['retrain'].main, 'net', *flags)
-    assert stop_in_every_step(modules['retrain'].main, 'parts', *flags) == 4
-    same_run('parts', 'net')
-    row = report(modules, capsys, 'net')
+    run_and_stop(modules['retrain'].main, '--arch', 'own.json', *RETRAIN[2:])
+    row = report(modules, capsys, 'found')
     assert row['genotype']['normal'][0] == ['conv_7x1_1x7', 0] and row['params'] > 0
 
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from retrain import GraphedStep, changed_by_a_step
+from retrain import GraphedStep
 
 import benchmark
 import gpu_check
@@ -74,7 +74,7 @@ def test_graphed_step_takes_the_eager_steps(monkeypatch, capsys, spoil, message)
     assert error.count('\n') == bool(spoil) and message in error
 
 
-def test_a_step_changes_what_is_compared():
+def test_a_step_changes_what_is_compared_and_its_learning_rate_is_a_tensor():
     network, step, changed = search_step()
     step(*batches(1)[0])
     before = copy.deepcopy(changed())
@@ -82,12 +82,6 @@ def test_a_step_changes_what_is_compared():
     assert list(before) == ['weights', 'alphas', 'statistics', 'optimizers']
     for name, part in changed().items():
         assert any(not torch.equal(a, b) for a, b in zip(part, before[name])), name
-    assert set(changed_by_a_step(benchmark.Network(4, 10, 3))) == {'weights', 'alphas',
-                                                                   'statistics'}
-
-
-def test_learning_rate_is_a_tensor_that_a_graph_sees():
-    network, step, changed = search_step()
     sgd, _ = benchmark.search.optimizers(network, benchmark.search.parse([]))
     assert torch.is_tensor(sgd.param_groups[0]['lr'])
 
@@ -109,9 +103,8 @@ def test_gpu_check_times_a_step(monkeypatch, partial, ways):
     assert all(row['ms'] > 0 and row['n'] == 3 and row['calls'] > 100 for row in rows)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has CUDA')
 def test_gpu_check_without_cuda_says_so():
-    if torch.cuda.is_available():
-        pytest.skip('this machine has CUDA')
     out = subprocess.run([sys.executable, TESTS / 'gpu_check.py'], capture_output=True, text=True)
     assert out.returncode == 0 and 'no CUDA' in out.stdout
 
@@ -124,10 +117,6 @@ def test_benchmark_counts_calls():
             step()
         counts[side] = calls.count
     assert 0 < counts['ours'] < counts['book'] / 2
-    with benchmark.Calls() as calls:
-        x = torch.empty(4).view(2, 2).detach()
-        (x + 1).sum()
-    assert calls.count == 2
 
 
 def test_benchmark_times_every_method(monkeypatch):

@@ -1,35 +1,18 @@
 """evaluate.py: metrics by hand, tables, reports, plots and predictions of runs."""
 import csv
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import DARTS, RETRAIN, SIZES, TINY, one_line, run
-from PIL import Image
+from conftest import DARTS, forget, RETRAIN, SIZES, TINY, one_line, printed, reports, run
 from test_data import fake_cifar, folder_of_images
 
 import evaluate
 import retrain
 import search
 from genotypes import nas_bench_201, to_string, truth
-
-
-def printed(capsys, *flags):
-    """What a command of evaluate.py prints."""
-    capsys.readouterr()
-    assert evaluate.main([*flags, '--gpu', '-1']) == 0
-    return capsys.readouterr().out
-
-
-def reports(capsys, *flags):
-    return [json.loads(line) for line in printed(capsys, *flags, '--json').splitlines()]
-
-
-# ---------------------------------------------------------------------------------------------
-# Metrics
 
 
 def test_errors_by_hand():
@@ -42,16 +25,11 @@ def test_errors_by_hand():
     assert evaluate.correct(torch.tensor([[1., -1]]), torch.tensor([[1., 1]])) == 0.5
 
 
-def test_area_under_the_curve_by_hand_and_by_scipy():
+def test_area_under_the_curve_by_hand():
     # Pairs of a positive and a negative: 3 x 2; won 3, tied 2, lost 1.
     scores, labels = np.array([.9, .5, .3, .5, .3]), np.array([1, 1, 1, 0, 0])
     assert evaluate.auroc(scores, labels) == (2 + 1.5 + 0.5) / 6
     assert evaluate.auroc(scores, labels * 0) is None
-    stats = pytest.importorskip('scipy.stats')
-    rng = np.random.default_rng(0)
-    scores, labels = rng.integers(0, 9, 500) / 9, (rng.random(500) < 0.3).astype(int)
-    won = stats.mannwhitneyu(scores[labels == 1], scores[labels == 0]).statistic
-    assert evaluate.auroc(scores, labels) == pytest.approx(won / labels.sum() / (1 - labels).sum())
 
 
 def test_unknown_labels_tasks_and_intervals():
@@ -68,10 +46,6 @@ def test_unknown_labels_tasks_and_intervals():
     assert found == {'auroc_tasks': areas['Edema'], 'auroc': np.mean(list(areas.values()))}
     low, high = evaluate.bootstrap(scores, labels, names)['Edema']
     assert low < areas['Edema'] < high and 0.04 < high - low < 0.15     # about .76 +- .03
-
-
-# ---------------------------------------------------------------------------------------------
-# Searches
 
 
 SKIPS, CONVS, POINTS = (to_string([name] * 6) for name in (
@@ -99,7 +73,7 @@ def test_a_report_of_a_known_cell(searches, capsys):
     assert '54.30%' in out and '15,231' in out and '-40.08' in out
 
 
-def test_the_table_has_seeds_in_one_line_and_other_settings_apart(searches, capsys):
+def test_the_table_has_seeds_in_one_line_and_says_what_else_it_averages(searches, capsys):
     values = [truth(arch)['cifar10'] for arch in (SKIPS, CONVS, POINTS)]
     mean, deviation = np.mean(values), np.std(values, ddof=1)
     run(search.main, 't', *TINY, '--arch_data', 'train', '--max_steps', '1')
@@ -112,9 +86,6 @@ def test_the_table_has_seeds_in_one_line_and_other_settings_apart(searches, caps
     assert (first['n'], first['arch_data'], second['arch_data']) == ('3', 'valid', 'train')
     assert float(first['cifar10']) == pytest.approx(mean)
     assert float(first['cifar10_std']) == pytest.approx(deviation)
-
-
-def test_runs_of_other_settings_are_not_averaged_without_a_word(searches, capsys):
     run(search.main, 'w', *TINY, '--init_channels', '8', '--max_steps', '1')
     assert evaluate.main(['s0', 's1']) == 0 and 'averaged' not in capsys.readouterr().err
     assert evaluate.main(['s0', 's1', 'w']) == 0
@@ -152,10 +123,6 @@ def test_what_is_not_the_same_search_has_a_name_of_its_own(capsys):
         assert reports(capsys, name)[0]['method'] == name
 
 
-# ---------------------------------------------------------------------------------------------
-# Retrained networks
-
-
 def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(capsys):
     fake_cifar()
     run(search.main, 's', *DARTS, '--max_steps', '1')
@@ -176,14 +143,8 @@ def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(cap
 
 
 def test_a_prediction_is_that_of_the_test(capsys):
-    rng = np.random.default_rng(0)
     for split in ('train', 'val'):
-        for name in ('cat', 'dog', 'emu'):
-            folder = Path('photos', split, name)
-            folder.mkdir(parents=True)
-            for k in range(8):
-                pixels = rng.integers(0, 256, (12, 9, 3), np.uint8)
-                Image.fromarray(pixels).resize((90, 70)).save(folder / f'{k}.png')
+        folder_of_images(f'photos/{split}', ('cat', 'dog', 'emu'), n=8, size=(90, 70))
     for size in ('16', '72'):                           # above 64 px the middle is cut out
         run(retrain.main, size, '--arch', 'DARTS_V1', '--data', 'photos', '--image_size', size,
             *SIZES)
@@ -208,4 +169,5 @@ def test_classes_of_a_folder_are_matched_by_name_or_refused(capsys):
     assert rest['test_n'] == 16                         # dog and emu keep their numbers
     for split in ('train', 'val'):
         shutil.move(f'{split}-cat', f'photos/{split}/zebra')
+    forget()
     one_line(capsys, evaluate.main(['net', '--gpu', '-1']), 'zebra')

@@ -63,15 +63,6 @@ def test_verdicts(given, expected):
     assert 'verdict' not in lines['darts', 'cifar10']           # nor any control
 
 
-@pytest.mark.parametrize('arm, change', [('noise', {'genotype': CELLS[0]}),
-                                         ('cifar10', {'collapsed': True})])
-def test_arms_that_are_pinned_or_collapsed_are_uninformative(arm, change):
-    made = arms(cifar10=(95, 2, 16), noise=(95, 2, 16), no_data=(50, 5, 16))
-    for row in made['darts', arm][:13]:
-        row.update(change)
-    assert study.compare(made)['darts', 'noise']['verdict'] == 'uninformative'
-
-
 def test_holms_family_the_like_arm_and_the_mean_over_methods():
     given = dict(cifar10=(80, 9, 16), noise=(70, 9, 16), no_data=(10, 9, 16))
     alone = study.compare(arms(**given))['darts', 'noise']['p']
@@ -88,18 +79,6 @@ def test_holms_family_the_like_arm_and_the_mean_over_methods():
     assert interval == pytest.approx([-7.4, 1.4], abs=0.5)
     shares = study.explained(arms(cifar10=[80, 90], noise=[20, 30]), 'darts')
     assert shares == pytest.approx((3600 / 3700, 1 / 3))        # between 3600, within 100
-
-
-@pytest.mark.parametrize('verdicts, expected', [
-    (['equivalent', 'undecided'], 'no real data are needed'),
-    (['worse', 'undecided'], 'real data are needed'),
-    (['worse', 'better'], 'it depends on the method'),
-    (['uninformative'] * 4, 'uninformative'), (['uninformative', 'undecided'], 'undecided')])
-def test_answers(verdicts, expected):
-    lines = {('sdarts', 'noise'): {'verdict': 'worse'}}             # no main method
-    for method, word in zip(study.MAIN_METHODS, verdicts):
-        lines[method, 'noise'] = {'verdict': word}
-    assert study.answer(lines, 'noise') == expected
 
 
 def run(seed, command='python search.py'):

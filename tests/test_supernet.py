@@ -1,8 +1,8 @@
 """The supernet and the derived network against the textbook, counts, and the genotype rule."""
-import json
-
+import pytest
 import textbook
 import torch
+from conftest import batch, close, same_weights, with_textbook
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,40 +14,7 @@ from evaluate import cost
 from genotypes import PUBLISHED, Genotype, random_genotype
 from model_search import EDGES, Drawn, Network, derive
 
-import pytest
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def close(a, b, tolerance=1e-10):
-    error = (a - b).norm()                  # 1e-14: statistics that are zero but for rounding
-    assert error <= tolerance * b.norm() + 1e-14, (error / b.norm()).item()
-
-
-def both(partial=1, channels=8, layers=3):
-    ours = Network(channels, 10, layers, partial=partial)
-    with torch.no_grad():
-        for alpha in ours.architecture_parameters():
-            alpha.mul_(500)                 # far from uniform, so that every weight matters
-    book = textbook.Network(channels, 10, layers, partial=partial)
-    textbook.copy_weights(ours, book)
-    return ours, book
-
-
-def batch(size=8, n=6):
-    return torch.randn(n, 3, size, size), torch.randint(10, (n,))
-
-
-def darts(network, *flags):
-    method = search.Darts(search.parse(flags), 10, 'cifar', torch.device('cpu'))
-    method.network = network
-    return method
+pytestmark = pytest.mark.usefixtures('float64')
 
 
 def agree(ours, book, x, y):
@@ -67,10 +34,11 @@ def agree(ours, book, x, y):
     close(ours.eval()(x), book.eval()(x))
 
 
-@pytest.mark.parametrize('partial', [1, 4])
+@pytest.mark.parametrize('partial', ['1', '4'])
 @pytest.mark.parametrize('size', [8, 14])
 def test_supernet_equals_the_textbook(partial, size):
-    agree(*both(partial), *batch(size))
+    _, ours, book, _ = with_textbook('--partial', partial, '--init_channels', '8')
+    agree(ours, book, *batch(size))
 
 
 @pytest.mark.parametrize('shape, more, size', [
@@ -85,16 +53,16 @@ def test_networks_equal_the_textbook(shape, more, size):
     agree(ours, book, *batch(size, 3))
 
 
-@pytest.mark.parametrize('partial', [1, 4])
-@pytest.mark.parametrize('unrolled', [False, True])
-def test_three_bilevel_steps_equal_the_textbook(partial, unrolled):
-    ours, book = both(partial)
-    method = darts(ours, *['--unrolled'][:unrolled])
-    sgd = torch.optim.SGD(ours.weight_parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
-    adam = torch.optim.Adam(ours.architecture_parameters(), 3e-4, betas=(0.5, 0.999),
-                            weight_decay=1e-3)
-    step = textbook.Step(book, unrolled)
-    for _ in range(3):
+@pytest.mark.parametrize('flags', [
+    '', '--partial 4', '--unrolled', '--partial 4 --unrolled', '--space nb201',
+    '--space nb201 --unrolled'])
+def test_two_bilevel_steps_equal_the_textbook(flags):
+    method, ours, book, pairs = with_textbook('--init_channels', '8', *flags.split())
+    sgd, adam = search.optimizers(ours, method.args)
+    step = textbook.Step(book, 'unrolled' in flags)
+    if 'nb201' in flags:
+        step = textbook.Step(book, 'unrolled' in flags, 5e-4, nesterov=True)
+    for _ in range(2):
         train, valid = batch(), batch()
         before = {k: v.clone() for k, v in ours.state_dict().items()}
         search.architecture_step(method, train, valid, sgd, adam)
@@ -104,62 +72,7 @@ def test_three_bilevel_steps_equal_the_textbook(partial, unrolled):
         close(loss, torch.tensor(step(train, valid)))
     for p, q in zip(ours.architecture_parameters(), book.alphas):
         close(p, q)
-    for p, block, q in textbook.pairs_of_weights(ours, book):
-        if p.requires_grad:
-            close(p[block], q)
-
-
-def test_second_order_gradient_is_that_through_the_virtual_step(monkeypatch):
-    """Against autograd through equation 7, which the textbook's plain modules allow.
-
-    With smooth functions: autograd does not see the kinks that a finite difference crosses.
-    """
-    F = nn.functional
-    monkeypatch.setattr(F, 'relu', lambda x, inplace=False: F.softplus(x))
-    monkeypatch.setattr(F, 'max_pool2d', lambda x, size, stride, padding, *_, **__: F.avg_pool2d(
-        x, size, stride, padding))
-    ours, book = both()
-    train, valid = batch(), batch()
-    weights = ours.weight_parameters()
-    sgd = torch.optim.SGD(weights, 0.025, momentum=0.9, weight_decay=3e-4)
-    method = darts(ours, '--unrolled')
-    search.weight_step(method, train, sgd)                              # momentum is not zero
-    textbook.copy_weights(ours, book)
-    got = search.second_order(method, train, valid, sgd)[0]
-    first = search.first_order(method, valid)[0]
-
-    names = [n for n, _ in book.named_parameters() if not n.startswith('alphas')]
-    loss = textbook.loss(book, train)
-    grads = torch.autograd.grad(loss, book.weights(), create_graph=True)
-    momentum = {id(q): sgd.state[p]['momentum_buffer'][block]
-                for p, block, q in textbook.pairs_of_weights(ours, book) if p.requires_grad}
-    moved = {n: w - 0.025 * (g + 3e-4 * w + 0.9 * momentum[id(w)])
-             for n, w, g in zip(names, book.weights(), grads)}
-    logits = torch.func.functional_call(book, moved, (valid[0],))
-    expected = torch.autograd.grad(nn.functional.cross_entropy(logits, valid[1]),
-                                   list(book.alphas))
-    for a, b, c in zip(got, expected, first):
-        assert (a - b).norm() < 0.02 * b.norm() < 0.1 * (c - b).norm(), (a, b)
-
-
-def test_gradients_of_a_5x5_depthwise_kernel():
-    """Ours beside torch's, also on maps narrower than the kernel."""
-    for height, width, stride in ((5, 6, 1), (6, 8, 2), (4, 4, 1), (3, 2, 2)):
-        x = torch.randn(2, 3, height, width).to(memory_format=torch.channels_last)
-        x, weight = x.requires_grad_(), torch.randn(3, 1, 5, 5, requires_grad=True)
-        call = operations.DepthwiseOnCPU.apply
-        assert torch.autograd.gradcheck(lambda *tensors: call(*tensors, stride), (x, weight))  # noqa: B023
-        close(call(x, weight, stride), nn.functional.conv2d(x, weight, None, stride, 2, 1, 3))
-
-
-def test_sub_grids_and_back():
-    x = torch.randn(2, 3, 6, 4)
-    grids = operations.sub_grids(x)
-    assert torch.equal(grids.chunk(4)[2], x[:, :, 1::2, ::2])           # odd rows, even columns
-    assert torch.equal(operations.from_grids(grids), x)
-    assert torch.equal(operations.from_grids(grids, 2 * x), 3 * x)
-    odd = operations.sub_grids(torch.ones(1, 1, 3, 5))
-    assert odd.shape == (4, 1, 2, 3) and odd.sum() == 15                # padded with zeros
+    same_weights(pairs)
 
 
 def test_parameter_counts():
@@ -203,13 +116,6 @@ def test_what_arch_names(tmp_path):
     assert genotypes.find_genotype('DARTS_V2')[0] == PUBLISHED['DARTS_V2']
     assert genotypes.find_genotype(text)[0] == text
     assert genotypes.short_name(genotypes.NB201_LARGEST) == 'nb201-333333'
-    (tmp_path / 'list.json').write_text('[1]')
-    (tmp_path / 'old.json').write_text(genotypes.to_json(genotype).replace('_conv_', '_'))
-    for arch, words in (('nothing', 'neither'), ('|x~0|', "unknown operation 'x'"),
-                        (str(tmp_path / 'list.json'), 'no JSON object'),
-                        (str(tmp_path / 'old.json'), 'unknown operation')):
-        with pytest.raises(ValueError, match=words):
-            genotypes.find_genotype(arch)
 
 
 def test_genotype_rule_on_ties_and_none():
@@ -235,13 +141,8 @@ def test_partial_channels_weigh_by_alpha_times_beta():
     weights, _, shares = network.edge_weights('normal')
     assert torch.allclose(weights.sum(1), shares) and shares.split([2, 3, 4, 5])[3].argmax() == 4
     assert network.genotype().normal[-1] == ('sep_conv_3x3', 4)
-
-
-def test_alphas_and_weights_are_apart():
-    network = Network(4, 10, 1, partial=2)
     alphas = {id(p) for p in network.architecture_parameters()}
     assert len(alphas) == 4 and not alphas & {id(p) for p in network.weight_parameters()}
-    assert {'alphas.normal', 'alphas.beta_reduce'} <= set(network.state_dict())
 
 
 def test_drop_path_drops_whole_images_and_spares_identities(monkeypatch):
@@ -260,59 +161,30 @@ def test_drop_path_drops_whole_images_and_spares_identities(monkeypatch):
     assert len(calls) == 16
 
 
-SEVEN = """OPERATIONS['conv_7x1_1x7'] = per_edge(lambda C, stride, affine: nn.Sequential(
-    nn.ReLU(), nn.Conv2d(C, C, (1, 7), (1, stride), (0, 3), bias=False),
-    nn.Conv2d(C, C, (7, 1), (stride, 1), (3, 0), bias=False), nn.BatchNorm2d(C, affine=affine)))
-"""
-
-
-@pytest.fixture
-def seven(monkeypatch):
-    """An operation added as below the table in operations.py."""
-    monkeypatch.setitem(operations.OPERATIONS, 'conv_7x1_1x7', None)        # removes it at the end
-    exec(SEVEN, vars(operations))
-    return 'conv_7x1_1x7'
-
-
-def test_an_operation_is_added_in_one_place(seven):
-    network = Network(4, 10, 3)
-    x, y = batch()
+def test_an_added_operation_is_mixed_chosen_drawn_and_kept(monkeypatch):
+    """The README's snippet is run in test_additions.py; here, also by GDAS and P-DARTS."""
+    monkeypatch.setitem(operations.OPERATIONS, 'conv_7x7', operations.per_edge(
+        lambda C, stride, affine: nn.Conv2d(C, C, 7, stride, 3, bias=False)))
+    network, (x, _) = Network(4, 10, 3), batch()
     with torch.no_grad():
-        network.alphas['normal'][:, -1] += 1
-        network.alphas['reduce'][:, -1] += 1
-    nn.functional.cross_entropy(network(x), y).backward()
-    assert network.alphas['normal'].shape == (14, 9) and network.alphas['normal'].grad[:, -1].any()
-    assert all(p.grad is not None for p in network.parameters())
+        for alpha in network.architecture_parameters():
+            alpha[:, -1] += 1
+    network(x).sum().backward()
+    assert all(alpha.grad[:, 8].all() for alpha in network.architecture_parameters())
     genotype = network.genotype()
-    assert {op for op, _ in genotype.normal + genotype.reduce} == {seven}
-    fields = json.loads(genotypes.to_json(genotype))
-    assert genotypes.from_plain(fields) == genotype and seven in genotypes.draw(genotype)
-    assert Network(4, 10, 3, genotype)(x).isfinite().all() and cost(genotype)['params'] > 0
-    assert any(seven in str(random_genotype(seed)) for seed in range(3))
-
-
-def test_an_added_operation_is_drawn_and_kept(seven):
-    """By GDAS, and in the later stages of P-DARTS."""
+    assert {op for op, _ in genotype.normal + genotype.reduce} == {'conv_7x7'}
+    assert 'conv_7x7' in genotypes.draw(genotype)
+    assert any('conv_7x7' in str(random_genotype(seed)) for seed in range(3))
     network = Network(4, 10, 3, width=1)
     one_hot = nn.functional.one_hot(torch.full((14,), 8), 9).double().requires_grad_()
     network.mix = lambda cell_type, p: Drawn(one_hot, [8] * 14)
-    network(batch()[0]).sum().backward()
+    network(x).sum().backward()
     assert one_hot.grad[:, 8].all() and not one_hot.grad[:, :8].any()
-    edges = [[seven, 'skip_connect'] if e % 2 else ['sep_conv_3x3', seven] for e in range(14)]
+    edges = [['conv_7x7', 'skip_connect'] if e % 2 else ['sep_conv_3x3', 'conv_7x7']
+             for e in range(14)]
     network = Network(4, 10, 3, kept={'normal': edges, 'reduce': edges})
-    network(batch()[0]).sum().backward()
+    network(x).sum().backward()
     assert (network.alphas['normal'].grad != 0).sum(1).eq(2).all()
-
-
-def test_what_is_drawn_equals_the_whole_mixture():
-    """One-hot weights give the same logits, whether the rest is computed or not."""
-    ours, book = Network(4, 10, 3, width=1), textbook.Network(4, 10, 3)
-    best = [k % 8 for k in range(14)]
-    weights = nn.functional.one_hot(torch.tensor(best), 8).double()
-    ours.mix, book.mix = lambda cell_type, p: Drawn(weights, best), lambda alpha: weights
-    textbook.copy_weights(ours, book)
-    x, _ = batch()
-    close(ours(x), book(x))
 
 
 def test_kept_operations_equal_the_textbook():
@@ -328,8 +200,7 @@ def test_kept_operations_equal_the_textbook():
     ours.mix = lambda cell_type, p: p + 1
     book.mix = lambda alpha: nn.functional.softmax(
         alpha.masked_fill(dropped, -torch.inf), 1) + ~dropped
-    x, _ = batch()
-    close(ours(x), book(x))
+    agree(ours, book, *batch())
 
 
 def test_auxiliary_skip_has_reductions_of_its_own():
@@ -354,13 +225,3 @@ def test_auxiliary_skip_has_reductions_of_its_own():
     close(ours(x), plain(x))
     ours(x).square().sum().backward()
     assert share.grad and all(p.grad is not None for p in ours.parameters())
-
-
-def test_autocast_and_evaluation_run():
-    torch.set_default_dtype(torch.float32)
-    network = Network(4, 10, 2)
-    x = torch.randn(4, 3, 8, 8)
-    full = network(x)
-    with torch.autocast('cpu', torch.bfloat16):
-        half = network(x)
-    assert half.dtype == torch.bfloat16 and (full - half.float()).abs().max() < 0.3

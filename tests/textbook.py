@@ -84,7 +84,7 @@ class Edge(nn.Module):
     """The one operation that is left on an edge of a derived cell."""
     def __init__(self, name, c, stride):
         super().__init__()
-        self.name, self.op = name, operation(name, c, stride, True)
+        self.op = operation(name, c, stride, True)
 
     def forward(self, x, drop_path_prob):
         y = self.op(x)
@@ -112,6 +112,10 @@ class Cell(nn.Module):
                 stride = 2 if reduction and state < 2 else 1
                 self.edges[f'{node},{state}'] = MixedOp(c, stride, partial) if pairs is None \
                     else Edge(pair[0], c, stride)
+
+    def operation(self, edge, name):
+        edge = self.edges['{},{}'.format(*edge)]
+        return edge.ops[NAMES.index(name)] if isinstance(edge, MixedOp) else edge.op
 
     def forward(self, s0, s1, weights, shares, drop_path_prob):
         states = [self.pre0(s0), self.pre1(s1)]
@@ -197,145 +201,7 @@ class Network(nn.Module):
         return [p for name, p in self.named_parameters() if not name.startswith('alphas')]
 
 
-# ---------------------------------------------------------------------------------------------
-# The bilevel step
-
-
-def architecture_gradients(network, train, valid, unrolled=False, eta=0.025, momentum=0.9,
-                           weight_decay=3e-4, buffers=None):
-    """Gradients of the alphas: equation 6 of the DARTS paper, or 7 and 8 where `unrolled`."""
-    alphas = list(network.alphas)
-    if not unrolled:
-        return torch.autograd.grad(loss(network, valid), alphas)
-    weights = network.weights()
-    grads = torch.autograd.grad(loss(network, train), weights)
-    step = []
-    for k, (w, g) in enumerate(zip(weights, grads)):
-        step.append(g + weight_decay * w.detach())
-        if buffers is not None:
-            step[-1] = step[-1] + momentum * buffers[k]
-    virtual = copy.deepcopy(network)
-    with torch.no_grad():
-        for w, s in zip(virtual.weights(), step):
-            w -= eta * s
-    both = torch.autograd.grad(loss(virtual, valid), virtual.weights() + list(virtual.alphas))
-    dw, dalpha = both[:len(weights)], both[len(weights):]
-    eps = 0.01 / torch.sqrt(sum((g ** 2).sum() for g in dw))
-    sides = []
-    for sign in (1, -1):
-        moved = copy.deepcopy(network)
-        with torch.no_grad():
-            for w, g in zip(moved.weights(), dw):
-                w += sign * eps * g
-        sides.append(torch.autograd.grad(loss(moved, train), list(moved.alphas)))
-    return [a - eta * (p - n) / (2 * eps) for a, p, n in zip(dalpha, *sides)]
-
-
-def loss(network, batch):
-    return F.cross_entropy(network(batch[0]), batch[1])
-
-
-class Step:
-    """One weight and one architecture step with torch's own optimizers."""
-    def __init__(self, network, unrolled, lr=0.025, lr_alpha=3e-4):
-        self.network, self.unrolled, self.lr = network, unrolled, lr
-        self.sgd = torch.optim.SGD(network.weights(), lr, momentum=0.9, weight_decay=3e-4)
-        self.adam = torch.optim.Adam(network.alphas, lr_alpha, betas=(0.5, 0.999),
-                                     weight_decay=1e-3)
-
-    def __call__(self, train, valid):
-        buffers = [self.sgd.state[w]['momentum_buffer'] for w in self.network.weights()] \
-            if self.sgd.state else None
-        grads = architecture_gradients(self.network, train, valid, self.unrolled, self.lr,
-                                       buffers=buffers)
-        for alpha, grad in zip(self.network.alphas, grads):
-            alpha.grad = grad
-        self.adam.step()
-        self.network.zero_grad()
-        value = loss(self.network, train)
-        value.backward()
-        nn.utils.clip_grad_norm_(self.network.weights(), 5)
-        self.sgd.step()
-        self.network.zero_grad()
-        return value.item()
-
-
-# ---------------------------------------------------------------------------------------------
-# The same weights in both
-
-
-def same(a, b, block=slice(None)):
-    """[(tensor of module a, slice of its channels, tensor of module b), ...]"""
-    return [(getattr(a, name), block, getattr(b, name))
-            for name in ('weight', 'bias', 'running_mean', 'running_var')
-            if getattr(a, name, None) is not None]
-
-
-def pairs_of_operation(ours, book, e=0, edges=1):
-    """The pairs of our operation for `edges` edges, of which book's is number e."""
-    books = [m for m in book.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    mine = [m for m in ours.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    if isinstance(book, nn.Identity):
-        return []
-    pairs = []
-    for a, b in zip(mine, books, strict=True):
-        c = len(b.weight) if isinstance(b, nn.Conv2d) else b.num_features
-        pairs += same(a, b, slice(e * c, e * c + c))
-    return pairs
-
-
-def pairs_of_cell(ours, book):
-    """The pairs of the operations of a cell; book(edge, name) is the textbook's operation."""
-    pairs = []
-    for leaving, mixed_op in zip(ours.leaving, ours.mixed_ops):
-        blocks = [((0, len(leaving)), mixed_op.shared)]
-        for (start, end), block in [*blocks, *zip(mixed_op.spans, mixed_op.blocks.values())]:
-            for name, operation in block.items():
-                for e in range(start, end):
-                    if name in mixed_op.names[e] and operation.state_dict():
-                        # Pools are one for all edges.
-                        place = (0, 1) if operation.shared else (e - start, end - start)
-                        pairs += pairs_of_operation(operation, book(leaving[e], name), *place)
-    return pairs
-
-
-def pairs_of_weights(ours, book):
-    """[(tensor of our network, slice of its channels, tensor of the textbook's), ...].
-
-    Covers every parameter but the alphas and every running statistic once.
-    """
-    pairs = pairs_of_operation(ours.stem, book.stem) + same(ours.classifier, book.classifier)
-    if ours.stem1:
-        pairs += pairs_of_operation(ours.stem1, book.stem1)
-    if hasattr(book, 'auxiliary'):
-        pairs += pairs_of_operation(ours.auxiliary_head, book.auxiliary)
-        pairs += same(ours.auxiliary_head.classifier, book.auxiliary[-1])
-    for cell, book_cell in zip(ours.cells, book.cells):
-        pairs += pairs_of_operation(cell.preprocess0, book_cell.pre0)
-        pairs += pairs_of_operation(cell.preprocess1, book_cell.pre1)
-
-        def operation(edge, name, edges=book_cell.edges):
-            edge = edges['{},{}'.format(*edge)]
-            return edge.ops[NAMES.index(name)] if isinstance(edge, MixedOp) else edge.op
-        pairs += pairs_of_cell(cell, operation)
-    return pairs
-
-
-def copy_weights(ours, book):
-    """Fill the textbook network with our network's weights, statistics and alphas."""
-    pairs = pairs_of_nb201(ours, book) if isinstance(book, NB201Network) \
-        else pairs_of_weights(ours, book)
-    with torch.no_grad():
-        for a, block, b in pairs:
-            b.copy_(a[block])
-        for a, b in zip(ours.architecture_parameters(), book.alphas):
-            b.copy_(a)
-    return pairs
-
-
-# ---------------------------------------------------------------------------------------------
 # NAS-Bench-201 (arXiv 2001.00326), one module per edge and operation
-
 NB201_NAMES = ['none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3']
 
 
@@ -351,24 +217,28 @@ def nb201_operation(name, c, affine):
                          nn.BatchNorm2d(c, affine=affine, track_running_stats=affine))
 
 
+class NB201Edge(nn.ModuleList):
+    def forward(self, x, weights):
+        return sum(w * op(x) for w, op in zip(weights, self))
+
+
 class NB201Cell(nn.Module):
     def __init__(self, c, names=None):
         super().__init__()
         self.edges = nn.ModuleList()
         for e in range(6):
-            self.edges.append(nn.ModuleList(
-                nb201_operation(name, c, names is not None)
-                for name in (NB201_NAMES if names is None else [names[e]])))
+            left = NB201_NAMES if names is None else [names[e]]
+            self.edges.append(NB201Edge(nb201_operation(name, c, bool(names)) for name in left))
+
+    def operation(self, edge, name):
+        operations = self.edges[edge[0] * (edge[0] - 1) // 2 + edge[1]]
+        return operations[NB201_NAMES.index(name) if len(operations) > 1 else 0]
 
     def forward(self, x, weights):
-        states, row = [x], 0
-        for node in (1, 2, 3):
-            total = 0
-            for state in range(node):
-                total = total + sum(w * op(states[state])
-                                    for w, op in zip(weights[row], self.edges[row]))
-                row += 1
-            states.append(total)
+        states = [x]
+        for rows in ((0,), (1, 2), (3, 4, 5)):
+            states.append(sum(self.edges[row](state, weights[row])
+                              for row, state in zip(rows, states)))
         return states[-1]
 
 
@@ -412,17 +282,127 @@ class NB201Network(nn.Module):
         return [p for name, p in self.named_parameters() if not name.startswith('alphas')]
 
 
-def pairs_of_nb201(ours, book):
-    """As pairs_of_weights."""
-    pairs = pairs_of_operation(ours.stem, book.stem) + same(ours.last[0], book.last)
-    pairs += same(ours.classifier, book.classifier)
+def architecture_gradients(network, train, valid, sgd, unrolled):
+    """Gradients of the alphas: equation 6 of the DARTS paper, or 7 and 8 if `unrolled`."""
+    alphas, weights = list(network.alphas), network.weights()
+    if not unrolled:
+        return torch.autograd.grad(loss(network, valid), alphas)
+    virtual = copy.deepcopy(network)
+    twin = torch.optim.SGD(virtual.weights(), **sgd.defaults)
+    grads = torch.autograd.grad(loss(network, train), weights)
+    for w, v, g in zip(weights, virtual.weights(), grads):
+        v.grad = g
+        if sgd.state:
+            twin.state[v]['momentum_buffer'] = sgd.state[w]['momentum_buffer'].clone()
+    twin.step()
+    both = torch.autograd.grad(loss(virtual, valid), virtual.weights() + list(virtual.alphas))
+    dw, dalpha = both[:len(weights)], both[len(weights):]
+    eps = 0.01 / torch.sqrt(sum((g ** 2).sum() for g in dw))
+    sides = []
+    for sign in (1, -1):
+        moved = copy.deepcopy(network)
+        with torch.no_grad():
+            for w, g in zip(moved.weights(), dw):
+                w += sign * eps * g
+        sides.append(torch.autograd.grad(loss(moved, train), list(moved.alphas)))
+    lr = sgd.defaults['lr']
+    return [a - lr * (p - n) / (2 * eps) for a, p, n in zip(dalpha, *sides)]
+
+
+def loss(network, batch):
+    return F.cross_entropy(network(batch[0]), batch[1])
+
+
+class Step:
+    """One architecture and one weight step with torch's own optimizers; more: SGD's settings."""
+    def __init__(self, network, unrolled, weight_decay=3e-4, **more):
+        self.network, self.unrolled = network, unrolled
+        self.sgd = torch.optim.SGD(network.weights(), 0.025, momentum=0.9,
+                                   weight_decay=weight_decay, **more)
+        self.adam = torch.optim.Adam(network.alphas, 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
+
+    def __call__(self, train, valid):
+        grads = architecture_gradients(self.network, train, valid, self.sgd, self.unrolled)
+        for alpha, grad in zip(self.network.alphas, grads):
+            alpha.grad = grad
+        self.adam.step()
+        return self.weight_step(train)
+
+    def weight_step(self, train):
+        value = loss(self.network, train)
+        value.backward()
+        nn.utils.clip_grad_norm_(self.network.weights(), 5)
+        self.sgd.step()
+        self.network.zero_grad()
+        return value.item()
+
+
+def same(a, b, block=slice(None)):
+    """[(tensor of module a, slice of its channels, tensor of module b), ...]"""
+    return [(getattr(a, name), block, getattr(b, name))
+            for name in ('weight', 'bias', 'running_mean', 'running_var')
+            if getattr(a, name, None) is not None]
+
+
+def pairs_of_operation(ours, book, e=0, edges=1):
+    """The pairs of our operation for `edges` edges, of which book's is number e."""
+    books = [m for m in book.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    mine = [m for m in ours.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    if isinstance(book, nn.Identity):
+        return []
+    pairs = []
+    for a, b in zip(mine, books, strict=True):
+        c = len(b.weight) if isinstance(b, nn.Conv2d) else b.num_features
+        pairs += same(a, b, slice(e * c, e * c + c))
+    return pairs
+
+
+def pairs_of_cell(ours, book):
+    """The pairs of the operations of a cell."""
+    pairs = []
+    for leaving, mixed_op in zip(ours.leaving, ours.mixed_ops):
+        blocks = [((0, len(leaving)), mixed_op.shared)]
+        for (start, end), block in [*blocks, *zip(mixed_op.spans, mixed_op.blocks.values())]:
+            for name, operation in block.items():
+                for e in range(start, end):
+                    if name in mixed_op.names[e] and operation.state_dict():
+                        # Pools are one for all edges.
+                        place = (0, 1) if operation.shared else (e - start, end - start)
+                        pairs += pairs_of_operation(operation, book.operation(leaving[e], name),
+                                                    *place)
+    return pairs
+
+
+def pairs_of_weights(ours, book):
+    """[(tensor of our network, slice of its channels, tensor of the textbook's), ...].
+
+    Covers every parameter but the alphas and every running statistic once.
+    """
+    pairs = pairs_of_operation(ours.stem, book.stem) + same(ours.classifier, book.classifier)
+    if isinstance(book, NB201Network):
+        pairs += same(ours.last[0], book.last)
+    elif ours.stem1:
+        pairs += pairs_of_operation(ours.stem1, book.stem1)
+    if hasattr(book, 'auxiliary'):
+        pairs += pairs_of_operation(ours.auxiliary_head, book.auxiliary)
+        pairs += same(ours.auxiliary_head.classifier, book.auxiliary[-1])
     for cell, book_cell in zip(ours.cells, book.cells):
         if isinstance(book_cell, NB201Reduction):
             pairs += pairs_of_operation(cell, book_cell)
             continue
+        if isinstance(book_cell, Cell):
+            pairs += pairs_of_operation(cell.preprocess0, book_cell.pre0)
+            pairs += pairs_of_operation(cell.preprocess1, book_cell.pre1)
+        pairs += pairs_of_cell(cell, book_cell)
+    return pairs
 
-        def operation(edge, name, edges=book_cell.edges):
-            operations = edges[edge[0] * (edge[0] - 1) // 2 + edge[1]]
-            return operations[NB201_NAMES.index(name) if len(operations) > 1 else 0]
-        pairs += pairs_of_cell(cell, operation)
+
+def copy_weights(ours, book):
+    """Fill the textbook network with our network's weights, statistics and alphas."""
+    pairs = pairs_of_weights(ours, book)
+    with torch.no_grad():
+        for a, block, b in pairs:
+            b.copy_(a[block])
+        for a, b in zip(ours.architecture_parameters(), book.alphas):
+            b.copy_(a)
     return pairs
