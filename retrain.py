@@ -735,7 +735,8 @@ def main(argv=None):
     genotype, found_by = find_genotype(args.arch)
     stem = stem_for(args.stem, data.image_size, args.init_channels, args.auxiliary)
     if args.label_smoothing and data.multilabel:
-        raise UserError('--label_smoothing is for one label an image: leave it out')
+        raise UserError('--label_smoothing: these images have several labels, which are not '
+                        'smoothed: leave it out')
     rows, held = split_rows(data, args)
     test_data = read(args.data, vars(args), 'test') if data.kind == 'real' else None
 

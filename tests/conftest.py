@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import evaluate  # noqa: E402
-import generate_data  # noqa: E402
 import search  # noqa: E402
 import textbook  # noqa: E402
 import torch  # noqa: E402
@@ -25,15 +24,9 @@ DARTS = [*TINY[:-1], 'darts']
 RETRAIN = ['--arch', 'DARTS_V2', *NOISE, *SIZES]
 
 
-def forget():
-    """As a process of its own does: nothing is known of pictures that were looked at before."""
-    generate_data.readable_images.cache_clear()
-
-
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    forget()
     return tmp_path
 
 
@@ -104,7 +97,6 @@ def run(main, save, *flags):
 def printed(capsys, *flags, main=None):
     """What a command of evaluate.py prints."""
     capsys.readouterr()
-    forget()
     assert (main or evaluate.main)([*flags, '--gpu', '-1']) == 0
     return capsys.readouterr().out
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import forget, one_line
+from conftest import one_line
 from PIL import Image
 
 import generate_data as g
@@ -255,7 +255,6 @@ def test_image_folders_of_any_depth_of_colour():
     Image.fromarray(ramp).save('tree/train/cat/deep.png')           # 16 bits, grey
     Image.fromarray((ramp // 256).astype(np.uint8)).save('tree/train/cat/grey.jpg')
     Image.fromarray(np.zeros((9, 9, 4), np.uint8)).save('tree/train/cat/rgba.png')
-    forget()
     deep = g.read_image('tree/train/cat/deep.png', 64)
     assert len(np.unique(deep)) == 256 and len(g.read('tree', {'image_size': 16})) == 11
 

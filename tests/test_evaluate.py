@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DARTS, forget, RETRAIN, SIZES, TINY, one_line, printed, reports, run
+from conftest import DARTS, RETRAIN, SIZES, TINY, one_line, printed, reports, run
 from test_data import fake_cifar, folder_of_images
 
 import evaluate
@@ -169,5 +169,4 @@ def test_classes_of_a_folder_are_matched_by_name_or_refused(capsys):
     assert rest['test_n'] == 16                         # dog and emu keep their numbers
     for split in ('train', 'val'):
         shutil.move(f'{split}-cat', f'photos/{split}/zebra')
-    forget()
     one_line(capsys, evaluate.main(['net', '--gpu', '-1']), 'zebra')

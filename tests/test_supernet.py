@@ -75,6 +75,44 @@ def test_two_bilevel_steps_equal_the_textbook(flags):
     same_weights(pairs)
 
 
+def test_second_order_gradient_is_that_through_the_virtual_step(monkeypatch):
+    """Against autograd through equation 7, which the textbook's plain modules allow.
+
+    With smooth functions: autograd does not see the kinks that a finite difference crosses.
+    """
+    F = nn.functional
+    monkeypatch.setattr(F, 'relu', lambda x, inplace=False: F.softplus(x))
+    monkeypatch.setattr(F, 'max_pool2d', lambda x, size, stride, padding, *_, **__: F.avg_pool2d(
+        x, size, stride, padding))
+    method, ours, book, _ = with_textbook('--unrolled', '--init_channels', '8')
+    train, valid = batch(), batch()
+    sgd = torch.optim.SGD(ours.weight_parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+    search.weight_step(method, train, sgd)                              # momentum is not zero
+    pairs = textbook.copy_weights(ours, book)
+    got = search.second_order(method, train, valid, sgd)[0]
+    first = search.first_order(method, valid)[0]
+    names = [n for n, _ in book.named_parameters() if not n.startswith('alphas')]
+    grads = torch.autograd.grad(textbook.loss(book, train), book.weights(), create_graph=True)
+    momentum = {id(q): sgd.state[p]['momentum_buffer'][block]
+                for p, block, q in pairs if p.requires_grad}
+    moved = {n: w - 0.025 * (g + 3e-4 * w + 0.9 * momentum[id(w)])
+             for n, w, g in zip(names, book.weights(), grads)}
+    logits = torch.func.functional_call(book, moved, (valid[0],))
+    expected = torch.autograd.grad(F.cross_entropy(logits, valid[1]), list(book.alphas))
+    for a, b, c in zip(got, expected, first):
+        assert (a - b).norm() < 0.02 * b.norm() < 0.1 * (c - b).norm(), (a, b)
+
+
+def test_gradients_of_a_5x5_depthwise_kernel():
+    """Ours beside torch's, also on maps narrower than the kernel."""
+    for height, width, stride in ((5, 6, 1), (4, 4, 1), (3, 2, 2)):
+        x = torch.randn(2, 3, height, width).to(memory_format=torch.channels_last)
+        x, weight = x.requires_grad_(), torch.randn(3, 1, 5, 5, requires_grad=True)
+        call = operations.DepthwiseOnCPU.apply
+        assert torch.autograd.gradcheck(lambda *pair: call(*pair, stride), (x, weight))  # noqa: B023
+        close(call(x, weight, stride), nn.functional.conv2d(x, weight, None, stride, 2, 1, 3))
+
+
 def test_parameter_counts():
     def count(*args, **kwargs):
         return sum(p.numel() for p in Network(*args, **kwargs).weight_parameters())
