@@ -584,8 +584,9 @@ def draw_test(axis, scores, labels, classes, test_areas):
         axis.imshow(counts, cmap='Blues')
         axis.set(xlabel='predicted class', ylabel='true class')
         if len(classes) <= 20:
-            axis.set_xticks(range(len(classes)), classes, rotation=90)
-            axis.set_yticks(range(len(classes)), classes)
+            names = drawable(classes)
+            axis.set_xticks(range(len(classes)), names, rotation=90)
+            axis.set_yticks(range(len(classes)), names)
             for (row, column), count in np.ndenumerate(counts):
                 axis.text(column, row, count, ha='center', va='center', fontsize=8,
                           color='white' if count > counts.max() / 2 else 'black')
@@ -599,6 +600,20 @@ def draw_test(axis, scores, labels, classes, test_areas):
     axis.plot([0, 1], [0, 1], '--', color='gray', lw=1)
     axis.legend(fontsize=7, title='area (95%)', title_fontsize=8)
     axis.set(xlabel='false positive rate', ylabel='true positive rate')
+
+
+def drawable(classes):
+    """The names of classes; the number of one that the font cannot draw, which is then printed."""
+    from matplotlib import font_manager
+    font = font_manager.findfont(font_manager.FontProperties())
+    known = font_manager.get_font(font).get_charmap()
+    names = []
+    for k, name in enumerate(classes):
+        fits = all(ord(letter) in known for letter in name)
+        names.append(name if fits else str(k))
+        if not fits:
+            print(f'class {k} of the plot: {name}')
+    return names
 
 
 # ---------------------------------------------------------------------------------------------
