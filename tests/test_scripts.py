@@ -142,6 +142,16 @@ def test_kill_9_at_random_moments(empty_folder):
     assert not list(Path('killed').glob('.*.tmp'))
 
 
+def test_a_stopped_run_saves_and_dies_of_its_signal_so_that_a_shell_loop_stops():
+    command = [sys.executable, ROOT / 'search.py', *TINY, '--epochs', '300', '--save', 'r']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while not Path('r/checkpoint.pt').exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.stdout.read()
+    assert process.returncode == -signal.SIGTERM and 'stopped and saved in r' in said
+
+
 @pytest.mark.parametrize('main, flags', [(search.main, TINY), (retrain.main, RETRAIN)])
 def test_a_lost_log_is_written_again_and_a_lost_checkpoint_starts_again(main, flags):
     whole, path = run(main, 'r', *flags, '--epochs', '3'), Path('r/log.jsonl')

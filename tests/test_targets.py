@@ -16,6 +16,7 @@ import evaluate
 import generate_data
 import retrain
 import search
+from genotypes import random_string
 
 
 def test_search_retrain_and_evaluate_on_imagenet(capsys):
@@ -93,6 +94,14 @@ def test_presets_are_the_published_recipes():
     assert (args.batch_size, args.learning_rate, args.arch_learning_rate, args.warmup_epochs,
             args.frozen_epochs, args.partial, args.train_portion, args.valid_fraction,
             args.image_size) == (1024, 0.5, 6e-3, 5, 35, 2, 0.1, 0.025, 224)
+    assert args.arch_grad_clip == 5 and round(retrain.learning_rate_at(args, 15, 50), 4) == 0.3969
+    for method in ('sdarts', 'betadarts'):
+        args = search.parse(['--space', 'nb201', '--method', method])
+        assert (args.epochs, args.nesterov, args.weight_decay) == (100, False, 3e-4)
+    args = search.parse(['--method', 'gdas'])
+    assert (args.epochs, args.layers, args.batch_size, args.weight_decay, args.nesterov) == (
+        250, 6, 256, 5e-4, True)
+    assert retrain.parse(['--arch', random_string(0)]).grad_clip == 0
     args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet'])
     assert (args.epochs, args.batch_size, args.learning_rate, args.schedule, args.warmup_epochs,
             args.weight_decay, args.label_smoothing, args.init_channels, args.layers) == (
