@@ -262,7 +262,7 @@ class Run:
                 if now.get(name) != before.get(name):
                     raise UserError(f'{self.folder} was run with --{name} {before.get(name)}, not '
                                     f'{now.get(name)}: give the same, or choose another --save')
-        elif self.folder.is_dir() and list(self.folder.glob('[!.]*')):
+        elif {path.name for path in self.folder.glob('[!.]*')} - {'scripts'}:   # of a kill
             raise UserError(f'{self.folder} holds something that is no run: choose another --save')
         if self.finished:
             print(f'{self.folder} is finished')
