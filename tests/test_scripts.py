@@ -142,6 +142,12 @@ def test_kill_9_at_random_moments(empty_folder):
     assert not list(Path('killed').glob('.*.tmp'))
 
 
+def test_a_run_that_was_killed_before_its_first_file_starts_again():
+    Path('r/scripts').mkdir(parents=True)
+    assert search.main(['--method', 'random', '--save', 'r']) == 0
+    assert Path('r/scripts/search.py').exists() and Path('r/genotype.json').exists()
+
+
 def test_a_stopped_run_saves_and_dies_of_its_signal_so_that_a_shell_loop_stops():
     command = [sys.executable, ROOT / 'search.py', *TINY, '--epochs', '300', '--save', 'r']
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
