@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (DARTS, NOISE, RETRAIN, ROOT, SIZES, TINY, reports, run, same_run,
+from conftest import (DARTS, NOISE, RETRAIN, ROOT, SIZES, TINY, one_line, reports, run, same_run,
                       stop_in_every_step)
+
+import evaluate
+import search
 
 MODULES = ('operations', 'genotypes', 'model_search', 'generate_data', 'evaluate', 'retrain',
            'search')
@@ -107,6 +110,7 @@ def test_a_kind_of_data(scripts, capsys):
 
 
 def test_an_operation(scripts, capsys):
+    run(search.main, 'before', *DARTS, '--epochs', '1')
     modules = scripts('operations.py', 'below', 'OPERATIONS')
     lines = run(modules['search'].main, 'search', *DARTS, '--epochs', '1')
     assert np.shape(lines[0]['alphas']['normal']) == (14, 9)
@@ -117,6 +121,10 @@ def test_an_operation(scripts, capsys):
     run_and_stop(modules['retrain'].main, '--arch', 'own.json', *RETRAIN[2:])
     row = report(modules, capsys, 'found')
     assert row['genotype']['normal'][0] == ['conv_7x1_1x7', 0] and row['params'] > 0
+    # Runs from before and after make one table; without the operation its run is one line.
+    assert modules['evaluate'].main(['before', 'search', 'found', '--gpu', '-1']) == 0
+    assert capsys.readouterr().out.count('\n') == 3
+    one_line(capsys, evaluate.main(['found', '--gpu', '-1']), 'conv_7x1_1x7')
 
 
 def test_a_metric(scripts, capsys):
