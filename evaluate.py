@@ -298,7 +298,8 @@ def read_run(run):
     row = {'run': str(folder), 'type': 'search' if 'method' in settings else 'retrain',
            'finished': False, 'settings': settings, 'command': about['command'],
            'git_commit': about.get('git_commit'), 'device': about['hardware']['device'],
-           'seed': settings['seed'], 'genotype': None, 'epochs': len(log),
+           'seed': settings['seed'], 'genotype': None,
+           'epochs': sum('cells' not in line for line in log),
            'seconds': sum(line['seconds'] for line in log), 'log': log}
     if row['type'] == 'search':
         row.update(space=settings.get('space', 'darts'), method=method_name(settings),
@@ -307,6 +308,8 @@ def read_run(run):
             genotype, found_by = find_genotype(str(folder))
             row.update(finished=True, genotype=plain(genotype), searched_on=found_by['data'],
                        arch_data=found_by['arch_data'], **known_of(genotype))
+            if (folder / 'scores.csv').exists():
+                row.update(ranking(folder))
         return row
     trained_on = settings['data']
     if trained_on == 'random_labels' and settings.get('label_noise', 1) < 1:
@@ -337,6 +340,62 @@ def known_of(genotype):
         distances[key] = [round(true[name] - values[name], 2) for name in ACCURACIES]
     return {**true, **distances, 'skips': names.count('skip_connect'),
             'nones': names.count('none'), 'params': table[genotype]['params']}
+
+
+def read_scores(folder):
+    """({column: float64 (N,)} of scores.csv, the score that took the cell).
+
+    Losses are negative, so that more is better. `truth` is the accuracy on CIFAR-10, if known.
+    """
+    by = read_json(Path(folder, 'genotype.json'))['score']
+    with open(Path(folder, 'scores.csv'), newline='') as file:
+        rows = list(csv.DictReader(file))
+    cells, out = [row.pop('genotype') for row in rows], {}
+    for name in rows[0]:
+        values = np.array([float(row[name]) for row in rows])
+        out[name] = -values if name.endswith('loss') else values
+    if cells[0].startswith('|'):
+        out['truth'] = np.array([nas_bench_201()[0][cell]['cifar10'] for cell in cells])
+    return out, by
+
+
+def ranks(values):
+    """Ranks from 0, of equal values their mean."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[place]
+
+
+def spearman(a, b, given=None):
+    """Rank correlation of two arrays; partial, if `given` a third. NaN if one is constant."""
+    with np.errstate(invalid='ignore', divide='ignore'):
+        if given is None:
+            return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+        ab, ac, bc = spearman(a, b), spearman(a, given), spearman(b, given)
+        return float((ab - ac * bc) / np.sqrt((1 - ac ** 2) * (1 - bc ** 2)))
+
+
+def kendall(a, b):
+    """Kendall's tau-b of two arrays."""
+    sums = np.zeros(3)
+    for x, y in zip(a, b):
+        one, other = np.sign(x - a), np.sign(y - b)
+        sums += (one * other).sum(), (one ** 2).sum(), (other ** 2).sum()
+    return float(sums[0] / np.sqrt(sums[1] * sums[2]))
+
+
+def ranking(folder):
+    """How well the scores of a search rank its cells, where the truth is known."""
+    scores, by = read_scores(folder)
+    out = {'score': by, 'cells': len(scores[by])}
+    if 'truth' not in scores:
+        return out
+    value, truth, params = scores[by], scores['truth'], scores['params']
+    best = truth[np.argsort(-value, kind='stable')[:10]]
+    return {**out, 'spearman': spearman(value, truth), 'kendall': kendall(value, truth),
+            'spearman_given_params': spearman(value, truth, params),
+            'best_of_top_10': float(best.max()), 'spearman_of_params': spearman(params, truth),
+            'spearman_by_score': {name: spearman(scores[name], truth)
+                                  for name in scores.keys() - {'truth', 'params'}}}
 
 
 def read_test(meta, data_dir=None, table=None):
@@ -421,12 +480,14 @@ def show(row):
 
 def text_of(name, value):
     """A number of a report with its unit."""
-    if name in ACCURACIES or name.endswith('error'):
+    if name in (*ACCURACIES, 'best_of_top_10') or name.endswith('error'):
         return f'{value:.2f}%'
     if name == 'gap' or name.startswith('to_'):
         return '  '.join(f'{points:+.2f}' for points in np.atleast_1d(value)) + ' points'
     if name == 'seconds':
         return f'{timedelta(seconds=round(value))} (h:mm:ss)'
+    if isinstance(value, dict):
+        return '  '.join(f'{key} {text_of(key, value[key])}' for key in sorted(value))
     if isinstance(value, float):
         return f'{value:,.4g}'
     return f'{value:,}' if isinstance(value, int) and name != 'seed' else value
@@ -441,6 +502,7 @@ def columns():
     return {**out, 'gap': ('test - fit, points', 2), 'fit_loss': ('fit loss', 3),
             'cifar10': ('CIFAR-10 %', 2), 'cifar100': ('CIFAR-100 %', 2),
             'imagenet16': ('ImageNet16 %', 2), 'percentile': ('percentile', 1),
+            'spearman': ('rank correlation', 3), 'spearman_given_params': ('given params', 3),
             'skips': ('skips', 1), 'nones': ('nones', 1), 'skips_normal': ('skips (normal)', 1),
             'params': ('params', 0), 'seconds': ('seconds', 0)}
 
@@ -533,6 +595,10 @@ def plot(rows, path):
             lines.append((row['colour'], [mean_of(line, start) for line in row['log']]))
         if any(set(values) - {None} for _, values in lines):
             panels.append((title, 2.4, draw_curves, [lines]))
+    for row in rows:
+        if row.get('score'):
+            title = f'{row["score"]} of {row["cells"]:,} cells: {row["run"]}'
+            panels.append((title, 4, draw_scores, [row]))
     fits = [row for row in rows if row.get('gap') is not None]
     if len(fits) > 2:
         panels.append(('fit and generalization, one dot per network', 2.4, draw_fits, [fits]))
@@ -565,6 +631,19 @@ def draw_curves(axis, lines):
         if points:
             axis.plot(*zip(*points), color=colour, marker='.', alpha=0.8)
     axis.set_xlabel('epoch', fontsize=9)
+    axis.grid(alpha=0.3)
+
+
+def draw_scores(axis, row):
+    """One dot per cell, by the true accuracy of those better than 80%, or by parameters."""
+    scores, by = read_scores(row['run'])
+    x, label = scores['params'] / 1e3, 'parameters of the operations, thousands'
+    kept = scores[by] > -np.inf
+    if 'truth' in scores:
+        x, label = scores['truth'], 'true CIFAR-10 accuracy, %'
+        kept &= x > 80
+    axis.plot(x[kept], np.abs(scores[by][kept]), '.', color=row['colour'], ms=2, alpha=0.5)
+    axis.set(xlabel=label, ylabel=by.replace('_', ' '))
     axis.grid(alpha=0.3)
 
 

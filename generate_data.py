@@ -64,6 +64,7 @@ class Setting(NamedTuple):
     default: object         # True or False: a switch; []: the words that no flag stands before
     help: str
     values: object = str
+    alone: object = None    # what the flag means without a value after it
 
 
 def number(kind, low=-2 ** 62, high=2 ** 62, above=-math.inf, below=math.inf):
@@ -104,7 +105,7 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
     defaults = {}
     for title, table in tables.items():
         group = parser.add_argument_group(title)
-        for name, (default, text, values) in table.items():
+        for name, (default, text, values, alone) in table.items():
             defaults[name] = default
             if default == []:
                 group.add_argument(name, nargs='*', help=text)
@@ -113,7 +114,9 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
             elif isinstance(values, list):
                 group.add_argument(f'--{name}', choices=values, help=text)
             else:
-                group.add_argument(f'--{name}', type=values, metavar='X', help=text)
+                nargs = None if alone is None else '?'
+                group.add_argument(f'--{name}', type=values, nargs=nargs, const=alone, metavar='X',
+                                   help=text)
     typed = vars(parser.parse_args(argv))
     wants_help = typed.pop('help', False)
     for name, value in typed.items():
@@ -329,6 +332,8 @@ DATA = {
                            number(float, 0, 1)),
     'generator': Setting('fractal', 'what draws generated images',
                          ['fractal', 'spectrum', 'deadleaves', 'train']),
+    'fresh': Setting(0, 'draw noise or generated images anew after so many epochs; 0: never',
+                     number(int, 0), 1),
     'difficulty': Setting('medium', 'of generated images', list(DIFFICULTY)),
     'uncertain': Setting('mixed', 'what -1.0 of CheXpert becomes; mixed: ones for Atelectasis and '
                          'Edema, else zeros', ['mixed', 'ones', 'zeros', 'ignore']),
@@ -343,6 +348,7 @@ class Kind(NamedTuple):
     make: object            # make(settings, device) -> Made
     settings: str           # names of the DATA that it takes, beside image_size and data_seed
     augment: bool = False   # whether Batches' augment='auto' augments it
+    draw: object = None     # draw(settings, labels, places) -> their images, for --fresh
 
 
 class Made(NamedTuple):
@@ -359,14 +365,20 @@ def taken(name, s):
     names = {'data_dir', 'download', 'image_size'}
     if name in KINDS:
         names |= {'data_seed', *KINDS[name].settings.split()}
-    if 'generator' in names:
-        names |= set(GENERATORS[s['generator']].settings.split())
+        names |= set(kind_of(name, s).settings.split())
+    if name in KINDS and kind_of(name, s).draw or Path(name, 'meta.json').exists():
+        names.add('fresh')
     real = s['source'] if 'source' in names else name
     if real == 'chexpert':
         names |= {'uncertain', 'views'}
     elif Path(real).is_dir() and not Path(real, 'meta.json').exists():
         names |= {'test_fraction', 'skip_broken'}
     return names
+
+
+def kind_of(name, s):
+    """The row that makes a set: of KINDS, or of GENERATORS."""
+    return GENERATORS[s['generator']] if name == 'generated' else KINDS[name]
 
 
 def refuse_unused(name, s, typed):
@@ -407,6 +419,12 @@ def noise_images(seed, start, count, size):
     """Images start to start+count of the noise of a seed: uint8 (count, size, size, 3)."""
     draws = halves(seed, PIXELS, start, count, size * size * 3)
     return NORMAL[draws].reshape(count, size, size, 3)
+
+
+def noise_at(s, labels, places):
+    """uint8 (n, size, size, 3): the noise at any places of a set."""
+    return np.concatenate([noise_images(s['data_seed'], place, 1, s['image_size'])
+                           for place in places])
 
 
 def draw_labels(seed, num_images, num_classes, mode='uniform', true=None, multilabel=False):
@@ -495,6 +513,13 @@ def drawn(s, device):
     return Made(labels, names, formula.chunks())
 
 
+def drawn_at(s, labels, places):
+    """uint8 (n, size, size, 3): what a formula draws for labels at any places of a set."""
+    formula = Formula(s['generator'], labels, s['num_classes'], s['image_size'], s['data_seed'],
+                      s['difficulty'])
+    return formula.draw(formula.labels, places)
+
+
 class Formula:
     """Draws images: `name` is fractal, spectrum or deadleaves, as its method.
 
@@ -516,30 +541,37 @@ class Formula:
         threads = torch.get_num_threads()
         for ks in parts_of(-(-len(self.labels) // self.chunk), threads):
             torch.set_num_threads(1)
+            parts = [range(k * self.chunk, min((k + 1) * self.chunk, len(self.labels))) for k in ks]
+            labels = [self.labels[part.start:part.stop] for part in parts]
             with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
-                images = list(pool.map(self.draw, ks))
+                images = list(pool.map(self.draw, labels, parts))
             torch.set_num_threads(threads)
             yield np.concatenate(images)
 
-    def draw(self, k):
-        """uint8 (B, size, size, 3): the k-th chunk."""
-        start, s = k * self.chunk, self.size
-        labels = self.labels[start:start + self.chunk]
-        u, rolls = self.random(start, len(labels))
+    def draw(self, labels, places):
+        """uint8 (B, size, size, 3): images of labels, at places of the set that may lie apart."""
+        s = self.size
+        u, rolls = self.random(places)
         normal = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
-        noise = halves(self.seed, FIELD, start, len(labels), 2 * s * s)
+        noise = self.numbers(halves, FIELD, places, 2 * s * s)
         noise = torch.from_numpy(normal.float().numpy()[noise]).view(-1, 2, s, s)
         if labels.ndim == 2:
-            x = self.glyphs(labels, background(u, noise, self.contrast), start)
+            x = self.glyphs(labels, background(u, noise, self.contrast), places)
         else:
             x = self.draw_one_label(labels, u, rolls, noise)
         return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
-    def random(self, start, count, stream=0):
+    def numbers(self, function, stream, places, n):
+        """(B, n): what uniforms or halves gives for each place."""
+        if isinstance(places, range):
+            return function(self.seed, stream, places.start, len(places), n)
+        return np.concatenate([function(self.seed, stream, place, 1, n) for place in places])
+
+    def random(self, places, stream=0):
         """(B, 32) numbers between 0 and 1, never 1 itself, and (B, n) of 16 bits."""
-        u = torch.from_numpy(uniforms(self.seed, DRAWS + stream, start, count, 32)).float()
-        rolls = halves(self.seed, ROLLS + stream, start, count,
-                       max(8 * LEAVES, ROUNDS * 8 * self.size)).astype(np.int32)
+        u = torch.from_numpy(self.numbers(uniforms, DRAWS + stream, places, 32)).float()
+        rolls = self.numbers(halves, ROLLS + stream, places,
+                             max(8 * LEAVES, ROUNDS * 8 * self.size)).astype(np.int32)
         return u.clamp(max=1 - 2 ** -24), torch.from_numpy(rolls)   # 1: the largest, rounded
 
     def fractal(self, labels, u, rolls, noise, x=None, centre=0.5, reach=0.45):
@@ -551,11 +583,11 @@ class Formula:
         colour = hsv(u[:, 8], 0.2 + 0.7 * u[:, 9], 0.8 + 0.2 * u[:, 10])
         return x + opacity * (colour[:, :, None, None] - x)
 
-    def glyphs(self, labels, x, start):
+    def glyphs(self, labels, x, places):
         """Small fractals of all labels that are present over the grey background x."""
         x = x.mean(1, keepdim=True).expand(-1, 3, -1, -1).clone()
         for j in range(labels.sum(1).max()):            # the j-th label of those that have it
-            u, rolls = self.random(start, len(labels), 10 * (j + 1))
+            u, rolls = self.random(places, 10 * (j + 1))
             rows = (labels.sum(1) > j).nonzero()[:, 0]
             label = (labels[rows].cumsum(1) <= j).sum(1)
             u, rolls = u[rows], rolls[rows]
@@ -890,12 +922,12 @@ def trained(s, device):
 
 
 GENERATORS = {
-    'fractal': Kind(drawn, 'num_classes difficulty multilabel'),
-    'spectrum': Kind(drawn, 'num_classes difficulty'),
-    'deadleaves': Kind(drawn, 'num_classes difficulty'),
+    'fractal': Kind(drawn, 'num_classes difficulty multilabel', draw=drawn_at),
+    'spectrum': Kind(drawn, 'num_classes difficulty', draw=drawn_at),
+    'deadleaves': Kind(drawn, 'num_classes difficulty', draw=drawn_at),
     'train': Kind(trained, 'source generator_steps')}
 KINDS = {
-    'noise': Kind(noise, 'num_images num_classes multilabel label_mode'),
+    'noise': Kind(noise, 'num_images num_classes multilabel label_mode', draw=noise_at),
     'random_labels': Kind(random_labels, 'source label_mode label_noise', augment=True),
     'generated': Kind(lambda s, device: GENERATORS[s['generator']].make(s, device),
                       'num_images generator', augment=True)}
@@ -955,7 +987,7 @@ def new_folder(out, force=False):
 def own_settings(name, s):
     """{setting: value} of what a set of this kind depends on; folders as absolute paths."""
     used = taken(name, s)
-    own = {key: s[key] for key in DATA if key in used - {'data_dir', 'download'}}
+    own = {key: s[key] for key in DATA if key in used - {'data_dir', 'download', 'fresh'}}
     if 'source' in own and own['source'] not in REAL:
         own['source'] = str(Path(own['source']).resolve())
     elif 'source' not in own:
@@ -1059,6 +1091,8 @@ class Data:
     studies: np.ndarray = None  # of chest X-rays: 'patient00001/study1' of each image
     zoom: float = 1.0           # shorter side of a file to the side that is cut out of it
     on_device: dict = field(default_factory=dict, repr=False)
+    fresh: int = 0              # after so many epochs the images are drawn anew, by
+    draw: object = None         # draw(rows, turn) -> uint8 (n, H, W, 3)
 
     @property
     def multilabel(self):
@@ -1091,7 +1125,7 @@ class Data:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-                if isinstance(self.images, np.ndarray):
+                if not isinstance(self.images, list):
                     image = resized(Image.fromarray(self.images[index]), self.image_size, 1, crop)
                 else:
                     image = read_image(self.images[index], self.image_size, self.zoom, crop)
@@ -1101,6 +1135,15 @@ class Data:
                 return torch.from_numpy(np.array(image))
         except UserError as error:
             return error
+
+    def __getitems__(self, items):
+        """A batch for a worker; from the first turn of --fresh on newly drawn."""
+        turn = items[0][3] // self.fresh if self.fresh else 0
+        if not turn:
+            return [self[item] for item in items]
+        rows = [index for index, *_ in items]
+        drawn = replace(self, images=dict(zip(rows, self.draw(rows, turn))), fresh=0)
+        return [drawn[item] for item in items]
 
     def get(self, indices):
         """uint8 (len(indices), H, W, 3)."""
@@ -1163,6 +1206,14 @@ def read_written(folder, s):
                                    zoom=source.zoom)
         raise UserError(f'{folder}: its images, {origin["name"]} {origin.get("data_dir", "")}, are '
                         'not as they were. Give their --data_dir, or generate it again.')
+    if s['fresh']:
+        made = {**DEFAULTS, **meta['settings']}
+        draw = kind_of(data.kind, made).draw
+        if draw is None or not data.small:
+            raise UserError(f'{folder}: --fresh is for noise and for images that a formula draws, '
+                            'in sets below 2 GB. Leave it out.')
+        data.fresh, n = s['fresh'], len(labels)
+        data.draw = lambda rows, turn: draw(made, data.labels[rows], [turn * n + k for k in rows])
     with readable(f'{folder}/images.npy is not what meta.json says', again):
         data.images = np.load(folder / 'images.npy', 'r')
         shape = (len(labels), data.image_size, data.image_size, 3)
@@ -1620,6 +1671,8 @@ class Batches:
         labels = torch.from_numpy(np.ascontiguousarray(data.labels))
         self.labels = (labels.float() if data.multilabel else labels).to(device)
         self.resident = data.resident and self.augment not in IN_WORKERS
+        self.turn = self.drawn = None           # of --fresh, and what was drawn in it
+        self.waited = 0.0                       # for that, in seconds
         transforms_of(self.augment)             # so that the workers find torchvision loaded
         if self.resident and str(device) not in data.on_device:
             data.on_device[str(device)] = torch.from_numpy(np.array(data.images)).to(device)
@@ -1638,20 +1691,40 @@ class Batches:
         order = torch.from_numpy(indices).to(self.device)
         parts = [slice(k * step + self.part.start, k * step + self.part.stop)
                  for k in range(start, len(self))]
-        if self.resident:
+        turn = epoch // self.data.fresh if self.data.fresh else 0
+        if self.resident and turn:
+            batches = self.drawn_anew([indices[part] for part in parts], turn, epoch)
+        elif self.resident:
             images = self.data.on_device[str(self.device)]
             batches = (images[order[part]] for part in parts)
         else:
-            items = [(index, self.augment, self.seed, epoch) for index in indices.tolist()]
-            batches = torch.utils.data.DataLoader(
-                self.data, batch_sampler=[items[part] for part in parts], collate_fn=stacked,
-                num_workers=self.workers, pin_memory=self.device.type == 'cuda',
-                generator=torch.Generator())
+            batches = self.loaded([indices[part] for part in parts], epoch)
         for part, x in zip(parts, batches):
             if isinstance(x, UserError):
                 raise x
             x = self.prepared(x.to(self.device, non_blocking=True), draws[part])
             yield x, self.labels[order[part]]
+
+    def loaded(self, batches, epoch):
+        """uint8 (B, S, S, 3) of arrays of rows, or a UserError, from the workers."""
+        items = [[(row, self.augment, self.seed, epoch) for row in rows.tolist()]
+                 for rows in batches]
+        return torch.utils.data.DataLoader(
+            self.data, batch_sampler=items, collate_fn=stacked, num_workers=self.workers,
+            pin_memory=self.device.type == 'cuda', generator=torch.Generator())
+
+    def drawn_anew(self, batches, turn, epoch):
+        """The same of --fresh: each row is drawn once in a turn, and kept."""
+        if self.turn != turn:
+            self.turn, self.drawn = turn, {}
+        missing = [np.setdiff1d(rows, list(self.drawn)) for rows in batches]
+        loaded = iter(self.loaded([rows for rows in missing if len(rows)], epoch))
+        for rows, new in zip(batches, missing):
+            began = time.monotonic()
+            if len(new):
+                self.drawn.update(zip(new.tolist(), next(loaded)))
+            self.waited += time.monotonic() - began
+            yield torch.stack([self.drawn[row] for row in rows.tolist()])
 
     def prepared(self, x, u):
         """(B, 3, S, S) of uint8 (B, S, S, 3). u (B, 11), 0 to 1: flip, place of cutout, shift."""
@@ -1689,7 +1762,7 @@ def main(argv=None):
            'seed': Setting(0, 'of pixels and labels', number(int, 0)),
            'generator_steps': Setting(50000, 'of training, for --generator train', number(int, 1)),
            'gpu': Setting(-1, 'CUDA device for --generator train', number(int, -1))}
-    data = {name: setting for name, setting in DATA.items() if name != 'data_seed'}
+    data = {name: DATA[name] for name in DATA if name not in ('data_seed', 'fresh')}
     s, typed, _ = parse_flags(__doc__, {'set': own, 'data': data}, argv)
     kind, out = s['kind'], s['out']
     if not kind or not out:

@@ -164,6 +164,34 @@ def random_string(seed):
     return to_string(names[k] for k in rng.integers(len(names), size=6))
 
 
+def expression(arch):
+    """(what a cell computes, as text that equal cells share; the edges on its paths).
+
+    As NAS-Bench-201 counts 6,466: a skip is the node that it starts from, and # is nothing.
+    """
+    names, nodes = iter(from_string(arch)), [('x', ())]
+    for node in range(1, 4):
+        terms, needed = [], []
+        for state in range(node):
+            name, (text, edges) = next(names), nodes[state]
+            if name == 'none' or text == '#':
+                terms.append('#')
+                continue
+            terms.append(text if name == 'skip_connect' else f'({text})@{name}')
+            needed += [*edges, (node, state)]
+        nodes.append(('+'.join(sorted(terms)), tuple(dict.fromkeys(needed))))
+    return nodes[-1]
+
+
+@cache
+def distinct_cells():
+    """The 6,466 cells that compute different things: the first of each in the benchmark."""
+    cells = {}
+    for arch in nas_bench_201()[0]:
+        cells.setdefault(expression(arch)[0], arch)
+    return list(cells.values())
+
+
 NB201_LARGEST = to_string(['nor_conv_3x3'] * 6)
 ACCURACIES = ('cifar10', 'cifar100', 'imagenet16')
 

@@ -42,8 +42,8 @@ class Space(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What `mix` may return: edge weights of which only one per edge is computed (GDAS)."""
-    weights: torch.Tensor   # (edges, operations), 1 for the operation drawn and 0 for the others
+    """What `mix` may return: one operation per edge, and only that is computed."""
+    weights: object         # (edges, operations) of 1 and 0, for their gradient (GDAS), or None
     best: list              # of each edge, the column of the operation drawn
 
 
@@ -85,8 +85,11 @@ class MixedOp(nn.Module):
 
         From weights (E, operations): those of the shared operations, (E, n), and for each block a
         list, for each of its operations every channel's factor, (edges * C,). best: each edge's
-        one column (see Drawn); then for each edge (name, its weight, sum of the others or None).
+        one column (see Drawn); then for each edge (name, its weight, sum of the others), or None
+        for what Drawn has no weights for.
         """
+        if weights is None:
+            return [(self.columns[k], None, None) for k in best]
         if best is not None:
             return [(self.columns[k], row[k], row.sum() - row[k] if add_others else None)
                     for k, row in zip(best, weights.unbind())]
@@ -120,19 +123,22 @@ class MixedOp(nn.Module):
         return out
 
     def forward_drawn(self, state, drawn):
-        """Only what was drawn is computed (GDAS). Every block has one edge."""
+        """Only what was drawn is computed; None for an edge without a map. A block has one edge."""
         inputs, maps, out = Inputs(state), {}, []
         for e, (name, weight, others) in enumerate(drawn):
-            if name == 'none':
+            if name == 'none' and weight is None:
+                y = None
+            elif name == 'none':
                 size = [math.ceil(side / self.stride) for side in state.shape[2:]]
                 y = state.new_zeros(*state.shape[:2], *size)
             elif name in self.shared:
                 if name not in maps:
                     maps[name] = self.shared[name](inputs)
-                y = maps[name] * weight
+                y = maps[name] if weight is None else maps[name] * weight
             else:
-                result = self.blocks[f'edges{e}to{e + 1}'][name](inputs)
-                scale = weight.expand(self.channels).contiguous()   # BatchNorm takes no strides
+                result, scale = self.blocks[f'edges{e}to{e + 1}'][name](inputs), None
+                if weight is not None:          # contiguous, as BatchNorm takes no strides
+                    scale = weight.expand(self.channels).contiguous()
                 y = add_up([result], [scale])
             out.append(y if others is None else y + others)
         return out
@@ -214,10 +220,10 @@ class Cell(nn.Module):
 
     def factors(self, weights, best=None):
         """What each state's MixedOp multiplies with, from weights and `best` as Drawn has them."""
-        rows, out = weights.unbind(), []
+        out = []
         for mixed_op, leaving in zip(self.mixed_ops, self.leaving):
             order = [self.space.edges.index(edge) for edge in leaving]
-            own = torch.stack([rows[k] for k in order])
+            own = None if weights is None else torch.stack([weights[k] for k in order])
             # What is not drawn, NAS-Bench-201's code adds as a number, for its gradient.
             out.append(mixed_op.factors(own, best and [best[k] for k in order],
                                         self.space.inputs == 1))
@@ -245,6 +251,8 @@ class Cell(nn.Module):
                              F.max_pool2d(rest, 2, ceil_mode=True))
             maps = mixed_op(x, factors and factors[state])
             for (node, _), names, y in zip(leaving, mixed_op.names, maps):
+                if y is None:
+                    continue
                 identity = names == ('skip_connect',) and mixed_op.stride == 1
                 keep = None
                 if self.training and drop_path_prob is not None and not identity:
@@ -389,7 +397,7 @@ class Network(nn.Module):
         return logits if auxiliary_logits is None else (logits, auxiliary_logits)
 
     def edge_weights(self, cell_type):
-        """(weights (edges, operations), `best` of Drawn or None, shares (edges,) or None).
+        """(weights (edges, operations) or None, `best` of Drawn or None, shares (edges,) or None).
 
         Without `mix` rows sum to 1 (DARTS, equation 2) or to the edge's share (PC-DARTS).
         """
@@ -398,6 +406,8 @@ class Network(nn.Module):
             weights = self.mix(cell_type, weights)
         if isinstance(weights, Drawn):
             weights, best = weights
+            if weights is None:
+                return None, best, None
         dropped, shares = getattr(self, f'dropped_{cell_type}'), self.shares(cell_type)
         weights = weights.masked_fill(F.pad(dropped, (0, len(self.space.extras))), 0)
         return weights if shares is None else weights * shares.unsqueeze(1), best, shares
@@ -435,17 +445,29 @@ class Network(nn.Module):
                 norm.track_running_stats = True
 
     @torch.no_grad()
-    def genotype(self):
-        """The strongest architecture in the alphas as they are now, whatever a method adds."""
-        p = []
+    def strengths(self, seed=0):
+        """[float64 (edges, operations)] of the cell types: probabilities times the edges' shares.
+
+        Alphas can be so small that float32 knows no differences, and `none` would win every tie.
+        Those that are left, to 14 digits, are broken by seed.
+        """
+        rng, out = torch.Generator().manual_seed(seed), []
         for cell_type in self.space.cell_types:
-            p.append(self.probabilities(cell_type))
+            dropped = getattr(self, f'dropped_{cell_type}')
+            p = F.softmax(self.alphas[cell_type].double().masked_fill(dropped, -math.inf), 1)
             if self.partial > 1:
-                p[-1] = p[-1] * self.shares(cell_type).unsqueeze(1)
+                p = p * self.shares(cell_type).unsqueeze(1)
+            p = p.cpu()
+            out.append(p * (1 + 1e-14 * torch.rand(p.shape, generator=rng, dtype=p.dtype)))
+        return out
+
+    def genotype(self, seed=0):
+        """The strongest architecture in the alphas as they are now, whatever a method adds."""
+        strengths = self.strengths(seed)
         if self.space.inputs == 1:
             names = list(self.space.operations)
-            return to_string(names[k] for k in p[0].argmax(1).tolist())
-        return derive(*p)
+            return to_string(names[k] for k in strengths[0].argmax(1).tolist())
+        return derive(*strengths)
 
 
 def cell_edges(genotype, cell_type, space=DARTS, kept=None):

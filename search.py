@@ -1,39 +1,49 @@
-"""Search a cell on unreal or real data: bilevel, differentiable, ending in a genotype.
+"""Search a cell on unreal or real data, by gradient or by scoring cells; ends in a genotype.
 
     python search.py --data noise --gpu 0                          # DARTS, first order, 50 epochs
     python search.py --data noise --method pcdarts --gpu 0
     python search.py --data random_labels --unrolled --gpu 0       # second order
     python search.py --data cifar10 --space nb201 --method gdas --gpu 0
     python search.py --data noise --preset laptop                  # minutes on a CPU, and the truth
+    python search.py --data generated --method oneshot --preset laptop     # scores all cells
     torchrun --nproc_per_node 8 search.py --data imagenet --data_dir DIR --method pcdarts --resume
     for s in 0 1 2 3; do python search.py --data noise --seed $s --gpu 0 --resume; done
 
 --resume goes on from the last checkpoint, starts a run that has none and skips one that is done.
 Missing unreal data are made first. A method is a class that overrides what differs from DARTS.
 Sources: DARTS (arXiv 1806.09055), PC-DARTS (1907.05737), P-DARTS (1904.12760), GDAS (1910.04465),
-SDARTS (2002.05283), DARTS- (2009.01027), beta-DARTS (2203.01665), RobustDARTS (1909.09656).
+SDARTS (2002.05283), DARTS- (2009.01027), beta-DARTS (2203.01665), RobustDARTS (1909.09656), SPOS
+(1904.00420), random search with shared weights (1902.07638), RLNAS (2101.11834), NASWOT
+(2006.04647), SynFlow (2006.05467), SNIP (1810.02340).
 """
+import csv
+import io
 import math
 import shlex
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CIFAR, KINDS, REAL, Batches, Setting, UserError, choose_device,
-                           find_or_make, leave, number, one_line_errors, set_tf32,
+from generate_data import (CIFAR, KINDS, REAL, Batches, Progress, Setting, UserError,
+                           choose_device, find_or_make, leave, number, one_line_errors, set_tf32,
                            stratified_split, suited, world, write_file)
-from evaluate import COST, correct, find_genotype, loss_of, method_name, read_json, stem_for
+from evaluate import (COST, correct, find_genotype, gathered, loss_of, method_name, read_json,
+                      stem_for)
 from retrain import (INPUT, SCHEDULE, GraphedStep, Run, averaged, batch_of, changed_by_a_step,
-                     check_alike, check_batch, learning_rate_at, make_optimizer, refuse_idle,
-                     run_name, settle, start_alike)
+                     check_alike, check_batch, learning_rate_at, make_optimizer, peak_memory_mib,
+                     refuse_idle, run_name, settle, start_alike)
 
+import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-from genotypes import (agreement, draw, from_plain, from_string, plain, random_genotype,
-                       random_string, to_json, truth)
-from model_search import DARTS, NB201, Drawn, Network, derive
-from operations import DroppedSkip, dropped_skip, skip_connect
+from genotypes import (agreement, distinct_cells, draw, expression, from_plain, from_string, plain,
+                       random_genotype, random_string, to_json, truth)
+from model_search import DARTS, EDGES, NB201, Drawn, Network, derive
+from operations import (DilConv, DroppedSkip, FactorizedReduce, ReLUConvBN, SepConv, dropped_skip,
+                        skip_connect)
 
 # ---------------------------------------------------------------------------------------------
 # Settings. Defaults are DARTS's; a method's own are in its class.
@@ -55,7 +65,15 @@ SEARCH = {
     'frozen_epochs': Setting(0, 'first epochs, of the weights alone', number(int, 0)),
     'hessian': Setting(None, "log the Hessian's largest eigenvalue by N epochs", number(int, 1)),
     'early_stop': Setting(False, 'stop when that eigenvalue grows (RobustDARTS)'),
+    'candidates': Setting(None, 'cells to score; without it all of nb201, 1,000 of darts',
+                          number(int, 1)),
+    'score': Setting('auto', 'by which oneshot takes a cell; auto: valid_loss, of random labels '
+                     'train_loss', ['auto', 'valid_loss', 'train_loss', 'valid_accuracy', 'angle']),
+    'repeats': Setting(3, 'untrained networks over which a score is averaged', number(int, 1)),
 }
+# Those that mean nothing for methods that score cells
+ALPHAS = ('unrolled', 'arch_data', 'partial', 'arch_learning_rate', 'arch_weight_decay',
+          'frozen_epochs', 'hessian', 'early_stop')
 # arch_grad_clip, the largest norm of the alphas' gradient, is a method's, and no flag; 0: no limit.
 DEFAULTS = dict(epochs=50, batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
                 arch_grad_clip=0.0)
@@ -74,7 +92,8 @@ PRESETS = {
                    batch_size=64, arch_learning_rate=3e-3)}
 QUICK = dict(num_images=1000, layers=5, cells_per_stage=1, init_channels=8, batch_size=32,
              epochs=3, warmup_epochs=0, steps_per_epoch=4, frozen_epochs=0,
-             arch_learning_rate=3e-3, train_portion=0.5, valid_fraction=None)
+             arch_learning_rate=3e-3, train_portion=0.5, valid_fraction=None, candidates=100,
+             repeats=1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -86,14 +105,16 @@ class Darts:
 
     recipe: the settings that differ from DARTS's; recipe_on: those by space or preset. stochastic:
     every loss draws anew what is computed, so that differences of losses mean nothing. one_path:
-    one operation per edge is computed.
+    one operation per edge is computed. scores: what ranks cells; then nothing trains alphas.
+    trains: whether weights are trained.
     """
     recipe, recipe_on = {}, {}
     spaces, stages = ('darts', 'nb201'), 1
-    searches, stochastic, one_path = True, False, False
+    searches, stochastic, one_path, trains, scores = True, False, False, True, ()
 
-    def __init__(self, args, num_classes, stem, device):
+    def __init__(self, args, num_classes, stem, device, batches=()):
         self.args, self.num_classes, self.stem, self.device = args, num_classes, stem, device
+        self.batches = batches
         self.stage, self.kept = 0, None         # of P-DARTS: the stage, operations of each edge
         self.network = None
 
@@ -141,7 +162,7 @@ class Darts:
 
     def result(self):
         """(genotype, what genotype.json says beside it)."""
-        return self.network.genotype(), {}
+        return self.network.genotype(self.args.seed), {}
 
 
 class PcDarts(Darts):
@@ -194,18 +215,18 @@ class PDarts(Darts):
             skip.probability.fill_(self.DROPOUT[self.stage] * share)
         return {'skip_dropout': self.DROPOUT[self.stage] * share}
 
-    @torch.no_grad()
     def result(self):
         """Strike out the weakest skip of the normal cell and choose again, until two are left."""
         space = self.network.space
-        p = {cell: self.network.probabilities(cell).cpu().clone() for cell in space.cell_types}
+        p = dict(zip(space.cell_types, self.network.strengths(self.args.seed)))
         skip = list(space.operations).index('skip_connect')
         while True:
             genotype = derive(p['normal'], p['reduce'])
             skips = [space.edges.index((2 + k // 2, state))
                      for k, (op, state) in enumerate(genotype.normal) if op == 'skip_connect']
             if len(skips) <= 2:
-                return genotype, {'without_restriction': plain(self.network.genotype())}
+                free = self.network.genotype(self.args.seed)
+                return genotype, {'without_restriction': plain(free)}
             p['normal'][min(skips, key=lambda e: p['normal'][e, skip].item()), skip] = 0
 
 
@@ -320,8 +341,226 @@ class RandomCell(Darts):
     searches = False
 
 
+class OneShot(Darts):
+    """One-shot (SPOS, 1904.00420): each step trains one random cell, then all cells are scored.
+
+    Scores use the supernet's weights: loss and accuracy on a fixed batch of held-out and one of
+    training images, with the batch's statistics, and the angle by which training turned the
+    operations on the cell's paths (after RLNAS, 2101.11834).
+    """
+    stochastic = one_path = True
+    scores = 'valid_loss', 'train_loss', 'valid_accuracy', 'angle'
+    IMAGES = 250                # on which a cell is scored, of each half
+    cell = None                 # {cell type: the column of each edge's operation}
+
+    def mix(self, cell_type, p):
+        return Drawn(None, self.cell[cell_type])
+
+    @contextmanager
+    def weight_training(self, train):
+        self.take(random_cell(self.args.space, int(torch.randint(2 ** 62, ()))))
+        yield
+
+    def take(self, genotype):
+        """Compute this cell from now on."""
+        names, space = list(self.network.space.operations), self.network.space
+        if isinstance(genotype, str):
+            self.cell = {'cell': [names.index(name) for name in from_string(genotype)]}
+            return
+        self.cell = {}
+        for cell_type in space.cell_types:
+            columns = [names.index('none')] * len(space.edges)
+            for k, (name, state) in enumerate(getattr(genotype, cell_type)):
+                columns[space.edges.index((2 + k // 2, state))] = names.index(name)
+            self.cell[cell_type] = columns
+
+    def fixed_batch(self, batches, count):
+        """(x, y): up to `count` images from all over a half, as they are; always the same ones."""
+        rows = batches.indices
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(int)]
+        fixed = Batches(batches.data, rows, len(rows), self.device, shuffle=False, workers=0)
+        fixed.indices = rows                    # in every process all of them
+        return next(fixed.epoch())
+
+    def prepare(self):
+        """Set what `measure` needs for all cells."""
+        self.halves = [self.fixed_batch(half, self.IMAGES) for half in self.batches]
+        network = self.network
+        torch.manual_seed(self.args.seed)       # as before the first network
+        before, self.network, self.products = weights_by_operation(self.build()), network, {}
+        for key, weights in weights_by_operation(network).items():
+            a, b = before[key].double(), weights.double()
+            self.products[key] = torch.stack([a @ b, a @ a, b @ b]).tolist()
+
+    @torch.no_grad()
+    def measure(self, genotype):
+        """{score: number} of the cell that is taken."""
+        out = {}
+        for half, batch in zip(('train', 'valid'), self.halves):
+            with self.network.frozen_statistics():
+                loss, right = forward(self.network, batch, self.args.amp)
+            out[f'{half}_loss'], out[f'{half}_accuracy'] = loss.item(), right.item() / len(batch[1])
+        on_paths = expression(genotype)[1] if isinstance(genotype, str) else EDGES
+        sums = np.zeros(3)
+        for key in self.operations_taken():
+            if key[1] in on_paths and key in self.products:
+                sums += self.products[key]
+        out['angle'] = math.acos(min(1, sums[0] / math.sqrt(sums[1] * sums[2]))) if sums[1] else 0.
+        return out
+
+    def operations_taken(self):
+        """[(cell type, edge, operation)] of the cell that is taken."""
+        space = self.network.space
+        names = list(space.operations)
+        return [(cell_type, edge, names[k]) for cell_type, columns in self.cell.items()
+                for edge, k in zip(space.edges, columns)]
+
+    def candidates(self):
+        """The genotypes to score: all of nb201 that differ, or some, drawn by seed."""
+        count, seed = self.args.candidates, self.args.seed
+        if self.args.space == 'darts':
+            return [random_genotype([seed, k]) for k in range(count or 1000)]
+        cells = distinct_cells()
+        order = np.random.Generator(np.random.Philox(seed)).permutation(len(cells))
+        return cells if count is None else [cells[k] for k in order[:count]]
+
+    def score(self, cells):
+        """[{parameters and scores}] of genotypes, means over --repeats."""
+        (rank, processes), rows = world(), {}
+        sizes = {key: len(weights) for key, weights in weights_by_operation(self.network).items()}
+        repeats = 1 if self.trains else self.args.repeats
+        progress = Progress(repeats * len(cells), 'cells')
+        for repeat in range(repeats):
+            if repeat:
+                self.build()
+            self.network.train()
+            self.prepare()
+            for k in range(rank, len(cells), processes):
+                self.take(cells[k])
+                row = rows.setdefault(k, {'params': 0})
+                row['params'] = sum(sizes.get(key, 0) for key in self.operations_taken())
+                for name, value in self.measure(cells[k]).items():
+                    row[name] = row.get(name, 0) + value / repeats
+                progress.update(repeat * len(cells) + k + 1)
+        progress.close()
+        for part in gathered(rows):
+            rows.update(part)
+        return [rows[k] for k in range(len(cells))]
+
+    def result(self):
+        """Write scores.csv, and take the best cell; of equal ones the seed draws."""
+        cells, args = self.candidates(), self.args
+        rows, by = self.score(cells), self.scores[0]
+        if self.trains and args.score != 'auto':
+            by = args.score
+        elif self.trains and self.batches[0].data.kind not in ('real', 'generated'):
+            by = 'train_loss'                   # held-out labels that are random teach nothing
+        values = np.array([row[by] for row in rows]) * (-1 if by.endswith('loss') else 1)
+        draws = np.random.Generator(np.random.Philox(args.seed)).random(len(cells))
+        best = np.lexsort((draws, np.nan_to_num(values, nan=-np.inf)))[-1]
+        lines = io.StringIO()
+        writer = csv.writer(lines, lineterminator='\n')
+        writer.writerow(['genotype', *rows[0]])
+        for cell, row in zip(cells, rows):
+            writer.writerow([cell if isinstance(cell, str) else to_json(cell), *row.values()])
+        if not world()[0]:
+            write_file(Path(args.save, 'scores.csv'), lines.getvalue())
+        return cells[best], {'score': by, 'cells': len(cells)}
+
+
+class NasWot(OneShot):
+    """NASWOT (2006.04647): log |det| of the kernel of a batch's ReLU patterns, untrained.
+
+    The kernel counts for two images the activations that are both on or both off, over all ReLUs.
+    """
+    recipe = dict(batch_size=128)
+    trains, scores = False, ('naswot',)
+
+    def prepare(self):
+        self.x, _ = self.fixed_batch(self.batches[0], self.args.batch_size)
+        for module in self.network.modules():
+            if isinstance(module, (ReLUConvBN, SepConv, DilConv, FactorizedReduce)):
+                module.register_forward_hook(lambda _, given, out: self.add(given[0].state))
+            if isinstance(module, nn.ReLU):
+                module.register_forward_hook(lambda _, given, out: self.add(out))
+            if isinstance(module, SepConv):
+                module.norm1.register_forward_hook(lambda _, given, out: self.add(out))
+
+    def add(self, x):
+        """Add the ReLU of a map to the kernel."""
+        on = (x > 0).flatten(1).float()
+        ones = on.sum(1)
+        self.kernel += 2 * (on @ on.T) + on.shape[1] - ones - ones.unsqueeze(1)
+
+    @torch.no_grad()
+    def measure(self, genotype):
+        self.kernel = torch.zeros(len(self.x), len(self.x), device=self.device)
+        with self.network.frozen_statistics():
+            self.network(self.x)
+        return {'naswot': torch.linalg.slogdet(self.kernel.double().cpu())[1].item()}
+
+
+class Snip(OneShot):
+    """SNIP (1810.02340): sum of |weight x gradient of the loss| on a batch, untrained."""
+    recipe = dict(batch_size=128)
+    trains, scores = False, ('snip',)
+
+    def prepare(self):
+        self.batch = self.fixed_batch(self.batches[0], self.args.batch_size)
+        self.weights = [p for p in self.network.weight_parameters() if p.dim() > 1]
+
+    def measure(self, genotype):
+        with self.network.frozen_statistics():
+            return {'snip': self.saliency(forward(self.network, self.batch)[0])}
+
+    def saliency(self, loss):
+        grads = torch.autograd.grad(loss, self.weights, allow_unused=True)
+        return sum((w * g).abs().sum().item() for w, g in zip(self.weights, grads)
+                   if g is not None)
+
+
+class SynFlow(Snip):
+    """SynFlow (2006.05467): that of the summed output for an image of ones, with |weights|.
+
+    It sees no data. BatchNorm is left out, as in zero-cost NAS (2101.08134).
+    """
+    scores = ('synflow',)
+
+    def prepare(self):
+        super().prepare()
+        network, size = self.network.double().eval(), self.batches[0].data.image_size
+        self.x = torch.ones(1, 3, size, size, dtype=torch.float64, device=self.device)
+        for weight in self.weights:
+            weight.data.abs_()
+        for norm in network.modules():
+            if isinstance(norm, nn.BatchNorm2d):        # mean 0, variance 1: does nothing
+                norm.running_mean = self.x.new_zeros(norm.num_features)
+                norm.running_var, norm.eps = self.x.new_ones(norm.num_features), 0
+
+    def measure(self, genotype):
+        return {'synflow': self.saliency(self.network(self.x).sum())}
+
+
 METHODS = {'darts': Darts, 'pcdarts': PcDarts, 'pdarts': PDarts, 'gdas': Gdas, 'sdarts': SDarts,
-           'dartsminus': DartsMinus, 'betadarts': BetaDarts, 'random': RandomCell}
+           'dartsminus': DartsMinus, 'betadarts': BetaDarts, 'oneshot': OneShot, 'naswot': NasWot,
+           'snip': Snip, 'synflow': SynFlow, 'random': RandomCell}
+
+
+def random_cell(space, seed):
+    """A uniformly random genotype."""
+    return random_string(seed) if space == 'nb201' else random_genotype(seed)
+
+
+def weights_by_operation(network):
+    """{(cell type, edge, operation): its weights, flat, of all cells} of a one-path supernet."""
+    parts = {}
+    for cell, cell_type in zip(network.cells, network.cell_types):
+        for mixed_op, leaving in zip(cell.mixed_ops, cell.leaving) if cell_type else ():
+            for (edge, _), block in zip(mixed_op.spans, mixed_op.blocks.values()):
+                for name, operation in block.items():
+                    flat = [p.detach().flatten() for p in operation.parameters()]
+                    parts.setdefault((cell_type, leaving[edge], name), []).extend(flat)
+    return {key: torch.cat(flat) for key, flat in parts.items()}
 
 
 def simplex(p):
@@ -494,14 +733,14 @@ def optimizers(network, args):
 # What the log says of the alphas
 
 
-def describe(network, moments, steps, before):
-    """What log.jsonl says of the alphas after an epoch; before: the line before, or None.
+def describe(network, moments, steps, log, seed):
+    """What log.jsonl says of the alphas after an epoch; log: the lines before.
 
     By cell type: entropy in nats and margin of the first operation, means over edges; skips of the
     genotype; edges whose strongest operation is none; signal: the norm of the mean architecture
     gradient over the epoch's steps, by the norm of its standard deviation.
     """
-    genotype, line = network.genotype(), {}
+    genotype, line = network.genotype(seed), {}
     none = list(network.space.operations).index('none')
     for cell_type, (total, squares) in zip(network.space.cell_types, moments):
         p = network.probabilities(cell_type).detach().double().cpu()
@@ -516,8 +755,8 @@ def describe(network, moments, steps, before):
             f'skips_{cell_type}': names.count('skip_connect'),
             f'none_{cell_type}': (p.argmax(1) == none).sum().item(),
             f'signal_{cell_type}': (mean.norm() / deviation).item() if deviation else None})
-    if before:
-        line['agreement'] = agreement(genotype, from_plain(before['genotype']))
+    if log:
+        line['agreement'] = agreement(genotype, from_plain(log[-1]['genotype']))
     if isinstance(genotype, str):
         line['truth_for_analysis_only'] = truth(genotype)
     alphas = {}
@@ -619,8 +858,14 @@ def parse(argv):
     words = [args.data, args.method] if method.searches else [args.method]
     if method.searches:
         check_batch(args, share)
-    refuse_idle(typed, {'perturb': args.method == 'sdarts',
-                        'valid_fraction': args.arch_data == 'valid'})
+    has_effect = {'perturb': args.method == 'sdarts', 'valid_fraction': args.arch_data == 'valid',
+                  'candidates': method.scores, 'score': len(method.scores) > 1,
+                  'repeats': not method.trains}
+    if method.scores:
+        has_effect.update(dict.fromkeys(ALPHAS))
+    if not method.trains:
+        has_effect.update(dict.fromkeys(SCHEDULE.keys() - {'batch_size'}))
+    refuse_idle(typed, has_effect)
     args.save = args.save or run_name('search', words, args, typed, defaults)
     return args
 
@@ -663,15 +908,16 @@ def main(argv=None):
     if not METHODS[args.method].searches:
         with run.on(None):
             if not world()[0]:
-                make = random_string if args.space == 'nb201' else random_genotype
-                finish(run, make(args.seed), args)
+                finish(run, random_cell(args.space, args.seed), args)
         return
 
     data = find_or_make(args.data, vars(args))
     stem = stem_for(args.stem, data.image_size, args.init_channels)
     batches = make_batches(data, args, device)
     run.plan(min(map(len, batches)))
-    method = METHODS[args.method](args, len(data.classes), stem, device)
+    method = METHODS[args.method](args, len(data.classes), stem, device, batches)
+    if not method.trains:
+        run.epochs = run.total = 0
     if 0 < run.epochs < method.stages:
         raise UserError(f'--epochs and --max_steps: {args.method} needs {method.stages} epochs')
     stage_starts = [k * run.epochs // method.stages for k in range(method.stages + 1)]
@@ -717,7 +963,7 @@ def main(argv=None):
                 steps = {True: graphed(True), False: graphed(False)}
             began, ended = stage_starts[method.stage:method.stage + 2]
             past, length = epoch - began, ended - began
-            is_frozen = past < min(frozen, length - 1)
+            is_frozen = past < min(frozen, length - 1) or bool(method.scores)
             if not is_frozen:
                 steps.pop(True, None)           # its CUDA graph holds the memory of a step
             learning_rate = learning_rate_at(args, past, length)
@@ -730,15 +976,23 @@ def main(argv=None):
             check_alike(network.architecture_parameters(), 'alphas')
             has_valid, size = not is_frozen and args.arch_data != 'none', batches[0].batch_size
             line = {'steps': run.last, 'learning_rate': learning_rate, **numbers,
-                    **rates(run.sums, run.last, size, has_valid),
-                    **describe(network, moments, run.last, run.log[-1] if run.log else None)}
+                    **rates(run.sums, run.last, size, has_valid)}
+            if not method.scores:
+                line.update(describe(network, moments, run.last, run.log, args.seed))
             if args.hessian and epoch % args.hessian == 0:
                 line['eigenvalue'] = largest_eigenvalue(network, run.batch[-2:], args)
             torch._foreach_zero_(moments)
             if run.end_epoch(epoch, line, len(streams) * run.last * size):
                 return 128 + run.stop
             stop = before_growth(run.log, run.epochs)
+        began = time.time()
         genotype, beside = method.result()
+        if method.scores:
+            seconds = time.time() - began
+            run.log.append({'epoch': run.epochs, 'cells': beside['cells'],
+                            'seconds': round(seconds, 3), 'images_per_second': None,
+                            'peak_memory_mib': peak_memory_mib(device)})
+            run.write_log()
         if stop:
             beside['early_stop'] = {key: stop[key] for key in ('epoch', 'genotype')}
             genotype = from_plain(stop['genotype']) if args.early_stop else genotype
@@ -757,7 +1011,9 @@ def rates(sums, steps, batch_size, has_valid):
 
 def finish(run, genotype, args, **beside):
     """Write genotype.svg and genotype.json, and say what came out and what comes next."""
-    data, arch_data = (args.data, args.arch_data) if METHODS[args.method].searches else (None, None)
+    method = METHODS[args.method]
+    data = args.data if method.searches else None
+    arch_data = args.arch_data if method.searches and not method.scores else None
     write_file(run.folder / 'genotype.svg', draw(genotype, run.folder.name))
     write_file(run.folder / 'genotype.json', to_json(
         genotype, data=data, method=method_name(vars(args)), seed=args.seed, arch_data=arch_data,
