@@ -1716,7 +1716,7 @@ class Batches:
     def drawn_anew(self, batches, turn, epoch):
         """The same of --fresh: each row is drawn once in a turn, and kept."""
         if self.turn != turn:
-            self.turn, self.drawn = turn, {}
+            self.turn, self.drawn, self.waited = turn, {}, 0.0
         missing = [np.setdiff1d(rows, list(self.drawn)) for rows in batches]
         loaded = iter(self.loaded([rows for rows in missing if len(rows)], epoch))
         for rows, new in zip(batches, missing):

@@ -375,6 +375,9 @@ class Network(nn.Module):
             for cell_type in space.cell_types if partial > 1 else ():
                 self.alphas[f'beta_{cell_type}'] = nn.Parameter(1e-3 * torch.randn(size[0]))
         self.to(memory_format=torch.channels_last)
+        # Found once: to look through all modules would take as long as a small step.
+        self.weights = [p for name, p in self.named_parameters() if not name.startswith('alphas.')]
+        self.norms = [m for m in self.modules() if getattr(m, 'track_running_stats', False)]
 
     def forward(self, x):
         s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))
@@ -427,7 +430,7 @@ class Network(nn.Module):
 
     def weight_parameters(self):
         """All parameters but the alphas: what SGD trains."""
-        return [p for name, p in self.named_parameters() if not name.startswith('alphas.')]
+        return self.weights
 
     def architecture_parameters(self):
         return list(self.alphas.values()) if hasattr(self, 'alphas') else []
@@ -435,13 +438,12 @@ class Network(nn.Module):
     @contextmanager
     def frozen_statistics(self):
         """Forward passes inside normalise with batch statistics but leave the running ones."""
-        norms = [m for m in self.modules() if getattr(m, 'track_running_stats', False)]
-        for norm in norms:
+        for norm in self.norms:
             norm.track_running_stats = False
         try:
             yield
         finally:
-            for norm in norms:
+            for norm in self.norms:
                 norm.track_running_stats = True
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 from genotypes import (agreement, distinct_cells, draw, expression, from_plain, from_string, plain,
                        random_genotype, random_string, to_json, truth)
-from model_search import DARTS, EDGES, NB201, Drawn, Network, derive
+from model_search import DARTS, EDGES, NB201, Drawn, Network, cell_edges, derive
 from operations import (DilConv, DroppedSkip, FactorizedReduce, ReLUConvBN, SepConv, dropped_skip,
                         skip_connect)
 
@@ -351,7 +351,7 @@ class OneShot(Darts):
     stochastic = one_path = True
     scores = 'valid_loss', 'train_loss', 'valid_accuracy', 'angle'
     IMAGES = 250                # on which a cell is scored, of each half
-    cell = None                 # {cell type: the column of each edge's operation}
+    cell = taken = None         # {cell type: column of each edge}, [(cell type, edge, operation)]
 
     def mix(self, cell_type, p):
         return Drawn(None, self.cell[cell_type])
@@ -363,16 +363,12 @@ class OneShot(Darts):
 
     def take(self, genotype):
         """Compute this cell from now on."""
-        names, space = list(self.network.space.operations), self.network.space
-        if isinstance(genotype, str):
-            self.cell = {'cell': [names.index(name) for name in from_string(genotype)]}
-            return
-        self.cell = {}
+        space = self.network.space
+        names, self.cell, self.taken = list(space.operations), {}, []
         for cell_type in space.cell_types:
-            columns = [names.index('none')] * len(space.edges)
-            for k, (name, state) in enumerate(getattr(genotype, cell_type)):
-                columns[space.edges.index((2 + k // 2, state))] = names.index(name)
-            self.cell[cell_type] = columns
+            edges, _ = cell_edges(genotype, cell_type, space)
+            self.cell[cell_type] = [names.index(*edges.get(edge, ['none'])) for edge in space.edges]
+            self.taken += [(cell_type, edge, name) for edge, (name,) in edges.items()]
 
     def fixed_batch(self, batches, count):
         """(x, y): up to `count` images from all over a half, as they are; always the same ones."""
@@ -402,18 +398,11 @@ class OneShot(Darts):
             out[f'{half}_loss'], out[f'{half}_accuracy'] = loss.item(), right.item() / len(batch[1])
         on_paths = expression(genotype)[1] if isinstance(genotype, str) else EDGES
         sums = np.zeros(3)
-        for key in self.operations_taken():
-            if key[1] in on_paths and key in self.products:
+        for key in self.products.keys() & self.taken:
+            if key[1] in on_paths:
                 sums += self.products[key]
         out['angle'] = math.acos(min(1, sums[0] / math.sqrt(sums[1] * sums[2]))) if sums[1] else 0.
         return out
-
-    def operations_taken(self):
-        """[(cell type, edge, operation)] of the cell that is taken."""
-        space = self.network.space
-        names = list(space.operations)
-        return [(cell_type, edge, names[k]) for cell_type, columns in self.cell.items()
-                for edge, k in zip(space.edges, columns)]
 
     def candidates(self):
         """The genotypes to score: all of nb201 that differ, or some, drawn by seed."""
@@ -438,7 +427,7 @@ class OneShot(Darts):
             for k in range(rank, len(cells), processes):
                 self.take(cells[k])
                 row = rows.setdefault(k, {'params': 0})
-                row['params'] = sum(sizes.get(key, 0) for key in self.operations_taken())
+                row['params'] = sum(sizes.get(key, 0) for key in self.taken)
                 for name, value in self.measure(cells[k]).items():
                     row[name] = row.get(name, 0) + value / repeats
                 progress.update(repeat * len(cells) + k + 1)
@@ -578,14 +567,16 @@ def simplex(p):
 @contextmanager
 def trained(network, weights=False, alphas=False):
     """Gradients reach only what is named: no work is done for the others."""
-    for p in network.weight_parameters():
-        p.requires_grad_(weights)
-    for p in network.architecture_parameters():
-        p.requires_grad_(alphas)
+    parts = (network.weight_parameters(), weights), (network.architecture_parameters(), alphas)
+    for parameters, wanted in parts:
+        for p in parameters:
+            p.requires_grad_(wanted)
     try:
         yield
     finally:
-        network.requires_grad_(True)
+        for parameters, _ in parts:
+            for p in parameters:
+                p.requires_grad_(True)
 
 
 def forward(network, batch, amp=False):
@@ -977,6 +968,8 @@ def main(argv=None):
             has_valid, size = not is_frozen and args.arch_data != 'none', batches[0].batch_size
             line = {'steps': run.last, 'learning_rate': learning_rate, **numbers,
                     **rates(run.sums, run.last, size, has_valid)}
+            if data.fresh:                      # that training waited for new images
+                line['seconds_drawing'] = round(sum(b.waited for b in batches), 3)
             if not method.scores:
                 line.update(describe(network, moments, run.last, run.log, args.seed))
             if args.hessian and epoch % args.hessian == 0:

@@ -83,8 +83,8 @@ def log(folder):
     """The lines of a run's log, without what is measured."""
     lines = [json.loads(line) for line in Path(folder, 'log.jsonl').read_text().splitlines()]
     for line in lines:
-        for name in ('seconds', 'images_per_second', 'peak_memory_mib'):
-            del line[name]
+        for name in ('seconds', 'images_per_second', 'peak_memory_mib', 'seconds_drawing'):
+            line.pop(name, None)
     return lines
 
 
