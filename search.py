@@ -398,8 +398,8 @@ class OneShot(Darts):
             out[f'{half}_loss'], out[f'{half}_accuracy'] = loss.item(), right.item() / len(batch[1])
         on_paths = expression(genotype)[1] if isinstance(genotype, str) else EDGES
         sums = np.zeros(3)
-        for key in self.products.keys() & self.taken:
-            if key[1] in on_paths:
+        for key in self.taken:
+            if key[1] in on_paths and key in self.products:
                 sums += self.products[key]
         out['angle'] = math.acos(min(1, sums[0] / math.sqrt(sums[1] * sums[2]))) if sums[1] else 0.
         return out
