@@ -345,18 +345,15 @@ def known_of(genotype):
 def read_scores(folder):
     """({column: float64 (N,)} of scores.csv, the score that took the cell).
 
-    Losses are negative, so that more is better. `truth` is the accuracy on CIFAR-10, if known.
+    Losses are negative, so that more is better.
     """
-    by = read_json(Path(folder, 'genotype.json'))['score']
     with open(Path(folder, 'scores.csv'), newline='') as file:
         rows = list(csv.DictReader(file))
-    cells, out = [row.pop('genotype') for row in rows], {}
-    for name in rows[0]:
+    columns = {}
+    for name in rows[0].keys() - {'genotype'}:
         values = np.array([float(row[name]) for row in rows])
-        out[name] = -values if name.endswith('loss') else values
-    if cells[0].startswith('|'):
-        out['truth'] = np.array([nas_bench_201()[0][cell]['cifar10'] for cell in cells])
-    return out, by
+        columns[name] = -values if name.endswith('loss') else values
+    return columns, read_json(Path(folder, 'genotype.json'))['score']
 
 
 def ranks(values):
@@ -387,15 +384,14 @@ def ranking(folder):
     """How well the scores of a search rank its cells, where the truth is known."""
     scores, by = read_scores(folder)
     out = {'score': by, 'cells': len(scores[by])}
-    if 'truth' not in scores:
+    if 'cifar10' not in scores:
         return out
-    value, truth, params = scores[by], scores['truth'], scores['params']
+    truth, params, value = scores.pop('cifar10'), scores.pop('params'), scores[by]
     best = truth[np.argsort(-value, kind='stable')[:10]]
     return {**out, 'spearman': spearman(value, truth), 'kendall': kendall(value, truth),
             'spearman_given_params': spearman(value, truth, params),
             'best_of_top_10': float(best.max()), 'spearman_of_params': spearman(params, truth),
-            'spearman_by_score': {name: spearman(scores[name], truth)
-                                  for name in scores.keys() - {'truth', 'params'}}}
+            'spearman_by_score': {name: spearman(scores[name], truth) for name in sorted(scores)}}
 
 
 def read_test(meta, data_dir=None, table=None):
@@ -487,7 +483,7 @@ def text_of(name, value):
     if name == 'seconds':
         return f'{timedelta(seconds=round(value))} (h:mm:ss)'
     if isinstance(value, dict):
-        return '  '.join(f'{key} {text_of(key, value[key])}' for key in sorted(value))
+        return ', '.join(f'{key} {number:.3f}' for key, number in value.items())
     if isinstance(value, float):
         return f'{value:,.4g}'
     return f'{value:,}' if isinstance(value, int) and name != 'seed' else value
@@ -639,8 +635,8 @@ def draw_scores(axis, row):
     scores, by = read_scores(row['run'])
     x, label = scores['params'] / 1e3, 'parameters of the operations, thousands'
     kept = scores[by] > -np.inf
-    if 'truth' in scores:
-        x, label = scores['truth'], 'true CIFAR-10 accuracy, %'
+    if 'cifar10' in scores:
+        x, label = scores['cifar10'], 'true CIFAR-10 accuracy, %'
         kept &= x > 80
     axis.plot(x[kept], np.abs(scores[by][kept]), '.', color=row['colour'], ms=2, alpha=0.5)
     axis.set(xlabel=label, ylabel=by.replace('_', ' '))

@@ -39,8 +39,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from genotypes import (agreement, distinct_cells, draw, expression, from_plain, from_string, plain,
-                       random_genotype, random_string, to_json, truth)
+from genotypes import (agreement, distinct_cells, draw, expression, from_plain, from_string,
+                       nas_bench_201, plain, random_genotype, random_string, to_json, truth)
 from model_search import DARTS, EDGES, NB201, Drawn, Network, cell_edges, derive
 from operations import (DilConv, DroppedSkip, FactorizedReduce, ReLUConvBN, SepConv, dropped_skip,
                         skip_connect)
@@ -447,13 +447,8 @@ class OneShot(Darts):
         values = np.array([row[by] for row in rows]) * (-1 if by.endswith('loss') else 1)
         draws = np.random.Generator(np.random.Philox(args.seed)).random(len(cells))
         best = np.lexsort((draws, np.nan_to_num(values, nan=-np.inf)))[-1]
-        lines = io.StringIO()
-        writer = csv.writer(lines, lineterminator='\n')
-        writer.writerow(['genotype', *rows[0]])
-        for cell, row in zip(cells, rows):
-            writer.writerow([cell if isinstance(cell, str) else to_json(cell), *row.values()])
         if not world()[0]:
-            write_file(Path(args.save, 'scores.csv'), lines.getvalue())
+            write_scores(Path(args.save, 'scores.csv'), cells, rows)
         return cells[best], {'score': by, 'cells': len(cells)}
 
 
@@ -538,6 +533,20 @@ METHODS = {'darts': Darts, 'pcdarts': PcDarts, 'pdarts': PDarts, 'gdas': Gdas, '
 def random_cell(space, seed):
     """A uniformly random genotype."""
     return random_string(seed) if space == 'nb201' else random_genotype(seed)
+
+
+def write_scores(path, cells, rows):
+    """scores.csv: genotype, parameters, scores, and the true accuracy on CIFAR-10 if known."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    known = isinstance(cells[0], str)
+    writer.writerow(['genotype', *rows[0], *(['cifar10'] if known else [])])
+    for cell, row in zip(cells, rows):
+        name, truths = to_json(cell), []
+        if known:
+            name, truths = cell, [nas_bench_201()[0][cell]['cifar10']]
+        writer.writerow([name, *row.values(), *truths])
+    write_file(path, text.getvalue())
 
 
 def weights_by_operation(network):

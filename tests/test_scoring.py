@@ -266,13 +266,13 @@ def test_rank_correlations_are_those_of_scipy(capsys):
     scores, by = evaluate.read_scores('run')
     row, = reports(capsys, 'run')
     assert by == 'train_loss' and row['cells'] == 12
-    value, truth, params = (rankdata(scores[name]) for name in (by, 'truth', 'params'))
+    value, truth, params = (rankdata(scores[name]) for name in (by, 'cifar10', 'params'))
     assert row['spearman'] == pytest.approx(spearmanr(value, truth)[0])
     assert row['kendall'] == pytest.approx(kendalltau(value, truth)[0])
     left = [v - np.polyval(np.polyfit(params, v, 1), params) for v in (value, truth)]
     assert row['spearman_given_params'] == pytest.approx(np.corrcoef(*left)[0, 1])
     best = np.argsort(-scores[by], kind='stable')[:10]
-    assert row['best_of_top_10'] == scores['truth'][best].max()
+    assert row['best_of_top_10'] == scores['cifar10'][best].max()
 
 
 # --fresh
