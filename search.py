@@ -350,7 +350,7 @@ class OneShot(Darts):
     """
     stochastic = one_path = True
     scores = 'valid_loss', 'train_loss', 'valid_accuracy', 'angle'
-    IMAGES = 250                # on which a cell is scored, of each half
+    IMAGES = 128                # on which a cell is scored, of each half
     cell = taken = None         # {cell type: column of each edge}, [(cell type, edge, operation)]
 
     def mix(self, cell_type, p):

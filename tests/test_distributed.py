@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import RETRAIN, ROOT, TINY, log
+from conftest import NOISE, RETRAIN, ROOT, TINY, log, run
 
 import evaluate
 import generate_data
@@ -105,6 +105,15 @@ def test_a_process_killed_under_torchrun_goes_on_from_the_last_checkpoint():
         assert process.wait(240) == 0
     assert 0 < before < 9 and log('broken') == log('whole')
     assert json.loads(Path('broken/args.json').read_text())['world_size'] == 2
+
+
+def test_two_processes_share_the_cells_that_are_scored():
+    flags = [*NOISE, '--space', 'nb201', '--method', 'naswot', '--init_channels', '4',
+             '--cells_per_stage', '1', '--batch_size', '8', '--candidates', '9', '--gpu', '-1']
+    run(search.main, 'one', *flags)
+    subprocess.run([*TORCHRUN, str(ROOT / 'search.py'), *flags, '--save', 'two'], check=True,
+                   timeout=240)
+    assert Path('one/scores.csv').read_text() == Path('two/scores.csv').read_text()
 
 
 def test_bad_input_under_torchrun_ends_all_processes_with_the_one_line():
