@@ -61,7 +61,6 @@ SCHEDULE = {
     'grad_accum': Setting(1, 'parts in which a batch is computed, to save memory', number(int, 1)),
     'learning_rate': Setting(0.025, 'of the weights', number(float, 0)),
     'learning_rate_min': Setting(0.0, 'at the end', number(float, 0)),
-    'schedule': Setting('cosine', 'of the learning rate', ['cosine', 'linear']),
     'warmup_epochs': Setting(0, 'in which the learning rate rises linearly', number(int, 0)),
     'momentum': Setting(0.9, 'of SGD', number(float, 0, below=1)),
     'nesterov': Setting(False, "Nesterov's momentum"),
@@ -85,7 +84,6 @@ NETWORK = {
     'layers': Setting(20, 'cells', number(int, 1, 200)),
     'stem': COST['stem'],
     'auxiliary': Setting(False, 'a second head while training'),
-    'auxiliary_weight': Setting(0.4, "weight of that head's loss", number(float, 0)),
     'drop_path_prob': Setting(0.2, 'at the end, reached linearly', number(float, 0, below=1)),
     'cutout': Setting(False, 'blank a square of each image'),
     'cutout_length': Setting(16, 'pixels', number(int, 1)),
@@ -96,6 +94,9 @@ RECIPE = {
     'holdout_patients': Setting(0.0, 'share that chooses the epoch', number(float, 0, below=1)),
     'train_portion': Setting(1.0, 'share of the images, or their number', number(float, above=0)),
 }
+# schedule of the learning rate, cosine or linear, and the weight of the auxiliary head's loss: a
+# preset's, and no flags.
+FIXED = dict(schedule='cosine', auxiliary_weight=0.4)
 # nb201: the benchmark's recipe, by default for its cells. ImageNet: that of PC-DARTS and P-DARTS,
 # with the learning rate for 1,024 images. CheXpert and laptop: our own choice.
 PRESETS = {
@@ -699,7 +700,7 @@ def parse(argv):
         if (preset, chosen['preset']) == ('cifar', 'auto') and chosen['arch'] \
                 and isinstance(find_genotype(chosen['arch'])[0], str):
             preset = 'nb201'
-        out = dict(PRESETS[preset])
+        out = {**FIXED, **PRESETS[preset]}
         if chosen['quick']:
             out.update(QUICK, num_classes=min(out.get('num_classes', 10), 20), rate_for=None)
             if {'optimizer': 'sgd', **out, **typed}['optimizer'] == 'sgd':
@@ -714,8 +715,7 @@ def parse(argv):
     if args.max_steps == 0:
         raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
     sgd = args.optimizer == 'sgd'
-    refuse_idle(typed, {'auxiliary_weight': args.auxiliary, 'cutout_length': args.cutout,
-                        'momentum': sgd, 'nesterov': sgd})
+    refuse_idle(typed, {'cutout_length': args.cutout, 'momentum': sgd, 'nesterov': sgd})
     check_batch(args, min(1.0, args.train_portion))
     args.save = args.save or run_name('retrain', [args.data, args.arch], args, typed, defaults)
     return args

@@ -104,7 +104,7 @@ TABLE = [
     ('', 'put genotype.json [1]', 'retrain', ARCH, 'no JSON object'),
     ('net', '', 'retrain', '--arch net', 'net'),
     ('', '', 'retrain', '--arch DARTS_V2 --auxiliary', 'auxiliary'),
-    ('', '', 'retrain', '--arch DARTS_V2 --auxiliary_weight 1', '--auxiliary_weight'),
+    ('', '', 'retrain', '--arch DARTS_V2 --cutout_length 8', '--cutout_length'),
     ('', '', 'retrain', '--arch DARTS_V2 --drop_path_prob 1', 'drop_path_prob'),
     ('', 'put genotype.json {', 'retrain', ARCH, 'genotype.json'),
     ('', genotype(normal=GOOD[:7]), 'retrain', ARCH, '7 operations'),
