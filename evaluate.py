@@ -5,6 +5,8 @@
     python evaluate.py runs/retrain-* --csv table.csv
     python evaluate.py runs/search-* --plot curves.svg  # what runs did, by epoch (matplotlib)
     python evaluate.py runs/NAME --predict photo.jpg    # classes of pictures, as CSV
+    python evaluate.py runs/NAME --scores scores.csv    # a probability for each test image, label
+    python evaluate.py runs/NAME --genotype             # the cell in DARTS's words, to paste there
     python evaluate.py --arch DARTS_V2 --cost           # parameters and multiply-adds
 
 A retrained network is tested anew from its weights.pt. The true accuracy of a cell of
@@ -34,7 +36,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import genotypes
-from genotypes import ACCURACIES, NB201_LARGEST, from_plain, from_string, nas_bench_201, plain
+from genotypes import (ACCURACIES, NB201_LARGEST, from_plain, from_string, nas_bench_201, plain,
+                       to_darts)
 from model_search import Network
 
 EVALUATION_BATCH = 250, 50      # images up to 64 px, and above; it changes no result
@@ -386,8 +389,10 @@ def report(run, device, data_dir=None, test_labels=None):
                       shuffle=False)
     loss, scores, labels = predictions(network.to(device), batches)
     values = measure(scores, labels, data.classes)
+    names = range(len(data)) if data.files is None else data.files
+    names = names if data.studies is None else np.unique(data.studies)
     row.update(test_loss=loss, test_n=len(labels),
-               tested=(scores.numpy(), labels.numpy(), data.classes),
+               tested=(scores.numpy(), labels.numpy(), data.classes, names),
                **{f'test_{name}': value for name, value in values.items()})
     if data.multilabel:
         intervals = bootstrap(scores.numpy(), labels.numpy(), data.classes)
@@ -498,8 +503,8 @@ def print_table(lines):
 
 # Panels: a title, and how the entries of the log begin whose mean is drawn
 PANELS = {
-    'training loss': 'train_loss', 'training accuracy': 'train_accuracy',
-    'held-out loss': 'valid_loss', 'held-out accuracy': 'valid_accuracy',
+    'training loss': 'train_loss', 'training accuracy, %': 'train_accuracy',
+    'held-out loss': 'valid_loss', 'held-out accuracy, %': 'valid_accuracy',
     'entropy of the alphas, nats': 'entropy_', 'skips in a cell': 'skips_',
     'true CIFAR-10 accuracy, %': 'truth_', 'held-out error, %': 'holdout_error',
     'held-out AUROC': 'holdout_auroc_tasks', 'test error, %': 'test_error',
@@ -508,10 +513,11 @@ PANELS = {
 
 
 def mean_of(line, start):
-    """Mean of a log line's values whose names begin with `start`, or None."""
+    """Mean of a log line's values whose names begin with `start`, shares in per cent, or None."""
     values = [value['cifar10'] if isinstance(value, dict) else value
               for name, value in line.items() if name.startswith(start) and value is not None]
-    return sum(values) / len(values) if values else None
+    scale = 100 if start.endswith('_accuracy') else 1
+    return scale * sum(values) / len(values) if values else None
 
 
 def plot(rows, path):
@@ -537,7 +543,7 @@ def plot(rows, path):
     if len(fits) > 2:
         panels.append(('fit and generalization, one dot per network', 2.4, draw_fits, [fits]))
     elif len(rows) == 1 and 'tested' in rows[0]:
-        tested = [*rows[0]['tested'], rows[0].get('test_areas')]
+        tested = [*rows[0]['tested'][:3], rows[0].get('test_areas')]
         panels.append(('test images', 6, draw_test, tested))
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
@@ -624,6 +630,8 @@ RUNS = {
     'csv': Setting(None, 'write the table to this file'),
     'plot': Setting(None, 'draw what the runs did by epoch: .png, .svg or .pdf'),
     'predict': Setting(None, 'a picture, or a folder of pictures, for one retrained network'),
+    'scores': Setting(None, 'write CSV of one retraining: image, label, probability'),
+    'genotype': Setting(False, "print the cell of one run in DARTS's words"),
     'data_dir': Setting(None, 'where the real data are now'),
     'gpu': Setting(0, 'CUDA device, -1: the CPU', number(int, -1)),
     'test_labels': Setting(None, "a CSV of CheXpert's test set"),
@@ -659,6 +667,35 @@ def show_predictions(run, target):
             writer.writerow([path, meta['classes'][row.argmax()], f'{row.max():.4f}'])
 
 
+def write_scores(path, row):
+    """Write the probability of each label (or class) for each test image (or study) of a run."""
+    if 'tested' not in row:
+        raise UserError(f'--scores: {row["run"]} has no test: give a finished retraining on data '
+                        'with test images')
+    scores, labels, classes, names = row['tested']
+    scores = torch.from_numpy(scores)
+    scores = scores.sigmoid() if labels.ndim == 2 else scores.softmax(1)
+    rows = [('image', 'label', 'score')]
+    for name, values in zip(names, scores.tolist()):
+        rows += [(name, label, f'{value:.6g}') for label, value in zip(classes, values)]
+    write_csv(path, rows)
+
+
+def write_csv(path, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows(rows)
+    write_file(path, text.getvalue())
+
+
+def show_genotype(run):
+    """Print the cell that a search found, or that a retraining trained, in DARTS's words."""
+    row = read_run(run)
+    if not row['finished']:
+        raise UserError(f'--genotype: {run} is not finished: --resume it')
+    found = row['genotype'] or load_weights(Path(run) / 'weights.pt')[1]['genotype']
+    print(to_darts(from_plain(found)))
+
+
 @one_line_errors
 def main(argv=None):
     def defaults_for(typed, chosen):
@@ -670,7 +707,7 @@ def main(argv=None):
     unused = (RUNS if s['cost'] else COST).keys() & typed.keys() - {'json', 'gpu'}
     if unused:
         raise UserError(f'--{min(unused)} does not go with --cost {s["cost"]}: leave it out')
-    for name in ('csv', 'plot'):
+    for name in ('csv', 'plot', 'scores'):
         if s[name] and (Path(s[name]).is_dir() or not Path(s[name]).resolve().parent.is_dir()):
             raise UserError(f'--{name} {s[name]}: give a file in a folder that exists')
     if s['cost']:
@@ -685,10 +722,16 @@ def main(argv=None):
         return
     if not s['runs']:
         raise UserError('nothing to evaluate: give the folders of runs, or --arch NAME --cost')
+    for name in ('predict', 'genotype'):
+        if s[name] and (len(s['runs']) > 1 or typed.keys() - {'runs', name, 'gpu'}):
+            raise UserError(f'--{name} takes one run and no other flag: leave the others out')
+    if s['scores'] and len(s['runs']) > 1:
+        raise UserError('--scores takes one run: leave the others out')
     if s['predict']:
-        if len(s['runs']) > 1 or typed.keys() - {'runs', 'predict', 'gpu'}:
-            raise UserError('--predict takes one run and no other flag: leave the others out')
         show_predictions(s['runs'][0], s['predict'])
+        return
+    if s['genotype']:
+        show_genotype(s['runs'][0])
         return
     folders = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))
     trained = any((Path(run) / 'weights.pt').exists() for run in folders)
@@ -700,6 +743,8 @@ def main(argv=None):
             print(f'{row["run"]}: {epochs}, not finished: --resume it', file=sys.stderr)
     done = [row for row in rows if row['finished']]
     lines = table(done)
+    if s['scores']:
+        write_scores(s['scores'], rows[0])
     if s['json']:
         for row in done:
             print(json.dumps({key: row[key] for key in row if key not in ('log', 'tested')}))
@@ -710,12 +755,8 @@ def main(argv=None):
     if s['plot']:
         plot(rows, s['plot'])
     if s['csv']:
-        text = io.StringIO()
-        names = dict.fromkeys(name for line in lines for name in line)
-        writer = csv.DictWriter(text, names, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(lines)
-        write_file(s['csv'], text.getvalue())
+        names = list(dict.fromkeys(name for line in lines for name in line))
+        write_csv(s['csv'], [names, *([line.get(name) for name in names] for line in lines)])
 
 
 if __name__ == '__main__':

@@ -1057,6 +1057,7 @@ class Data:
     image_size: int
     origin: dict                # where it came from: 'name' and settings to read it again
     studies: np.ndarray = None  # of chest X-rays: 'patient00001/study1' of each image
+    files: list = None          # of its images, if each has its own
     zoom: float = 1.0           # shorter side of a file to the side that is cut out of it
     on_device: dict = field(default_factory=dict, repr=False)
 
@@ -1296,7 +1297,7 @@ def read_chexpert(name, s, split, table=None):
     origin = {'name': name, 'data_dir': str(data_dir.resolve()), 'uncertain': s['uncertain'],
               'views': s['views']}
     data = Data(name, 'real', files, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
-                s['image_size'] or 320, origin, studies)
+                s['image_size'] or 320, origin, studies, files)
     if data.small:
         data.images = decode(files, data.image_size)
     return data
@@ -1404,7 +1405,7 @@ def listed_data(name, split, listed, mean, std, size, origin):
     px of ImageNet. Small sets are decoded at once.
     """
     classes, files, labels = listed
-    data = Data(name, 'real', files, labels, classes, mean, std, size, origin,
+    data = Data(name, 'real', files, labels, classes, mean, std, size, origin, files=files,
                 zoom=8 / 7 if size > 64 else 1)
     if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
         data.images = decode(files, size, data.zoom)

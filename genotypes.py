@@ -9,6 +9,7 @@ Every node sums two operations on earlier states; the nodes in `*_concat` make t
 A genotype of NAS-Bench-201 (arXiv 2001.00326) is the official string of its one cell, operations
 by node and input: `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`. All 15,625 were trained: see `truth`.
 """
+import ast
 import csv
 import gzip
 import json
@@ -104,10 +105,32 @@ def agreement(a, b):
 # What --arch names
 
 
+def to_darts(genotype):
+    """A genotype in the words of DARTS's genotypes.py; the string of one of NAS-Bench-201."""
+    return genotype if isinstance(genotype, str) else repr(Genotype(*map(list, genotype)))
+
+
+def parse_darts(text):
+    """{field: value} of DARTS's `Genotype(normal=[...], normal_concat=range(2, 6), ...)`.
+
+    `NAME = ` may stand before it. The text is never run: only literals and ranges are taken.
+    """
+    statement, = ast.parse(text.strip()).body
+    fields = {}
+    for keyword in statement.value.keywords:
+        value = keyword.value
+        if isinstance(value, ast.Call) and value.func.id == 'range':    # a longer one is refused
+            fields[keyword.arg] = range(*map(ast.literal_eval, value.args))[:NODES + 1]
+        else:
+            fields[keyword.arg] = ast.literal_eval(value)
+    return fields
+
+
 def find_genotype(arch):
     """(genotype, found_by) of what `--arch` names; ValueError says in one line what is wrong.
 
-    arch: a published name, a string of NAS-Bench-201, a genotype.json or the folder of a search.
+    arch: a published name, a string of NAS-Bench-201, a genotype.json, a text in DARTS's words, or
+    the folder of a search.
     found_by: `data`, `method`, and of a search `seed` and `arch_data`.
     """
     if arch in PUBLISHED:
@@ -117,14 +140,15 @@ def find_genotype(arch):
     path = Path(arch)
     try:
         path = path / 'genotype.json' if path.is_dir() else path
-        fields = json.loads(path.read_text())
+        text = path.read_text()
+        fields = json.loads(text) if text.lstrip()[:1] == '{' else parse_darts(text)
         found_by = {key: fields.get(key) for key in ('data', 'method', 'seed', 'arch_data')}
         found_by['method'] = found_by['method'] or path.stem
     except OSError:
         raise ValueError(f'--arch {arch}: neither a genotype.json, nor a search that has ended, '
                          f'nor one of {", ".join(PUBLISHED)}') from None
-    except (AttributeError, ValueError):
-        raise ValueError(f'{path}: no JSON object') from None
+    except Exception:                           # the parsers have many
+        raise ValueError(f"{path}: no JSON object and no Genotype(...) in DARTS's words") from None
     return from_plain(fields, str(path)), found_by
 
 
