@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CHEXPERT, REAL, Batches, Setting, UserError, choose_device, leave,
-                           load_file, number, one_line_errors, parse_flags, read, read_chexpert,
-                           read_image, world, write_file)
+                           load_file, names_to_draw, number, one_line_errors, parse_flags, read,
+                           read_chexpert, read_image, world, write_file)
 
 import numpy as np
 import torch
@@ -389,8 +389,7 @@ def report(run, device, data_dir=None, test_labels=None):
                       shuffle=False)
     loss, scores, labels = predictions(network.to(device), batches)
     values = measure(scores, labels, data.classes)
-    names = range(len(data)) if data.files is None else data.files
-    names = names if data.studies is None else np.unique(data.studies)
+    names = data.files or range(len(data)) if data.studies is None else np.unique(data.studies)
     row.update(test_loss=loss, test_n=len(labels),
                tested=(scores.numpy(), labels.numpy(), data.classes, names),
                **{f'test_{name}': value for name, value in values.items()})
@@ -584,13 +583,17 @@ def draw_fits(axis, rows):
 
 def draw_test(axis, scores, labels, classes, test_areas):
     """The confusion matrix of a test, or the ROC curve of each label."""
+    from matplotlib import font_manager
     if labels.ndim == 1:
         counts = np.zeros((len(classes), len(classes)), int)
         np.add.at(counts, (labels, scores.argmax(1)), 1)
         axis.imshow(counts, cmap='Blues')
         axis.set(xlabel='predicted class', ylabel='true class')
         if len(classes) <= 20:
-            names = drawable(classes)
+            font = font_manager.findfont(font_manager.FontProperties())
+            known = font_manager.get_font(font).get_charmap()
+            names = names_to_draw(dict(enumerate(classes)),
+                                  lambda name: known.keys() >= {*map(ord, name)}, 'plot').values()
             axis.set_xticks(range(len(classes)), names, rotation=90)
             axis.set_yticks(range(len(classes)), names)
             for (row, column), count in np.ndenumerate(counts):
@@ -606,20 +609,6 @@ def draw_test(axis, scores, labels, classes, test_areas):
     axis.plot([0, 1], [0, 1], '--', color='gray', lw=1)
     axis.legend(fontsize=7, title='area (95%)', title_fontsize=8)
     axis.set(xlabel='false positive rate', ylabel='true positive rate')
-
-
-def drawable(classes):
-    """The names of classes; the number of one that the font cannot draw, which is then printed."""
-    from matplotlib import font_manager
-    font = font_manager.findfont(font_manager.FontProperties())
-    known = font_manager.get_font(font).get_charmap()
-    names = []
-    for k, name in enumerate(classes):
-        fits = all(ord(letter) in known for letter in name)
-        names.append(name if fits else str(k))
-        if not fits:
-            print(f'class {k} of the plot: {name}')
-    return names
 
 
 # ---------------------------------------------------------------------------------------------
@@ -718,8 +707,7 @@ def main(argv=None):
         stem = stem_for(s['stem'], size, s['init_channels'])
         counts = cost(genotype, s['init_channels'], s['layers'], s['num_classes'], size, stem)
         lines = [f'{name:<18} {count:>15,}' for name, count in counts.items()]
-        print(json.dumps(counts) if s['json'] else '\n'.join(lines))
-        return
+        return print(json.dumps(counts) if s['json'] else '\n'.join(lines))
     if not s['runs']:
         raise UserError('nothing to evaluate: give the folders of runs, or --arch NAME --cost')
     for name in ('predict', 'genotype'):
@@ -728,11 +716,9 @@ def main(argv=None):
     if s['scores'] and len(s['runs']) > 1:
         raise UserError('--scores takes one run: leave the others out')
     if s['predict']:
-        show_predictions(s['runs'][0], s['predict'])
-        return
+        return show_predictions(s['runs'][0], s['predict'])
     if s['genotype']:
-        show_genotype(s['runs'][0])
-        return
+        return show_genotype(s['runs'][0])
     folders = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))
     trained = any((Path(run) / 'weights.pt').exists() for run in folders)
     device = choose_device(s['gpu'] if trained else -1)

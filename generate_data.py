@@ -45,7 +45,7 @@ from typing import NamedTuple
 os.environ.setdefault('GOMP_SPINCOUNT', '300')
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageOps  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
@@ -972,30 +972,35 @@ def make_set(out, name, s, device, force=False):
     with new_folder(out, force) as folder:
         made = KINDS[name].make({**s, 'out': out, 'image_size': own['image_size']}, device)
         labels, source = np.ascontiguousarray(made.labels), made.source
+        rows = sheet_rows(labels)
         if source:
-            images, digest = source.get(range(min(100, len(source)))), source.sha256()
+            images, digest = source.get(rows), source.sha256()
             pixels = {'mean': source.mean, 'std': source.std}
         else:
-            images, digest, pixels = write_images(folder / 'images.npy', len(labels), made.chunks)
+            images, digest, pixels = write_images(folder / 'images.npy', len(labels), made.chunks,
+                                                  rows)
         np.save(folder / 'labels.npy', labels)
         meta = {'kind': name, 'seed': s['data_seed'], 'settings': own, 'classes': made.classes,
                 'num_images': len(labels), 'image_size': images.shape[1], **pixels, **made.meta,
                 'sha256': {'images': digest, 'labels': hashlib.sha256(labels).hexdigest()},
                 'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
                 'versions': {'numpy': np.__version__, 'torch': torch.__version__}}
-        contact_sheet(images, labels, meta).save(folder / 'sheet.png')
+        contact_sheet(images, labels[rows], meta).save(folder / 'sheet.png')
         write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
 
 
-def write_images(path, n, chunks):
-    """Stream n images into an .npy file: (the first 100, SHA-256, {'mean', 'std'})."""
-    progress, digest, first, done, counts = Progress(n, 'images'), hashlib.sha256(), [], 0, 0
+def write_images(path, n, chunks, rows):
+    """Stream n images into an .npy file: (those of rows, SHA-256, {'mean', 'std'})."""
+    progress, digest, chosen, done, counts = Progress(n, 'images'), hashlib.sha256(), [], 0, 0
     with open(path, 'wb') as file:
         for chunk in chunks:
             if not done:
                 np.lib.format.write_array_header_1_0(file, {
                     'descr': '|u1', 'fortran_order': False, 'shape': (n, *chunk.shape[1:])})
-            first.extend(chunk[:100 - len(first)])
+                if n * chunk[0].nbytes > 1e9:
+                    print(f'{n:,} images of {chunk.shape[1]} px: {n * chunk[0].nbytes / 1e9:.1f} '
+                          'GB on the disk', file=sys.stderr)
+            chosen += [chunk[row - done] for row in rows if done <= row < done + len(chunk)]
             counts = counts + count_values(chunk)
             digest.update(chunk.tobytes())
             file.write(chunk.tobytes())
@@ -1003,7 +1008,7 @@ def write_images(path, n, chunks):
             progress.update(done)
     progress.close()
     mean, std = mean_and_std(counts)
-    return np.stack(first), digest.hexdigest(), {'mean': mean, 'std': std}
+    return np.stack(chosen), digest.hexdigest(), {'mean': mean, 'std': std}
 
 
 def count_values(images):
@@ -1019,23 +1024,53 @@ def mean_and_std(counts):
     return (mean / 255).tolist(), (np.sqrt(np.maximum(variance, 1)) / 255).tolist()
 
 
+def sheet_rows(labels):
+    """Up to 100 images, in their order: the first of each class, then the first of all."""
+    if labels.ndim == 1:
+        first = np.unique(labels, return_index=True)[1]
+    else:
+        first = (labels == 1).argmax(0)[(labels == 1).any(0)]
+    return sorted([*dict.fromkeys([*first[:100].tolist(), *range(min(100, len(labels)))])][:100])
+
+
+def names_to_draw(classes, fits, where):
+    """{class: text} of {class: name}: a name, or its number if the font lacks a letter of it."""
+    texts = {}
+    for k, name in classes.items():
+        texts[k] = name if fits(name) else str(k)
+        if not fits(name):
+            print(f'class {k} of the {where}: {name}')
+    return texts
+
+
+def font_has(name):
+    """Whether Pillow's font has the letters of a name: it draws others as it draws U+FFFF."""
+    font = ImageFont.load_default()
+    return name.isprintable() and all(
+        bytes(font.getmask(letter)) != bytes(font.getmask('\uffff')) for letter in name)
+
+
 def contact_sheet(images, labels, meta):
     """A labelled PIL image of up to 100 images, in ten columns, sorted by class if possible."""
     from torchvision.utils import make_grid
     size, gap, order = 72, 18, np.arange(len(images))
     if labels.ndim == 1:
-        order = np.argsort(labels[order], kind='stable')
+        order = np.argsort(labels, kind='stable')
     x = torch.from_numpy(images[order]).permute(0, 3, 1, 2).float()
     x = F.interpolate(x, (size, size), mode='nearest' if x.shape[-1] < size else 'area')
     grid = make_grid(x, 10, gap, pad_value=255)
     sheet = Image.fromarray(grid.byte().permute(1, 2, 0).numpy())
     pen = ImageDraw.Draw(sheet)
-    pen.text((gap, 2), f'{meta["kind"]}: {len(labels):,} images of {meta["image_size"]} px, '
-             f'{len(meta["classes"])} classes, seed {meta["seed"]}', 'black')
+    present = [[k] if labels.ndim == 1 else np.flatnonzero(k == 1) for k in labels]
+    shown = {int(c): meta['classes'][c] for c in np.unique(np.concatenate(present)).astype(int)}
+    names = names_to_draw(shown, font_has, 'sheet')
+    pen.text((gap, 2), f'{meta["kind"]}: {meta["num_images"]:,} images of {meta["image_size"]} px, '
+             f'{len(shown):,} of {len(meta["classes"]):,} classes, seed {meta["seed"]}', 'black')
     for place, k in enumerate(order):
         row, column = divmod(place, 10)
-        present = [labels[k]] if labels.ndim == 1 else np.flatnonzero(labels[k] == 1)
-        name = ' '.join(meta['classes'][c] for c in present)[:14]
+        name = ' '.join(names[c] for c in present[k])
+        while pen.textlength(name) > size + gap - 4:
+            name = name.removesuffix('…')[:-1] + '…'
         pen.text((gap + column * (size + gap), (row + 1) * (size + gap) + 2), name, 'dimgray')
     return sheet
 
