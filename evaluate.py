@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CHEXPERT, REAL, Batches, Setting, UserError, choose_device, leave,
-                           load_file, names_to_draw, number, one_line_errors, parse_flags, read,
-                           read_chexpert, read_image, world, write_file)
+from generate_data import (CHEXPERT, REAL, Batches, Progress, Setting, UserError, choose_device,
+                           leave, load_file, names_to_draw, number, one_line_errors, parse_flags,
+                           read, read_chexpert, read_image, world, write_file)
 
 import numpy as np
 import torch
@@ -138,7 +138,7 @@ def predictions(network, batches):
     """
     network.eval()
     total, scores, labels = 0.0, [], []
-    for x, y in batches.epoch():
+    for x, y in Progress(len(batches), 'batches tested').over(batches.epoch()):
         logits = network(x)
         total += (loss_of(logits, y) * len(y)).item()
         scores.append(logits.float().cpu())
@@ -627,7 +627,7 @@ RUNS = {
 }
 COST = {
     'cost': Setting(False, 'count the network of --arch'),
-    'arch': Setting(None, 'a published name, a genotype.json or the folder of a search'),
+    'arch': Setting(None, "a published name, a genotype.json, a search, or DARTS's text"),
     'init_channels': Setting(36, 'of NAS-Bench-201 by default 16', number(int, 1, 4096)),
     'layers': Setting(20, 'cells; of NAS-Bench-201 by default 17', number(int, 1, 200)),
     'num_classes': Setting(10, 'classes of the network', number(int, 1, 10 ** 6)),

@@ -142,6 +142,8 @@ def one_line_errors(main):
     """main(argv=None) -> exit status; what the user can mend is one line and status 2."""
     @functools.wraps(main)
     def wrapped(argv=None):
+        with contextlib.suppress(AttributeError):       # a notebook's has no such method
+            sys.stdout.reconfigure(line_buffering=True)     # so that a log file grows by lines
         try:
             return main(argv) or 0
         except UserError as error:
@@ -232,24 +234,27 @@ def world():
 
 
 class Progress:
-    """A line with what is done, the rate and the time left; in a log file one every 10 s.
+    """A line with what is done, the rate and the time left; in a log file before 10 s of silence.
 
-    Once it is known that more than a minute is left, a line that stays says when it will end, and
-    if that is more than an hour the `hint`, how to make it shorter.
+    With a `hint`, even an empty one, a line that stays says after 3 s when it will end, if more
+    than a minute is left. Above an hour the hint follows: how to make it shorter.
     """
-    def __init__(self, total, unit, done=0, hint=''):
+    def __init__(self, total, unit, done=0, hint=None):
         self.total, self.unit, self.first, self.hint = total, unit, done, hint
         self.start = self.last = time.monotonic()
-        self.terminal, self.told = sys.stderr.isatty(), False
+        self.terminal, self.told = sys.stderr.isatty(), hint is None
 
     def update(self, done, text=''):
         """done: units in all, counted from the very start; text: shown at the end of the line."""
         now, count = time.monotonic(), done - self.first
-        if world()[0] or not count or now - self.last < (0.2 if self.terminal else 10):
+        if world()[0] or not count:
             return
-        self.last, each = now, max(now - self.start, 1e-9) / count
-        left = each * (self.total - done)
-        if not self.told and now - self.start > 3:
+        each = max(now - self.start, 1e-9) / count
+        wait, tells = 0.2 if self.terminal else 9 - each, not self.told and now - self.start > 3
+        if now - self.last < wait and not tells:
+            return
+        self.last, left = now, each * (self.total - done)
+        if tells:
             self.told = True
             if left > 60:
                 end = time.strftime('%a %d %b, %H:%M', time.localtime(time.time() + left))
@@ -259,6 +264,13 @@ class Progress:
         line = f'{done:,}/{self.total:,} {self.unit}  {rate}  {timedelta(seconds=round(left))} left'
         print(f'{line}  {text}'.ljust(78)[:118], end='\r' if self.terminal else '\n',
               file=sys.stderr)
+
+    def over(self, items):
+        """Yield the items; each is a unit, done when the next one is asked for."""
+        for done, item in enumerate(items, 1):
+            yield item
+            self.update(done)
+        self.close()
 
     def close(self):
         if self.terminal and not world()[0]:
@@ -823,7 +835,7 @@ def train_flow(source, path, steps, seed, device):
         for name, part in parts.items():
             part.load_state_dict(state[name])
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
-    progress = Progress(steps, 'steps', step)
+    progress, text = Progress(steps, 'steps', step, ''), ''
     while step < steps:
         for x, y in batches.epoch(*divmod(step, len(batches))):
             loss = flow_loss(network, x, conditions(y, len(source.classes)),
@@ -835,11 +847,12 @@ def train_flow(source, path, steps, seed, device):
             adam.zero_grad()
             average.update_parameters(network)
             step += 1
+            progress.update(step, text)
             if step % 20 and step < steps:
                 continue
             if not loss.isfinite():
                 raise UserError(f'{path}: the loss is not finite. Remove it, use another --seed.')
-            progress.update(step, f'loss {loss:.3f}')
+            text = f'loss {loss:.3f}'
             if step == steps or time.time() - saved > 60:
                 write_file(path, {'about': about, 'step': step,
                                   **{name: part.state_dict() for name, part in parts.items()}})
@@ -855,7 +868,7 @@ def sample_flow(network, x, y, guidance=1.5, steps=30):
     """Images, normalised, of normal noise x and conditions y: Euler steps with guidance."""
     free = torch.zeros_like(y)
     free[:, -1] = 1
-    for k in range(steps):
+    for k in Progress(steps, f'steps for {len(x)} images').over(range(steps)):
         t = torch.full((2 * len(x),), k / steps, device=x.device)
         with_y, without = network(torch.cat([x, x]), t, torch.cat([y, free])).chunk(2)
         x = x + (without + guidance * (with_y - without)) / steps
@@ -1287,7 +1300,8 @@ def read_cifar(name, s, split):
               file=sys.stderr)
     images = np.ascontiguousarray(np.concatenate(images).transpose(0, 2, 3, 1))
     if size != 32:
-        images = np.stack([resized(Image.fromarray(x), size) for x in images])
+        progress = Progress(len(images), 'images').over(images)
+        images = np.stack([resized(Image.fromarray(x), size) for x in progress])
     return Data(name, 'real', images, np.concatenate(labels), classes, mean, std, size,
                 {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
 
@@ -1472,7 +1486,8 @@ def readable_images(folders, skip_broken, checks=True):
             ends = ', '.join(f'{count} {end or "no ending"}' for end, count in others.items())
             print(f'{folder}: files that are no pictures are left out: {ends}', file=sys.stderr)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            fine = list(pool.map(is_image, files if checks and len(files) <= 20000 else ()))
+            fine = pool.map(is_image, files if checks and len(files) <= 20000 else ())
+            fine = list(Progress(len(files), 'pictures tried').over(fine))
         broken = [k for k, is_fine in enumerate(fine) if not is_fine]
         names += [str(files[k]) for k in broken]
         kept = np.delete(np.arange(len(files)), broken)
@@ -1494,11 +1509,10 @@ def is_image(path):
 def decode(files, image_size, zoom=1):
     """All files as uint8 (N, H, W, 3), several at a time."""
     images = np.empty((len(files), image_size, image_size, 3), np.uint8)
-    progress = Progress(len(files), 'images')
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for k, pixels in enumerate(pool.map(lambda f: read_image(f, image_size, zoom), files)):
+        read_all = pool.map(lambda f: read_image(f, image_size, zoom), files)
+        for k, pixels in enumerate(Progress(len(files), 'images').over(read_all)):
             images[k] = pixels
-            progress.update(k + 1)
     return images
 
 
@@ -1639,7 +1653,8 @@ class Batches:
         rank, processes = world()
         if len(indices) < batch_size and shuffle:
             raise UserError(f'--batch_size {batch_size} is more than the {len(indices)} images of '
-                            f'its split of {data.name}. Use a smaller one.')
+                            f'its split of {data.name} (--train_portion). Use a smaller one, or '
+                            '--preset laptop.')
         if batch_size % processes and shuffle:
             raise UserError(f'--batch_size {batch_size}: use a multiple of {processes} processes.')
         self.data, self.indices, self.batch_size = data, np.asarray(indices), batch_size

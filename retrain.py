@@ -79,7 +79,8 @@ RUN = {
     'quick': Setting(False, 'a minute on two cores; the result means nothing'),
 }
 NETWORK = {
-    'arch': Setting(None, 'a published name, a genotype.json or a search', name_or_path),
+    'arch': Setting(None, "a published name, a genotype.json, a search, or DARTS's text",
+                    name_or_path),
     'init_channels': Setting(36, 'channels of the first cell', number(int, 1, 4096)),
     'layers': Setting(20, 'cells', number(int, 1, 200)),
     'stem': COST['stem'],
@@ -189,7 +190,8 @@ def check_batch(args, share):
     images = round(args.num_images * share)
     if 'num_images' in taken(args.data, vars(args)) and batch_of(args, images) > images:
         raise UserError(f'--batch_size {args.batch_size} is more than the {images} images that its '
-                        'split gets: take less, or more --num_images')
+                        'split gets (--train_portion): take less, --preset laptop, or more '
+                        '--num_images')
 
 
 def run_name(script, first, args, typed, defaults):
@@ -347,10 +349,12 @@ class Run:
         what: said of the run in a line. sums: (n,) zeros, to which the steps of an epoch add.
         state(): what the checkpoint is to hold beside what a Run knows.
         """
-        print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}: {self.folder}')
+        cpu = self.device.type == 'cpu'         # whose first step may take a minute
+        print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}: {self.folder}'
+              + ('; timing the first step' if cpu else ''))
         self.sums, self.state, saved = sums, state, self.checkpoint
         done = min(self.epoch * self.steps + self.step, self.total)
-        hint = '; --preset laptop or --quick takes minutes' if self.device.type == 'cpu' else ''
+        hint = '; --preset laptop or --quick takes minutes' if cpu else ''
         self.progress = Progress(self.total, 'steps', done, hint)
         if not saved:
             return
