@@ -79,7 +79,9 @@ TABLE = [
     ('', 'folder own', 'search', '--data own', 'own'),
     ('', '', 'search', '--nosuch 3', 'nosuch'),
     ('', '', 'search', '--batch_size 0', 'batch_size'),
-    ('', '', 'search', '--batch_size 40', 'batch_size'),
+    ('', '', 'search', '--batch_size 40', 'the 32 images that its split gets (--train_portion)'),
+    ('own', '', 'search', '--data own --image_size 8', 'the 4 images of its split of own'),
+    ('own', '', 'search', '--data own --image_size 8', '--preset laptop'),
     ('', '', 'search', '--batch_size 8 --grad_accum 3', 'batch_size'),
     ('', '', 'search', '--learning_rate nan', 'learning_rate'),
     ('', '', 'search', '--learning_rate_min 1', 'learning_rate_min'),
@@ -107,6 +109,10 @@ TABLE = [
     ('', '', 'retrain', '--arch DARTS_V2 --cutout_length 8', '--cutout_length'),
     ('', '', 'retrain', '--arch DARTS_V2 --drop_path_prob 1', 'drop_path_prob'),
     ('', 'put genotype.json {', 'retrain', ARCH, 'genotype.json'),
+    ('', "put genotype.json X = Genotype(normal=[('", 'retrain', ARCH, 'no Genotype(...)'),
+    ('', 'put genotype.json Genotype(normal=open("evil","w"))', 'retrain', ARCH, 'Genotype(...)'),
+    ('', 'put genotype.json Genotype(normal=[],normal_concat=range(0,9999999999))', 'retrain',
+     ARCH, 'reduce'),
     ('', genotype(normal=GOOD[:7]), 'retrain', ARCH, '7 operations'),
     ('', genotype(normal=(('conv_9x9', 0), *GOOD[1:])), 'retrain', ARCH, 'conv_9x9'),
     ('', genotype(reduce=(('skip_connect', 2), *GOOD[1:])), 'retrain', ARCH, 'node 2'),
@@ -123,6 +129,9 @@ TABLE = [
     ('run', '', 'evaluate', 'run --predict own', 'weights.pt'),
     ('net', 'cut net/weights.pt 2000', 'evaluate', 'net', 'weights.pt'),
     ('net', '', 'evaluate', 'net --predict nowhere.png', 'nowhere.png'),
+    ('net', '', 'evaluate', 'net --scores s.csv', 'no test'),
+    ('run', 'drop run/genotype.json', 'evaluate', 'run --genotype', 'not finished'),
+    ('run', '', 'evaluate', 'run --genotype --json', '--genotype'),
 ]
 
 

@@ -1,4 +1,5 @@
 """search.py and retrain.py as a user runs them, at tiny size: results, resume, flags, names."""
+import itertools
 import json
 import random
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,9 +47,18 @@ def test_a_search_leaves_its_result_its_log_and_the_scripts(capsys):
     assert 'next: python retrain.py --arch r' in capsys.readouterr().out
 
 
+def test_a_long_run_on_a_cpu_says_at_its_first_step_how_to_make_it_shorter(capsys, monkeypatch):
+    clock = itertools.count(0, 2000)                    # seconds later at every look
+    now = {**vars(time), 'monotonic': lambda: next(clock)}
+    monkeypatch.setattr(generate_data, 'time', SimpleNamespace(**now))
+    run(search.main, 'r', *TINY)
+    said = capsys.readouterr()
+    assert re.search('about 1:40:00 left, until .*; --preset laptop or --quick takes', said.out)
+    assert '1/4 steps  2000.0 s each  1:40:00 left  epoch 1/2' in said.err
+
+
 def test_a_retraining_leaves_weights_and_measures_the_fit():
-    lines = run(retrain.main, 'r', *RETRAIN, '--auxiliary',
-                '--image_size', '32')
+    lines = run(retrain.main, 'r', *RETRAIN, '--auxiliary', '--image_size', '32')
     assert Path('r/weights.pt').exists() and lines[0]['drop_path_prob'] == 0
     assert lines[1]['drop_path_prob'] == 0.1 and 'fit_loss' not in lines[0]
     assert lines[1]['fit_n'] == 64 and 0 <= lines[1]['fit_error'] <= 100
