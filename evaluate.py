@@ -36,8 +36,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import genotypes
-from genotypes import (ACCURACIES, NB201_LARGEST, from_plain, from_string, nas_bench_201, plain,
-                       to_darts)
+from genotypes import ACCURACIES, NB201_LARGEST, from_plain, from_string, nas_bench_201, plain
 from model_search import Network
 
 EVALUATION_BATCH = 250, 50      # images up to 64 px, and above; it changes no result
@@ -656,12 +655,11 @@ def show_predictions(run, target):
             writer.writerow([path, meta['classes'][row.argmax()], f'{row.max():.4f}'])
 
 
-def write_scores(path, row):
-    """Write the probability of each label (or class) for each test image (or study) of a run."""
-    if 'tested' not in row:
-        raise UserError(f'--scores: {row["run"]} has no test: give a finished retraining on data '
-                        'with test images')
-    scores, labels, classes, names = row['tested']
+def write_scores(path, runs):
+    """Write the probability of each label (or class) for each test image (or study) of one run."""
+    if len(runs) > 1 or 'tested' not in runs[0]:
+        raise UserError('--scores: give one finished retraining, on data that have test images')
+    scores, labels, classes, names = runs[0]['tested']
     scores = torch.from_numpy(scores)
     scores = scores.sigmoid() if labels.ndim == 2 else scores.softmax(1)
     rows = [('image', 'label', 'score')]
@@ -677,12 +675,11 @@ def write_csv(path, rows):
 
 
 def show_genotype(run):
-    """Print the cell that a search found, or that a retraining trained, in DARTS's words."""
-    row = read_run(run)
-    if not row['finished']:
-        raise UserError(f'--genotype: {run} is not finished: --resume it')
-    found = row['genotype'] or load_weights(Path(run) / 'weights.pt')[1]['genotype']
-    print(to_darts(from_plain(found)))
+    """Print the cell of a search or a retraining in DARTS's words, or its NAS-Bench-201 string."""
+    weights = Path(run) / 'weights.pt'
+    found = from_plain(load_weights(weights)[1]['genotype']) if weights.exists() \
+        else find_genotype(run)[0]
+    print(found if isinstance(found, str) else genotypes.Genotype(*map(list, found)))
 
 
 @one_line_errors
@@ -713,8 +710,6 @@ def main(argv=None):
     for name in ('predict', 'genotype'):
         if s[name] and (len(s['runs']) > 1 or typed.keys() - {'runs', name, 'gpu'}):
             raise UserError(f'--{name} takes one run and no other flag: leave the others out')
-    if s['scores'] and len(s['runs']) > 1:
-        raise UserError('--scores takes one run: leave the others out')
     if s['predict']:
         return show_predictions(s['runs'][0], s['predict'])
     if s['genotype']:
@@ -723,14 +718,14 @@ def main(argv=None):
     trained = any((Path(run) / 'weights.pt').exists() for run in folders)
     device = choose_device(s['gpu'] if trained else -1)
     rows = [report(run, device, s['data_dir'], s['test_labels']) for run in folders]
+    if s['scores']:
+        write_scores(s['scores'], rows)
     for row in rows:
         if not row['finished']:
             epochs = f'{row["epochs"]} of {row["settings"]["epochs"]} epochs'
             print(f'{row["run"]}: {epochs}, not finished: --resume it', file=sys.stderr)
     done = [row for row in rows if row['finished']]
     lines = table(done)
-    if s['scores']:
-        write_scores(s['scores'], rows[0])
     if s['json']:
         for row in done:
             print(json.dumps({key: row[key] for key in row if key not in ('log', 'tested')}))

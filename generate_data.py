@@ -239,21 +239,21 @@ class Progress:
     With a `hint`, even an empty one, a line that stays says after 3 s when it will end, if more
     than a minute is left. Above an hour the hint follows: how to make it shorter.
     """
+    last = time.monotonic()                     # when one of them wrote a line
+
     def __init__(self, total, unit, done=0, hint=None):
         self.total, self.unit, self.first, self.hint = total, unit, done, hint
-        self.start = self.last = time.monotonic()
+        self.start = time.monotonic()
         self.terminal, self.told = sys.stderr.isatty(), hint is None
 
     def update(self, done, text=''):
         """done: units in all, counted from the very start; text: shown at the end of the line."""
         now, count = time.monotonic(), done - self.first
-        if world()[0] or not count:
-            return
-        each = max(now - self.start, 1e-9) / count
+        each = max(now - self.start, 1e-9) / max(count, 1)
         wait, tells = 0.2 if self.terminal else 9 - each, not self.told and now - self.start > 3
-        if now - self.last < wait and not tells:
+        if world()[0] or not count or now - self.last < wait and not tells:
             return
-        self.last, left = now, each * (self.total - done)
+        Progress.last, left = now, each * (self.total - done)
         if tells:
             self.told = True
             if left > 60:
@@ -1010,9 +1010,8 @@ def write_images(path, n, chunks, rows):
             if not done:
                 np.lib.format.write_array_header_1_0(file, {
                     'descr': '|u1', 'fortran_order': False, 'shape': (n, *chunk.shape[1:])})
-                if n * chunk[0].nbytes > 1e9:
-                    print(f'{n:,} images of {chunk.shape[1]} px: {n * chunk[0].nbytes / 1e9:.1f} '
-                          'GB on the disk', file=sys.stderr)
+                if (size := n * chunk[0].nbytes / 1e9) > 1:
+                    print(f'{n:,} images of {chunk.shape[1]} px: {size:.1f} GB', file=sys.stderr)
             chosen += [chunk[row - done] for row in rows if done <= row < done + len(chunk)]
             counts = counts + count_values(chunk)
             digest.update(chunk.tobytes())
@@ -1039,36 +1038,32 @@ def mean_and_std(counts):
 
 def sheet_rows(labels):
     """Up to 100 images, in their order: the first of each class, then the first of all."""
-    if labels.ndim == 1:
-        first = np.unique(labels, return_index=True)[1]
-    else:
-        first = (labels == 1).argmax(0)[(labels == 1).any(0)]
-    return sorted([*dict.fromkeys([*first[:100].tolist(), *range(min(100, len(labels)))])][:100])
+    rows, classes = np.arange(len(labels)), labels
+    if labels.ndim == 2:
+        rows, classes = np.nonzero(labels == 1)
+    first = rows[np.unique(classes, return_index=True)[1]][:100].tolist()
+    return sorted([*dict.fromkeys([*first, *range(min(100, len(labels)))])][:100])
 
 
 def names_to_draw(classes, fits, where):
     """{class: text} of {class: name}: a name, or its number if the font lacks a letter of it."""
-    texts = {}
     for k, name in classes.items():
-        texts[k] = name if fits(name) else str(k)
         if not fits(name):
             print(f'class {k} of the {where}: {name}')
-    return texts
+    return {k: name if fits(name) else str(k) for k, name in classes.items()}
 
 
 def font_has(name):
     """Whether Pillow's font has the letters of a name: it draws others as it draws U+FFFF."""
-    font = ImageFont.load_default()
-    return name.isprintable() and all(
-        bytes(font.getmask(letter)) != bytes(font.getmask('\uffff')) for letter in name)
+    mask = ImageFont.load_default().getmask
+    return name.isprintable() and all(bytes(mask(c)) != bytes(mask('\uffff')) for c in name)
 
 
 def contact_sheet(images, labels, meta):
     """A labelled PIL image of up to 100 images, in ten columns, sorted by class if possible."""
     from torchvision.utils import make_grid
-    size, gap, order = 72, 18, np.arange(len(images))
-    if labels.ndim == 1:
-        order = np.argsort(labels, kind='stable')
+    size, gap = 72, 18
+    order = np.argsort(labels, kind='stable') if labels.ndim == 1 else np.arange(len(labels))
     x = torch.from_numpy(images[order]).permute(0, 3, 1, 2).float()
     x = F.interpolate(x, (size, size), mode='nearest' if x.shape[-1] < size else 'area')
     grid = make_grid(x, 10, gap, pad_value=255)

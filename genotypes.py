@@ -13,6 +13,7 @@ import ast
 import csv
 import gzip
 import json
+import re
 from bisect import bisect_left, bisect_right
 from collections import namedtuple
 from functools import cache
@@ -105,32 +106,20 @@ def agreement(a, b):
 # What --arch names
 
 
-def to_darts(genotype):
-    """A genotype in the words of DARTS's genotypes.py; the string of one of NAS-Bench-201."""
-    return genotype if isinstance(genotype, str) else repr(Genotype(*map(list, genotype)))
-
-
 def parse_darts(text):
-    """{field: value} of DARTS's `Genotype(normal=[...], normal_concat=range(2, 6), ...)`.
-
-    `NAME = ` may stand before it. The text is never run: only literals and ranges are taken.
-    """
+    """{field: value} of DARTS's `NAME = Genotype(normal=[...], normal_concat=range(2, 6), ...)`."""
+    # A range becomes a list; one that is cut off here is refused later. Nothing is run.
+    text = re.sub(r'range\(\s*(\d+)\s*,\s*(\d+)\s*\)',
+                  lambda ends: str([*range(int(ends[1]), int(ends[2]))[:NODES + 1]]), text)
     statement, = ast.parse(text.strip()).body
-    fields = {}
-    for keyword in statement.value.keywords:
-        value = keyword.value
-        if isinstance(value, ast.Call) and value.func.id == 'range':    # a longer one is refused
-            fields[keyword.arg] = range(*map(ast.literal_eval, value.args))[:NODES + 1]
-        else:
-            fields[keyword.arg] = ast.literal_eval(value)
-    return fields
+    return {word.arg: ast.literal_eval(word.value) for word in statement.value.keywords}
 
 
 def find_genotype(arch):
     """(genotype, found_by) of what `--arch` names; ValueError says in one line what is wrong.
 
-    arch: a published name, a string of NAS-Bench-201, a genotype.json, a text in DARTS's words, or
-    the folder of a search.
+    arch: a published name, a string of NAS-Bench-201, a file (genotype.json, or in DARTS's words),
+    or the folder of a search.
     found_by: `data`, `method`, and of a search `seed` and `arch_data`.
     """
     if arch in PUBLISHED:

@@ -79,8 +79,7 @@ RUN = {
     'quick': Setting(False, 'a minute on two cores; the result means nothing'),
 }
 NETWORK = {
-    'arch': Setting(None, "a published name, a genotype.json, a search, or DARTS's text",
-                    name_or_path),
+    'arch': Setting(None, "a name, a genotype.json, a search, or DARTS's text", name_or_path),
     'init_channels': Setting(36, 'channels of the first cell', number(int, 1, 4096)),
     'layers': Setting(20, 'cells', number(int, 1, 200)),
     'stem': COST['stem'],
@@ -95,8 +94,7 @@ RECIPE = {
     'holdout_patients': Setting(0.0, 'share that chooses the epoch', number(float, 0, below=1)),
     'train_portion': Setting(1.0, 'share of the images, or their number', number(float, above=0)),
 }
-# schedule of the learning rate, cosine or linear, and the weight of the auxiliary head's loss: a
-# preset's, and no flags.
+# A preset's, and no flags: the schedule, cosine or linear, and the weight of the auxiliary loss
 FIXED = dict(schedule='cosine', auxiliary_weight=0.4)
 # nb201: the benchmark's recipe, by default for its cells. ImageNet: that of PC-DARTS and P-DARTS,
 # with the learning rate for 1,024 images. CheXpert and laptop: our own choice.
@@ -189,9 +187,8 @@ def check_batch(args, share):
     """UserError if a batch is more than the share of the unreal images that would be made."""
     images = round(args.num_images * share)
     if 'num_images' in taken(args.data, vars(args)) and batch_of(args, images) > images:
-        raise UserError(f'--batch_size {args.batch_size} is more than the {images} images that its '
-                        'split gets (--train_portion): take less, --preset laptop, or more '
-                        '--num_images')
+        raise UserError(f'--batch_size {args.batch_size} is more than the {images} images of its '
+                        'split (--train_portion): take less, more --num_images, or --preset laptop')
 
 
 def run_name(script, first, args, typed, defaults):

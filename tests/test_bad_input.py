@@ -79,7 +79,7 @@ TABLE = [
     ('', 'folder own', 'search', '--data own', 'own'),
     ('', '', 'search', '--nosuch 3', 'nosuch'),
     ('', '', 'search', '--batch_size 0', 'batch_size'),
-    ('', '', 'search', '--batch_size 40', 'the 32 images that its split gets (--train_portion)'),
+    ('', '', 'search', '--batch_size 40', 'the 32 images of its split (--train_portion)'),
     ('own', '', 'search', '--data own --image_size 8', 'the 4 images of its split of own'),
     ('own', '', 'search', '--data own --image_size 8', '--preset laptop'),
     ('', '', 'search', '--batch_size 8 --grad_accum 3', 'batch_size'),
@@ -129,8 +129,8 @@ TABLE = [
     ('run', '', 'evaluate', 'run --predict own', 'weights.pt'),
     ('net', 'cut net/weights.pt 2000', 'evaluate', 'net', 'weights.pt'),
     ('net', '', 'evaluate', 'net --predict nowhere.png', 'nowhere.png'),
-    ('net', '', 'evaluate', 'net --scores s.csv', 'no test'),
-    ('run', 'drop run/genotype.json', 'evaluate', 'run --genotype', 'not finished'),
+    ('net', '', 'evaluate', 'net --scores s.csv', 'test images'),
+    ('run', 'drop run/genotype.json', 'evaluate', 'run --genotype', 'has ended'),
     ('run', '', 'evaluate', 'run --genotype --json', '--genotype'),
 ]
 

@@ -132,6 +132,7 @@ def test_a_set_above_1_gb_says_its_size_first(capsys):
 
 def test_progress_in_a_log_file(capsys, monkeypatch):
     now = [0.0]
+    monkeypatch.setattr(g.Progress, 'last', 0.0)
     monkeypatch.setattr(g, 'time', SimpleNamespace(**{**vars(time), 'monotonic': lambda: now[0]}))
     for hint, each, said in (('; hint', 4, ''), ('; hint', 90, '; hint'), (None, 90, None)):
         progress = g.Progress(101, 'steps', 1, hint)

@@ -49,6 +49,7 @@ def test_a_search_leaves_its_result_its_log_and_the_scripts(capsys):
 
 def test_a_long_run_on_a_cpu_says_at_its_first_step_how_to_make_it_shorter(capsys, monkeypatch):
     clock = itertools.count(0, 2000)                    # seconds later at every look
+    monkeypatch.setattr(generate_data.Progress, 'last', 0)
     now = {**vars(time), 'monotonic': lambda: next(clock)}
     monkeypatch.setattr(generate_data, 'time', SimpleNamespace(**now))
     run(search.main, 'r', *TINY)
