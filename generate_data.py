@@ -250,8 +250,9 @@ class Progress:
         """done: units in all, counted from the very start; text: shown at the end of the line."""
         now, count = time.monotonic(), done - self.first
         each = max(now - self.start, 1e-9) / max(count, 1)
-        wait, tells = 0.2 if self.terminal else 9 - each, not self.told and now - self.start > 3
-        if world()[0] or not count or now - self.last < wait and not tells:
+        wait, tells = 0.2 if self.terminal else 8 - each, not self.told and now - self.start > 3
+        is_early = now - self.start < 1 or now - self.last < wait       # of what is short, no line
+        if world()[0] or not count or is_early and not tells:
             return
         Progress.last, left = now, each * (self.total - done)
         if tells:

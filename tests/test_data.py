@@ -143,10 +143,14 @@ def test_progress_in_a_log_file(capsys, monkeypatch):
         assert re.fullmatch(f'2/101 steps  {each}.0 s each  {left} left  more +\n', err)
         until = f'about {left} left, until \\w+ \\d+ \\w+, \\d+:\\d+{said}\n'
         assert re.fullmatch('' if said is None else until, out)
-    for _ in g.Progress(1000, 'images').over(range(1000)):          # a line by 9 s
+    for _ in g.Progress(1000, 'images').over(range(1000)):          # a line by 8 s
         now[0] += 0.1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 11 and lines[0].startswith('90/1,000 images  10.0/s  0:01:31 left')
+    assert len(lines) == 12 and lines[0].startswith('80/1,000 images  10.0/s  0:01:32 left')
+    now[0] += 30
+    for _ in g.Progress(3, 'images').over(range(3)):    # what is short has none
+        now[0] += 0.3
+    assert not capsys.readouterr().err
 
 
 def test_random_labels_refer_to_their_source():
