@@ -5,6 +5,8 @@
     python evaluate.py runs/retrain-* --csv table.csv
     python evaluate.py runs/search-* --plot curves.svg  # what runs did, by epoch (matplotlib)
     python evaluate.py runs/NAME --predict photo.jpg    # classes of pictures, as CSV
+    python evaluate.py runs/NAME --scores scores.csv    # a probability for each test image, label
+    python evaluate.py runs/NAME --genotype             # the cell in DARTS's words, to paste there
     python evaluate.py --arch DARTS_V2 --cost           # parameters and multiply-adds
 
 A retrained network is tested anew from its weights.pt. The true accuracy of a cell of
@@ -23,9 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CHEXPERT, REAL, Batches, Setting, UserError, choose_device, leave,
-                           load_file, number, one_line_errors, parse_flags, read, read_chexpert,
-                           read_image, world, write_file)
+from generate_data import (CHEXPERT, REAL, Batches, Progress, Setting, UserError, choose_device,
+                           leave, load_file, names_to_draw, number, one_line_errors, parse_flags,
+                           read, read_chexpert, read_image, world, write_file)
 
 import numpy as np
 import torch
@@ -135,7 +137,7 @@ def predictions(network, batches):
     """
     network.eval()
     total, scores, labels = 0.0, [], []
-    for x, y in batches.epoch():
+    for x, y in Progress(len(batches), 'batches tested').over(batches.epoch()):
         logits = network(x)
         total += (loss_of(logits, y) * len(y)).item()
         scores.append(logits.float().cpu())
@@ -441,8 +443,9 @@ def report(run, device, data_dir=None, test_labels=None):
                       shuffle=False)
     loss, scores, labels = predictions(network.to(device), batches)
     values = measure(scores, labels, data.classes)
+    names = data.files or range(len(data)) if data.studies is None else np.unique(data.studies)
     row.update(test_loss=loss, test_n=len(labels),
-               tested=(scores.numpy(), labels.numpy(), data.classes),
+               tested=(scores.numpy(), labels.numpy(), data.classes, names),
                **{f'test_{name}': value for name, value in values.items()})
     if data.multilabel:
         intervals = bootstrap(scores.numpy(), labels.numpy(), data.classes)
@@ -556,8 +559,8 @@ def print_table(lines):
 
 # Panels: a title, and how the entries of the log begin whose mean is drawn
 PANELS = {
-    'training loss': 'train_loss', 'training accuracy': 'train_accuracy',
-    'held-out loss': 'valid_loss', 'held-out accuracy': 'valid_accuracy',
+    'training loss': 'train_loss', 'training accuracy, %': 'train_accuracy',
+    'held-out loss': 'valid_loss', 'held-out accuracy, %': 'valid_accuracy',
     'entropy of the alphas, nats': 'entropy_', 'skips in a cell': 'skips_',
     'true CIFAR-10 accuracy, %': 'truth_', 'held-out error, %': 'holdout_error',
     'held-out AUROC': 'holdout_auroc_tasks', 'test error, %': 'test_error',
@@ -566,10 +569,11 @@ PANELS = {
 
 
 def mean_of(line, start):
-    """Mean of a log line's values whose names begin with `start`, or None."""
+    """Mean of a log line's values whose names begin with `start`, shares in per cent, or None."""
     values = [value['cifar10'] if isinstance(value, dict) else value
               for name, value in line.items() if name.startswith(start) and value is not None]
-    return sum(values) / len(values) if values else None
+    scale = 100 if start.endswith('_accuracy') else 1
+    return scale * sum(values) / len(values) if values else None
 
 
 def plot(rows, path):
@@ -599,7 +603,7 @@ def plot(rows, path):
     if len(fits) > 2:
         panels.append(('fit and generalization, one dot per network', 2.4, draw_fits, [fits]))
     elif len(rows) == 1 and 'tested' in rows[0]:
-        tested = [*rows[0]['tested'], rows[0].get('test_areas')]
+        tested = [*rows[0]['tested'][:3], rows[0].get('test_areas')]
         panels.append(('test images', 6, draw_test, tested))
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
@@ -653,13 +657,17 @@ def draw_fits(axis, rows):
 
 def draw_test(axis, scores, labels, classes, test_areas):
     """The confusion matrix of a test, or the ROC curve of each label."""
+    from matplotlib import font_manager
     if labels.ndim == 1:
         counts = np.zeros((len(classes), len(classes)), int)
         np.add.at(counts, (labels, scores.argmax(1)), 1)
         axis.imshow(counts, cmap='Blues')
         axis.set(xlabel='predicted class', ylabel='true class')
         if len(classes) <= 20:
-            names = drawable(classes)
+            font = font_manager.findfont(font_manager.FontProperties())
+            known = font_manager.get_font(font).get_charmap()
+            names = names_to_draw(dict(enumerate(classes)),
+                                  lambda name: known.keys() >= {*map(ord, name)}, 'plot').values()
             axis.set_xticks(range(len(classes)), names, rotation=90)
             axis.set_yticks(range(len(classes)), names)
             for (row, column), count in np.ndenumerate(counts):
@@ -677,20 +685,6 @@ def draw_test(axis, scores, labels, classes, test_areas):
     axis.set(xlabel='false positive rate', ylabel='true positive rate')
 
 
-def drawable(classes):
-    """The names of classes; the number of one that the font cannot draw, which is then printed."""
-    from matplotlib import font_manager
-    font = font_manager.findfont(font_manager.FontProperties())
-    known = font_manager.get_font(font).get_charmap()
-    names = []
-    for k, name in enumerate(classes):
-        fits = all(ord(letter) in known for letter in name)
-        names.append(name if fits else str(k))
-        if not fits:
-            print(f'class {k} of the plot: {name}')
-    return names
-
-
 # ---------------------------------------------------------------------------------------------
 
 RUNS = {
@@ -699,13 +693,15 @@ RUNS = {
     'csv': Setting(None, 'write the table to this file'),
     'plot': Setting(None, 'draw what the runs did by epoch: .png, .svg or .pdf'),
     'predict': Setting(None, 'a picture, or a folder of pictures, for one retrained network'),
+    'scores': Setting(None, 'write CSV of one retraining: image, label, probability'),
+    'genotype': Setting(False, "print the cell of one run in DARTS's words"),
     'data_dir': Setting(None, 'where the real data are now'),
     'gpu': Setting(0, 'CUDA device, -1: the CPU', number(int, -1)),
     'test_labels': Setting(None, "a CSV of CheXpert's test set"),
 }
 COST = {
     'cost': Setting(False, 'count the network of --arch'),
-    'arch': Setting(None, 'a published name, a genotype.json or the folder of a search'),
+    'arch': Setting(None, "a published name, a genotype.json, a search, or DARTS's text"),
     'init_channels': Setting(36, 'of NAS-Bench-201 by default 16', number(int, 1, 4096)),
     'layers': Setting(20, 'cells; of NAS-Bench-201 by default 17', number(int, 1, 200)),
     'num_classes': Setting(10, 'classes of the network', number(int, 1, 10 ** 6)),
@@ -734,6 +730,33 @@ def show_predictions(run, target):
             writer.writerow([path, meta['classes'][row.argmax()], f'{row.max():.4f}'])
 
 
+def write_scores(path, runs):
+    """Write the probability of each label (or class) for each test image (or study) of one run."""
+    if len(runs) > 1 or 'tested' not in runs[0]:
+        raise UserError('--scores: give one finished retraining, on data that have test images')
+    scores, labels, classes, names = runs[0]['tested']
+    scores = torch.from_numpy(scores)
+    scores = scores.sigmoid() if labels.ndim == 2 else scores.softmax(1)
+    rows = [('image', 'label', 'score')]
+    for name, values in zip(names, scores.tolist()):
+        rows += [(name, label, f'{value:.6g}') for label, value in zip(classes, values)]
+    write_csv(path, rows)
+
+
+def write_csv(path, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows(rows)
+    write_file(path, text.getvalue())
+
+
+def show_genotype(run):
+    """Print the cell of a search or a retraining in DARTS's words, or its NAS-Bench-201 string."""
+    weights = Path(run) / 'weights.pt'
+    found = from_plain(load_weights(weights)[1]['genotype']) if weights.exists() \
+        else find_genotype(run)[0]
+    print(found if isinstance(found, str) else genotypes.Genotype(*map(list, found)))
+
+
 @one_line_errors
 def main(argv=None):
     def defaults_for(typed, chosen):
@@ -745,7 +768,7 @@ def main(argv=None):
     unused = (RUNS if s['cost'] else COST).keys() & typed.keys() - {'json', 'gpu'}
     if unused:
         raise UserError(f'--{min(unused)} does not go with --cost {s["cost"]}: leave it out')
-    for name in ('csv', 'plot'):
+    for name in ('csv', 'plot', 'scores'):
         if s[name] and (Path(s[name]).is_dir() or not Path(s[name]).resolve().parent.is_dir()):
             raise UserError(f'--{name} {s[name]}: give a file in a folder that exists')
     if s['cost']:
@@ -756,19 +779,22 @@ def main(argv=None):
         stem = stem_for(s['stem'], size, s['init_channels'])
         counts = cost(genotype, s['init_channels'], s['layers'], s['num_classes'], size, stem)
         lines = [f'{name:<18} {count:>15,}' for name, count in counts.items()]
-        print(json.dumps(counts) if s['json'] else '\n'.join(lines))
-        return
+        return print(json.dumps(counts) if s['json'] else '\n'.join(lines))
     if not s['runs']:
         raise UserError('nothing to evaluate: give the folders of runs, or --arch NAME --cost')
+    for name in ('predict', 'genotype'):
+        if s[name] and (len(s['runs']) > 1 or typed.keys() - {'runs', name, 'gpu'}):
+            raise UserError(f'--{name} takes one run and no other flag: leave the others out')
     if s['predict']:
-        if len(s['runs']) > 1 or typed.keys() - {'runs', 'predict', 'gpu'}:
-            raise UserError('--predict takes one run and no other flag: leave the others out')
-        show_predictions(s['runs'][0], s['predict'])
-        return
+        return show_predictions(s['runs'][0], s['predict'])
+    if s['genotype']:
+        return show_genotype(s['runs'][0])
     folders = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))
     trained = any((Path(run) / 'weights.pt').exists() for run in folders)
     device = choose_device(s['gpu'] if trained else -1)
     rows = [report(run, device, s['data_dir'], s['test_labels']) for run in folders]
+    if s['scores']:
+        write_scores(s['scores'], rows)
     for row in rows:
         if not row['finished']:
             epochs = f'{row["epochs"]} of {row["settings"]["epochs"]} epochs'
@@ -785,12 +811,8 @@ def main(argv=None):
     if s['plot']:
         plot(rows, s['plot'])
     if s['csv']:
-        text = io.StringIO()
-        names = dict.fromkeys(name for line in lines for name in line)
-        writer = csv.DictWriter(text, names, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(lines)
-        write_file(s['csv'], text.getvalue())
+        names = list(dict.fromkeys(name for line in lines for name in line))
+        write_csv(s['csv'], [names, *([line.get(name) for name in names] for line in lines)])
 
 
 if __name__ == '__main__':

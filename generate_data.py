@@ -45,7 +45,7 @@ from typing import NamedTuple
 os.environ.setdefault('GOMP_SPINCOUNT', '300')
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageOps  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
@@ -145,6 +145,8 @@ def one_line_errors(main):
     """main(argv=None) -> exit status; what the user can mend is one line and status 2."""
     @functools.wraps(main)
     def wrapped(argv=None):
+        with contextlib.suppress(AttributeError):       # a notebook's has no such method
+            sys.stdout.reconfigure(line_buffering=True)     # so that a log file grows by lines
         try:
             return main(argv) or 0
         except UserError as error:
@@ -235,24 +237,28 @@ def world():
 
 
 class Progress:
-    """A line with what is done, the rate and the time left; in a log file one every 10 s.
+    """A line with what is done, the rate and the time left; in a log file before 10 s of silence.
 
-    Once it is known that more than a minute is left, a line that stays says when it will end, and
-    if that is more than an hour the `hint`, how to make it shorter.
+    With a `hint`, even an empty one, a line that stays says after 3 s when it will end, if more
+    than a minute is left. Above an hour the hint follows: how to make it shorter.
     """
-    def __init__(self, total, unit, done=0, hint=''):
+    last = time.monotonic()                     # when one of them wrote a line
+
+    def __init__(self, total, unit, done=0, hint=None):
         self.total, self.unit, self.first, self.hint = total, unit, done, hint
-        self.start = self.last = time.monotonic()
-        self.terminal, self.told = sys.stderr.isatty(), False
+        self.start = time.monotonic()
+        self.terminal, self.told = sys.stderr.isatty(), hint is None
 
     def update(self, done, text=''):
         """done: units in all, counted from the very start; text: shown at the end of the line."""
         now, count = time.monotonic(), done - self.first
-        if world()[0] or not count or now - self.last < (0.2 if self.terminal else 10):
+        each = max(now - self.start, 1e-9) / max(count, 1)
+        wait, tells = 0.2 if self.terminal else 8 - each, not self.told and now - self.start > 3
+        is_early = now - self.start < 1 or now - self.last < wait       # of what is short, no line
+        if world()[0] or not count or is_early and not tells:
             return
-        self.last, each = now, max(now - self.start, 1e-9) / count
-        left = each * (self.total - done)
-        if not self.told and now - self.start > 3:
+        Progress.last, left = now, each * (self.total - done)
+        if tells:
             self.told = True
             if left > 60:
                 end = time.strftime('%a %d %b, %H:%M', time.localtime(time.time() + left))
@@ -262,6 +268,13 @@ class Progress:
         line = f'{done:,}/{self.total:,} {self.unit}  {rate}  {timedelta(seconds=round(left))} left'
         print(f'{line}  {text}'.ljust(78)[:118], end='\r' if self.terminal else '\n',
               file=sys.stderr)
+
+    def over(self, items):
+        """Yield the items; each is a unit, done when the next one is asked for."""
+        for done, item in enumerate(items, 1):
+            yield item
+            self.update(done)
+        self.close()
 
     def close(self):
         if self.terminal and not world()[0]:
@@ -855,7 +868,7 @@ def train_flow(source, path, steps, seed, device):
         for name, part in parts.items():
             part.load_state_dict(state[name])
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
-    progress = Progress(steps, 'steps', step)
+    progress, text = Progress(steps, 'steps', step, ''), ''
     while step < steps:
         for x, y in batches.epoch(*divmod(step, len(batches))):
             loss = flow_loss(network, x, conditions(y, len(source.classes)),
@@ -867,11 +880,12 @@ def train_flow(source, path, steps, seed, device):
             adam.zero_grad()
             average.update_parameters(network)
             step += 1
+            progress.update(step, text)
             if step % 20 and step < steps:
                 continue
             if not loss.isfinite():
                 raise UserError(f'{path}: the loss is not finite. Remove it, use another --seed.')
-            progress.update(step, f'loss {loss:.3f}')
+            text = f'loss {loss:.3f}'
             if step == steps or time.time() - saved > 60:
                 write_file(path, {'about': about, 'step': step,
                                   **{name: part.state_dict() for name, part in parts.items()}})
@@ -887,7 +901,7 @@ def sample_flow(network, x, y, guidance=1.5, steps=30):
     """Images, normalised, of normal noise x and conditions y: Euler steps with guidance."""
     free = torch.zeros_like(y)
     free[:, -1] = 1
-    for k in range(steps):
+    for k in Progress(steps, f'steps for {len(x)} images').over(range(steps)):
         t = torch.full((2 * len(x),), k / steps, device=x.device)
         with_y, without = network(torch.cat([x, x]), t, torch.cat([y, free])).chunk(2)
         x = x + (without + guidance * (with_y - without)) / steps
@@ -1004,30 +1018,34 @@ def make_set(out, name, s, device, force=False):
     with new_folder(out, force) as folder:
         made = KINDS[name].make({**s, 'out': out, 'image_size': own['image_size']}, device)
         labels, source = np.ascontiguousarray(made.labels), made.source
+        rows = sheet_rows(labels)
         if source:
-            images, digest = source.get(range(min(100, len(source)))), source.sha256()
+            images, digest = source.get(rows), source.sha256()
             pixels = {'mean': source.mean, 'std': source.std}
         else:
-            images, digest, pixels = write_images(folder / 'images.npy', len(labels), made.chunks)
+            images, digest, pixels = write_images(folder / 'images.npy', len(labels), made.chunks,
+                                                  rows)
         np.save(folder / 'labels.npy', labels)
         meta = {'kind': name, 'seed': s['data_seed'], 'settings': own, 'classes': made.classes,
                 'num_images': len(labels), 'image_size': images.shape[1], **pixels, **made.meta,
                 'sha256': {'images': digest, 'labels': hashlib.sha256(labels).hexdigest()},
                 'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
                 'versions': {'numpy': np.__version__, 'torch': torch.__version__}}
-        contact_sheet(images, labels, meta).save(folder / 'sheet.png')
+        contact_sheet(images, labels[rows], meta).save(folder / 'sheet.png')
         write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
 
 
-def write_images(path, n, chunks):
-    """Stream n images into an .npy file: (the first 100, SHA-256, {'mean', 'std'})."""
-    progress, digest, first, done, counts = Progress(n, 'images'), hashlib.sha256(), [], 0, 0
+def write_images(path, n, chunks, rows):
+    """Stream n images into an .npy file: (those of rows, SHA-256, {'mean', 'std'})."""
+    progress, digest, chosen, done, counts = Progress(n, 'images'), hashlib.sha256(), [], 0, 0
     with open(path, 'wb') as file:
         for chunk in chunks:
             if not done:
                 np.lib.format.write_array_header_1_0(file, {
                     'descr': '|u1', 'fortran_order': False, 'shape': (n, *chunk.shape[1:])})
-            first.extend(chunk[:100 - len(first)])
+                if (size := n * chunk[0].nbytes / 1e9) > 1:
+                    print(f'{n:,} images of {chunk.shape[1]} px: {size:.1f} GB', file=sys.stderr)
+            chosen += [chunk[row - done] for row in rows if done <= row < done + len(chunk)]
             counts = counts + count_values(chunk)
             digest.update(chunk.tobytes())
             file.write(chunk.tobytes())
@@ -1035,7 +1053,7 @@ def write_images(path, n, chunks):
             progress.update(done)
     progress.close()
     mean, std = mean_and_std(counts)
-    return np.stack(first), digest.hexdigest(), {'mean': mean, 'std': std}
+    return np.stack(chosen), digest.hexdigest(), {'mean': mean, 'std': std}
 
 
 def count_values(images):
@@ -1051,23 +1069,49 @@ def mean_and_std(counts):
     return (mean / 255).tolist(), (np.sqrt(np.maximum(variance, 1)) / 255).tolist()
 
 
+def sheet_rows(labels):
+    """Up to 100 images, in their order: the first of each class, then the first of all."""
+    rows, classes = np.arange(len(labels)), labels
+    if labels.ndim == 2:
+        rows, classes = np.nonzero(labels == 1)
+    first = rows[np.unique(classes, return_index=True)[1]][:100].tolist()
+    return sorted([*dict.fromkeys([*first, *range(min(100, len(labels)))])][:100])
+
+
+def names_to_draw(classes, fits, where):
+    """{class: text} of {class: name}: a name, or its number if the font lacks a letter of it."""
+    for k, name in classes.items():
+        if not fits(name):
+            print(f'class {k} of the {where}: {name}')
+    return {k: name if fits(name) else str(k) for k, name in classes.items()}
+
+
+def font_has(name):
+    """Whether Pillow's font has the letters of a name: it draws others as it draws U+FFFF."""
+    mask = ImageFont.load_default().getmask
+    return name.isprintable() and all(bytes(mask(c)) != bytes(mask('\uffff')) for c in name)
+
+
 def contact_sheet(images, labels, meta):
     """A labelled PIL image of up to 100 images, in ten columns, sorted by class if possible."""
     from torchvision.utils import make_grid
-    size, gap, order = 72, 18, np.arange(len(images))
-    if labels.ndim == 1:
-        order = np.argsort(labels[order], kind='stable')
+    size, gap = 72, 18
+    order = np.argsort(labels, kind='stable') if labels.ndim == 1 else np.arange(len(labels))
     x = torch.from_numpy(images[order]).permute(0, 3, 1, 2).float()
     x = F.interpolate(x, (size, size), mode='nearest' if x.shape[-1] < size else 'area')
     grid = make_grid(x, 10, gap, pad_value=255)
     sheet = Image.fromarray(grid.byte().permute(1, 2, 0).numpy())
     pen = ImageDraw.Draw(sheet)
-    pen.text((gap, 2), f'{meta["kind"]}: {len(labels):,} images of {meta["image_size"]} px, '
-             f'{len(meta["classes"])} classes, seed {meta["seed"]}', 'black')
+    present = [[k] if labels.ndim == 1 else np.flatnonzero(k == 1) for k in labels]
+    shown = {int(c): meta['classes'][c] for c in np.unique(np.concatenate(present)).astype(int)}
+    names = names_to_draw(shown, font_has, 'sheet')
+    pen.text((gap, 2), f'{meta["kind"]}: {meta["num_images"]:,} images of {meta["image_size"]} px, '
+             f'{len(shown):,} of {len(meta["classes"]):,} classes, seed {meta["seed"]}', 'black')
     for place, k in enumerate(order):
         row, column = divmod(place, 10)
-        present = [labels[k]] if labels.ndim == 1 else np.flatnonzero(labels[k] == 1)
-        name = ' '.join(meta['classes'][c] for c in present)[:14]
+        name = ' '.join(names[c] for c in present[k])
+        while pen.textlength(name) > size + gap - 4:
+            name = name.removesuffix('…')[:-1] + '…'
         pen.text((gap + column * (size + gap), (row + 1) * (size + gap) + 2), name, 'dimgray')
     return sheet
 
@@ -1089,6 +1133,7 @@ class Data:
     image_size: int
     origin: dict                # where it came from: 'name' and settings to read it again
     studies: np.ndarray = None  # of chest X-rays: 'patient00001/study1' of each image
+    files: list = None          # of its images, if each has its own
     zoom: float = 1.0           # shorter side of a file to the side that is cut out of it
     on_device: dict = field(default_factory=dict, repr=False)
     fresh: int = 0              # after so many epochs the images are drawn anew, by
@@ -1302,7 +1347,8 @@ def read_cifar(name, s, split):
               file=sys.stderr)
     images = np.ascontiguousarray(np.concatenate(images).transpose(0, 2, 3, 1))
     if size != 32:
-        images = np.stack([resized(Image.fromarray(x), size) for x in images])
+        progress = Progress(len(images), 'images').over(images)
+        images = np.stack([resized(Image.fromarray(x), size) for x in progress])
     return Data(name, 'real', images, np.concatenate(labels), classes, mean, std, size,
                 {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
 
@@ -1347,7 +1393,7 @@ def read_chexpert(name, s, split, table=None):
     origin = {'name': name, 'data_dir': str(data_dir.resolve()), 'uncertain': s['uncertain'],
               'views': s['views']}
     data = Data(name, 'real', files, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
-                s['image_size'] or 320, origin, studies)
+                s['image_size'] or 320, origin, studies, files)
     if data.small:
         data.images = decode(files, data.image_size)
     return data
@@ -1455,7 +1501,7 @@ def listed_data(name, split, listed, mean, std, size, origin):
     px of ImageNet. Small sets are decoded at once.
     """
     classes, files, labels = listed
-    data = Data(name, 'real', files, labels, classes, mean, std, size, origin,
+    data = Data(name, 'real', files, labels, classes, mean, std, size, origin, files=files,
                 zoom=8 / 7 if size > 64 else 1)
     if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
         data.images = decode(files, size, data.zoom)
@@ -1487,7 +1533,8 @@ def readable_images(folders, skip_broken, checks=True):
             ends = ', '.join(f'{count} {end or "no ending"}' for end, count in others.items())
             print(f'{folder}: files that are no pictures are left out: {ends}', file=sys.stderr)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            fine = list(pool.map(is_image, files if checks and len(files) <= 20000 else ()))
+            fine = pool.map(is_image, files if checks and len(files) <= 20000 else ())
+            fine = list(Progress(len(files), 'pictures tried').over(fine))
         broken = [k for k, is_fine in enumerate(fine) if not is_fine]
         names += [str(files[k]) for k in broken]
         kept = np.delete(np.arange(len(files)), broken)
@@ -1509,11 +1556,10 @@ def is_image(path):
 def decode(files, image_size, zoom=1):
     """All files as uint8 (N, H, W, 3), several at a time."""
     images = np.empty((len(files), image_size, image_size, 3), np.uint8)
-    progress = Progress(len(files), 'images')
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for k, pixels in enumerate(pool.map(lambda f: read_image(f, image_size, zoom), files)):
+        read_all = pool.map(lambda f: read_image(f, image_size, zoom), files)
+        for k, pixels in enumerate(Progress(len(files), 'images').over(read_all)):
             images[k] = pixels
-            progress.update(k + 1)
     return images
 
 
@@ -1654,7 +1700,8 @@ class Batches:
         rank, processes = world()
         if len(indices) < batch_size and shuffle:
             raise UserError(f'--batch_size {batch_size} is more than the {len(indices)} images of '
-                            f'its split of {data.name}. Use a smaller one.')
+                            f'its split of {data.name} (--train_portion). Use a smaller one, or '
+                            '--preset laptop.')
         if batch_size % processes and shuffle:
             raise UserError(f'--batch_size {batch_size}: use a multiple of {processes} processes.')
         self.data, self.indices, self.batch_size = data, np.asarray(indices), batch_size

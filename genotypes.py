@@ -9,9 +9,11 @@ Every node sums two operations on earlier states; the nodes in `*_concat` make t
 A genotype of NAS-Bench-201 (arXiv 2001.00326) is the official string of its one cell, operations
 by node and input: `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`. All 15,625 were trained: see `truth`.
 """
+import ast
 import csv
 import gzip
 import json
+import re
 from bisect import bisect_left, bisect_right
 from collections import namedtuple
 from functools import cache
@@ -104,10 +106,20 @@ def agreement(a, b):
 # What --arch names
 
 
+def parse_darts(text):
+    """{field: value} of DARTS's `NAME = Genotype(normal=[...], normal_concat=range(2, 6), ...)`."""
+    # A range becomes a list; one that is cut off here is refused later. Nothing is run.
+    text = re.sub(r'range\(\s*(\d+)\s*,\s*(\d+)\s*\)',
+                  lambda ends: str([*range(int(ends[1]), int(ends[2]))[:NODES + 1]]), text)
+    statement, = ast.parse(text.strip()).body
+    return {word.arg: ast.literal_eval(word.value) for word in statement.value.keywords}
+
+
 def find_genotype(arch):
     """(genotype, found_by) of what `--arch` names; ValueError says in one line what is wrong.
 
-    arch: a published name, a string of NAS-Bench-201, a genotype.json or the folder of a search.
+    arch: a published name, a string of NAS-Bench-201, a file (genotype.json, or in DARTS's words),
+    or the folder of a search.
     found_by: `data`, `method`, and of a search `seed` and `arch_data`.
     """
     if arch in PUBLISHED:
@@ -117,14 +129,15 @@ def find_genotype(arch):
     path = Path(arch)
     try:
         path = path / 'genotype.json' if path.is_dir() else path
-        fields = json.loads(path.read_text())
+        text = path.read_text()
+        fields = json.loads(text) if text.lstrip()[:1] == '{' else parse_darts(text)
         found_by = {key: fields.get(key) for key in ('data', 'method', 'seed', 'arch_data')}
         found_by['method'] = found_by['method'] or path.stem
     except OSError:
         raise ValueError(f'--arch {arch}: neither a genotype.json, nor a search that has ended, '
                          f'nor one of {", ".join(PUBLISHED)}') from None
-    except (AttributeError, ValueError):
-        raise ValueError(f'{path}: no JSON object') from None
+    except Exception:                           # the parsers have many
+        raise ValueError(f"{path}: no JSON object and no Genotype(...) in DARTS's words") from None
     return from_plain(fields, str(path)), found_by
 
 

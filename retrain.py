@@ -61,7 +61,6 @@ SCHEDULE = {
     'grad_accum': Setting(1, 'parts in which a batch is computed, to save memory', number(int, 1)),
     'learning_rate': Setting(0.025, 'of the weights', number(float, 0)),
     'learning_rate_min': Setting(0.0, 'at the end', number(float, 0)),
-    'schedule': Setting('cosine', 'of the learning rate', ['cosine', 'linear']),
     'warmup_epochs': Setting(0, 'in which the learning rate rises linearly', number(int, 0)),
     'momentum': Setting(0.9, 'of SGD', number(float, 0, below=1)),
     'nesterov': Setting(False, "Nesterov's momentum"),
@@ -80,12 +79,11 @@ RUN = {
     'quick': Setting(False, 'a minute on two cores; the result means nothing'),
 }
 NETWORK = {
-    'arch': Setting(None, 'a published name, a genotype.json or a search', name_or_path),
+    'arch': Setting(None, "a name, a genotype.json, a search, or DARTS's text", name_or_path),
     'init_channels': Setting(36, 'channels of the first cell', number(int, 1, 4096)),
     'layers': Setting(20, 'cells', number(int, 1, 200)),
     'stem': COST['stem'],
     'auxiliary': Setting(False, 'a second head while training'),
-    'auxiliary_weight': Setting(0.4, "weight of that head's loss", number(float, 0)),
     'drop_path_prob': Setting(0.2, 'at the end, reached linearly', number(float, 0, below=1)),
     'cutout': Setting(False, 'blank a square of each image'),
     'cutout_length': Setting(16, 'pixels', number(int, 1)),
@@ -96,6 +94,8 @@ RECIPE = {
     'holdout_patients': Setting(0.0, 'share that chooses the epoch', number(float, 0, below=1)),
     'train_portion': Setting(1.0, 'share of the images, or their number', number(float, above=0)),
 }
+# A preset's, and no flags: the schedule, cosine or linear, and the weight of the auxiliary loss
+FIXED = dict(schedule='cosine', auxiliary_weight=0.4)
 # nb201: the benchmark's recipe, by default for its cells. ImageNet: that of PC-DARTS and P-DARTS,
 # with the learning rate for 1,024 images. CheXpert and laptop: our own choice.
 PRESETS = {
@@ -187,8 +187,8 @@ def check_batch(args, share):
     """UserError if a batch is more than the share of the unreal images that would be made."""
     images = round(args.num_images * share)
     if 'num_images' in taken(args.data, vars(args)) and batch_of(args, images) > images:
-        raise UserError(f'--batch_size {args.batch_size} is more than the {images} images that its '
-                        'split gets: take less, or more --num_images')
+        raise UserError(f'--batch_size {args.batch_size} is more than the {images} images of its '
+                        'split (--train_portion): take less, more --num_images, or --preset laptop')
 
 
 def run_name(script, first, args, typed, defaults):
@@ -346,10 +346,12 @@ class Run:
         what: said of the run in a line. sums: (n,) zeros, to which the steps of an epoch add.
         state(): what the checkpoint is to hold beside what a Run knows.
         """
-        print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}: {self.folder}')
+        cpu = self.device.type == 'cpu'         # whose first step may take a minute
+        print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}: {self.folder}'
+              + ('; timing the first step' if cpu else ''))
         self.sums, self.state, saved = sums, state, self.checkpoint
         done = min(self.epoch * self.steps + self.step, self.total)
-        hint = '; --preset laptop or --quick takes minutes' if self.device.type == 'cpu' else ''
+        hint = '; --preset laptop or --quick takes minutes' if cpu else ''
         self.progress = Progress(self.total, 'steps', done, hint)
         if not saved:
             return
@@ -699,7 +701,7 @@ def parse(argv):
         if (preset, chosen['preset']) == ('cifar', 'auto') and chosen['arch'] \
                 and isinstance(find_genotype(chosen['arch'])[0], str):
             preset = 'nb201'
-        out = dict(PRESETS[preset])
+        out = {**FIXED, **PRESETS[preset]}
         if chosen['quick']:
             out.update(QUICK, num_classes=min(out.get('num_classes', 10), 20), rate_for=None)
             if {'optimizer': 'sgd', **out, **typed}['optimizer'] == 'sgd':
@@ -714,8 +716,7 @@ def parse(argv):
     if args.max_steps == 0:
         raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
     sgd = args.optimizer == 'sgd'
-    refuse_idle(typed, {'auxiliary_weight': args.auxiliary, 'cutout_length': args.cutout,
-                        'momentum': sgd, 'nesterov': sgd})
+    refuse_idle(typed, {'cutout_length': args.cutout, 'momentum': sgd, 'nesterov': sgd})
     check_batch(args, min(1.0, args.train_portion))
     args.save = args.save or run_name('retrain', [args.data, args.arch], args, typed, defaults)
     return args

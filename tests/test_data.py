@@ -5,9 +5,12 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import struct
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +104,53 @@ def test_a_written_set_is_read_back_and_never_replaced_without_force(capsys):
     capsys.readouterr()
     one_line(capsys, g.main(['--kind', 'noise', '--out', 'mine', '--force']), 'mine')
     assert names('mine') == ['cat', 'dog']
+
+
+def test_a_sheet_shows_every_class_and_names_that_fit(capsys, monkeypatch):
+    labels, several = np.array([0] * 500 + [1, 2]), np.zeros((300, 3), np.uint8)
+    several[250, 2] = 1
+    assert len(g.sheet_rows(labels)) == 100 and set(labels[g.sheet_rows(labels)]) == {0, 1, 2}
+    assert len(g.sheet_rows(several)) == 100 and 250 in g.sheet_rows(several)
+    assert len({k % 250 for k in g.sheet_rows(np.arange(3000) % 250)}) == 100
+    texts = []
+    monkeypatch.setattr(g.ImageDraw.ImageDraw, 'text', lambda pen, at, text, *_: texts.append(text))
+    folder_of_images('own', ('cat', '\u732b', 'long ' * 9), n=110)
+    assert g.main(['--kind', 'random_labels', '--source', 'own', '--label_noise', '0', '--out',
+                   'r', '--test_fraction', '0']) == 0
+    assert 'class 2 of the sheet: \u732b\n' in capsys.readouterr().out
+    assert ' 3 of 3 classes' in texts[0] and {'cat', '2'} < {*texts}
+    assert any(text[:9] == 'long long' and text[-1] == '\u2026' for text in texts)
+
+
+def test_a_set_above_1_gb_says_its_size_first(capsys):
+    images = g.noise_images(0, 0, 300, 8)
+    chosen, _, _ = g.write_images('n.npy', 300, np.array_split(images, 7), [0, 99, 299])
+    assert (chosen == images[[0, 99, 299]]).all() and not capsys.readouterr().err
+    g.write_images('n.npy', 10 ** 7, [images[:9]], [0])             # the first nine of them
+    assert '10,000,000 images of 8 px: 1.9 GB' in capsys.readouterr().err
+
+
+def test_progress_in_a_log_file(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(g.Progress, 'last', 0.0)
+    monkeypatch.setattr(g, 'time', SimpleNamespace(**{**vars(time), 'monotonic': lambda: now[0]}))
+    for hint, each, said in (('; hint', 4, ''), ('; hint', 90, '; hint'), (None, 90, None)):
+        progress = g.Progress(101, 'steps', 1, hint)
+        now[0] += each
+        progress.update(2, 'more')
+        out, err = capsys.readouterr()
+        left = time.strftime('%-H:%M:%S', time.gmtime(99 * each))
+        assert re.fullmatch(f'2/101 steps  {each}.0 s each  {left} left  more +\n', err)
+        until = f'about {left} left, until \\w+ \\d+ \\w+, \\d+:\\d+{said}\n'
+        assert re.fullmatch('' if said is None else until, out)
+    for _ in g.Progress(1000, 'images').over(range(1000)):          # a line by 8 s
+        now[0] += 0.1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 12 and lines[0].startswith('80/1,000 images  10.0/s  0:01:32 left')
+    now[0] += 30
+    for _ in g.Progress(3, 'images').over(range(3)):    # what is short has none
+        now[0] += 0.3
+    assert not capsys.readouterr().err
 
 
 def test_random_labels_refer_to_their_source():

@@ -1,5 +1,6 @@
 """evaluate.py: metrics by hand, tables, reports, plots and predictions of runs."""
 import csv
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from test_data import fake_cifar, folder_of_images
 import evaluate
 import retrain
 import search
-from genotypes import nas_bench_201, to_string, truth
+from genotypes import find_genotype, nas_bench_201, to_string, truth
 
 
 def test_errors_by_hand():
@@ -108,7 +109,9 @@ def test_plots_are_what_their_names_say(searches, capsys):
     for name, start in (('p.png', b'\x89PNG'), ('p.svg', b'<?xml'), ('p.pdf', b'%PDF')):
         assert evaluate.main(['s0', 's1', 'net', '--plot', name, '--gpu', '-1']) == 0
         assert Path(name).read_bytes().startswith(start)
-    assert '<!-- epoch -->' in Path('p.svg').read_text()
+    text = Path('p.svg').read_text()
+    assert '<!-- epoch -->' in text and '<!-- training accuracy, % -->' in text
+    assert evaluate.mean_of({'train_accuracy': 0.25}, 'train_accuracy') == 25
     assert search.main(['--method', 'random', '--save', 'r']) == 0
     one_line(capsys, evaluate.main(['r', '--plot', 'r.svg']), '--plot')
     assert not Path('r.svg').exists()
@@ -154,6 +157,27 @@ def test_a_prediction_is_that_of_the_test(capsys):
         assert reports(capsys, size)[0]['test_error'] == pytest.approx(100 * np.mean(wrong))
     alone = printed(capsys, size, '--predict', rows[3]['file']).splitlines()
     assert alone[1] == ','.join(rows[3].values())
+    assert evaluate.main([size, '--scores', 's.csv']) == 0
+    with open('s.csv') as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == ['image', 'label', 'score'] and len(lines) == 24 * 3
+    scores = {(os.path.relpath(line['image']), line['label']): line['score'] for line in lines}
+    for row in rows:
+        assert f'{float(scores[row["file"], row["class"]]):.4f}' == row['probability']
+    one_line(capsys, evaluate.main([size, '16', '--scores', 's.csv']), '--scores')
+
+
+def test_a_cell_goes_to_darts_and_comes_back(capsys):
+    run(search.main, 's', *DARTS, '--max_steps', '1')
+    text = printed(capsys, 's', '--genotype')
+    assert text.startswith("Genotype(normal=[('") and 'normal_concat=[2, 3, 4, 5], red' in text
+    Path('cell.txt').write_text(f'FOUND = {text}'.replace('[2, 3, 4, 5]', 'range(2, 6)'))
+    assert find_genotype('cell.txt') == (find_genotype('s')[0], dict.fromkeys(
+        ('data', 'seed', 'arch_data'), None) | {'method': 'cell'})
+    run(retrain.main, 'net', '--arch', 'cell.txt', *RETRAIN[2:])
+    assert printed(capsys, 'net', '--genotype') == text
+    run(search.main, 'c', *TINY, '--max_steps', '1')
+    assert printed(capsys, 'c', '--genotype') == find_genotype('c')[0] + '\n'
 
 
 def test_classes_of_a_folder_are_matched_by_name_or_refused(capsys):

@@ -1,4 +1,5 @@
 """search.py and retrain.py as a user runs them, at tiny size: results, resume, flags, names."""
+import itertools
 import json
 import random
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,9 +47,19 @@ def test_a_search_leaves_its_result_its_log_and_the_scripts(capsys):
     assert 'next: python retrain.py --arch r' in capsys.readouterr().out
 
 
+def test_a_long_run_on_a_cpu_says_at_its_first_step_how_to_make_it_shorter(capsys, monkeypatch):
+    clock = itertools.count(0, 2000)                    # seconds later at every look
+    monkeypatch.setattr(generate_data.Progress, 'last', 0)
+    now = {**vars(time), 'monotonic': lambda: next(clock)}
+    monkeypatch.setattr(generate_data, 'time', SimpleNamespace(**now))
+    run(search.main, 'r', *TINY)
+    said = capsys.readouterr()
+    assert re.search('about 1:40:00 left, until .*; --preset laptop or --quick takes', said.out)
+    assert '1/4 steps  2000.0 s each  1:40:00 left  epoch 1/2' in said.err
+
+
 def test_a_retraining_leaves_weights_and_measures_the_fit():
-    lines = run(retrain.main, 'r', *RETRAIN, '--auxiliary_weight', '0.4', '--auxiliary',
-                '--image_size', '32')
+    lines = run(retrain.main, 'r', *RETRAIN, '--auxiliary', '--image_size', '32')
     assert Path('r/weights.pt').exists() and lines[0]['drop_path_prob'] == 0
     assert lines[1]['drop_path_prob'] == 0.1 and 'fit_loss' not in lines[0]
     assert lines[1]['fit_n'] == 64 and 0 <= lines[1]['fit_error'] <= 100
@@ -210,7 +222,7 @@ uncertain ones, views all: chexpert
 test_fraction 0.1: own
 augment standard, epochs 3, steps_per_epoch 1, max_steps 3, batch_size 4, grad_accum 2
 learning_rate 0.1, learning_rate_min 0.01, momentum 0.1, weight_decay 0.1, grad_clip 0.1
-schedule linear, warmup_epochs 2: --epochs 3
+warmup_epochs 2: --epochs 3
 nesterov: --no-nesterov
 stem imagenet: --image_size 32
 init_channels 8, seed 9, amp, quick"""
@@ -226,7 +238,6 @@ RETRAIN_FLAGS = table(SHARED + """
 arch PDARTS, layers 4, drop_path_prob 0.9, cutout, optimizer adam, label_smoothing 0.1
 holdout_patients 0.2, train_portion 0.5, preset nb201
 auxiliary: --image_size 32
-auxiliary_weight 1: --image_size 32 --auxiliary
 cutout_length 4: --cutout""")
 SCRIPTS = {'search': (search, TINY, SEARCH_FLAGS), 'retrain': (retrain, RETRAIN, RETRAIN_FLAGS)}
 SAME = evaluate.MAY_DIFFER | {"tf32"}        # flags that change no result on a CPU
@@ -305,7 +316,8 @@ def test_help_shows_the_defaults_of_what_stands_beside_it(script, flags, capsys)
     assert ended.value.code == 0 and 'None' not in text and len(text.splitlines()) <= 100
     assert max(map(len, text.splitlines())) <= 100
     words = ' '.join(text.split())
-    unsaid = {'save', 'data_seed', 'arch_grad_clip', *re.findall(r'--(\w+)', flags)}
+    unsaid = {'save', 'data_seed', 'arch_grad_clip', 'schedule', 'auxiliary_weight',
+              *re.findall(r'--(\w+)', flags)}
     for name, value in vars(module.parse(flags.split())).items():
         if value in (None, False) or name in unsaid:
             continue

@@ -65,6 +65,14 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
                                 for study, r in rows.items()], ['Study', *COLUMNS[5:]])
     again, = reports(capsys, 'n', '--test_labels', 'd/labels.csv')
     assert again['test_areas'] == row['test_areas']
+    assert evaluate.main(['n', '--test_labels', 'd/labels.csv', '--scores', 's.csv']) == 0
+    with open('s.csv') as file:
+        scores = {(r['image'], r['label']): float(r['score']) for r in csv.DictReader(file)}
+    assert len(scores) == 6 * 14 and all(0 < score < 1 for score in scores.values())
+    for name, (area, *_) in row['test_areas'].items():
+        mine = np.array([scores['/'.join(study.split('/')[-2:]), name] for study in rows])
+        truth = np.array([float(r[name] or 0) for r in rows.values()])
+        assert evaluate.auroc(mine, truth) == pytest.approx(area)
     one_line(capsys, retrain.main([*flags, '--data', 'chexpert', '--arch', 'r', '--save', 's',
                                    '--label_smoothing', '0.1']), 'several labels')
 
