@@ -344,7 +344,7 @@ def known_of(genotype):
             'nones': names.count('none'), 'params': table[genotype]['params']}
 
 
-def read_scores(folder):
+def read_cell_scores(folder):
     """({column: float64 (N,)} of scores.csv, the score that took the cell).
 
     Losses are negative, so that more is better.
@@ -353,6 +353,8 @@ def read_scores(folder):
         rows = list(csv.DictReader(file))
     columns = {}
     for name in rows[0].keys() - {'genotype'}:
+        if rows[0][name] == '':                 # the truth, if it is not known
+            continue
         values = np.array([float(row[name]) for row in rows])
         columns[name] = -values if name.endswith('loss') else values
     return columns, read_json(Path(folder, 'genotype.json'))['score']
@@ -384,7 +386,7 @@ def kendall(a, b):
 
 def ranking(folder):
     """How well the scores of a search rank its cells, where the truth is known."""
-    scores, by = read_scores(folder)
+    scores, by = read_cell_scores(folder)
     out = {'score': by, 'cells': len(scores[by])}
     if 'cifar10' not in scores:
         return out
@@ -636,7 +638,7 @@ def draw_curves(axis, lines):
 
 def draw_scores(axis, row):
     """One dot per cell, by the true accuracy of those better than 80%, or by parameters."""
-    scores, by = read_scores(row['run'])
+    scores, by = read_cell_scores(row['run'])
     x, label = scores['params'] / 1e3, 'parameters of the operations, thousands'
     kept = scores[by] > -np.inf
     if 'cifar10' in scores:
@@ -730,7 +732,7 @@ def show_predictions(run, target):
             writer.writerow([path, meta['classes'][row.argmax()], f'{row.max():.4f}'])
 
 
-def write_scores(path, runs):
+def write_probabilities(path, runs):
     """Write the probability of each label (or class) for each test image (or study) of one run."""
     if len(runs) > 1 or 'tested' not in runs[0]:
         raise UserError('--scores: give one finished retraining, on data that have test images')
@@ -794,7 +796,7 @@ def main(argv=None):
     device = choose_device(s['gpu'] if trained else -1)
     rows = [report(run, device, s['data_dir'], s['test_labels']) for run in folders]
     if s['scores']:
-        write_scores(s['scores'], rows)
+        write_probabilities(s['scores'], rows)
     for row in rows:
         if not row['finished']:
             epochs = f'{row["epochs"]} of {row["settings"]["epochs"]} epochs'

@@ -16,8 +16,6 @@ SDARTS (2002.05283), DARTS- (2009.01027), beta-DARTS (2203.01665), RobustDARTS (
 (1904.00420), random search with shared weights (1902.07638), RLNAS (2101.11834), NASWOT
 (2006.04647), SynFlow (2006.05467), SNIP (1810.02340).
 """
-import csv
-import io
 import math
 import shlex
 import time
@@ -29,7 +27,7 @@ from generate_data import (CIFAR, KINDS, REAL, Batches, Progress, Setting, UserE
                            choose_device, find_or_make, leave, number, one_line_errors, set_tf32,
                            stratified_split, suited, world, write_file)
 from evaluate import (COST, correct, find_genotype, gathered, loss_of, method_name, read_json,
-                      stem_for)
+                      stem_for, write_csv)
 from retrain import (INPUT, SCHEDULE, GraphedStep, Run, averaged, batch_of, changed_by_a_step,
                      check_alike, check_batch, learning_rate_at, make_optimizer, peak_memory_mib,
                      refuse_idle, run_name, settle, start_alike)
@@ -544,16 +542,12 @@ def random_cell(space, seed):
 
 def write_scores(path, cells, rows):
     """scores.csv: genotype, parameters, scores, and the true accuracy on CIFAR-10 if known."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    known = isinstance(cells[0], str)
-    writer.writerow(['genotype', *rows[0], *(['cifar10'] if known else [])])
+    lines = [['genotype', *rows[0], 'cifar10']]
     for cell, row in zip(cells, rows):
-        name, truths = to_json(cell), []
-        if known:
-            name, truths = cell, [nas_bench_201()[0][cell]['cifar10']]
-        writer.writerow([name, *row.values(), *truths])
-    write_file(path, text.getvalue())
+        line = [cell, *row.values(), nas_bench_201()[0][cell]['cifar10']] \
+            if isinstance(cell, str) else [to_json(cell), *row.values(), None]
+        lines.append(line)
+    write_csv(path, lines)
 
 
 def weights_by_operation(network):

@@ -263,7 +263,7 @@ def test_flags_that_mean_nothing_for_a_method_are_refused(flags, needle, capsys)
 
 def test_rank_correlations_are_those_of_scipy(capsys):
     run(search.main, 'run', *ONESHOT)
-    scores, by = evaluate.read_scores('run')
+    scores, by = evaluate.read_cell_scores('run')
     row, = reports(capsys, 'run')
     assert by == 'train_loss' and row['cells'] == 12
     value, truth, params = (rankdata(scores[name]) for name in (by, 'cifar10', 'params'))
