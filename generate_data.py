@@ -1239,26 +1239,32 @@ def read_imagenet(name, s, split):
                        {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
 
 
-CHEXPERT_FOLDERS = ['.', 'CheXpert-v1.0-small', 'CheXpert-v1.0',
-                    'CheXpert-v1.0 batch 1 (validate & csv)']
-
-
 def read_chexpert(name, s, split, table=None):
-    """Chest X-rays in CheXpert's layouts (arXiv 1901.07031): train.csv, or valid.csv for 'test'.
+    """Chest X-rays in CheXpert's layout (arXiv 1901.07031): train.csv, or valid.csv for 'test'.
 
-    uncertain: what -1.0 becomes; ignore: -1, which losses and metrics leave out. Blank cells are
-    zeros. table: another CSV, that of the test set, with a column Study. Mean 0.5 and deviation
-    0.25 in every split are our own choice.
+    table: another CSV, that of the test set, with a column Study, which stands for all views of a
+    study. Mean 0.5 and deviation 0.25 in every split are our own choice.
     """
     data_dir = Path(s['data_dir'])
-    root = next((data_dir / place for place in CHEXPERT_FOLDERS
-                 if (data_dir / place / 'train.csv').is_file()), None)
+    places = [data_dir, data_dir / 'CheXpert-v1.0-small', data_dir / 'CheXpert-v1.0']
+    root = next((place for place in places if (place / 'train.csv').is_file()), None)
     if root is None and table is None:
-        raise UserError(f'chexpert: no train.csv in {data_dir}, nor in its '
-                        f'{", ".join(CHEXPERT_FOLDERS[1:])}. Give its --data_dir.')
-    path = Path(table) if table else root / ('train.csv' if split == 'train' else 'valid.csv')
+        raise UserError(f'chexpert: no train.csv in {data_dir}, nor in its CheXpert-v1.0-small or '
+                        'CheXpert-v1.0. Give its --data_dir.')
+    path = Path(table or root / ('train.csv' if split == 'train' else 'valid.csv'))
     paths, labels = read_chexpert_table(path, s['uncertain'])
-    files, rows = chexpert_files(root or data_dir, path, paths, s['views'])
+    roots = [root or data_dir, path.parent, (root or data_dir).parent]
+    root = next((place for place in roots if (place / paths[0]).exists()), None)
+    if root is None:
+        raise UserError(f'{path}: its first file is not there; looked at {roots[0] / paths[0]}. '
+                        'Give the right --data_dir.')
+    files, rows = [], []
+    for row, inside in enumerate(paths):
+        file = root / inside
+        for view in [file] if file.suffix else sorted(file.glob('view*')):
+            if s['views'] == 'all' or 'frontal' in view.name:
+                files.append(view)
+                rows.append(row)
     if not files:
         raise UserError(f'{path}: no {s["views"]} view in it. Use --views all.')
     studies = np.array(['/'.join(file.parts[-3:-1]) for file in files])
@@ -1272,60 +1278,26 @@ def read_chexpert(name, s, split, table=None):
 
 
 def read_chexpert_table(path, uncertain):
-    """(paths, int8 labels (N, 14)) of a CSV; a path begins at train/, valid/ or test/."""
-    with readable(f'{path} is no CSV file', 'Unpack it again.'), \
+    """(paths, int8 labels (N, 14)) of a CSV; a path begins at train/, valid/ or test/.
+
+    uncertain: what -1.0 becomes; ignore: -1, which losses and metrics leave out. Blank cells are
+    zeros.
+    """
+    paths, labels = [], []
+    with readable(f'{path} is no CSV file of CheXpert', 'Unpack it again.'), \
             open(path, newline='', encoding='utf-8-sig') as file:
-        rows = list(csv.DictReader(file))
-    where = 'Path' if rows and 'Path' in rows[0] else 'Study'
-    missing = [name for name in (where, *CHEXPERT) if rows and name not in rows[0]]
-    if missing or not rows:
-        raise UserError(f'{path} has no {", ".join(missing) or "rows"}. Unpack it again.')
-    unknown = {'ones': 1, 'zeros': 0, 'ignore': -1}
-    paths, labels = [], np.zeros((len(rows), len(CHEXPERT)), np.int8)
-    for n, row in enumerate(rows):
-        with readable(f'{path}, line {n + 2}: {where} {row[where]!r}', 'Unpack it again.'):
-            inside = re.sub(r'^(.*/)?(?=(train|valid|test)/)', '', row[where] or '')
-            if not inside or inside.startswith('/') or '..' in inside.split('/'):
-                raise ValueError('it leaves the folder of the set')
-            paths.append(inside)
-            for k, name in enumerate(CHEXPERT):
-                cell = str(row[name]).strip().removesuffix('.0')    # None: a line that is cut
-                if cell not in ('', '0', '1', '-1'):
-                    raise ValueError(f'{name} {row[name]} is not 1.0, 0.0, -1.0 or blank')
-                labels[n, k] = int(cell or 0)
-                if cell == '-1':
-                    labels[n, k] = unknown.get(uncertain, name in ('Atelectasis', 'Edema'))
-    return paths, labels
-
-
-def chexpert_files(root, table, paths, views):
-    """(files, rows) of the wanted views that a CSV names, a Study standing for all of its views."""
-    owners = {}             # in the full download patients are spread over other batches
-    if root.name.startswith('CheXpert-v1.0 batch'):
-        owners = {patient.name: patient.parent
-                  for patient in root.parent.glob('CheXpert-v1.0 batch */patient*')}
-
-    def find(place, path):
-        _, _, inside = path.partition('train/')
-        patient = inside.split('/')[0]
-        return owners[patient] / inside if patient in owners else place / path
-
-    places = []
-    for place in (root, table.parent, root.parent):
-        if any(find(place, path).exists() for path in paths[:3]):
-            places.append(place)
-    if not places:
-        raise UserError(f'{table}: none of its first files is there; looked at '
-                        f'{find(root, paths[0])}. Give the right --data_dir.')
-    studies = not Path(paths[0]).suffix
-    files, rows = [], []
-    for row, path in enumerate(paths):
-        file = find(places[0], path)
-        for view in sorted(file.glob('view*')) if studies else [file]:
-            if views == 'all' or 'frontal' in view.name:
-                files.append(view)
-                rows.append(row)
-    return files, np.array(rows, int)
+        for row in csv.DictReader(file, restval='no cell'):
+            paths.append(re.sub('^.*/(?=(train|valid|test)/)', '', row.get('Path') or row['Study']))
+            labels.append([float(row[name] or 0) for name in CHEXPERT])
+        labels = np.array(labels)
+        other = labels[~np.isin(labels, [-1, 0, 1])]
+        if not paths or len(other):
+            raise ValueError(f'a label is {other[0]}' if paths else 'no rows')
+    unknown = labels == -1
+    labels[unknown] = {'ones': 1, 'ignore': -1}.get(uncertain, 0)
+    if uncertain == 'mixed':
+        labels[unknown & np.isin(list(CHEXPERT), ['Atelectasis', 'Edema'])] = 1
+    return paths, labels.astype(np.int8)
 
 
 REAL = {'cifar10': read_cifar, 'cifar100': read_cifar, 'imagenet': read_imagenet,
