@@ -15,7 +15,6 @@ A set appears when it is complete, so you can simply repeat a run that was stopp
 `--generator train` keeps its training in OUT.generator/ and goes on from there.
 """
 import argparse
-import collections
 import contextlib
 import csv
 import ctypes
@@ -51,8 +50,6 @@ from torch.nn import functional as F  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
 
 RESIDENT = 2 << 30              # bytes: smaller sets live on the device, larger ones are streamed
-MAX_PIXELS = 150_000_000        # of an image file: a larger one is not decoded
-Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit, which warns first
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1081,26 +1078,23 @@ class Data:
         return None if self.studies is None else np.array([s.split('/')[0] for s in self.studies])
 
     def __getitem__(self, item):
-        """uint8 (H, W, 3), or a UserError, for a worker; item: (index, augment, seed, epoch).
+        """uint8 (H, W, 3), by a worker; item: (index, augment, seed, epoch).
 
         What `augment` draws depends on these alone: torch's own generator stays as it is.
         """
         index, augment, seed, epoch = item
         sequence = np.random.SeedSequence([seed, epoch, index])
         crop = augment in ('crop', 'imagenet')
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-                if isinstance(self.images, np.ndarray):
-                    image = resized(Image.fromarray(self.images[index]), self.image_size, 1, crop)
-                else:
-                    image = read_image(self.images[index], self.image_size, self.zoom, crop)
-                image = Image.fromarray(image)
-                for transform in transforms_of(augment):
-                    image = transform(image)
-                return torch.from_numpy(np.array(image))
-        except UserError as error:
-            return error
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+            if isinstance(self.images, np.ndarray):
+                image = resized(Image.fromarray(self.images[index]), self.image_size, 1, crop)
+            else:
+                image = read_image(self.images[index], self.image_size, self.zoom, crop)
+            image = Image.fromarray(image)
+            for transform in transforms_of(augment):
+                image = transform(image)
+            return torch.from_numpy(np.array(image))
 
     def get(self, indices):
         """uint8 (len(indices), H, W, 3)."""
@@ -1316,26 +1310,26 @@ def read_folder(root, split, s):
         test = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
     if split == 'test' and not test and not s['test_fraction']:
         return None
-    folders = (train, test) if test else (train,)
-    checks = split == 'train' or s['skip_broken']           # the test split is read after it
-    listed = dict(zip(('train', 'test'), readable_images(folders, s['skip_broken'], checks)))
+    check = split == 'train' or s['skip_broken']        # the test split is read after it
+    classes, files, labels = listed = list_images(train, check, s['skip_broken'])
     if test:
-        differ = sorted({*listed['train'][0]} ^ {*listed['test'][0]})
+        held_out = list_images(test, check, s['skip_broken'])
+        differ = sorted({*classes} ^ {*held_out[0]})
         if differ:
             raise UserError(f'{test} and {train} differ in their classes: '
                             f'{", ".join(differ[:5])}. Give both the same folders.')
     elif s['test_fraction']:
-        classes, files, labels = listed['train']
         kept, held = stratified_split(labels, 1 - s['test_fraction'], 0)
-        listed = {'train': (classes, [files[k] for k in kept], labels[kept]),
-                  'test': (classes, [files[k] for k in held], labels[held])}
+        listed = classes, [files[k] for k in kept], labels[kept]
+        held_out = classes, [files[k] for k in held], labels[held]
     size = s['image_size'] or 32
-    known = listed['train'][1]                          # of at most 2,000 training images
-    some = np.linspace(0, len(known) - 1, min(len(known), 2000)).astype(int)
-    mean, std = mean_and_std(count_values(decode([known[k] for k in some], size)))
+    files = listed[1]                                   # of at most 2,000 training images
+    some = np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)
+    mean, std = mean_and_std(count_values(decode([files[k] for k in some], size)))
     origin = {'name': str(root.resolve()), 'test_fraction': s['test_fraction'],
               'skip_broken': s['skip_broken']}
-    return listed_data(str(root), split, listed[split], mean, std, size, origin)
+    return listed_data(str(root), split, listed if split == 'train' else held_out, mean, std, size,
+                       origin)
 
 
 def listed_data(name, split, listed, mean, std, size, origin):
@@ -1352,40 +1346,30 @@ def listed_data(name, split, listed, mean, std, size, origin):
     return data
 
 
-def list_images(folder):
-    """(classes, paths, int64 labels) of a tree with a folder of images for each class."""
+def list_images(folder, check=False, skip_broken=False):
+    """(classes, paths, int64 labels) of a tree with a folder of images for each class.
+
+    check: try up to 20,000 pictures, and leave out with skip_broken, or name in a UserError, those
+    that cannot be read.
+    """
     from torchvision.datasets import ImageFolder
     try:
         found = ImageFolder(folder)
     except FileNotFoundError as error:
         raise UserError(f'{folder}: {error} Give each class a folder of images.') from None
-    return found.classes, [Path(file) for file, _ in found.samples], np.array(found.targets)
-
-
-def readable_images(folders, skip_broken, checks=True):
-    """[what list_images returns] of each folder, without the pictures that cannot be read.
-
-    UserError names these without skip_broken. Files of other types are counted on stderr. Up to
-    20,000 pictures of a folder are tried, with `checks`.
-    """
-    out, names = [], []
-    for folder in folders:
-        classes, files, labels = list_images(folder)
-        others = collections.Counter(path.suffix for path in folder.rglob('*') if path.is_file())
-        others -= collections.Counter(path.suffix for path in files)
-        if others and checks:
-            ends = ', '.join(f'{count} {end or "no ending"}' for end, count in others.items())
-            print(f'{folder}: files that are no pictures are left out: {ends}', file=sys.stderr)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            fine = list(pool.map(is_image, files if checks and len(files) <= 20000 else ()))
-        broken = [k for k, is_fine in enumerate(fine) if not is_fine]
-        names += [str(files[k]) for k in broken]
-        kept = np.delete(np.arange(len(files)), broken)
-        out.append((classes, [files[k] for k in kept], labels[kept]))
-    if names and not skip_broken:
-        raise UserError(f'{len(names)} pictures cannot be read: {", ".join(names[:10])}. Mend or '
+    files, labels = [Path(file) for file, _ in found.samples], np.array(found.targets)
+    if not check or len(files) > 20000:
+        return found.classes, files, labels
+    others = sum(path.is_file() for path in folder.rglob('*')) - len(files)
+    if others:
+        print(f'{folder}: {others} files that are no pictures are left out', file=sys.stderr)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        fine = np.array(list(pool.map(is_image, files)))
+    broken = [str(files[k]) for k in np.flatnonzero(~fine)]
+    if broken and not skip_broken:
+        raise UserError(f'{len(broken)} pictures cannot be read: {", ".join(broken[:10])}. Mend or '
                         'remove them, or add --skip_broken.')
-    return out
+    return found.classes, [files[k] for k in np.flatnonzero(fine)], labels[fine]
 
 
 def is_image(path):
@@ -1409,13 +1393,10 @@ def decode(files, image_size, zoom=1):
 
 def read_image(path, image_size, zoom=1, crop=False):
     """uint8 (image_size, image_size, 3) of an image file: see resized. Grey becomes RGB."""
-    with readable(f'{path}: not a readable image', 'Mend or remove it.'):
-        if not Path(path).is_file():
-            raise ValueError('not there, or no regular file')
-        with Image.open(path, formats=['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f'{image.size} pixels are more than {MAX_PIXELS:,}')
-            return resized(image, image_size, zoom, crop)
+    formats = ['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']
+    with readable(f'{path}: not a readable image', 'Mend or remove it.'), \
+            Image.open(path, formats=formats) as image:
+        return resized(image, image_size, zoom, crop)
 
 
 def resized(image, size, zoom=1, crop=False):
@@ -1585,14 +1566,15 @@ class Batches:
         else:
             items = [(index, self.augment, self.seed, epoch) for index in indices.tolist()]
             batches = torch.utils.data.DataLoader(
-                self.data, batch_sampler=[items[part] for part in parts], collate_fn=stacked,
+                self.data, batch_sampler=[items[part] for part in parts],
                 num_workers=self.workers, pin_memory=self.device.type == 'cuda',
                 generator=torch.Generator())
-        for part, x in zip(parts, batches):
-            if isinstance(x, UserError):
-                raise x
-            x = self.prepared(x.to(self.device, non_blocking=True), draws[part])
-            yield x, self.labels[order[part]]
+        try:
+            for part, x in zip(parts, batches):
+                x = self.prepared(x.to(self.device, non_blocking=True), draws[part])
+                yield x, self.labels[order[part]]
+        except UserError as error:              # a worker's traceback stands before its message
+            raise UserError(str(error).split('UserError: ')[-1].strip()) from None
 
     def prepared(self, x, u):
         """(B, 3, S, S) of uint8 (B, S, S, 3). u (B, 11), 0 to 1: flip, place of cutout, shift."""
@@ -1611,12 +1593,6 @@ class Batches:
             rows, columns = ((at >= start) & (at < start + self.cutout)).unbind(1)
             x = x * (~(rows[:, None, :, None] & columns[:, None, None])).float()
         return x
-
-
-def stacked(images):
-    """A batch of what Data gives, or the first UserError in it."""
-    errors = [image for image in images if isinstance(image, UserError)]
-    return errors[0] if errors else torch.stack(images)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -259,18 +259,14 @@ EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(evil) (w) file\n'
 
 
 @pytest.mark.parametrize('name, needle', [
-    ('eps', 'cannot identify'), ('pipe', 'no regular file'),
-    ('bomb', 'pixels'), ('cut', 'truncated')])
+    ('eps', 'cannot identify'), ('bomb', 'pixels'), ('cut', 'truncated')])
 def test_a_hostile_image_is_one_line(name, needle, capsys):
     folder_of_images('own')
     path = Path('own/cat/0.png')
     if name == 'eps':
         path.write_bytes(EPS)
-    elif name == 'pipe':
-        path.unlink()
-        os.mkfifo(path)
     elif name == 'bomb':
-        Image.new('1', (13000, 13000)).save(path)
+        Image.new('1', (14000, 14000)).save(path)
     else:
         path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(g.UserError, match=needle):
