@@ -139,10 +139,8 @@ def one_line_errors(main):
             return main(argv) or 0
         except UserError as error:
             message = str(error)
-        except torch.OutOfMemoryError:
-            message = 'the GPU is out of memory: take a smaller --batch_size, or --grad_accum'
-        except MemoryError:
-            message = 'out of memory: take fewer or smaller images, or a smaller --batch_size'
+        except (torch.OutOfMemoryError, MemoryError):
+            message = 'out of memory: take a smaller --batch_size, or fewer or smaller images'
         except BrokenPipeError:                 # the reader of a pipe has gone, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
@@ -188,9 +186,6 @@ def write_file(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename = str(path)
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -505,7 +500,6 @@ class Formula:
         """uint8 (n, size, size, 3) at a time. One thread draws a chunk: more change last digits."""
         threads = torch.get_num_threads()
         for ks in parts_of(-(-len(self.labels) // self.chunk), threads):
-            torch.set_num_threads(1)
             with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
                 images = list(pool.map(self.draw, ks))
             torch.set_num_threads(threads)
@@ -754,12 +748,11 @@ class UNet(nn.Module):
         e = self.embed(torch.cat([phase.cos(), phase.sin(), 8 * y], 1))     # 8: as much as time
         x, kept = self.stem(x), []
         for block in self.down:
-            x = block(F.avg_pool2d(x, 2) if kept else x, e)
+            x = block(F.avg_pool2d(x, 2, ceil_mode=True) if kept else x, e)
             kept.append(x)
         x = self.middle(x, e)
         for block in self.up:
-            if x.shape[-1] != kept[-1].shape[-1]:
-                x = F.interpolate(x, scale_factor=2.0)
+            x = F.interpolate(x, kept[-1].shape[2:])
             x = block(torch.cat([x, kept.pop()], 1), e)
         return self.head(x)
 
@@ -848,8 +841,6 @@ def trained(s, device):
                         'folder as --data')
     source, n, seed = read(s['source'], s), s['num_images'], s['data_seed']
     size, classes = source.image_size, len(source.classes)
-    if size % 8:
-        raise UserError(f'--generator train needs a multiple of 8 px, not {size}: --image_size.')
     path = Path(f'{s["out"]}.generator', 'checkpoint.pt')
     path.parent.mkdir(parents=True, exist_ok=True)
     network = train_flow(source, path, s['generator_steps'], seed, device)
@@ -955,8 +946,9 @@ def make_set(out, name, s, device, force=False):
             images, digest = source.get(range(min(100, len(source)))), source.sha256()
             mean, std = source.mean, source.std
         else:
-            digest, mean, std = write_images(folder / 'images.npy', len(labels), made.chunks)
-            images = np.load(folder / 'images.npy', 'r')[:100]
+            images = write_images(folder / 'images.npy', len(labels), made.chunks)
+            digest, (mean, std) = hashlib.sha256(images).hexdigest(), mean_and_std(images)
+            images = images[:100]
         np.save(folder / 'labels.npy', labels)
         meta = {'kind': name, 'seed': s['data_seed'], 'settings': own, 'classes': made.classes,
                 'num_images': len(labels), 'image_size': images.shape[1], 'mean': mean,
@@ -969,32 +961,28 @@ def make_set(out, name, s, device, force=False):
 
 
 def write_images(path, n, chunks):
-    """Stream n images into an .npy file; return its images' SHA-256, mean and deviation."""
-    progress, digest, done, counts = Progress(n, 'images'), hashlib.sha256(), 0, 0
+    """Stream n images into an .npy file, and return them mapped."""
+    progress, done = Progress(n, 'images'), 0
     with open(path, 'wb') as file:
         for chunk in chunks:
             if not done:
                 np.lib.format.write_array_header_1_0(file, {
                     'descr': '|u1', 'fortran_order': False, 'shape': (n, *chunk.shape[1:])})
-            counts = counts + count_values(chunk)
-            digest.update(chunk.tobytes())
             file.write(chunk.tobytes())
             done += len(chunk)
             progress.update(done)
     progress.close()
-    return digest.hexdigest(), *mean_and_std(counts)
+    return np.load(path, 'r')
 
 
-def count_values(images):
-    """int64 (3, 256): how often each value is in a channel of uint8 images."""
-    return np.stack([np.bincount(c, minlength=256) for c in images.reshape(-1, 3).T])
-
-
-def mean_and_std(counts):
-    """Two lists by channel, of pixels / 255, from count_values; no deviation is below 1 / 255."""
-    values, n = np.arange(256), counts.sum(1)
-    mean = counts @ values / n
-    variance = counts @ values ** 2 / n - mean ** 2
+def mean_and_std(images):
+    """Two lists by channel, of pixels / 255; no deviation is below 1 / 255."""
+    counts, values = np.zeros((3, 256), np.int64), np.arange(256)
+    for part in parts_of(len(images), 1000):
+        for channel, pixels in enumerate(images[part].reshape(-1, 3).T):
+            counts[channel] += np.bincount(pixels, minlength=256)
+    mean = counts @ values / counts.sum(1)
+    variance = counts @ values ** 2 / counts.sum(1) - mean ** 2
     return (mean / 255).tolist(), (np.sqrt(np.maximum(variance, 1)) / 255).tolist()
 
 
@@ -1307,7 +1295,7 @@ def read_folder(root, split, s):
     size = s['image_size'] or 32
     files = listed[1]                                   # of at most 2,000 training images
     some = np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)
-    mean, std = mean_and_std(count_values(decode([files[k] for k in some], size)))
+    mean, std = mean_and_std(decode([files[k] for k in some], size))
     origin = {'name': str(root.resolve()), 'test_fraction': s['test_fraction'],
               'skip_broken': s['skip_broken']}
     return listed_data(str(root), split, listed if split == 'train' else held_out, mean, std, size,
@@ -1467,7 +1455,6 @@ def stratified_split(labels, fraction, seed, patients=None):
 IN_WORKERS = ('crop', 'imagenet', 'affine')     # done by the processes that read images
 
 
-@functools.cache
 def transforms_of(augment):
     """What workers do to an image that is cropped; the X-rays' slight moves are our own choice."""
     if augment not in IN_WORKERS:
@@ -1508,8 +1495,6 @@ class Batches:
         if len(indices) < batch_size and shuffle:
             raise UserError(f'--batch_size {batch_size} is more than the {len(indices)} images of '
                             f'its split of {data.name}. Use a smaller one.')
-        if batch_size % processes and shuffle:
-            raise UserError(f'--batch_size {batch_size}: use a multiple of {processes} processes.')
         self.data, self.indices, self.batch_size = data, np.asarray(indices), batch_size
         self.part = slice(0, batch_size)
         if shuffle:
@@ -1575,9 +1560,6 @@ class Batches:
             rows, columns = ((at >= start) & (at < start + self.cutout)).unbind(1)
             x = x * (~(rows[:, None, :, None] & columns[:, None, None])).float()
         return x
-
-
-# ---------------------------------------------------------------------------------------------
 
 
 @one_line_errors
