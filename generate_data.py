@@ -35,7 +35,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -235,15 +235,14 @@ class Progress:
         if world()[0] or not count or now - self.last < (0.2 if self.terminal else 10):
             return
         self.last, each = now, max(now - self.start, 1e-9) / count
-        left = each * (self.total - done)
+        left = timedelta(seconds=round(each * (self.total - done)))
         if not self.told and now - self.start > 3:
             self.told = True
-            if left > 60:
-                end = time.strftime('%a %d %b, %H:%M', time.localtime(time.time() + left))
-                print(f'about {timedelta(seconds=round(left))} left, until {end}'
-                      + (self.hint if left > 3600 else ''))
+            if left.total_seconds() > 60:
+                print(f'about {left} left, until {datetime.now() + left:%a %d %b, %H:%M}'
+                      + (self.hint if left.total_seconds() > 3600 else ''))
         rate = f'{1 / each:,.1f}/s' if each < 1 else f'{each:.1f} s each'
-        line = f'{done:,}/{self.total:,} {self.unit}  {rate}  {timedelta(seconds=round(left))} left'
+        line = f'{done:,}/{self.total:,} {self.unit}  {rate}  {left} left'
         print(f'{line}  {text}'.ljust(78)[:118], end='\r' if self.terminal else '\n',
               file=sys.stderr)
 
@@ -268,9 +267,6 @@ def choose_device(gpu, tf32=False):
     cuda = gpu >= 0 and torch.cuda.is_available()
     if shared and gpu >= 0:
         gpu = int(os.environ['LOCAL_RANK'])
-    if cuda and gpu >= torch.cuda.device_count():
-        raise UserError(f'--gpu {gpu}: this machine has CUDA devices 0 to '
-                        f'{torch.cuda.device_count() - 1}. Use one of them, or -1 for the CPU.')
     if shared:
         # torchrun keeps its store when it starts the processes again: without a prefix they would
         # find the addresses of those that died.
@@ -283,7 +279,8 @@ def choose_device(gpu, tf32=False):
             sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
     if cuda:
         torch.backends.cudnn.deterministic = True
-        torch.cuda.set_device(gpu)
+        with readable(f'--gpu {gpu} cannot be used', 'Use another one, or -1 for the CPU.'):
+            torch.cuda.set_device(gpu)
     elif gpu >= 0 and not world()[0]:
         print(f'no CUDA on this machine: --gpu {gpu} runs on the CPU '
               f'({torch.get_num_threads()} threads)', file=sys.stderr)
@@ -728,7 +725,7 @@ class UNet(nn.Module):
     """Velocity of the flow: images (B, 3, S, S), time (B,), condition (B, classes + 1)."""
     def __init__(self, num_classes, emb=256, widths=(64, 128, 192, 240)):
         super().__init__()
-        self.frequencies = nn.Parameter(torch.randn(64) * 8, requires_grad=False)
+        self.register_buffer('frequencies', torch.randn(64) * 8)
         self.embed = nn.Sequential(nn.Linear(128 + num_classes + 1, emb), nn.SiLU(),
                                    nn.Linear(emb, emb), nn.SiLU())
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
@@ -780,8 +777,7 @@ def train_flow(source, path, steps, seed, device):
     network = UNet(len(source.classes)).to(device)
     average = AveragedModel(network, multi_avg_fn=lambda averages, weights, n: torch._foreach_lerp_(
         averages, weights, 1 - min(0.999, float(n) / (float(n) + 10))))
-    weights = [p for p in network.parameters() if p.requires_grad]
-    adam = torch.optim.Adam(weights)
+    adam = torch.optim.Adam(network.parameters())
     parts = {'network': network, 'average': average, 'adam': adam}
     about = [source.sha256(), hashlib.sha256(source.labels.tobytes()).hexdigest(), source.classes,
              source.image_size, seed]
@@ -801,7 +797,7 @@ def train_flow(source, path, steps, seed, device):
             torch.manual_seed((seed * 10 ** 9 + step) % 2 ** 63)
             loss = flow_loss(network, x, conditions(y, len(source.classes)))
             loss.backward()
-            nn.utils.clip_grad_norm_(weights, 1)
+            nn.utils.clip_grad_norm_(network.parameters(), 1)
             adam.param_groups[0]['lr'] = 5e-4 * min(1, (step + 1) / 100)
             adam.step()
             adam.zero_grad()
@@ -893,6 +889,12 @@ def new_folder(out, force=False):
     old, new = out.with_name(f'.{out.name}.old'), out.with_name(f'.{out.name}.new')
     lock, held = out.with_name(f'.{out.name}.lock'), False
     out.parent.mkdir(parents=True, exist_ok=True)
+
+    def tidy():                             # also what killed runs left
+        put_back(out)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
     while not held:
         file = open(lock, 'w')  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -901,24 +903,17 @@ def new_folder(out, force=False):
             held = os.path.samefile(file.fileno(), lock)
     with file:
         try:
-            put_back(out)
-            if out.exists() and not force:
-                raise UserError(f'{out} exists. Use --force to replace it, or choose another '
-                                '--out.')
-            if out.exists() and not (out / 'meta.json').exists():
-                raise UserError(f'{out} is no data set of ours: --force does not replace it. '
-                                'Choose another --out.')
-            shutil.rmtree(old, ignore_errors=True)          # what killed runs left
-            shutil.rmtree(new, ignore_errors=True)
+            tidy()
+            if out.exists() and not (force and (out / 'meta.json').exists()):
+                raise UserError(f'{out} exists. Use --force to replace it if it is a data set, or '
+                                'choose another --out.')
             new.mkdir()
             yield new
             if out.exists():
                 os.replace(out, old)
             os.replace(new, out)
         finally:
-            put_back(out)
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            tidy()
             lock.unlink()
 
 
@@ -1047,6 +1042,16 @@ class Data:
         """Of each image the patient, who is in one half of a split only; None without studies."""
         return None if self.studies is None else np.array([s.split('/')[0] for s in self.studies])
 
+    def image(self, k, crop=False):
+        """uint8 (H, W, 3) of the k-th image; crop: a part of it, drawn by torch's generator."""
+        if isinstance(self.images, np.ndarray):
+            return resized(Image.fromarray(self.images[k]), self.image_size, 1, crop)
+        return read_image(self.images[k], self.image_size, self.zoom, crop)
+
+    def get(self, indices):
+        """uint8 (len(indices), H, W, 3)."""
+        return np.stack([self.image(k) for k in indices])
+
     def __getitem__(self, item):
         """uint8 (H, W, 3), by a worker; item: (index, augment, seed, epoch).
 
@@ -1054,23 +1059,12 @@ class Data:
         """
         index, augment, seed, epoch = item
         sequence = np.random.SeedSequence([seed, epoch, index])
-        crop = augment in ('crop', 'imagenet')
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-            if isinstance(self.images, np.ndarray):
-                image = resized(Image.fromarray(self.images[index]), self.image_size, 1, crop)
-            else:
-                image = read_image(self.images[index], self.image_size, self.zoom, crop)
-            image = Image.fromarray(image)
+            image = Image.fromarray(self.image(index, augment in ('crop', 'imagenet')))
             for transform in transforms_of(augment):
                 image = transform(image)
             return torch.from_numpy(np.array(image))
-
-    def get(self, indices):
-        """uint8 (len(indices), H, W, 3)."""
-        if isinstance(self.images, np.ndarray):
-            return self.images[np.asarray(indices)]
-        return np.stack([read_image(self.images[i], self.image_size, self.zoom) for i in indices])
 
     def sha256(self):
         """Of the images, or of the names and sizes of their files if they are not in memory."""
@@ -1374,9 +1368,8 @@ def resized(image, size, zoom=1, crop=False):
 
     crop: instead RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator.
     """
-    w, h = image.size
-    if image.getexif().get(274, 1) > 4:             # lies on its side until it is turned
-        w, h = h, w
+    turned = image.getexif().get(274, 1) > 4        # lies on its side until it is turned
+    w, h = image.size[::-1] if turned else image.size
     if crop:
         from torchvision.transforms import RandomResizedCrop
         top, left, high, wide = RandomResizedCrop.get_params(
