@@ -441,7 +441,9 @@ def random_labels(s, device):
     source = read(s['source'], s)
     labels = redraw_labels(source.labels, len(source.classes), s['data_seed'], s['label_mode'],
                            s['label_noise'])
-    return Made(labels, source.classes, None, {'source': source.origin}, source)
+    own = own_settings('random_labels', s)
+    origin = {**own, 'name': own['source'], 'data_dir': os.path.abspath(s['data_dir'])}
+    return Made(labels, source.classes, None, {'source': origin}, source)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -937,18 +939,17 @@ def make_set(out, name, s, device, force=False):
     with new_folder(out, force) as folder:
         made = KINDS[name].make({**s, 'out': out, 'image_size': own['image_size']}, device)
         labels, source = np.ascontiguousarray(made.labels), made.source
-        if source:
-            images, digest = source.get(range(min(100, len(source)))), source.sha256()
-            mean, std = source.mean, source.std
-        else:
+        if source is None:
             images = write_images(folder / 'images.npy', len(labels), made.chunks)
-            digest, (mean, std) = hashlib.sha256(images).hexdigest(), mean_and_std(images)
-            images = images[:100]
+            source = Data(out, name, images, labels, made.classes, *mean_and_std(images),
+                          images.shape[1])
+        images = source.get(range(min(100, len(source))))
         np.save(folder / 'labels.npy', labels)
         meta = {'kind': name, 'seed': s['data_seed'], 'settings': own, 'classes': made.classes,
-                'num_images': len(labels), 'image_size': images.shape[1], 'mean': mean,
-                'std': std, **made.meta,
-                'sha256': {'images': digest, 'labels': hashlib.sha256(labels).hexdigest()},
+                'num_images': len(labels), 'image_size': source.image_size, 'mean': source.mean,
+                'std': source.std, **made.meta,
+                'sha256': {'images': source.sha256(),
+                           'labels': hashlib.sha256(labels).hexdigest()},
                 'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
                 'versions': {'numpy': np.__version__, 'torch': torch.__version__}}
         contact_sheet(images, labels, meta).save(folder / 'sheet.png')
@@ -1017,7 +1018,6 @@ class Data:
     mean: list                  # of pixels / 255, per channel
     std: list
     image_size: int
-    origin: dict                # where it came from: 'name' and settings to read it again
     studies: np.ndarray = None  # of chest X-rays: 'patient00001/study1' of each image
     zoom: float = 1.0           # shorter side of a file to the side that is cut out of it
     on_device: dict = field(default_factory=dict, repr=False)
@@ -1105,7 +1105,7 @@ def read_written(folder, s):
         meta = json.loads((folder / 'meta.json').read_text())
         digests = meta['sha256']
         data = Data(str(folder), meta['kind'], None, None, meta['classes'], meta['mean'],
-                    meta['std'], meta['image_size'], {'name': str(folder.resolve())})
+                    meta['std'], meta['image_size'])
     with readable(f'{folder}/labels.npy is not what meta.json says', again):
         data.labels = np.load(folder / 'labels.npy')
         if hashlib.sha256(data.labels).hexdigest() != digests['labels']:
@@ -1145,10 +1145,11 @@ class ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f'it calls {module}.{name}')
 
 
-def read_arrays(path):
-    """The dictionary in a file of CIFAR's, which Python 2 wrote."""
-    with open(path, 'rb') as file:
-        return ArrayUnpickler(file, encoding='latin1').load()
+def read_arrays(path, *keys):
+    """What a file of CIFAR's, which Python 2 wrote, has under each key."""
+    with readable(f'{path} is no CIFAR file', 'Unpack it again.'), open(path, 'rb') as file:
+        content = ArrayUnpickler(file, encoding='latin1').load()
+        return [content[key] for key in keys]
 
 
 def read_cifar(name, s, split):
@@ -1164,23 +1165,20 @@ def read_cifar(name, s, split):
     if not folder.is_dir():
         raise UserError(f'{name}: no {inner}/ in {folder.parent}. Give its --data_dir, or '
                         '--download.')
-
     images, labels, size = [], [], s['image_size'] or 32
     for file, md5 in official.train_list if split == 'train' else official.test_list:
-        with readable(f'{folder / file} is no CIFAR file', 'Unpack it again.'):
-            batch = read_arrays(folder / file)
-            images.append(batch['data'].reshape(-1, 3, 32, 32))
-            labels.extend(batch['labels' if name == 'cifar10' else 'fine_labels'])
+        pixels, numbers = read_arrays(folder / file, 'data',
+                                       'labels' if name == 'cifar10' else 'fine_labels')
+        images.append(pixels)
+        labels.extend(numbers)
         if not datasets.utils.check_integrity(folder / file, md5):
             print(f'warning: {folder / file} is not as officially published', file=sys.stderr)
-    path = folder / official.meta['filename']
-    with readable(f'{path} names no classes', 'Unpack it again.'):
-        classes = read_arrays(path)[official.meta['key']]
-    images = np.ascontiguousarray(np.concatenate(images).transpose(0, 2, 3, 1))
+    classes, = read_arrays(folder / official.meta['filename'], official.meta['key'])
+    images = np.concatenate(images).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    images = np.ascontiguousarray(images)
     if size != 32:
         images = np.stack([resized(Image.fromarray(x), size) for x in images])
-    return Data(name, 'real', images, np.array(labels), classes, mean, std, size,
-                {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
+    return Data(name, 'real', images, np.array(labels), classes, mean, std, size)
 
 
 def read_imagenet(name, s, split):
@@ -1193,8 +1191,7 @@ def read_imagenet(name, s, split):
                         'Give its --data_dir.')
     listed = list_images(root / ('train' if split == 'train' else 'val'))
     return listed_data(name, split, listed, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225],
-                       s['image_size'] or 224,
-                       {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
+                       s['image_size'] or 224)
 
 
 def read_chexpert(name, s, split, table=None):
@@ -1226,10 +1223,8 @@ def read_chexpert(name, s, split, table=None):
     if not files:
         raise UserError(f'{path}: no {s["views"]} view in it. Use --views all.')
     studies = np.array(['/'.join(file.parts[-3:-1]) for file in files])
-    origin = {'name': name, 'data_dir': str(data_dir.resolve()), 'uncertain': s['uncertain'],
-              'views': s['views']}
     data = Data(name, 'real', files, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
-                s['image_size'] or 320, origin, studies)
+                s['image_size'] or 320, studies)
     if data.small:
         data.images = decode(files, data.image_size)
     return data
@@ -1290,20 +1285,17 @@ def read_folder(root, split, s):
     files = listed[1]                                   # of at most 2,000 training images
     some = np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)
     mean, std = mean_and_std(decode([files[k] for k in some], size))
-    origin = {'name': str(root.resolve()), 'test_fraction': s['test_fraction'],
-              'skip_broken': s['skip_broken']}
-    return listed_data(str(root), split, listed if split == 'train' else held_out, mean, std, size,
-                       origin)
+    return listed_data(str(root), split, listed if split == 'train' else held_out, mean, std, size)
 
 
-def listed_data(name, split, listed, mean, std, size, origin):
+def listed_data(name, split, listed, mean, std, size):
     """A Data of (classes, files, labels).
 
     Above 64 px images are resized to 8/7 of the size and their middle is cut out, as 256 and 224
     px of ImageNet. Small sets are decoded at once.
     """
     classes, files, labels = listed
-    data = Data(name, 'real', files, labels, classes, mean, std, size, origin,
+    data = Data(name, 'real', files, labels, classes, mean, std, size,
                 zoom=8 / 7 if size > 64 else 1)
     if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
         data.images = decode(files, size, data.zoom)

@@ -217,7 +217,6 @@ PICKLES = {
     'open': pickle.dumps({'data': Runs(open, ('evil', 'w')), 'labels': [0]}),
     'memoryview': pickle.dumps({'data': Runs(memoryview, (b'x' * 3072,)), 'labels': [0]}),
     'no dictionary': pickle.dumps([0]),
-    'other shape': python2_pickle(np.zeros((7, 9), np.uint8), range(7)),
     'no pickle': b'PK\x03\x04'}
 
 

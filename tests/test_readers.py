@@ -67,7 +67,7 @@ def test_augmentations_keep_what_they_should():
     pixels = np.zeros((6, 72, 72, 3), np.uint8)
     pixels[:, :, :36] = 255                                         # left half white
     data = g.Data('x', 'real', pixels, np.zeros((6, 14), np.uint8), list(g.CHEXPERT), [.5] * 3,
-                  [.2] * 3, 72, {})
+                  [.2] * 3, 72)
     sides = {}
     for augment in ('affine', 'crop'):
         batches = g.Batches(data, range(6), 6, CPU, augment, workers=0)
