@@ -265,9 +265,8 @@ def choose_device(gpu, tf32=False):
     set_tf32(tf32)
     shared = int(os.environ.get('WORLD_SIZE', 1)) > 1 and world()[1] == 1
     cuda = gpu >= 0 and torch.cuda.is_available()
-    if shared and gpu >= 0:
-        gpu = int(os.environ['LOCAL_RANK'])
     if shared:
+        gpu = int(os.environ['LOCAL_RANK']) if cuda else gpu
         # torchrun keeps its store when it starts the processes again: without a prefix they would
         # find the addresses of those that died.
         store, rank, processes = next(torch.distributed.rendezvous('env://'))
@@ -1100,31 +1099,26 @@ def read(name, s, split='train'):
 
 def read_written(folder, s):
     """A set of make_set."""
-    again = 'Generate the set again.'
-    with readable(f'{folder}/meta.json is broken', again):
+    with readable(f'{folder}: meta.json, labels.npy or images.npy is damaged', 'Make it again.'):
         meta = json.loads((folder / 'meta.json').read_text())
-        digests = meta['sha256']
-        data = Data(str(folder), meta['kind'], None, None, meta['classes'], meta['mean'],
-                    meta['std'], meta['image_size'])
-    with readable(f'{folder}/labels.npy is not what meta.json says', again):
-        data.labels = np.load(folder / 'labels.npy')
-        if hashlib.sha256(data.labels).hexdigest() != digests['labels']:
+        data = Data(str(folder), meta['kind'], None, np.load(folder / 'labels.npy'),
+                    meta['classes'], meta['mean'], meta['std'], meta['image_size'])
+        if hashlib.sha256(data.labels).hexdigest() != meta['sha256']['labels']:
             raise ValueError('other labels')
-    if 'source' in meta:
+        if 'source' not in meta:
+            data.images = np.load(folder / 'images.npy', 'r')
+            if data.small and data.sha256() != meta['sha256']['images']:
+                raise ValueError('other images')
+            return data
         origin = {**meta['source'], 'image_size': data.image_size, 'download': False}
-        for place in (s['data_dir'], origin.get('data_dir', '.')):
-            with contextlib.suppress(UserError):
-                source = read(origin['name'], {**s, **origin, 'data_dir': place})
-                if source.sha256() == digests['images']:
-                    return replace(data, images=source.images, studies=source.studies,
-                                   zoom=source.zoom)
-        raise UserError(f'{folder}: its images, {origin["name"]} {origin.get("data_dir", "")}, are '
-                        'not as they were. Give their --data_dir, or generate it again.')
-    with readable(f'{folder}/images.npy is not what meta.json says', again):
-        data.images = np.load(folder / 'images.npy', 'r')
-        if data.small and data.sha256() != digests['images']:
-            raise ValueError('other images')
-    return data
+    for place in (s['data_dir'], origin.get('data_dir', '.')):
+        with contextlib.suppress(UserError):
+            source = read(origin['name'], {**s, **origin, 'data_dir': place})
+            if source.sha256() == meta['sha256']['images']:
+                return replace(data, images=source.images, studies=source.studies,
+                               zoom=source.zoom)
+    raise UserError(f'{folder}: its images, {origin["name"]} {origin.get("data_dir", "")}, are '
+                    'not as they were. Give their --data_dir, or generate it again.')
 
 
 # CIFAR: folder, means and standard deviations of the training images (those that DARTS's code
@@ -1202,13 +1196,13 @@ def read_chexpert(name, s, split, table=None):
     """
     data_dir = Path(s['data_dir'])
     places = [data_dir, data_dir / 'CheXpert-v1.0-small', data_dir / 'CheXpert-v1.0']
-    root = next((place for place in places if (place / 'train.csv').is_file()), None)
-    if root is None and table is None:
-        raise UserError(f'chexpert: no train.csv in {data_dir}, nor in its CheXpert-v1.0-small or '
-                        'CheXpert-v1.0. Give its --data_dir.')
+    root = next((place for place in places if (place / 'train.csv').is_file()), data_dir)
     path = Path(table or root / ('train.csv' if split == 'train' else 'valid.csv'))
+    if not path.is_file():
+        raise UserError(f'chexpert: no {path}, nor in CheXpert-v1.0-small/ or CheXpert-v1.0/ '
+                        'there. Give its --data_dir.')
     paths, labels = read_chexpert_table(path, s['uncertain'])
-    roots = [root or data_dir, path.parent, (root or data_dir).parent]
+    roots = [root, path.parent, root.parent]
     root = next((place for place in roots if (place / paths[0]).exists()), None)
     if root is None:
         raise UserError(f'{path}: its first file is not there; looked at {roots[0] / paths[0]}. '
@@ -1394,9 +1388,8 @@ def find_or_make(name, s):
     if name not in KINDS:
         return read(name, s)
     own = own_settings(name, s)
-    usual = {**DEFAULTS, 'data_seed': own['data_seed']}
-    if 'source' not in own:
-        usual['image_size'] = 32
+    usual = {**DEFAULTS, 'data_seed': own['data_seed'],
+             'image_size': None if 'source' in own else 32}
     parts = [f'{k}={Path(str(v)).name}' for k, v in own.items() if v != usual[k]]
     folder = Path('data', '-'.join([name, *parts, f'seed{own["data_seed"]}']))
     put_back(folder)
@@ -1410,10 +1403,9 @@ def find_or_make(name, s):
                 raise
     data = read(str(folder), s)
     made = json.loads((folder / 'meta.json').read_text()).get('settings', {})
-    for key, value in own.items():
-        if made.get(key) != value:
-            raise UserError(f'{folder} was made with {key} {made.get(key)}, not {value}. Rename or '
-                            'remove that folder.')
+    differ = [key for key in own if made.get(key) != own[key]]
+    if differ:
+        raise UserError(f'{folder} was made with another {differ[0]}. Rename or remove it.')
     return data
 
 
