@@ -80,10 +80,9 @@ def name_or_path(text):
     return text.rstrip('/') or text
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, without the page of usage."""
-    def error(self, message):
-        raise UserError(f'{message} (see --help)')
+def refuse_flags(message):
+    """UserError of one line, where argparse would print a page of usage."""
+    raise UserError(f'{message} (see --help)')
 
 
 def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
@@ -94,8 +93,10 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
     them.
     """
     layout = functools.partial(argparse.HelpFormatter, max_help_position=30, width=100)
-    parser = Parser(description=doc.split('\n')[0], usage='%(prog)s [flags]', add_help=False,
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False, formatter_class=layout)
+    parser = argparse.ArgumentParser(
+        description=doc.split('\n')[0], usage='%(prog)s [flags]', add_help=False,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False, formatter_class=layout)
+    parser.error = refuse_flags
     parser.add_argument('-h', '--help', action='store_true', help='show this and end')
     defaults = {}
     for title, table in tables.items():
@@ -417,20 +418,14 @@ def redraw_labels(true, num_classes, seed, mode, label_noise):
     return labels
 
 
-def parts_of(count, size):
-    """Ranges of up to `size` numbers that together are 0 to count - 1."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 def noise(s, device):
     """Made: Gaussian pixels with mean 127.5 and deviation 32, and random labels."""
     if s['label_mode'] == 'permute':
         raise UserError('--label_mode permute: noise has no true labels. Use balanced.')
-    size, seed = s['image_size'], s['data_seed']
-    labels = draw_labels(seed, s['num_images'], s['num_classes'], s['label_mode'],
-                         multilabel=s['multilabel'])
-    chunks = (noise_images(seed, part.start, len(part), size)
-              for part in parts_of(len(labels), max(1, (32 << 20) // (size * size * 3))))
+    size, seed, n = s['image_size'], s['data_seed'], s['num_images']
+    labels = draw_labels(seed, n, s['num_classes'], s['label_mode'], multilabel=s['multilabel'])
+    step = max(1, (32 << 20) // (size * size * 3))
+    chunks = (noise_images(seed, start, min(step, n - start), size) for start in range(0, n, step))
     return Made(labels, [str(k) for k in range(s['num_classes'])], chunks,
                 {'mean': [0.5] * 3, 'std': [32 / 255] * 3})
 
@@ -496,10 +491,10 @@ class Formula:
 
     def chunks(self):
         """uint8 (n, size, size, 3) at a time. One thread draws a chunk: more change last digits."""
-        threads = torch.get_num_threads()
-        for ks in parts_of(-(-len(self.labels) // self.chunk), threads):
+        threads, count = torch.get_num_threads(), math.ceil(len(self.labels) / self.chunk)
+        for k in range(0, count, threads):
             with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
-                images = list(pool.map(self.draw, ks))
+                images = list(pool.map(self.draw, range(k, min(k + threads, count))))
             torch.set_num_threads(threads)
             yield np.concatenate(images)
 
@@ -671,12 +666,11 @@ def spread(seed, n, k):
 def smooth_field(noise, slope, stretch=None, angle=None):
     """Gaussian fields with power 1/f^slope and deviation 1: noise (B, 1, S, S), the rest (B,)."""
     size = noise.shape[-1]
-    fy = torch.fft.fftfreq(size)[:, None]
-    fx = torch.fft.rfftfreq(size)
+    fy, fx = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)
     if angle is not None:
         c, s = angle.cos()[:, None, None], angle.sin()[:, None, None]
-        stretch = stretch[:, None, None]
-        fx, fy = (c * fx + s * fy) * stretch ** 0.5, (c * fy - s * fx) / stretch ** 0.5
+        stretch = stretch[:, None, None] ** 0.5
+        fx, fy = (c * fx + s * fy) * stretch, (c * fy - s * fx) / stretch
     square = (fx ** 2 + fy ** 2).expand(len(noise), -1, -1).clone()
     square[:, 0, 0] = math.inf                  # no mean
     x = torch.fft.rfft2(noise) * (square ** (-slope[:, None, None] / 4))[:, None]
@@ -846,14 +840,14 @@ def trained(s, device):
         labels = (source.labels[draw_labels(seed, n, len(source))] == 1).astype(np.uint8)
     mean, std = torch.tensor([source.mean, source.std], device=device)
 
-    def images(part):
-        z = uniforms(seed, DRAWS, part.start, len(part), 3 * size * size)
+    def images(start):
+        y = conditions(torch.from_numpy(labels[start:start + 64]), classes)
+        z = uniforms(seed, DRAWS, start, len(y), 3 * size * size)
         z = torch.special.ndtri(torch.from_numpy(z)).float().view(-1, 3, size, size)
-        y = conditions(torch.from_numpy(labels[part.start:part.stop]), classes)
         x = sample_flow(network, z.to(device), y.to(device)).permute(0, 2, 3, 1) * std + mean
         return (x.clamp(0, 1) * 255).round().byte().cpu().numpy()
 
-    return Made(labels, source.classes, map(images, parts_of(n, 64)))
+    return Made(labels, source.classes, map(images, range(0, n, 64)))
 
 
 GENERATORS = {
@@ -973,8 +967,8 @@ def write_images(path, n, chunks):
 def mean_and_std(images):
     """Two lists by channel, of pixels / 255; no deviation is below 1 / 255."""
     counts, values = np.zeros((3, 256), np.int64), np.arange(256)
-    for part in parts_of(len(images), 1000):
-        for channel, pixels in enumerate(images[part].reshape(-1, 3).T):
+    for start in range(0, len(images), 1000):
+        for channel, pixels in enumerate(images[start:start + 1000].reshape(-1, 3).T):
             counts[channel] += np.bincount(pixels, minlength=256)
     mean = counts @ values / counts.sum(1)
     variance = counts @ values ** 2 / counts.sum(1) - mean ** 2
@@ -1141,7 +1135,8 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def read_arrays(path, *keys):
     """What a file of CIFAR's, which Python 2 wrote, has under each key."""
-    with readable(f'{path} is no CIFAR file', 'Unpack it again.'), open(path, 'rb') as file:
+    with readable(f'{path} is not CIFAR', 'Give its --data_dir, or --download.'), \
+            open(path, 'rb') as file:
         content = ArrayUnpickler(file, encoding='latin1').load()
         return [content[key] for key in keys]
 
@@ -1156,9 +1151,6 @@ def read_cifar(name, s, split):
     if s['download']:                       # torchvision fetches what is not whole
         with readable(f'{name}: no download', f'Put {inner}/ into {folder.parent}.'):
             official(folder.parent, download=True)
-    if not folder.is_dir():
-        raise UserError(f'{name}: no {inner}/ in {folder.parent}. Give its --data_dir, or '
-                        '--download.')
     images, labels, size = [], [], s['image_size'] or 32
     for file, md5 in official.train_list if split == 'train' else official.test_list:
         pixels, numbers = read_arrays(folder / file, 'data',
@@ -1180,9 +1172,6 @@ def read_imagenet(name, s, split):
     root = Path(s['data_dir'])
     if not (root / 'train').is_dir():
         root /= name
-    if not (root / 'train').is_dir() or not (root / 'val').is_dir():
-        raise UserError(f'imagenet: no train/ and val/ in {s["data_dir"]} or its folder imagenet/. '
-                        'Give its --data_dir.')
     listed = list_images(root / ('train' if split == 'train' else 'val'))
     return listed_data(name, split, listed, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225],
                        s['image_size'] or 224)
@@ -1198,15 +1187,9 @@ def read_chexpert(name, s, split, table=None):
     places = [data_dir, data_dir / 'CheXpert-v1.0-small', data_dir / 'CheXpert-v1.0']
     root = next((place for place in places if (place / 'train.csv').is_file()), data_dir)
     path = Path(table or root / ('train.csv' if split == 'train' else 'valid.csv'))
-    if not path.is_file():
-        raise UserError(f'chexpert: no {path}, nor in CheXpert-v1.0-small/ or CheXpert-v1.0/ '
-                        'there. Give its --data_dir.')
     paths, labels = read_chexpert_table(path, s['uncertain'])
-    roots = [root, path.parent, root.parent]
-    root = next((place for place in roots if (place / paths[0]).exists()), None)
-    if root is None:
-        raise UserError(f'{path}: its first file is not there; looked at {roots[0] / paths[0]}. '
-                        'Give the right --data_dir.')
+    places = [root, path.parent, root.parent]
+    root = next((place for place in places if (place / paths[0]).exists()), root)
     files, rows = [], []
     for row, inside in enumerate(paths):
         file = root / inside
@@ -1231,7 +1214,7 @@ def read_chexpert_table(path, uncertain):
     zeros.
     """
     paths, labels = [], []
-    with readable(f'{path} is no CSV file of CheXpert', 'Unpack it again.'), \
+    with readable(f'{path} is no CSV file of CheXpert', 'Give its --data_dir.'), \
             open(path, newline='', encoding='utf-8-sig') as file:
         for row in csv.DictReader(file, restval='no cell'):
             paths.append(re.sub('^.*/(?=(train|valid|test)/)', '', row.get('Path') or row['Study']))
@@ -1306,7 +1289,8 @@ def list_images(folder, check=False, skip_broken=False):
     try:
         found = ImageFolder(folder)
     except FileNotFoundError as error:
-        raise UserError(f'{folder}: {error} Give each class a folder of images.') from None
+        raise UserError(f'{folder}: {error} Give each class a folder of images, or another path.'
+                        ) from None
     files, labels = [Path(file) for file, _ in found.samples], np.array(found.targets)
     if not check or len(files) > 20000:
         return found.classes, files, labels
@@ -1392,7 +1376,6 @@ def find_or_make(name, s):
              'image_size': None if 'source' in own else 32}
     parts = [f'{k}={Path(str(v)).name}' for k, v in own.items() if v != usual[k]]
     folder = Path('data', '-'.join([name, *parts, f'seed{own["data_seed"]}']))
-    put_back(folder)
     if not folder.exists():
         if not world()[0]:
             print(f'making {folder}', file=sys.stderr)
