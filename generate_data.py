@@ -22,6 +22,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -165,7 +166,6 @@ def leave(status):
         if status == 0:
             torch.distributed.barrier()
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
@@ -717,18 +717,17 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Velocity of the flow: images (B, 3, S, S), time (B,), condition (B, classes + 1)."""
+    """Velocity of the flow: images (B, 3, S, S), time (B,), condition (B, classes)."""
     def __init__(self, num_classes, emb=256, widths=(64, 128, 192, 240)):
         super().__init__()
         self.register_buffer('frequencies', torch.randn(64) * 8)
-        self.embed = nn.Sequential(nn.Linear(128 + num_classes + 1, emb), nn.SiLU(),
+        self.embed = nn.Sequential(nn.Linear(128 + num_classes, emb), nn.SiLU(),
                                    nn.Linear(emb, emb), nn.SiLU())
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down, self.up, width = nn.ModuleList(), nn.ModuleList(), widths[0]
         for c in widths:
             self.down.append(ResBlock(width, c, emb))
             width = c
-        self.middle = ResBlock(width, width, emb)
         for c in reversed(widths):
             self.up.append(ResBlock(width + c, c, emb))
             width = c
@@ -742,7 +741,6 @@ class UNet(nn.Module):
         for block in self.down:
             x = block(F.avg_pool2d(x, 2, ceil_mode=True) if kept else x, e)
             kept.append(x)
-        x = self.middle(x, e)
         for block in self.up:
             x = F.interpolate(x, kept[-1].shape[2:])
             x = block(torch.cat([x, kept.pop()], 1), e)
@@ -750,17 +748,14 @@ class UNet(nn.Module):
 
 
 def conditions(labels, num_classes):
-    """float (B, classes + 1) of labels (B,) or (B, classes); the last column stands for "any"."""
-    rows = labels if labels.ndim == 2 else F.one_hot(labels, num_classes)
-    return F.pad(rows.float(), (0, 1))
+    """float (B, classes) of labels (B,) or (B, classes)."""
+    return (labels if labels.ndim == 2 else F.one_hot(labels, num_classes)).float()
 
 
 def flow_loss(network, x, y):
-    """Of a flow from noise to images x, a tenth of them without their conditions y."""
+    """Loss of a flow from noise to images x with conditions y."""
     t = torch.randn(len(x), device=x.device).sigmoid()
     noise = torch.randn_like(x)
-    drop = (torch.rand(len(x), 1, device=x.device) < 0.1).float()
-    y = torch.cat([y[:, :-1] * (1 - drop), drop], 1)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
         velocity = network(torch.lerp(noise, x, t[:, None, None, None]), t, y)
     return (velocity.float() - (x - noise)).square().mean()
@@ -788,7 +783,8 @@ def train_flow(source, path, steps, seed, device):
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
     progress = Progress(steps, 'steps', step)
     while step < steps:
-        for x, y in batches.epoch(*divmod(step, len(batches))):
+        epoch = batches.epoch(*divmod(step, len(batches)))
+        for x, y in itertools.islice(epoch, steps - step):
             torch.manual_seed((seed * 10 ** 9 + step) % 2 ** 63)
             loss = flow_loss(network, x, conditions(y, len(source.classes)))
             loss.backward()
@@ -807,21 +803,15 @@ def train_flow(source, path, steps, seed, device):
                 write_file(path, {'about': about, 'step': step,
                                   **{name: part.state_dict() for name, part in parts.items()}})
                 saved = time.time()
-            if step == steps:
-                break
     progress.close()
     return average.module.eval()
 
 
 @torch.no_grad()
-def sample_flow(network, x, y, guidance=1.5, steps=30):
-    """Images, normalised, of normal noise x and conditions y: Euler steps with guidance."""
-    free = torch.zeros_like(y)
-    free[:, -1] = 1
+def sample_flow(network, x, y, steps=30):
+    """Images, normalised, of normal noise x and conditions y, by Euler steps."""
     for k in range(steps):
-        t = torch.full((2 * len(x),), k / steps, device=x.device)
-        with_y, without = network(torch.cat([x, x]), t, torch.cat([y, free])).chunk(2)
-        x = x + (without + guidance * (with_y - without)) / steps
+        x = x + network(x, torch.full((len(x),), k / steps, device=x.device), y) / steps
     return x
 
 
@@ -1062,7 +1052,7 @@ class Data:
     def sha256(self):
         """Of the images, or of the names and sizes of their files if they are not in memory."""
         if isinstance(self.images, np.ndarray):
-            return hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()
+            return hashlib.sha256(self.images).hexdigest()
         names = [f'{path.parent.name}/{path.name} {path.stat().st_size}' for path in self.images]
         return hashlib.sha256('\n'.join(names).encode()).hexdigest()
 
@@ -1482,8 +1472,7 @@ class Batches:
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
         n, step = len(self.indices), self.batch_size
         indices = self.indices[rng.permutation(n)] if self.shuffle else self.indices
-        random = self.augment == 'standard' or self.cutout
-        draws = torch.from_numpy(rng.random((n if random else 0, 11), np.float32)).to(self.device)
+        draws = torch.from_numpy(rng.random((n, 11), np.float32)).to(self.device)
         order = torch.from_numpy(indices).to(self.device)
         parts = [slice(k * step + self.part.start, k * step + self.part.stop)
                  for k in range(start, len(self))]
