@@ -381,15 +381,20 @@ EDGES = [round(65536 * GAUSS.cdf(pixel + 0.5)) for pixel in range(255)]
 NORMAL = np.searchsorted(EDGES, np.arange(65536), side='right').astype(np.uint8)
 
 
-def halves(seed, stream, start, count, n):
+def uint16s(seed, stream, start, count, n):
     """uint16 (count, n): n numbers for each image from `start` on."""
     raw = philox(seed, stream, start, count, -(-n // 4)).astype('<u8', copy=False)
     return raw.view('<u2')[:, :n]
 
 
+def uniforms(seed, stream, start, count, n):
+    """float64 (count, n) between 0 and 1: n numbers for each image from `start` on."""
+    return ((philox(seed, stream, start, count, n) >> np.uint64(40)) + 0.5) / 2 ** 24
+
+
 def noise_images(seed, start, count, size):
     """Images start to start+count of the noise of a seed: uint8 (count, size, size, 3)."""
-    draws = halves(seed, PIXELS, start, count, size * size * 3)
+    draws = uint16s(seed, PIXELS, start, count, size * size * 3)
     return NORMAL[draws].reshape(count, size, size, 3)
 
 
@@ -456,12 +461,7 @@ CHEXPERT = {'No Finding': .0886, 'Enlarged Cardiomediastinum': .0481, 'Cardiomeg
             'Support Devices': .564}
 
 
-def uniforms(seed, stream, start, count, n):
-    """float64 (count, n) between 0 and 1: n numbers for each image from `start` on."""
-    return ((philox(seed, stream, start, count, n) >> np.uint64(40)) + 0.5) / 2 ** 24
-
-
-def drawn(s, device):
+def formula_images(s, device):
     """Made: images that a formula draws for labels; with several labels grey glyphs."""
     n, classes, seed = s['num_images'], s['num_classes'], s['data_seed']
     labels, names = draw_labels(seed, n, classes, 'balanced'), [str(k) for k in range(classes)]
@@ -504,7 +504,7 @@ class Formula:
         labels = self.labels[start:start + self.chunk]
         u, rolls = self.random(start, len(labels))
         normal = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
-        noise = halves(self.seed, FIELD, start, len(labels), 2 * s * s)
+        noise = uint16s(self.seed, FIELD, start, len(labels), 2 * s * s)
         noise = torch.from_numpy(normal.float().numpy()[noise]).view(-1, 2, s, s)
         if labels.ndim == 2:
             x = self.glyphs(labels, background(u, noise, self.contrast), start)
@@ -515,7 +515,7 @@ class Formula:
     def random(self, start, count, stream=0):
         """(B, 32) numbers between 0 and 1, never 1 itself, and (B, n) of 16 bits."""
         u = torch.from_numpy(uniforms(self.seed, DRAWS + stream, start, count, 32)).float()
-        rolls = halves(self.seed, ROLLS + stream, start, count,
+        rolls = uint16s(self.seed, ROLLS + stream, start, count,
                        max(8 * LEAVES, ROUNDS * 8 * self.size)).astype(np.int32)
         return u.clamp(max=1 - 2 ** -24), torch.from_numpy(rolls)   # 1: the largest, rounded
 
@@ -815,7 +815,7 @@ def sample_flow(network, x, y, steps=30):
     return x
 
 
-def trained(s, device):
+def flow_images(s, device):
     """Made: images of a network that is trained on a source, for labels as the source has them."""
     if 'generator_steps' not in s:
         raise UserError('--generator train: make this set with generate_data.py, and give its '
@@ -841,10 +841,10 @@ def trained(s, device):
 
 
 GENERATORS = {
-    'fractal': Kind(drawn, 'num_classes difficulty multilabel'),
-    'spectrum': Kind(drawn, 'num_classes difficulty'),
-    'deadleaves': Kind(drawn, 'num_classes difficulty'),
-    'train': Kind(trained, 'source generator_steps')}
+    'fractal': Kind(formula_images, 'num_classes difficulty multilabel'),
+    'spectrum': Kind(formula_images, 'num_classes difficulty'),
+    'deadleaves': Kind(formula_images, 'num_classes difficulty'),
+    'train': Kind(flow_images, 'source generator_steps')}
 KINDS = {
     'noise': Kind(noise, 'num_images num_classes multilabel label_mode'),
     'random_labels': Kind(random_labels, 'source label_mode label_noise', augment=True),
@@ -1028,7 +1028,7 @@ class Data:
     def image(self, k, crop=False):
         """uint8 (H, W, 3) of the k-th image; crop: a part of it, drawn by torch's generator."""
         if isinstance(self.images, np.ndarray):
-            return resized(Image.fromarray(self.images[k]), self.image_size, 1, crop)
+            return resize(Image.fromarray(self.images[k]), self.image_size, 1, crop)
         return read_image(self.images[k], self.image_size, self.zoom, crop)
 
     def get(self, indices):
@@ -1153,7 +1153,7 @@ def read_cifar(name, s, split):
     images = np.concatenate(images).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     images = np.ascontiguousarray(images)
     if size != 32:
-        images = np.stack([resized(Image.fromarray(x), size) for x in images])
+        images = np.stack([resize(Image.fromarray(x), size) for x in images])
     return Data(name, 'real', images, np.array(labels), classes, mean, std, size)
 
 
@@ -1316,14 +1316,14 @@ def decode(files, image_size, zoom=1):
 
 
 def read_image(path, image_size, zoom=1, crop=False):
-    """uint8 (image_size, image_size, 3) of an image file: see resized. Grey becomes RGB."""
+    """uint8 (image_size, image_size, 3) of an image file: see resize. Grey becomes RGB."""
     formats = ['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']
     with readable(f'{path}: not a readable image', 'Mend or remove it.'), \
             Image.open(path, formats=formats) as image:
-        return resized(image, image_size, zoom, crop)
+        return resize(image, image_size, zoom, crop)
 
 
-def resized(image, size, zoom=1, crop=False):
+def resize(image, size, zoom=1, crop=False):
     """uint8 (size, size, 3): the middle of a PIL image, its shorter side `zoom` times as long.
 
     crop: instead RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator.
@@ -1487,12 +1487,12 @@ class Batches:
                 generator=torch.Generator())
         try:
             for part, x in zip(parts, batches):
-                x = self.prepared(x.to(self.device, non_blocking=True), draws[part])
+                x = self.prepare(x.to(self.device, non_blocking=True), draws[part])
                 yield x, self.labels[order[part]]
         except UserError as error:              # a worker's traceback stands before its message
             raise UserError(str(error).split('UserError: ')[-1].strip()) from None
 
-    def prepared(self, x, u):
+    def prepare(self, x, u):
         """(B, 3, S, S) of uint8 (B, S, S, 3). u (B, 11), 0 to 1: flip, place of cutout, shift."""
         size = self.data.image_size
         at = torch.arange(size, device=x.device)
