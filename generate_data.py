@@ -15,7 +15,6 @@ A set appears when it is complete, so you can simply repeat a run that was stopp
 `--generator train` keeps its training in OUT.generator/ and goes on from there.
 """
 import argparse
-import collections
 import contextlib
 import csv
 import ctypes
@@ -23,6 +22,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -36,7 +36,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +51,6 @@ from torch.nn import functional as F  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
 
 RESIDENT = 2 << 30              # bytes: smaller sets live on the device, larger ones are streamed
-MAX_PIXELS = 150_000_000        # of an image file: a larger one is not decoded
-Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit, which warns first
 
 
 # ---------------------------------------------------------------------------------------------
@@ -74,9 +72,8 @@ def number(kind, low=-2 ** 62, high=2 ** 62, above=-math.inf, below=math.inf):
             value = kind(text)
             if low <= value <= high and above < value < below:
                 return value
-        limits = f'from {low} to {high}' if above == -math.inf == -below \
-            else f'above {max(low, above)} and below {min(high, below)}'
-        raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {kind.__name__} {limits}')
+        raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {kind.__name__} between '
+                                         f'{max(low, above)} and {min(high, below)}')
     return parse
 
 
@@ -85,10 +82,9 @@ def name_or_path(text):
     return text.rstrip('/') or text
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, without the page of usage."""
-    def error(self, message):
-        raise UserError(f'{message} (see --help)')
+def refuse_flags(message):
+    """UserError of one line, where argparse would print a page of usage."""
+    raise UserError(f'{message} (see --help)')
 
 
 def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
@@ -99,8 +95,10 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
     them.
     """
     layout = functools.partial(argparse.HelpFormatter, max_help_position=30, width=100)
-    parser = Parser(description=doc.split('\n')[0], usage='%(prog)s [flags]', add_help=False,
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False, formatter_class=layout)
+    parser = argparse.ArgumentParser(
+        description=doc.split('\n')[0], usage='%(prog)s [flags]', add_help=False,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False, formatter_class=layout)
+    parser.error = refuse_flags
     parser.add_argument('-h', '--help', action='store_true', help='show this and end')
     defaults = {}
     for title, table in tables.items():
@@ -112,16 +110,14 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
             elif isinstance(default, bool):
                 group.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, help=text)
             elif isinstance(values, list):
-                group.add_argument(f'--{name}', choices=values, help=text)
+                group.add_argument(f'--{name}', choices=values, metavar='X',
+                                   help=f'{", ".join(values)}: {text}')
             else:
                 nargs = None if alone is None else '?'
                 group.add_argument(f'--{name}', type=values, nargs=nargs, const=alone, metavar='X',
                                    help=text)
     typed = vars(parser.parse_args(argv))
     wants_help = typed.pop('help', False)
-    for name, value in typed.items():
-        if value == [] != defaults[name]:       # what argparse makes of --name=--
-            raise UserError(f'--{name} needs a value (see --help)')
     defaults.update(defaults_for(typed, {**defaults, **typed}))
     if wants_help:
         for action in parser._actions:
@@ -151,10 +147,8 @@ def one_line_errors(main):
             return main(argv) or 0
         except UserError as error:
             message = str(error)
-        except torch.OutOfMemoryError:
-            message = 'the GPU is out of memory: take a smaller --batch_size, or --grad_accum'
-        except MemoryError:
-            message = 'out of memory: take fewer or smaller images, or a smaller --batch_size'
+        except (torch.OutOfMemoryError, MemoryError):
+            message = 'out of memory: take a smaller --batch_size, or fewer or smaller images'
         except BrokenPipeError:                 # the reader of a pipe has gone, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
@@ -178,7 +172,6 @@ def leave(status):
         if status == 0:
             torch.distributed.barrier()
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
@@ -186,7 +179,7 @@ def leave(status):
 def write_file(path, content):
     """Write text, bytes, or by torch.save anything else; `path` is the old file or the new one."""
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'.{path.name}.tmp')
     if isinstance(content, str):
         content = content.encode()
     elif not isinstance(content, bytes):    # in memory first: torch hides that a disk is full
@@ -201,7 +194,7 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = str(path)
+        error.filename = str(path)          # which a full disk does not say
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -211,8 +204,8 @@ def load_file(path, mend):
     """The dictionary that write_file wrote; UserError, with the mend, if one bit has changed."""
     with readable(f'{path} is missing or damaged', f'To go on: {mend}.'):
         content = Path(path).read_bytes()
-        zipped, checksum = content[:-32], content[-32:]     # older files have no checksum
-        if hashlib.sha256(zipped).digest() != checksum and b'PK\5\6' not in checksum:
+        is_old = b'PK\5\6' in content[-32:]         # without a checksum
+        if hashlib.sha256(content[:-32]).digest() != content[-32:] and not is_old:
             raise ValueError('other checksum')
         return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
 
@@ -257,15 +250,14 @@ class Progress:
         is_early = now - self.start < 1 or now - self.last < wait       # of what is short, no line
         if world()[0] or not count or is_early and not tells:
             return
-        Progress.last, left = now, each * (self.total - done)
+        Progress.last, left = now, timedelta(seconds=round(each * (self.total - done)))
         if tells:
             self.told = True
-            if left > 60:
-                end = time.strftime('%a %d %b, %H:%M', time.localtime(time.time() + left))
-                print(f'about {timedelta(seconds=round(left))} left, until {end}'
-                      + (self.hint if left > 3600 else ''))
+            if left.total_seconds() > 60:
+                print(f'about {left} left, until {datetime.now() + left:%a %d %b, %H:%M}'
+                      + (self.hint if left.total_seconds() > 3600 else ''))
         rate = f'{1 / each:,.1f}/s' if each < 1 else f'{each:.1f} s each'
-        line = f'{done:,}/{self.total:,} {self.unit}  {rate}  {timedelta(seconds=round(left))} left'
+        line = f'{done:,}/{self.total:,} {self.unit}  {rate}  {left} left'
         print(f'{line}  {text}'.ljust(78)[:118], end='\r' if self.terminal else '\n',
               file=sys.stderr)
 
@@ -295,12 +287,8 @@ def choose_device(gpu, tf32=False):
     set_tf32(tf32)
     shared = int(os.environ.get('WORLD_SIZE', 1)) > 1 and world()[1] == 1
     cuda = gpu >= 0 and torch.cuda.is_available()
-    if shared and gpu >= 0:
-        gpu = int(os.environ['LOCAL_RANK'])
-    if cuda and gpu >= torch.cuda.device_count():
-        raise UserError(f'--gpu {gpu}: this machine has CUDA devices 0 to '
-                        f'{torch.cuda.device_count() - 1}. Use one of them, or -1 for the CPU.')
     if shared:
+        gpu = int(os.environ['LOCAL_RANK']) if cuda else gpu
         # torchrun keeps its store when it starts the processes again: without a prefix they would
         # find the addresses of those that died.
         store, rank, processes = next(torch.distributed.rendezvous('env://'))
@@ -312,7 +300,8 @@ def choose_device(gpu, tf32=False):
             sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
     if cuda:
         torch.backends.cudnn.deterministic = True
-        torch.cuda.set_device(gpu)
+        with readable(f'--gpu {gpu} cannot be used', 'Use another one, or -1 for the CPU.'):
+            torch.cuda.set_device(gpu)
     elif gpu >= 0 and not world()[0]:
         print(f'no CUDA on this machine: --gpu {gpu} runs on the CPU '
               f'({torch.get_num_threads()} threads)', file=sys.stderr)
@@ -409,10 +398,11 @@ def refuse_unused(name, s, typed):
 PIXELS, LABELS, CHOICE = 0, 1, 2          # independent streams of one seed
 
 
-def philox(seed, stream, skip=0, count=0):
-    """`count` 64-bit integers of a seed's stream, from the 4*skip-th on."""
-    bits = np.random.Philox(np.random.SeedSequence([seed, stream])).advance(skip)
-    return bits.random_raw(count)
+def philox(seed, stream, start, count, n):
+    """uint64 (count, n): n integers for each image from `start` on. Philox makes four at a time."""
+    blocks = -(-n // 4)
+    bits = np.random.Philox(np.random.SeedSequence([seed, stream])).advance(start * blocks)
+    return bits.random_raw(count * blocks * 4).reshape(count, -1)[:, :n]
 
 
 # A uniform 16-bit number -> a pixel of N(127.5, 32), clipped at 0 and 255, 3.98 deviations away
@@ -421,16 +411,20 @@ EDGES = [round(65536 * GAUSS.cdf(pixel + 0.5)) for pixel in range(255)]
 NORMAL = np.searchsorted(EDGES, np.arange(65536), side='right').astype(np.uint8)
 
 
-def halves(seed, stream, start, count, n):
+def uint16s(seed, stream, start, count, n):
     """uint16 (count, n): n numbers for each image from `start` on."""
-    blocks = -(-n // 16)                            # of 4 x 64 bits: 16 numbers of 16 bits each
-    raw = philox(seed, stream, start * blocks, count * blocks * 4).astype('<u8', copy=False)
-    return raw.view('<u2').reshape(count, -1)[:, :n]
+    raw = philox(seed, stream, start, count, -(-n // 4)).astype('<u8', copy=False)
+    return raw.view('<u2')[:, :n]
+
+
+def uniforms(seed, stream, start, count, n):
+    """float64 (count, n) between 0 and 1: n numbers for each image from `start` on."""
+    return ((philox(seed, stream, start, count, n) >> np.uint64(40)) + 0.5) / 2 ** 24
 
 
 def noise_images(seed, start, count, size):
     """Images start to start+count of the noise of a seed: uint8 (count, size, size, 3)."""
-    draws = halves(seed, PIXELS, start, count, size * size * 3)
+    draws = uint16s(seed, PIXELS, start, count, size * size * 3)
     return NORMAL[draws].reshape(count, size, size, 3)
 
 
@@ -447,10 +441,9 @@ def draw_labels(seed, num_images, num_classes, mode='uniform', true=None, multil
     labels, or rows of labels, in random order.
     """
     if mode == 'permute':
-        return true[np.argsort(philox(seed, LABELS, count=num_images), kind='stable')]
-    columns = num_classes if multilabel else 1
-    raw = philox(seed, LABELS, count=num_images * columns).reshape(num_images, columns)
-    values = 2 if multilabel else num_classes
+        return true[np.argsort(philox(seed, LABELS, 0, 1, num_images)[0], kind='stable')]
+    columns, values = (num_classes, 2) if multilabel else (1, num_classes)
+    raw = philox(seed, LABELS, 0, 1, num_images * columns).reshape(num_images, columns)
     if mode == 'balanced':
         raw = np.argsort(np.argsort(raw, 0, kind='stable'), 0, kind='stable').astype(np.uint64)
     labels = raw % np.uint64(values)
@@ -460,26 +453,20 @@ def draw_labels(seed, num_images, num_classes, mode='uniform', true=None, multil
 def redraw_labels(true, num_classes, seed, mode, label_noise):
     """The true labels with a share `label_noise` of them, chosen by seed, drawn anew."""
     count = round(label_noise * len(true))
-    chosen = np.sort(np.argsort(philox(seed, CHOICE, count=len(true)), kind='stable')[:count])
+    chosen = np.sort(np.argsort(philox(seed, CHOICE, 0, 1, len(true))[0], kind='stable')[:count])
     labels = true.copy()
     labels[chosen] = draw_labels(seed, count, num_classes, mode, true[chosen], true.ndim == 2)
     return labels
-
-
-def parts_of(count, size):
-    """Ranges of up to `size` numbers that together are 0 to count - 1."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def noise(s, device):
     """Made: Gaussian pixels with mean 127.5 and deviation 32, and random labels."""
     if s['label_mode'] == 'permute':
         raise UserError('--label_mode permute: noise has no true labels. Use balanced.')
-    size, seed = s['image_size'], s['data_seed']
-    labels = draw_labels(seed, s['num_images'], s['num_classes'], s['label_mode'],
-                         multilabel=s['multilabel'])
-    chunks = (noise_images(seed, part.start, len(part), size)
-              for part in parts_of(len(labels), max(1, (32 << 20) // (size * size * 3))))
+    size, seed, n = s['image_size'], s['data_seed'], s['num_images']
+    labels = draw_labels(seed, n, s['num_classes'], s['label_mode'], multilabel=s['multilabel'])
+    step = max(1, (32 << 20) // (size * size * 3))
+    chunks = (noise_images(seed, start, min(step, n - start), size) for start in range(0, n, step))
     return Made(labels, [str(k) for k in range(s['num_classes'])], chunks,
                 {'mean': [0.5] * 3, 'std': [32 / 255] * 3})
 
@@ -489,7 +476,9 @@ def random_labels(s, device):
     source = read(s['source'], s)
     labels = redraw_labels(source.labels, len(source.classes), s['data_seed'], s['label_mode'],
                            s['label_noise'])
-    return Made(labels, source.classes, None, {'source': source.origin}, source)
+    own = own_settings('random_labels', s)
+    origin = {**own, 'name': own['source'], 'data_dir': os.path.abspath(s['data_dir'])}
+    return Made(labels, source.classes, None, {'source': origin}, source)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -508,13 +497,7 @@ CHEXPERT = {'No Finding': .0886, 'Enlarged Cardiomediastinum': .0481, 'Cardiomeg
             'Support Devices': .564}
 
 
-def uniforms(seed, stream, start, count, n):
-    """float64 (count, n) between 0 and 1: n numbers for each image from `start` on."""
-    raw = philox(seed, stream, start * -(-n // 4), count * -(-n // 4) * 4).reshape(count, -1)
-    return ((raw[:, :n] >> np.uint64(40)) + 0.5) / 2 ** 24
-
-
-def drawn(s, device):
+def formula_images(s, device):
     """Made: images that a formula draws for labels; with several labels grey glyphs."""
     n, classes, seed = s['num_images'], s['num_classes'], s['data_seed']
     labels, names = draw_labels(seed, n, classes, 'balanced'), [str(k) for k in range(classes)]
@@ -526,11 +509,11 @@ def drawn(s, device):
     return Made(labels, names, formula.chunks())
 
 
-def drawn_at(s, labels, places):
+def formula_at(s, labels, places):
     """uint8 (n, size, size, 3): what a formula draws for labels at any places of a set."""
     formula = Formula(s['generator'], labels, s['num_classes'], s['image_size'], s['data_seed'],
                       s['difficulty'])
-    return formula.draw(formula.labels, places)
+    return formula.draw(places, formula.labels)
 
 
 class Formula:
@@ -551,22 +534,24 @@ class Formula:
 
     def chunks(self):
         """uint8 (n, size, size, 3) at a time. One thread draws a chunk: more change last digits."""
-        threads = torch.get_num_threads()
-        for ks in parts_of(-(-len(self.labels) // self.chunk), threads):
-            torch.set_num_threads(1)
-            parts = [range(k * self.chunk, min((k + 1) * self.chunk, len(self.labels))) for k in ks]
-            labels = [self.labels[part.start:part.stop] for part in parts]
+        threads, n = torch.get_num_threads(), len(self.labels)
+        parts = [range(k, min(k + self.chunk, n)) for k in range(0, n, self.chunk)]
+        for k in range(0, len(parts), threads):
             with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
-                images = list(pool.map(self.draw, labels, parts))
+                images = list(pool.map(self.draw, parts[k:k + threads]))
             torch.set_num_threads(threads)
             yield np.concatenate(images)
 
-    def draw(self, labels, places):
-        """uint8 (B, size, size, 3): images of labels, at places of the set that may lie apart."""
+    def draw(self, places, labels=None):
+        """uint8 (B, size, size, 3): images at places of the set, which may lie apart.
+
+        labels: for places beyond the end of the set.
+        """
         s = self.size
+        labels = self.labels[places.start:places.stop] if labels is None else labels
         u, rolls = self.random(places)
         normal = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
-        noise = self.numbers(halves, FIELD, places, 2 * s * s)
+        noise = self.numbers(uint16s, FIELD, places, 2 * s * s)
         noise = torch.from_numpy(normal.float().numpy()[noise]).view(-1, 2, s, s)
         if labels.ndim == 2:
             x = self.glyphs(labels, background(u, noise, self.contrast), places)
@@ -575,7 +560,7 @@ class Formula:
         return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
     def numbers(self, function, stream, places, n):
-        """(B, n): what uniforms or halves gives for each place."""
+        """(B, n): what uniforms or uint16s gives for each place."""
         if isinstance(places, range):
             return function(self.seed, stream, places.start, len(places), n)
         return np.concatenate([function(self.seed, stream, place, 1, n) for place in places])
@@ -583,7 +568,7 @@ class Formula:
     def random(self, places, stream=0):
         """(B, 32) numbers between 0 and 1, never 1 itself, and (B, n) of 16 bits."""
         u = torch.from_numpy(self.numbers(uniforms, DRAWS + stream, places, 32)).float()
-        rolls = self.numbers(halves, ROLLS + stream, places,
+        rolls = self.numbers(uint16s, ROLLS + stream, places,
                              max(8 * LEAVES, ROUNDS * 8 * self.size)).astype(np.int32)
         return u.clamp(max=1 - 2 ** -24), torch.from_numpy(rolls)   # 1: the largest, rounded
 
@@ -673,13 +658,13 @@ def fractal_bank(seed, n):
     total = ((tries[..., 0] + 2 * tries[..., 1]) * live[:, None]).sum(-1)
     fits = (total >= (5 + count) / 2) & (total <= (6 + count) / 2)
     s = tries[np.arange(n), fits.argmax(1)]
-    angles, signs, shift = (2 * u[:, 1:25].reshape(3, n, 4, 2) - 1)
-    c1, c2 = np.moveaxis(np.cos(np.pi * angles), -1, 0)
-    s1, s2 = np.moveaxis(np.sin(np.pi * angles), -1, 0)
-    d1, d2 = np.moveaxis(s * np.sign(signs), -1, 0)
-    maps = np.stack([c1 * d1 * c2 - s1 * d2 * s2, -c1 * d1 * s2 - s1 * d2 * c2, shift[..., 0],
-                     s1 * d1 * c2 + c1 * d2 * s2, c1 * d2 * c2 - s1 * d1 * s2, shift[..., 1],
-                     s[..., 0]], -1)
+    angles, signs, shift = 2 * u[:, 1:25].reshape(3, n, 4, 2) - 1
+    cos, sin = np.cos(np.pi * angles), np.sin(np.pi * angles)
+    turns = np.stack([cos, -sin, sin, cos], -1).reshape(n, 4, 2, 2, 2)
+    first = turns[:, :, 0] * (s * np.sign(signs))[:, :, None]
+    matrix = (first[..., None] * turns[:, :, 1, None]).sum(-2)      # `@` may round otherwise
+    maps = np.concatenate([matrix, shift[..., None]], -1).reshape(n, 4, 6)
+    maps = np.concatenate([maps, s[..., :1]], -1)
     weight = np.maximum(s.prod(-1), 0.03) * live
     edges = 256 * np.cumsum(weight, 1) / weight.sum(1, keepdims=True)
     table = (edges[:, None, :3] <= np.arange(256)[:, None]).sum(-1)
@@ -713,13 +698,12 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     shift = centre + 0.3 * reach * jitter * (u[:, 6:8] - 0.5)
     path = (path - (low + high) / 2) * (zoom[:, None] / (high - low).amax(1))[:, None] \
         + shift[:, :, None]
-    at = (path * (2 * size)).floor()
-    inside = ((at >= 0) & (at < 2 * size)).all(1)
-    at = torch.where(inside, at[:, 1] * (2 * size) + at[:, 0], 0).long()
-    at += rows[:, None] * (2 * size) ** 2
-    counts = torch.bincount(torch.where(inside, at, b * (2 * size) ** 2).flatten(),
-                            minlength=b * (2 * size) ** 2 + 1)[:-1]
-    tone = F.avg_pool2d(counts.view(b, 1, 2 * size, 2 * size).float().log1p(), 2)
+    fine = 2 * size
+    at = (path * fine).floor()
+    inside = ((at >= 0) & (at < fine)).all(1)
+    at = (rows[:, None] * fine + at[:, 1].long()) * fine + at[:, 0].long()
+    counts = torch.bincount(at[inside], minlength=b * fine ** 2).view(b, 1, fine, fine)
+    tone = F.avg_pool2d(counts.float().log1p(), 2)
     return tone / tone.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
 
@@ -735,12 +719,11 @@ def spread(seed, n, k):
 def smooth_field(noise, slope, stretch=None, angle=None):
     """Gaussian fields with power 1/f^slope and deviation 1: noise (B, 1, S, S), the rest (B,)."""
     size = noise.shape[-1]
-    fy = torch.fft.fftfreq(size)[:, None]
-    fx = torch.fft.rfftfreq(size)
+    fy, fx = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)
     if angle is not None:
         c, s = angle.cos()[:, None, None], angle.sin()[:, None, None]
-        stretch = stretch[:, None, None]
-        fx, fy = (c * fx + s * fy) * stretch ** 0.5, (c * fy - s * fx) / stretch ** 0.5
+        stretch = stretch[:, None, None] ** 0.5
+        fx, fy = (c * fx + s * fy) * stretch, (c * fy - s * fx) / stretch
     square = (fx ** 2 + fy ** 2).expand(len(noise), -1, -1).clone()
     square[:, 0, 0] = math.inf                  # no mean
     x = torch.fft.rfft2(noise) * (square ** (-slope[:, None, None] / 4))[:, None]
@@ -771,44 +754,36 @@ def background(u, noise, contrast):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions that the condition scales and shifts, then attention if asked for."""
-    def __init__(self, c_in, c_out, emb, attention):
+    """Two 3x3 convolutions; the condition scales and shifts what goes from one to the other."""
+    def __init__(self, c_in, c_out, emb):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(16, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(16, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.first = nn.Sequential(nn.GroupNorm(16, c_in), nn.SiLU(),
+                                   nn.Conv2d(c_in, c_out, 3, padding=1), nn.GroupNorm(16, c_out))
         self.condition = nn.Linear(emb, 2 * c_out)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.norm3 = nn.GroupNorm(16, c_out) if attention else None
-        self.attention = nn.MultiheadAttention(c_out, 4, batch_first=True) if attention else None
-        nn.init.zeros_(self.conv2.weight)
+        self.second = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1)
+        nn.init.zeros_(self.second.weight)
 
     def forward(self, x, e):
         scale, shift = self.condition(e)[:, :, None, None].chunk(2, 1)
-        y = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
-        x = self.skip(x) + self.conv2(F.silu(y))
-        if self.attention is not None:
-            tokens = self.norm3(x).flatten(2).transpose(1, 2)
-            tokens, _ = self.attention(tokens, tokens, tokens, need_weights=False)
-            x = x + tokens.transpose(1, 2).reshape(x.shape)
-        return x
+        return self.skip(x) + self.second(F.silu(self.first(x) * (1 + scale) + shift))
 
 
 class UNet(nn.Module):
     """Velocity of the flow: images (B, 3, S, S), time (B,), condition (B, classes + 1)."""
-    def __init__(self, size, num_classes, emb=256, widths=(64, 128, 192, 240)):
+    def __init__(self, num_classes, emb=256, widths=(64, 128, 192, 240)):
         super().__init__()
-        self.frequencies = nn.Parameter(torch.randn(64) * 8, requires_grad=False)
-        self.embed = nn.Sequential(nn.Linear(128 + num_classes + 1, emb), nn.SiLU(),
+        self.register_buffer('frequencies', torch.randn(64) * 8)
+        self.embed = nn.Sequential(nn.Linear(129 + num_classes, emb), nn.SiLU(),
                                    nn.Linear(emb, emb), nn.SiLU())
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down, self.up, width = nn.ModuleList(), nn.ModuleList(), widths[0]
-        for k in range(4):                      # attention at 8 px and below
-            self.down.append(ResBlock(width, widths[k], emb, size >> k <= 8))
-            width = widths[k]
-        self.middle = ResBlock(width, width, emb, True)
-        for k in (3, 2, 1, 0):
-            self.up.append(ResBlock(width + widths[k], widths[k], emb, size >> k <= 8))
-            width = widths[k]
+        for c in widths:
+            self.down.append(ResBlock(width, c, emb))
+            width = c
+        for c in reversed(widths):
+            self.up.append(ResBlock(width + c, c, emb))
+            width = c
         self.head = nn.Sequential(nn.GroupNorm(16, width), nn.SiLU(),
                                   nn.Conv2d(width, 3, 3, padding=1))
 
@@ -817,12 +792,10 @@ class UNet(nn.Module):
         e = self.embed(torch.cat([phase.cos(), phase.sin(), 8 * y], 1))     # 8: as much as time
         x, kept = self.stem(x), []
         for block in self.down:
-            x = block(F.avg_pool2d(x, 2) if kept else x, e)
+            x = block(F.avg_pool2d(x, 2, ceil_mode=True) if kept else x, e)
             kept.append(x)
-        x = self.middle(x, e)
         for block in self.up:
-            if x.shape[-1] != kept[-1].shape[-1]:
-                x = F.interpolate(x, scale_factor=2.0)
+            x = F.interpolate(x, kept[-1].shape[2:])
             x = block(torch.cat([x, kept.pop()], 1), e)
         return self.head(x)
 
@@ -833,14 +806,13 @@ def conditions(labels, num_classes):
     return F.pad(rows.float(), (0, 1))
 
 
-def flow_loss(network, x, y, seed, device):
-    """Of a flow from noise to images x, a tenth of them without their conditions y."""
-    rng = torch.Generator(device).manual_seed(seed)
-    t = torch.sigmoid(torch.randn(len(x), generator=rng, device=device))
-    noise = torch.randn(x.shape, generator=rng, device=device)
-    drop = (torch.rand(len(x), 1, generator=rng, device=device) < 0.1).float()
+def flow_loss(network, x, y):
+    """Loss of a flow from noise to images x, a tenth of them without their conditions y."""
+    drop = (torch.rand(len(x), 1, device=x.device) < 0.1).float()
     y = torch.cat([y[:, :-1] * (1 - drop), drop], 1)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
+    t = torch.randn(len(x), device=x.device).sigmoid()
+    noise = torch.randn_like(x)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
         velocity = network(torch.lerp(noise, x, t[:, None, None, None]), t, y)
     return (velocity.float() - (x - noise)).square().mean()
 
@@ -848,33 +820,32 @@ def flow_loss(network, x, y, seed, device):
 def train_flow(source, path, steps, seed, device):
     """Return a UNet with averaged weights; goes on from a checkpoint at `path`, bit for bit."""
     torch.manual_seed(seed)
-    network = UNet(source.image_size, len(source.classes)).to(device)
+    network = UNet(len(source.classes)).to(device)
     average = AveragedModel(network, multi_avg_fn=lambda averages, weights, n: torch._foreach_lerp_(
         averages, weights, 1 - min(0.999, float(n) / (float(n) + 10))))
-    weights = [p for p in network.parameters() if p.requires_grad]
-    adam = torch.optim.Adam(weights)
+    adam = torch.optim.Adam(network.parameters())
     parts = {'network': network, 'average': average, 'adam': adam}
     about = [source.sha256(), hashlib.sha256(source.labels.tobytes()).hexdigest(), source.classes,
              source.image_size, seed]
     step, saved = 0, 0.0
-    for left in path.parent.glob('.*.tmp'):             # of a killed run
-        left.unlink()
     if path.exists():
         state = load_file(path, 'remove it')
         if state['about'] != about:
             raise UserError(f'{path} is of other images, labels or another seed. Remove it, or '
                             'choose another --out.')
         step = state['step']
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        with readable(f'{path} is of another network', 'Remove it.'):
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
     progress, text = Progress(steps, 'steps', step, ''), ''
     while step < steps:
-        for x, y in batches.epoch(*divmod(step, len(batches))):
-            loss = flow_loss(network, x, conditions(y, len(source.classes)),
-                             (seed * 10 ** 9 + step) % 2 ** 63, device)
+        epoch = batches.epoch(*divmod(step, len(batches)))
+        for x, y in itertools.islice(epoch, steps - step):
+            torch.manual_seed((seed * 10 ** 9 + step) % 2 ** 63)
+            loss = flow_loss(network, x, conditions(y, len(source.classes)))
             loss.backward()
-            nn.utils.clip_grad_norm_(weights, 1)
+            nn.utils.clip_grad_norm_(network.parameters(), 1)
             adam.param_groups[0]['lr'] = 5e-4 * min(1, (step + 1) / 100)
             adam.step()
             adam.zero_grad()
@@ -890,8 +861,6 @@ def train_flow(source, path, steps, seed, device):
                 write_file(path, {'about': about, 'step': step,
                                   **{name: part.state_dict() for name, part in parts.items()}})
                 saved = time.time()
-            if step == steps:
-                break
     progress.close()
     return average.module.eval()
 
@@ -908,15 +877,13 @@ def sample_flow(network, x, y, guidance=1.5, steps=30):
     return x
 
 
-def trained(s, device):
+def flow_images(s, device):
     """Made: images of a network that is trained on a source, for labels as the source has them."""
     if 'generator_steps' not in s:
         raise UserError('--generator train: make this set with generate_data.py, and give its '
                         'folder as --data')
     source, n, seed = read(s['source'], s), s['num_images'], s['data_seed']
     size, classes = source.image_size, len(source.classes)
-    if size % 8:
-        raise UserError(f'--generator train needs a multiple of 8 px, not {size}: --image_size.')
     path = Path(f'{s["out"]}.generator', 'checkpoint.pt')
     path.parent.mkdir(parents=True, exist_ok=True)
     network = train_flow(source, path, s['generator_steps'], seed, device)
@@ -925,21 +892,21 @@ def trained(s, device):
         labels = (source.labels[draw_labels(seed, n, len(source))] == 1).astype(np.uint8)
     mean, std = torch.tensor([source.mean, source.std], device=device)
 
-    def images(part):
-        z = uniforms(seed, DRAWS, part.start, len(part), 3 * size * size)
+    def images(start):
+        y = conditions(torch.from_numpy(labels[start:start + 64]), classes)
+        z = uniforms(seed, DRAWS, start, len(y), 3 * size * size)
         z = torch.special.ndtri(torch.from_numpy(z)).float().view(-1, 3, size, size)
-        y = conditions(torch.from_numpy(labels[part.start:part.stop]), classes)
         x = sample_flow(network, z.to(device), y.to(device)).permute(0, 2, 3, 1) * std + mean
         return (x.clamp(0, 1) * 255).round().byte().cpu().numpy()
 
-    return Made(labels, source.classes, map(images, parts_of(n, 64)))
+    return Made(labels, source.classes, map(images, range(0, n, 64)))
 
 
 GENERATORS = {
-    'fractal': Kind(drawn, 'num_classes difficulty multilabel', draw=drawn_at),
-    'spectrum': Kind(drawn, 'num_classes difficulty', draw=drawn_at),
-    'deadleaves': Kind(drawn, 'num_classes difficulty', draw=drawn_at),
-    'train': Kind(trained, 'source generator_steps')}
+    'fractal': Kind(formula_images, 'num_classes difficulty multilabel', draw=formula_at),
+    'spectrum': Kind(formula_images, 'num_classes difficulty', draw=formula_at),
+    'deadleaves': Kind(formula_images, 'num_classes difficulty', draw=formula_at),
+    'train': Kind(flow_images, 'source generator_steps')}
 KINDS = {
     'noise': Kind(noise, 'num_images num_classes multilabel label_mode', draw=noise_at),
     'random_labels': Kind(random_labels, 'source label_mode label_noise', augment=True),
@@ -969,32 +936,31 @@ def new_folder(out, force=False):
     old, new = out.with_name(f'.{out.name}.old'), out.with_name(f'.{out.name}.new')
     lock, held = out.with_name(f'.{out.name}.lock'), False
     out.parent.mkdir(parents=True, exist_ok=True)
+
+    def tidy():                             # also what killed runs left
+        put_back(out)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
     while not held:
         file = open(lock, 'w')  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX)
         # Who held it before may have removed it: then another file of that name is the lock.
         with contextlib.suppress(FileNotFoundError):
-            held = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+            held = os.path.samefile(file.fileno(), lock)
     with file:
         try:
-            put_back(out)
-            if out.exists() and not force:
-                raise UserError(f'{out} exists. Use --force to replace it, or choose another '
-                                '--out.')
-            if out.is_file() or out.exists() and not (out / 'meta.json').exists():
-                raise UserError(f'{out} is no data set of ours: --force does not replace it. '
-                                'Choose another --out.')
-            shutil.rmtree(old, ignore_errors=True)          # what killed runs left
-            shutil.rmtree(new, ignore_errors=True)
+            tidy()
+            if out.exists() and not (force and (out / 'meta.json').exists()):
+                raise UserError(f'{out} exists. Use --force to replace it if it is a data set, or '
+                                'choose another --out.')
             new.mkdir()
             yield new
             if out.exists():
                 os.replace(out, old)
             os.replace(new, out)
         finally:
-            put_back(out)
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            tidy()
             lock.unlink()
 
 
@@ -1018,26 +984,27 @@ def make_set(out, name, s, device, force=False):
     with new_folder(out, force) as folder:
         made = KINDS[name].make({**s, 'out': out, 'image_size': own['image_size']}, device)
         labels, source = np.ascontiguousarray(made.labels), made.source
+        if source is None:
+            images = write_images(folder / 'images.npy', len(labels), made.chunks)
+            source = Data(out, name, images, labels, made.classes, *mean_and_std(images),
+                          images.shape[1])
         rows = sheet_rows(labels)
-        if source:
-            images, digest = source.get(rows), source.sha256()
-            pixels = {'mean': source.mean, 'std': source.std}
-        else:
-            images, digest, pixels = write_images(folder / 'images.npy', len(labels), made.chunks,
-                                                  rows)
+        images = source.get(rows)
         np.save(folder / 'labels.npy', labels)
         meta = {'kind': name, 'seed': s['data_seed'], 'settings': own, 'classes': made.classes,
-                'num_images': len(labels), 'image_size': images.shape[1], **pixels, **made.meta,
-                'sha256': {'images': digest, 'labels': hashlib.sha256(labels).hexdigest()},
+                'num_images': len(labels), 'image_size': source.image_size, 'mean': source.mean,
+                'std': source.std, **made.meta,
+                'sha256': {'images': source.sha256(),
+                           'labels': hashlib.sha256(labels).hexdigest()},
                 'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
                 'versions': {'numpy': np.__version__, 'torch': torch.__version__}}
         contact_sheet(images, labels[rows], meta).save(folder / 'sheet.png')
         write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
 
 
-def write_images(path, n, chunks, rows):
-    """Stream n images into an .npy file: (those of rows, SHA-256, {'mean', 'std'})."""
-    progress, digest, chosen, done, counts = Progress(n, 'images'), hashlib.sha256(), [], 0, 0
+def write_images(path, n, chunks):
+    """Stream n images into an .npy file, and return them mapped."""
+    progress, done = Progress(n, 'images'), 0
     with open(path, 'wb') as file:
         for chunk in chunks:
             if not done:
@@ -1045,27 +1012,22 @@ def write_images(path, n, chunks, rows):
                     'descr': '|u1', 'fortran_order': False, 'shape': (n, *chunk.shape[1:])})
                 if (size := n * chunk[0].nbytes / 1e9) > 1:
                     print(f'{n:,} images of {chunk.shape[1]} px: {size:.1f} GB', file=sys.stderr)
-            chosen += [chunk[row - done] for row in rows if done <= row < done + len(chunk)]
-            counts = counts + count_values(chunk)
-            digest.update(chunk.tobytes())
             file.write(chunk.tobytes())
             done += len(chunk)
             progress.update(done)
     progress.close()
-    mean, std = mean_and_std(counts)
-    return np.stack(chosen), digest.hexdigest(), {'mean': mean, 'std': std}
+    return np.load(path, 'r')
 
 
-def count_values(images):
-    """int64 (3, 256): how often each value is in a channel of uint8 images."""
-    return np.stack([np.bincount(c, minlength=256) for c in images.reshape(-1, 3).T])
-
-
-def mean_and_std(counts):
-    """Two lists by channel, of pixels / 255, from count_values; no deviation is below 1 / 255."""
-    values, n = np.arange(256), counts.sum(1)
-    mean = counts @ values / n
-    variance = counts @ values ** 2 / n - mean ** 2
+def mean_and_std(images):
+    """Two lists by channel, of pixels / 255; no deviation is below 1 / 255."""
+    counts, values = np.zeros((3, 256), np.int64), np.arange(256)
+    starts = range(0, len(images), 1000)
+    for start in Progress(len(starts), 'thousands of images counted').over(starts):
+        for channel, pixels in enumerate(images[start:start + 1000].reshape(-1, 3).T):
+            counts[channel] += np.bincount(pixels, minlength=256)
+    mean = counts @ values / counts.sum(1)
+    variance = counts @ values ** 2 / counts.sum(1) - mean ** 2
     return (mean / 255).tolist(), (np.sqrt(np.maximum(variance, 1)) / 255).tolist()
 
 
@@ -1131,7 +1093,6 @@ class Data:
     mean: list                  # of pixels / 255, per channel
     std: list
     image_size: int
-    origin: dict                # where it came from: 'name' and settings to read it again
     studies: np.ndarray = None  # of chest X-rays: 'patient00001/study1' of each image
     files: list = None          # of its images, if each has its own
     zoom: float = 1.0           # shorter side of a file to the side that is cut out of it
@@ -1159,47 +1120,42 @@ class Data:
         """Of each image the patient, who is in one half of a split only; None without studies."""
         return None if self.studies is None else np.array([s.split('/')[0] for s in self.studies])
 
+    def image(self, k, crop=False):
+        """uint8 (H, W, 3) of the k-th image; crop: a part of it, drawn by torch's generator."""
+        if not isinstance(self.images, list):
+            return resize(Image.fromarray(self.images[k]), self.image_size, 1, crop)
+        return read_image(self.images[k], self.image_size, self.zoom, crop)
+
+    def get(self, indices):
+        """uint8 (len(indices), H, W, 3)."""
+        return np.stack([self.image(k) for k in indices])
+
     def __getitem__(self, item):
-        """uint8 (H, W, 3), or a UserError, for a worker; item: (index, augment, seed, epoch).
+        """uint8 (H, W, 3), by a worker; item: (index, augment, seed, epoch).
 
         What `augment` draws depends on these alone: torch's own generator stays as it is.
         """
         index, augment, seed, epoch = item
         sequence = np.random.SeedSequence([seed, epoch, index])
-        crop = augment in ('crop', 'imagenet')
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-                if not isinstance(self.images, list):
-                    image = resized(Image.fromarray(self.images[index]), self.image_size, 1, crop)
-                else:
-                    image = read_image(self.images[index], self.image_size, self.zoom, crop)
-                image = Image.fromarray(image)
-                for transform in transforms_of(augment):
-                    image = transform(image)
-                return torch.from_numpy(np.array(image))
-        except UserError as error:
-            return error
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+            image = Image.fromarray(self.image(index, augment in ('crop', 'imagenet')))
+            for transform in transforms_of(augment):
+                image = transform(image)
+            return torch.from_numpy(np.array(image))
 
     def __getitems__(self, items):
         """A batch for a worker; from the first turn of --fresh on newly drawn."""
-        turn = items[0][3] // self.fresh if self.fresh else 0
-        if not turn:
-            return [self[item] for item in items]
-        rows = [index for index, *_ in items]
-        drawn = replace(self, images=dict(zip(rows, self.draw(rows, turn))), fresh=0)
-        return [drawn[item] for item in items]
-
-    def get(self, indices):
-        """uint8 (len(indices), H, W, 3)."""
-        if isinstance(self.images, np.ndarray):
-            return self.images[np.asarray(indices)]
-        return np.stack([read_image(self.images[i], self.image_size, self.zoom) for i in indices])
+        turn, data = items[0][3] // self.fresh if self.fresh else 0, self
+        if turn:
+            rows = [index for index, *_ in items]
+            data = replace(self, images=dict(zip(rows, self.draw(rows, turn))), fresh=0)
+        return [data[item] for item in items]
 
     def sha256(self):
         """Of the images, or of the names and sizes of their files if they are not in memory."""
         if isinstance(self.images, np.ndarray):
-            return hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()
+            return hashlib.sha256(self.images).hexdigest()
         names = [f'{path.parent.name}/{path.name} {path.stat().st_size}' for path in self.images]
         return hashlib.sha256('\n'.join(names).encode()).hexdigest()
 
@@ -1230,52 +1186,35 @@ def read(name, s, split='train'):
 
 def read_written(folder, s):
     """A set of make_set."""
-    again = 'Generate the set again.'
-    with readable(f'{folder}/meta.json is broken', again):
+    with readable(f'{folder}: meta.json, labels.npy or images.npy is damaged', 'Make it again.'):
         meta = json.loads((folder / 'meta.json').read_text())
-        digests = meta['sha256']
-        data = Data(str(folder), meta['kind'], None, None, list(meta['classes']), meta['mean'],
-                    meta['std'], meta['image_size'], {'name': str(folder.resolve())})
-    with readable(f'{folder}/labels.npy is not what meta.json says', again):
-        labels = np.load(folder / 'labels.npy')
-        data.labels = check_labels(labels, len(labels), len(data.classes))
-        if hashlib.sha256(labels).hexdigest() != digests['labels']:
+        data = Data(str(folder), meta['kind'], None, np.load(folder / 'labels.npy'),
+                    meta['classes'], meta['mean'], meta['std'], meta['image_size'])
+        if hashlib.sha256(data.labels).hexdigest() != meta['sha256']['labels']:
             raise ValueError('other labels')
-    if 'source' in meta:
-        origin = {**meta['source'], 'image_size': data.image_size, 'download': False}
-        for place in (s['data_dir'], origin.get('data_dir', '.')):
-            with contextlib.suppress(UserError):
-                source = read(origin['name'], {**s, **origin, 'data_dir': place})
-                if source.sha256() == digests['images']:
-                    return replace(data, images=source.images, studies=source.studies,
-                                   zoom=source.zoom)
-        raise UserError(f'{folder}: its images, {origin["name"]} {origin.get("data_dir", "")}, are '
-                        'not as they were. Give their --data_dir, or generate it again.')
-    if s['fresh']:
         made = {**DEFAULTS, **meta['settings']}
-        draw = kind_of(data.kind, made).draw
-        if draw is None or not data.small:
-            raise UserError(f'{folder}: --fresh is for noise and for images that a formula draws, '
-                            'in sets below 2 GB. Leave it out.')
-        data.fresh, n = s['fresh'], len(labels)
-        data.draw = lambda rows, turn: draw(made, data.labels[rows], [turn * n + k for k in rows])
-    with readable(f'{folder}/images.npy is not what meta.json says', again):
-        data.images = np.load(folder / 'images.npy', 'r')
-        shape = (len(labels), data.image_size, data.image_size, 3)
-        if data.images.shape != shape or data.images.dtype != np.uint8 \
-                or data.small and data.sha256() != digests['images']:
-            raise ValueError('other images')
-    return data
-
-
-def check_labels(labels, n, classes):
-    """The labels if they are (n,) classes, as int64, or (n, classes) of -1, 0, 1; or ValueError."""
-    low, high = (0, classes - 1) if labels.ndim == 1 else (-1, 1)
-    whole = n and labels.shape in ((n,), (n, classes)) and labels.dtype.kind in 'iu'
-    if not whole or labels.min() < low or labels.max() > high:
-        raise ValueError(f'{labels.shape} of {labels.dtype} are no labels from {low} to {high} of '
-                         f'{n} images')
-    return labels if labels.ndim == 2 else labels.astype(np.int64)
+        if s['fresh']:
+            draw, n = kind_of(data.kind, made).draw, len(data)
+            if draw is None or not data.small:
+                raise UserError(f'{folder}: --fresh is for noise and images that a formula draws, '
+                                'in sets below 2 GB. Leave it out.')
+            data.fresh = s['fresh']
+            data.draw = lambda rows, turn: draw(made, data.labels[rows],
+                                                [turn * n + row for row in rows])
+        if 'source' not in meta:
+            data.images = np.load(folder / 'images.npy', 'r')
+            if data.small and data.sha256() != meta['sha256']['images']:
+                raise ValueError('other images')
+            return data
+        origin = {**meta['source'], 'image_size': data.image_size, 'download': False}
+    for place in (s['data_dir'], origin.get('data_dir', '.')):
+        with contextlib.suppress(UserError):
+            source = read(origin['name'], {**s, **origin, 'data_dir': place})
+            if source.sha256() == meta['sha256']['images']:
+                return replace(data, images=source.images, studies=source.studies,
+                               zoom=source.zoom)
+    raise UserError(f'{folder}: its images, {origin["name"]} {origin.get("data_dir", "")}, are '
+                    'not as they were. Give their --data_dir, or generate it again.')
 
 
 # CIFAR: folder, means and standard deviations of the training images (those that DARTS's code
@@ -1287,27 +1226,21 @@ CIFAR = {
                  [0.26733429, 0.25643846, 0.27615047])}
 
 
-class Inert:
-    """Stands for whatever a pickle wants to call: it keeps what it is given, and runs nothing."""
-    def __init__(self, *args):
-        self.args = args
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class InertUnpickler(pickle.Unpickler):
-    """A pickle from elsewhere could run any code, and so could what numpy makes of its states."""
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays and nothing else, because a pickle from elsewhere could run any code."""
     def find_class(self, module, name):
-        return Inert
+        if module.split('.')[0] in ('numpy', '_codecs') and name in (
+                '_reconstruct', 'ndarray', 'dtype', 'encode'):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f'it calls {module}.{name}')
 
 
-def read_pickle(path):
-    """(MD5, dictionary) of a file; the official ones are of Python 2."""
-    if not path.is_file():
-        raise ValueError('not there, or no regular file')
-    raw = path.read_bytes()
-    return hashlib.md5(raw).hexdigest(), InertUnpickler(io.BytesIO(raw), encoding='latin1').load()
+def read_arrays(path, *keys):
+    """What a file of CIFAR's, which Python 2 wrote, has under each key."""
+    with readable(f'{path} is not CIFAR', 'Give its --data_dir, or --download.'), \
+            open(path, 'rb') as file:
+        content = ArrayUnpickler(file, encoding='latin1').load()
+        return [content[key] for key in keys]
 
 
 def read_cifar(name, s, split):
@@ -1320,37 +1253,21 @@ def read_cifar(name, s, split):
     if s['download']:                       # torchvision fetches what is not whole
         with readable(f'{name}: no download', f'Put {inner}/ into {folder.parent}.'):
             official(folder.parent, download=True)
-    if not folder.is_dir():
-        raise UserError(f'{name}: no {inner}/ in {folder.parent}. Give its --data_dir, or '
-                        '--download.')
-    path, size = folder / official.meta['filename'], s['image_size'] or 32
-    with readable(f'{path} names no classes', 'Unpack it again.'):
-        classes = list(map(str, read_pickle(path)[1][official.meta['key']]))
-    images, labels, unusual = [], [], []
+    images, labels, size = [], [], s['image_size'] or 32
     for file, md5 in official.train_list if split == 'train' else official.test_list:
-        with readable(f'{folder / file} is no CIFAR file', 'Unpack it again.'):
-            digest, batch = read_pickle(folder / file)
-            _, shape, dtype, _, raw = batch['data'].state
-            if isinstance(raw, Inert):                      # Python 3 wrote codecs.encode(text)
-                raw = raw.args[0]
-            if isinstance(raw, str):
-                raw = raw.encode('latin-1')
-            if dtype.args[0] != 'u1' or shape[1:] != (3072,):
-                raise ValueError('"data" is no array of bytes, n x 3072')
-            images.append(np.frombuffer(raw, np.uint8).reshape(shape[0], 3, 32, 32))
-            numbers = np.array(batch['labels' if name == 'cifar10' else 'fine_labels'])
-            labels.append(check_labels(numbers, shape[0], len(classes)))
-        if digest != md5:
-            unusual.append(file)
-    if unusual:
-        print(f'warning: {folder}: {", ".join(unusual)} not as officially published',
-              file=sys.stderr)
-    images = np.ascontiguousarray(np.concatenate(images).transpose(0, 2, 3, 1))
+        pixels, numbers = read_arrays(folder / file, 'data',
+                                       'labels' if name == 'cifar10' else 'fine_labels')
+        images.append(pixels)
+        labels.extend(numbers)
+        if not datasets.utils.check_integrity(folder / file, md5):
+            print(f'warning: {folder / file} is not as officially published', file=sys.stderr)
+    classes, = read_arrays(folder / official.meta['filename'], official.meta['key'])
+    images = np.concatenate(images).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    images = np.ascontiguousarray(images)
     if size != 32:
         progress = Progress(len(images), 'images').over(images)
-        images = np.stack([resized(Image.fromarray(x), size) for x in progress])
-    return Data(name, 'real', images, np.concatenate(labels), classes, mean, std, size,
-                {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
+        images = np.stack([resize(Image.fromarray(x), size) for x in progress])
+    return Data(name, 'real', images, np.array(labels), classes, mean, std, size)
 
 
 def read_imagenet(name, s, split):
@@ -1358,102 +1275,62 @@ def read_imagenet(name, s, split):
     root = Path(s['data_dir'])
     if not (root / 'train').is_dir():
         root /= name
-    if not (root / 'train').is_dir() or not (root / 'val').is_dir():
-        raise UserError(f'imagenet: no train/ and val/ in {s["data_dir"]} or its folder imagenet/. '
-                        'Give its --data_dir.')
     listed = list_images(root / ('train' if split == 'train' else 'val'))
     return listed_data(name, split, listed, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225],
-                       s['image_size'] or 224,
-                       {'name': name, 'data_dir': os.path.abspath(s['data_dir'])})
-
-
-CHEXPERT_FOLDERS = ['.', 'CheXpert-v1.0-small', 'CheXpert-v1.0',
-                    'CheXpert-v1.0 batch 1 (validate & csv)']
+                       s['image_size'] or 224)
 
 
 def read_chexpert(name, s, split, table=None):
-    """Chest X-rays in CheXpert's layouts (arXiv 1901.07031): train.csv, or valid.csv for 'test'.
+    """Chest X-rays in CheXpert's layout (arXiv 1901.07031): train.csv, or valid.csv for 'test'.
 
-    uncertain: what -1.0 becomes; ignore: -1, which losses and metrics leave out. Blank cells are
-    zeros. table: another CSV, that of the test set, with a column Study. Mean 0.5 and deviation
-    0.25 in every split are our own choice.
+    table: another CSV, that of the test set, with a column Study, which stands for all views of a
+    study. Mean 0.5 and deviation 0.25 in every split are our own choice.
     """
     data_dir = Path(s['data_dir'])
-    root = next((data_dir / place for place in CHEXPERT_FOLDERS
-                 if (data_dir / place / 'train.csv').is_file()), None)
-    if root is None and table is None:
-        raise UserError(f'chexpert: no train.csv in {data_dir}, nor in its '
-                        f'{", ".join(CHEXPERT_FOLDERS[1:])}. Give its --data_dir.')
-    path = Path(table) if table else root / ('train.csv' if split == 'train' else 'valid.csv')
+    places = [data_dir, data_dir / 'CheXpert-v1.0-small', data_dir / 'CheXpert-v1.0']
+    root = next((place for place in places if (place / 'train.csv').is_file()), data_dir)
+    path = Path(table or root / ('train.csv' if split == 'train' else 'valid.csv'))
     paths, labels = read_chexpert_table(path, s['uncertain'])
-    files, rows = chexpert_files(root or data_dir, path, paths, s['views'])
+    places = [root, path.parent, root.parent]
+    root = next((place for place in places if (place / paths[0]).exists()), root)
+    files, rows = [], []
+    for row, inside in enumerate(paths):
+        file = root / inside
+        for view in [file] if file.suffix else sorted(file.glob('view*')):
+            if s['views'] == 'all' or 'frontal' in view.name:
+                files.append(view)
+                rows.append(row)
     if not files:
         raise UserError(f'{path}: no {s["views"]} view in it. Use --views all.')
     studies = np.array(['/'.join(file.parts[-3:-1]) for file in files])
-    origin = {'name': name, 'data_dir': str(data_dir.resolve()), 'uncertain': s['uncertain'],
-              'views': s['views']}
     data = Data(name, 'real', files, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
-                s['image_size'] or 320, origin, studies, files)
+                s['image_size'] or 320, studies, files)
     if data.small:
         data.images = decode(files, data.image_size)
     return data
 
 
 def read_chexpert_table(path, uncertain):
-    """(paths, int8 labels (N, 14)) of a CSV; a path begins at train/, valid/ or test/."""
-    with readable(f'{path} is no CSV file', 'Unpack it again.'), \
+    """(paths, int8 labels (N, 14)) of a CSV; a path begins at train/, valid/ or test/.
+
+    uncertain: what -1.0 becomes; ignore: -1, which losses and metrics leave out. Blank cells are
+    zeros.
+    """
+    paths, labels = [], []
+    with readable(f'{path} is no CSV file of CheXpert', 'Give its --data_dir.'), \
             open(path, newline='', encoding='utf-8-sig') as file:
-        rows = list(csv.DictReader(file))
-    where = 'Path' if rows and 'Path' in rows[0] else 'Study'
-    missing = [name for name in (where, *CHEXPERT) if rows and name not in rows[0]]
-    if missing or not rows:
-        raise UserError(f'{path} has no {", ".join(missing) or "rows"}. Unpack it again.')
-    unknown = {'ones': 1, 'zeros': 0, 'ignore': -1}
-    paths, labels = [], np.zeros((len(rows), len(CHEXPERT)), np.int8)
-    for n, row in enumerate(rows):
-        with readable(f'{path}, line {n + 2}: {where} {row[where]!r}', 'Unpack it again.'):
-            inside = re.sub(r'^(.*/)?(?=(train|valid|test)/)', '', row[where] or '')
-            if not inside or inside.startswith('/') or '..' in inside.split('/'):
-                raise ValueError('it leaves the folder of the set')
-            paths.append(inside)
-            for k, name in enumerate(CHEXPERT):
-                cell = str(row[name]).strip().removesuffix('.0')    # None: a line that is cut
-                if cell not in ('', '0', '1', '-1'):
-                    raise ValueError(f'{name} {row[name]} is not 1.0, 0.0, -1.0 or blank')
-                labels[n, k] = int(cell or 0)
-                if cell == '-1':
-                    labels[n, k] = unknown.get(uncertain, name in ('Atelectasis', 'Edema'))
-    return paths, labels
-
-
-def chexpert_files(root, table, paths, views):
-    """(files, rows) of the wanted views that a CSV names, a Study standing for all of its views."""
-    owners = {}             # in the full download patients are spread over other batches
-    if root.name.startswith('CheXpert-v1.0 batch'):
-        owners = {patient.name: patient.parent
-                  for patient in root.parent.glob('CheXpert-v1.0 batch */patient*')}
-
-    def find(place, path):
-        _, _, inside = path.partition('train/')
-        patient = inside.split('/')[0]
-        return owners[patient] / inside if patient in owners else place / path
-
-    places = []
-    for place in (root, table.parent, root.parent):
-        if any(find(place, path).exists() for path in paths[:3]):
-            places.append(place)
-    if not places:
-        raise UserError(f'{table}: none of its first files is there; looked at '
-                        f'{find(root, paths[0])}. Give the right --data_dir.')
-    studies = not Path(paths[0]).suffix
-    files, rows = [], []
-    for row, path in enumerate(paths):
-        file = find(places[0], path)
-        for view in sorted(file.glob('view*')) if studies else [file]:
-            if views == 'all' or 'frontal' in view.name:
-                files.append(view)
-                rows.append(row)
-    return files, np.array(rows, int)
+        for row in csv.DictReader(file, restval='no cell'):
+            paths.append(re.sub('^.*/(?=(train|valid|test)/)', '', row.get('Path') or row['Study']))
+            labels.append([float(row[name] or 0) for name in CHEXPERT])
+        labels = np.array(labels)
+        other = labels[~np.isin(labels, [-1, 0, 1])]
+        if not paths or len(other):
+            raise ValueError(f'a label is {other[0]}' if paths else 'no rows')
+    unknown = labels == -1
+    labels[unknown] = {'ones': 1, 'ignore': -1}.get(uncertain, 0)
+    if uncertain == 'mixed':
+        labels[unknown & np.isin(list(CHEXPERT), ['Atelectasis', 'Edema'])] = 1
+    return paths, labels.astype(np.int8)
 
 
 REAL = {'cifar10': read_cifar, 'cifar100': read_cifar, 'imagenet': read_imagenet,
@@ -1472,77 +1349,65 @@ def read_folder(root, split, s):
         test = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
     if split == 'test' and not test and not s['test_fraction']:
         return None
-    folders = (train, test) if test else (train,)
-    checks = split == 'train' or s['skip_broken']           # the test split is read after it
-    listed = dict(zip(('train', 'test'), readable_images(folders, s['skip_broken'], checks)))
+    check = split == 'train' or s['skip_broken']        # the test split is read after it
+    classes, files, labels = listed = list_images(train, check, s['skip_broken'])
     if test:
-        differ = sorted({*listed['train'][0]} ^ {*listed['test'][0]})
+        held_out = list_images(test, check, s['skip_broken'])
+        differ = sorted({*classes} ^ {*held_out[0]})
         if differ:
             raise UserError(f'{test} and {train} differ in their classes: '
                             f'{", ".join(differ[:5])}. Give both the same folders.')
     elif s['test_fraction']:
-        classes, files, labels = listed['train']
         kept, held = stratified_split(labels, 1 - s['test_fraction'], 0)
-        listed = {'train': (classes, [files[k] for k in kept], labels[kept]),
-                  'test': (classes, [files[k] for k in held], labels[held])}
+        listed = classes, [files[k] for k in kept], labels[kept]
+        held_out = classes, [files[k] for k in held], labels[held]
     size = s['image_size'] or 32
-    known = listed['train'][1]                          # of at most 2,000 training images
-    some = np.linspace(0, len(known) - 1, min(len(known), 2000)).astype(int)
-    mean, std = mean_and_std(count_values(decode([known[k] for k in some], size)))
-    origin = {'name': str(root.resolve()), 'test_fraction': s['test_fraction'],
-              'skip_broken': s['skip_broken']}
-    return listed_data(str(root), split, listed[split], mean, std, size, origin)
+    files = listed[1]                                   # of at most 2,000 training images
+    some = np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)
+    mean, std = mean_and_std(decode([files[k] for k in some], size))
+    return listed_data(str(root), split, listed if split == 'train' else held_out, mean, std, size)
 
 
-def listed_data(name, split, listed, mean, std, size, origin):
+def listed_data(name, split, listed, mean, std, size):
     """A Data of (classes, files, labels).
 
     Above 64 px images are resized to 8/7 of the size and their middle is cut out, as 256 and 224
     px of ImageNet. Small sets are decoded at once.
     """
     classes, files, labels = listed
-    data = Data(name, 'real', files, labels, classes, mean, std, size, origin, files=files,
+    data = Data(name, 'real', files, labels, classes, mean, std, size, files=files,
                 zoom=8 / 7 if size > 64 else 1)
     if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
         data.images = decode(files, size, data.zoom)
     return data
 
 
-def list_images(folder):
-    """(classes, paths, int64 labels) of a tree with a folder of images for each class."""
+def list_images(folder, check=False, skip_broken=False):
+    """(classes, paths, int64 labels) of a tree with a folder of images for each class.
+
+    check: try up to 20,000 pictures, and leave out with skip_broken, or name in a UserError, those
+    that cannot be read.
+    """
     from torchvision.datasets import ImageFolder
     try:
         found = ImageFolder(folder)
     except FileNotFoundError as error:
-        raise UserError(f'{folder}: {error} Give each class a folder of images.') from None
-    return found.classes, [Path(file) for file, _ in found.samples], np.array(found.targets)
-
-
-def readable_images(folders, skip_broken, checks=True):
-    """[what list_images returns] of each folder, without the pictures that cannot be read.
-
-    UserError names these without skip_broken. Files of other types are counted on stderr. Up to
-    20,000 pictures of a folder are tried, with `checks`.
-    """
-    out, names = [], []
-    for folder in folders:
-        classes, files, labels = list_images(folder)
-        others = collections.Counter(path.suffix for path in folder.rglob('*') if path.is_file())
-        others -= collections.Counter(path.suffix for path in files)
-        if others and checks:
-            ends = ', '.join(f'{count} {end or "no ending"}' for end, count in others.items())
-            print(f'{folder}: files that are no pictures are left out: {ends}', file=sys.stderr)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            fine = pool.map(is_image, files if checks and len(files) <= 20000 else ())
-            fine = list(Progress(len(files), 'pictures tried').over(fine))
-        broken = [k for k, is_fine in enumerate(fine) if not is_fine]
-        names += [str(files[k]) for k in broken]
-        kept = np.delete(np.arange(len(files)), broken)
-        out.append((classes, [files[k] for k in kept], labels[kept]))
-    if names and not skip_broken:
-        raise UserError(f'{len(names)} pictures cannot be read: {", ".join(names[:10])}. Mend or '
+        raise UserError(f'{folder}: {error} Give each class a folder of images, or another path.'
+                        ) from None
+    files, labels = [Path(file) for file, _ in found.samples], np.array(found.targets)
+    if not check or len(files) > 20000:
+        return found.classes, files, labels
+    others = sum(path.is_file() for path in folder.rglob('*')) - len(files)
+    if others:
+        print(f'{folder}: {others} files that are no pictures are left out', file=sys.stderr)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        fine = Progress(len(files), 'pictures tried').over(pool.map(is_image, files))
+        fine = np.array(list(fine))
+    broken = [str(files[k]) for k in np.flatnonzero(~fine)]
+    if broken and not skip_broken:
+        raise UserError(f'{len(broken)} pictures cannot be read: {", ".join(broken[:10])}. Mend or '
                         'remove them, or add --skip_broken.')
-    return out
+    return found.classes, [files[k] for k in np.flatnonzero(fine)], labels[fine]
 
 
 def is_image(path):
@@ -1564,24 +1429,20 @@ def decode(files, image_size, zoom=1):
 
 
 def read_image(path, image_size, zoom=1, crop=False):
-    """uint8 (image_size, image_size, 3) of an image file: see resized. Grey becomes RGB."""
-    with readable(f'{path}: not a readable image', 'Mend or remove it.'):
-        if not Path(path).is_file():
-            raise ValueError('not there, or no regular file')
-        with Image.open(path, formats=['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f'{image.size} pixels are more than {MAX_PIXELS:,}')
-            return resized(image, image_size, zoom, crop)
+    """uint8 (image_size, image_size, 3) of an image file: see resize. Grey becomes RGB."""
+    formats = ['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']
+    with readable(f'{path}: not a readable image', 'Mend or remove it.'), \
+            Image.open(path, formats=formats) as image:
+        return resize(image, image_size, zoom, crop)
 
 
-def resized(image, size, zoom=1, crop=False):
+def resize(image, size, zoom=1, crop=False):
     """uint8 (size, size, 3): the middle of a PIL image, its shorter side `zoom` times as long.
 
     crop: instead RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator.
     """
-    w, h = image.size
-    if image.getexif().get(274, 1) > 4:             # lies on its side until it is turned
-        w, h = h, w
+    turned = image.getexif().get(274, 1) > 4        # lies on its side until it is turned
+    w, h = image.size[::-1] if turned else image.size
     if crop:
         from torchvision.transforms import RandomResizedCrop
         top, left, high, wide = RandomResizedCrop.get_params(
@@ -1614,12 +1475,10 @@ def find_or_make(name, s):
     if name not in KINDS:
         return read(name, s)
     own = own_settings(name, s)
-    usual = {**DEFAULTS, 'data_seed': own['data_seed']}
-    if 'source' not in own:
-        usual['image_size'] = 32
+    usual = {**DEFAULTS, 'data_seed': own['data_seed'],
+             'image_size': None if 'source' in own else 32}
     parts = [f'{k}={Path(str(v)).name}' for k, v in own.items() if v != usual[k]]
     folder = Path('data', '-'.join([name, *parts, f'seed{own["data_seed"]}']))
-    put_back(folder)
     if not folder.exists():
         if not world()[0]:
             print(f'making {folder}', file=sys.stderr)
@@ -1630,10 +1489,9 @@ def find_or_make(name, s):
                 raise
     data = read(str(folder), s)
     made = json.loads((folder / 'meta.json').read_text()).get('settings', {})
-    for key, value in own.items():
-        if made.get(key) != value:
-            raise UserError(f'{folder} was made with {key} {made.get(key)}, not {value}. Rename or '
-                            'remove that folder.')
+    differ = [key for key in own if made.get(key) != own[key]]
+    if differ:
+        raise UserError(f'{folder} was made with another {differ[0]}. Rename or remove it.')
     return data
 
 
@@ -1660,7 +1518,6 @@ def stratified_split(labels, fraction, seed, patients=None):
 IN_WORKERS = ('crop', 'imagenet', 'affine')     # done by the processes that read images
 
 
-@functools.cache
 def transforms_of(augment):
     """What workers do to an image that is cropped; the X-rays' slight moves are our own choice."""
     if augment not in IN_WORKERS:
@@ -1702,8 +1559,6 @@ class Batches:
             raise UserError(f'--batch_size {batch_size} is more than the {len(indices)} images of '
                             f'its split of {data.name} (--train_portion). Use a smaller one, or '
                             '--preset laptop.')
-        if batch_size % processes and shuffle:
-            raise UserError(f'--batch_size {batch_size}: use a multiple of {processes} processes.')
         self.data, self.indices, self.batch_size = data, np.asarray(indices), batch_size
         self.part = slice(0, batch_size)
         if shuffle:
@@ -1733,8 +1588,7 @@ class Batches:
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
         n, step = len(self.indices), self.batch_size
         indices = self.indices[rng.permutation(n)] if self.shuffle else self.indices
-        random = self.augment == 'standard' or self.cutout
-        draws = torch.from_numpy(rng.random((n if random else 0, 11), np.float32)).to(self.device)
+        draws = torch.from_numpy(rng.random((n, 11), np.float32)).to(self.device)
         order = torch.from_numpy(indices).to(self.device)
         parts = [slice(k * step + self.part.start, k * step + self.part.stop)
                  for k in range(start, len(self))]
@@ -1746,18 +1600,19 @@ class Batches:
             batches = (images[order[part]] for part in parts)
         else:
             batches = self.loaded([indices[part] for part in parts], epoch)
-        for part, x in zip(parts, batches):
-            if isinstance(x, UserError):
-                raise x
-            x = self.prepared(x.to(self.device, non_blocking=True), draws[part])
-            yield x, self.labels[order[part]]
+        try:
+            for part, x in zip(parts, batches):
+                x = self.prepare(x.to(self.device, non_blocking=True), draws[part])
+                yield x, self.labels[order[part]]
+        except UserError as error:              # a worker's traceback stands before its message
+            raise UserError(str(error).split('UserError: ')[-1].strip()) from None
 
     def loaded(self, batches, epoch):
-        """uint8 (B, S, S, 3) of arrays of rows, or a UserError, from the workers."""
+        """uint8 (B, S, S, 3) of arrays of rows, from the workers."""
         items = [[(row, self.augment, self.seed, epoch) for row in rows.tolist()]
                  for rows in batches]
         return torch.utils.data.DataLoader(
-            self.data, batch_sampler=items, collate_fn=stacked, num_workers=self.workers,
+            self.data, batch_sampler=items, num_workers=self.workers,
             pin_memory=self.device.type == 'cuda', generator=torch.Generator())
 
     def drawn_anew(self, batches, turn, epoch):
@@ -1773,7 +1628,7 @@ class Batches:
             self.waited += time.monotonic() - began
             yield torch.stack([self.drawn[row] for row in rows.tolist()])
 
-    def prepared(self, x, u):
+    def prepare(self, x, u):
         """(B, 3, S, S) of uint8 (B, S, S, 3). u (B, 11), 0 to 1: flip, place of cutout, shift."""
         size = self.data.image_size
         at = torch.arange(size, device=x.device)
@@ -1790,15 +1645,6 @@ class Batches:
             rows, columns = ((at >= start) & (at < start + self.cutout)).unbind(1)
             x = x * (~(rows[:, None, :, None] & columns[:, None, None])).float()
         return x
-
-
-def stacked(images):
-    """A batch of what Data gives, or the first UserError in it."""
-    errors = [image for image in images if isinstance(image, UserError)]
-    return errors[0] if errors else torch.stack(images)
-
-
-# ---------------------------------------------------------------------------------------------
 
 
 @one_line_errors

@@ -227,7 +227,7 @@ def data_costs(steps_taken=20):
     """Share of a step of PC-DARTS, batch 64, that resident data take; images/s of a folder."""
     images = generate_data.noise_images(0, 0, 4096, 32)
     data = generate_data.Data('noise', 'noise', images, np.arange(4096) % 10, list('0123456789'),
-                              [.5] * 3, [.125] * 3, 32, {})
+                              [.5] * 3, [.125] * 3, 32)
     taken = seconds(steps(Case(4, False, 64, 3), ('ours',)), 3)['ours']
     rows = {'step': {'cpu_seconds': taken, 'images_per_second': 128 / taken}}
     for name, augment, cutout in (('noise', 'none', 0), ('images', 'standard', 16)):

@@ -64,7 +64,7 @@ TABLE = [
      '--multilabel'),
     ('', '', 'generate', '--kind random_labels --out x --label_noise nan', 'label_noise'),
     ('', '', 'generate', '--kind random_labels --out x --source nowhere', 'nowhere'),
-    ('', '', 'generate', '--kind random_labels --out x', 'cifar10'),
+    ('', '', 'generate', '--kind random_labels --out x', 'cifar-10-batches-py'),
     ('own', '', 'generate', '--kind random_labels --source own --out own/x', 'own/x'),
     ('', 'put file {', 'generate', '--kind noise --out file/x', 'file'),
     ('own', '', 'search', '--save own', 'own'),

@@ -1,5 +1,4 @@
 """Unreal data, readers, splits and batches."""
-import csv
 import hashlib
 import json
 import multiprocessing
@@ -124,9 +123,10 @@ def test_a_sheet_shows_every_class_and_names_that_fit(capsys, monkeypatch):
 
 def test_a_set_above_1_gb_says_its_size_first(capsys):
     images = g.noise_images(0, 0, 300, 8)
-    chosen, _, _ = g.write_images('n.npy', 300, np.array_split(images, 7), [0, 99, 299])
-    assert (chosen == images[[0, 99, 299]]).all() and not capsys.readouterr().err
-    g.write_images('n.npy', 10 ** 7, [images[:9]], [0])             # the first nine of them
+    assert (g.write_images('n.npy', 300, np.array_split(images, 7)) == images).all()
+    assert not capsys.readouterr().err
+    with pytest.raises(ValueError):                     # the file ends after nine of them
+        g.write_images('n.npy', 10 ** 7, [images[:9]])
     assert '10,000,000 images of 8 px: 1.9 GB' in capsys.readouterr().err
 
 
@@ -177,7 +177,7 @@ def test_folders_are_named_by_settings_and_never_mixed_up():
     assert names('data') == [
         'cifar-10-batches-py', 'noise-image_size=8-num_images=20-label_mode=balanced-seed0',
         'random_labels-label_noise=0.5-seed4', 'random_labels-source=own-seed0']
-    with pytest.raises(g.UserError, match='was made with source'):
+    with pytest.raises(g.UserError, match='was made with another source'):
         g.find_or_make('random_labels', settings(source='b/own'))
     folder = Path('data/cifar-10-batches-py')
     shutil.copy(folder / 'test_batch', folder / 'data_batch_1')
@@ -223,7 +223,7 @@ def test_a_killed_replacement_leaves_the_old_set_or_the_new_one(moment):
     assert len(make('n', num_images=30, force=True)) == 30 and names() == ['n']
 
 
-def python2_pickle(data, labels, dtype_end=b'K\x00tb', state_end=b'tb'):
+def python2_pickle(data, labels):
     """A pickle as Python 2 and an old numpy wrote it: byte strings, numpy.core."""
     def text(s):
         return b'U' + bytes([len(s)]) + s
@@ -231,8 +231,8 @@ def python2_pickle(data, labels, dtype_end=b'K\x00tb', state_end=b'tb'):
     array = (b'cnumpy.core.multiarray\n_reconstruct\n' b'cnumpy\nndarray\n' b'K\x00\x85'
              + text(b'b') + b'\x87R' b'(K\x01' b'M' + struct.pack('<H', len(data))
              + b'M\x00\x0c\x86' b'cnumpy\ndtype\n' + text(b'u1') + b'K\x00K\x01\x87R(K\x03'
-             + text(b'|') + b'NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xff' + dtype_end + b'\x89T'
-             + struct.pack('<i', len(raw)) + raw + state_end)
+             + text(b'|') + b'NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb' + b'\x89T'
+             + struct.pack('<i', len(raw)) + raw + b'tb')
     numbers = b']' + b'(' + b''.join(b'K' + bytes([k]) for k in labels) + b'e'
     return b'\x80\x02}(' + text(b'data') + array + text(b'labels') + numbers + b'u.'
 
@@ -263,35 +263,18 @@ class Runs:
         return self.reduced
 
 
-GOOD = np.zeros((7, 3072), np.uint8)
-SLOTS = b'K\x00}U\x01aK\x01st' b'b'             # more state than a dtype has
 PICKLES = {
     'os.system': pickle.dumps({'data': Runs(os.system, ('touch evil',)), 'labels': [0]}),
     'open': pickle.dumps({'data': Runs(open, ('evil', 'w')), 'labels': [0]}),
     'memoryview': pickle.dumps({'data': Runs(memoryview, (b'x' * 3072,)), 'labels': [0]}),
-    'dtype state': python2_pickle(GOOD, range(7), b'J\xff\xff\xff\x7ftb'),
-    'dtype fields': python2_pickle(GOOD, range(7), SLOTS),
-    'array state': python2_pickle(GOOD[:, :9], range(7)),
-    'no state': python2_pickle(GOOD, range(7), state_end=b't0'),
-    'of floats': pickle.dumps({'data': np.zeros((7, 3072)), 'labels': [0] * 7}, 2),
-    'of objects': pickle.dumps({'data': np.array([[print] * 3072]), 'labels': [0]}, 2),
-    'too few labels': pickle.dumps({'data': GOOD, 'labels': [0]}, 2),
-    'labels outside': pickle.dumps({'data': GOOD, 'labels': [10] * 7}, 2),
-    'labels of floats': pickle.dumps({'data': GOOD, 'labels': [0.5] * 7}, 2),
+    'no dictionary': pickle.dumps([0]),
     'no pickle': b'PK\x03\x04'}
 
 
-@pytest.mark.parametrize('name', [*PICKLES, 'pipe'])
+@pytest.mark.parametrize('name', PICKLES)
 def test_a_crafted_pickle_neither_runs_nor_crashes(name, capsys):
-    path = fake_cifar() / 'data_batch_2'
-    if name == 'pipe':
-        path.unlink()
-        os.mkfifo(path)
-    else:
-        path.write_bytes(PICKLES[name])
-    status = g.main(['--kind', 'random_labels', '--out', 'x'])
-    if not name.startswith('dtype'):            # nothing of a dtype's state is used: no harm
-        one_line(capsys, status, 'data_batch_2')
+    (fake_cifar() / 'data_batch_2').write_bytes(PICKLES[name])
+    one_line(capsys, g.main(['--kind', 'random_labels', '--out', 'x']), 'data_batch_2')
     assert not Path('evil').exists()
 
 
@@ -326,38 +309,19 @@ EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(evil) (w) file\n'
 
 
 @pytest.mark.parametrize('name, needle', [
-    ('eps', 'cannot identify'), ('pipe', 'no regular file'),
-    ('bomb', 'pixels'), ('cut', 'truncated')])
+    ('eps', 'cannot identify'), ('bomb', 'pixels'), ('cut', 'truncated')])
 def test_a_hostile_image_is_one_line(name, needle, capsys):
     folder_of_images('own')
     path = Path('own/cat/0.png')
     if name == 'eps':
         path.write_bytes(EPS)
-    elif name == 'pipe':
-        path.unlink()
-        os.mkfifo(path)
     elif name == 'bomb':
-        Image.new('1', (13000, 13000)).save(path)
+        Image.new('1', (14000, 14000)).save(path)
     else:
         path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(g.UserError, match=needle):
         g.read_image(path, 8)
     one_line(capsys, g.main(['--kind', 'random_labels', '--source', 'own', '--out', 'x']), '0.png')
-
-
-@pytest.mark.parametrize('labels, needle', [
-    (np.full(40, 4), '0 to 3'), (np.full(40, -1), '0 to 3'), (np.zeros(40), 'float64'),
-    (np.zeros((40, 3), np.int64), '(40, 3)'), (np.full((40, 4), 2, np.uint8), '-1 to 1'),
-    (np.zeros(39, np.int64), 'other images'), (np.zeros(0, np.int64), '(0,)')])
-def test_labels_that_do_not_fit_are_one_line(labels, needle):
-    make('n')
-    np.save('n/labels.npy', labels)
-    meta = json.loads(Path('n/meta.json').read_text())
-    meta['sha256']['labels'] = hashlib.sha256(labels.tobytes()).hexdigest()
-    Path('n/meta.json').write_text(json.dumps(meta))
-    with pytest.raises(g.UserError) as error:
-        g.read('n', {})
-    assert needle in str(error.value) and '\n' not in str(error.value)
 
 
 def test_a_flipped_bit_of_a_set_is_one_line():
@@ -366,18 +330,8 @@ def test_a_flipped_bit_of_a_set_is_one_line():
         content = bytearray(Path(file, file).read_bytes())
         content[-20] ^= 1
         Path(file, file).write_bytes(content)
-        with pytest.raises(g.UserError, match=f'{file} is not what meta.json says'):
+        with pytest.raises(g.UserError, match=f'other {file[:6]}'):
             g.read(file, {})
-
-
-@pytest.mark.parametrize('path', ['train/../../x/study1/view1_frontal.jpg', '/etc/view_frontal.jpg',
-                                  '../valid2/p/study1/view1_frontal.jpg', ''])
-def test_chexpert_paths_do_not_leave_the_folder(path):
-    Path('d/CheXpert-v1.0').mkdir(parents=True)
-    with open('d/CheXpert-v1.0/train.csv', 'w', newline='') as file:
-        csv.writer(file).writerows([['Path', *g.CHEXPERT], [path, *['1.0'] * 14]])
-    with pytest.raises(g.UserError, match='line 2'):
-        g.read('chexpert', {'data_dir': 'd'})
 
 
 def test_split_is_stratified_exact_and_drawn_by_seed():

@@ -62,7 +62,7 @@ def steps(*flags):
     out['retrained'] = vector(ours)
     images = (x[0, 0].permute(0, 2, 3, 1) * 9 + 99).byte().numpy()[:7]
     data = generate_data.Data('x', 'noise', images, y[0, 0, :7].numpy(), list('abcd'), [.5] * 3,
-                              [.2] * 3, 8, {})
+                              [.2] * 3, 8)
     batches = generate_data.Batches(data, range(7), 2, torch.device('cpu'), shuffle=False)
     found = evaluate.test('test', ours.float(), batches)
     assert found['test_n'] == 7                         # each image once

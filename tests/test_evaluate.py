@@ -141,7 +141,7 @@ def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(cap
     out = printed(capsys, 'c', 'd', 'n')
     assert 'random_labels 0.5' in out and 'test - fit, points' in out and '±' in out
     shutil.move('data', 'moved')
-    one_line(capsys, evaluate.main(['c', '--gpu', '-1']), 'cifar10')
+    one_line(capsys, evaluate.main(['c', '--gpu', '-1']), 'cifar-10-batches-py')
     assert reports(capsys, 'c', '--data_dir', 'moved')[0]['test_error'] == row['test_error']
 
 
