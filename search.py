@@ -49,7 +49,8 @@ from operations import (DilConv, DroppedSkip, FactorizedReduce, ReLUConvBN, SepC
 SEARCH = {
     'space': Setting('darts', 'in nb201 the truth is known', ['darts', 'nb201']),
     'unrolled': Setting(False, 'second-order step'),
-    'arch_data': Setting('valid', 'images of the alphas; valid: held out', ['valid', 'train', 'none']),
+    'arch_data': Setting('valid', 'images of the alphas; valid: held out',
+                         ['valid', 'train', 'none']),
     'perturb': Setting('random', 'perturbation of sdarts', ['random', 'adversarial']),
     'partial': Setting(1, 'operations see 1/partial of the channels', number(int, 1)),
     'init_channels': Setting(16, 'channels of the first cell', number(int, 1)),
