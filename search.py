@@ -995,19 +995,24 @@ def main(argv=None):
             if run.end_epoch(epoch, line, len(streams) * run.last * size):
                 return 128 + run.stop
             stop = before_growth(run.log, run.epochs)
-        began = time.time()
-        genotype, beside = method.result()
-        if method.scores:
-            seconds = time.time() - began
-            run.log.append({'epoch': run.epochs, 'cells': beside['cells'],
-                            'seconds': round(seconds, 3), 'images_per_second': None,
-                            'peak_memory_mib': peak_memory_mib(device)})
-            run.write_log()
+        genotype, beside = result_of(method, run)
         if stop:
             beside['early_stop'] = {key: stop[key] for key in ('epoch', 'genotype')}
             genotype = from_plain(stop['genotype']) if args.early_stop else genotype
         if not world()[0]:
             finish(run, genotype, args, **beside)
+
+
+def result_of(method, run):
+    """method.result(); scoring cells gets a line of the log."""
+    began = time.time()
+    genotype, beside = method.result()
+    if method.scores:
+        run.log.append({'epoch': run.epochs, 'cells': beside['cells'],
+                        'seconds': round(time.time() - began, 3),
+                        'peak_memory_mib': peak_memory_mib(run.device)})
+        run.write_log()
+    return genotype, beside
 
 
 def rates(sums, steps, batch_size, has_valid):
