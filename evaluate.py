@@ -452,7 +452,9 @@ def report(run, device, data_dir=None, test_labels=None):
     if data.multilabel:
         intervals = bootstrap(scores.numpy(), labels.numpy(), data.classes)
         values = areas(scores, labels, data.classes)
-        row['test_areas'] = {name: [value, *intervals[name]] for name, value in values.items()}
+        positives = dict(zip(data.classes, (labels == 1).sum(0).tolist()))
+        row['test_areas'] = {name: [value, *intervals[name], positives[name]]
+                             for name, value in values.items()}
     elif 'fit_error' in row:
         row['gap'] = row['test_error'] - row['fit_error']
     return row
@@ -473,8 +475,9 @@ def show(row):
                 pairs = '  '.join(f'{op}:{state}' for op, state in value[cell])
                 print(f'  {cell:<17} {pairs}')
         elif name == 'test_areas':
-            for label, (area, low, high) in value.items():
-                print(f'  {label:<28} AUROC {area:.3f} (95%: {low:.3f} to {high:.3f})')
+            for label, (area, low, high, n) in value.items():
+                print(f'  {label:<28} AUROC {area:.3f} (95%: {low:.3f} to {high:.3f}), '
+                      f'{n} positive')
         else:
             print(f'  {name.replace("_", " "):<17} {text_of(name, value)}')
 
@@ -588,8 +591,9 @@ def plot(rows, path):
     from matplotlib import pyplot
     panels, colours = [], {}                    # panels: title, inches, function, its arguments
     for row in rows:
-        words = row.get('method') or row['arch'], row.get('searched_on'), row.get('trained_on')
-        group = ' on '.join(word for word in words if word)
+        group = row.get('method') or row['arch']
+        for key, words in (('searched_on', ' on '), ('trained_on', ', trained on ')):
+            group += words + row[key] if row.get(key) else ''
         row['colour'] = colours.setdefault(group, f'C{len(colours)}')
     for title, start in PANELS.items():
         lines = []
@@ -599,14 +603,14 @@ def plot(rows, path):
             panels.append((title, 2.4, draw_curves, [lines]))
     for row in rows:
         if row.get('score'):
-            title = f'{row["score"]} of {row["cells"]:,} cells: {row["run"]}'
+            title = f'{row["cells"]:,} cells, scored by {row["score"]}: {Path(row["run"]).name}'
             panels.append((title, 4, draw_scores, [row]))
     fits = [row for row in rows if row.get('gap') is not None]
     if len(fits) > 2:
         panels.append(('fit and generalization, one dot per network', 2.4, draw_fits, [fits]))
     elif len(rows) == 1 and 'tested' in rows[0]:
         tested = [*rows[0]['tested'][:3], rows[0].get('test_areas')]
-        panels.append(('test images', 6, draw_test, tested))
+        panels.append(('test images, after the last epoch', 6, draw_test, tested))
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
     heights = [panel[1] for panel in panels]
@@ -633,19 +637,21 @@ def draw_curves(axis, lines):
         if points:
             axis.plot(*zip(*points), color=colour, marker='.', alpha=0.8)
     axis.set_xlabel('epoch', fontsize=9)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
 
 
 def draw_scores(axis, row):
-    """One dot per cell, by the true accuracy of those better than 80%, or by parameters."""
+    """One dot per cell, over the true accuracy of those above 80%, or over parameters."""
     scores, by = read_cell_scores(row['run'])
     x, label = scores['params'] / 1e3, 'parameters of the operations, thousands'
     kept = scores[by] > -np.inf
     if 'cifar10' in scores:
-        x, label = scores['cifar10'], 'true CIFAR-10 accuracy, %'
+        x, label = scores['cifar10'], 'true CIFAR-10 accuracy, % (of cells above 80%)'
         kept &= x > 80
     axis.plot(x[kept], np.abs(scores[by][kept]), '.', color=row['colour'], ms=2, alpha=0.5)
-    axis.set(xlabel=label, ylabel=by.replace('_', ' '))
+    better = 'lower' if by.endswith('loss') else 'higher'
+    axis.set(xlabel=label, ylabel=f'{by.replace("_", " ")} ({better} is better)')
     axis.grid(alpha=0.3)
 
 
@@ -659,7 +665,7 @@ def draw_fits(axis, rows):
 
 def draw_test(axis, scores, labels, classes, test_areas):
     """The confusion matrix of a test, or the ROC curve of each label."""
-    from matplotlib import font_manager
+    from matplotlib import colormaps, font_manager
     if labels.ndim == 1:
         counts = np.zeros((len(classes), len(classes)), int)
         np.add.at(counts, (labels, scores.argmax(1)), 1)
@@ -676,14 +682,15 @@ def draw_test(axis, scores, labels, classes, test_areas):
                 axis.text(column, row, count, ha='center', va='center', fontsize=8,
                           color='white' if count > counts.max() / 2 else 'black')
         return
-    for name, (area, low, high) in test_areas.items():
+    axis.set_prop_cycle(color=colormaps['tab20'].colors)
+    for name, (area, low, high, n) in test_areas.items():
         k = classes.index(name)
         known = labels[:, k] >= 0
         truth = labels[known, k][np.argsort(-scores[known, k], kind='stable')] == 1
         axis.plot(np.cumsum(~truth) / (~truth).sum(), np.cumsum(truth) / truth.sum(),
-                  label=f'{name} {area:.2f} ({low:.2f} to {high:.2f})')
+                  label=f'{name} {area:.2f} ({low:.2f} to {high:.2f}), {n}')
     axis.plot([0, 1], [0, 1], '--', color='gray', lw=1)
-    axis.legend(fontsize=7, title='area (95%)', title_fontsize=8)
+    axis.legend(fontsize=7, title='area (95% interval), positives', title_fontsize=8)
     axis.set(xlabel='false positive rate', ylabel='true positive rate')
 
 

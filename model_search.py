@@ -229,10 +229,11 @@ class Cell(nn.Module):
                                         self.space.inputs == 1))
         return out
 
-    def forward(self, s0, s1, factors=None, shares=None, drop_path_prob=None):
+    def forward(self, s0, s1, factors=None, shares=None, drop_path_prob=None, memo=None):
         """Output of the cell, from s0 and s1, (B, C, H, W), those of the two cells before.
 
-        factors: from `factors`, or None in a derived cell; shares: from Network.shares.
+        factors: from `factors`, or None in a derived cell; shares: from Network.shares. memo: maps
+        of an earlier call with the same s0, s1 and weights, and one operation per edge.
         """
         states, totals, rests = [s1], {}, []
         if self.space.inputs == 2:
@@ -249,7 +250,10 @@ class Cell(nn.Module):
                 rest = rest.contiguous(memory_format=torch.channels_last)
                 rests.append(rest if mixed_op.stride == 1 else
                              F.max_pool2d(rest, 2, ceil_mode=True))
-            maps = mixed_op(x, factors and factors[state])
+            if memo is None:
+                maps = mixed_op(x, factors and factors[state])
+            else:
+                maps = self.remembered(memo, state, x, factors)
             for (node, _), names, y in zip(leaving, mixed_op.names, maps):
                 if y is None:
                     continue
@@ -264,6 +268,18 @@ class Cell(nn.Module):
                 lambda grad: grad.contiguous(memory_format=torch.channels_last))
         outputs = [states[node] for node in self.concat]
         return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+
+    def remembered(self, memo, state, x, factors):
+        """Maps of the edges that leave a state: from memo, or computed and put there."""
+        before, keys, missing = [], [], []          # before: the choices that made this state
+        for leaving, own in zip(self.leaving[:state], factors):
+            before += [name for (node, _), (name, *_) in zip(leaving, own) if node <= state]
+        for edge, factor in zip(self.leaving[state], factors[state]):
+            keys.append((*before, edge, factor[0]))
+            missing.append(('none', None, None) if keys[-1] in memo else factor)
+        for key, y in zip(keys, self.mixed_ops[state](x, missing)):
+            memo.setdefault(key, y)
+        return [memo[key] for key in keys]
 
     def node(self, totals, rests, shares, states):
         """The next node's map: the sum of its edges; with partial channels, of the rest as well."""
@@ -327,16 +343,17 @@ class Network(nn.Module):
     each edge's operations}, if not all (P-DARTS). width: 1 if `mix` draws (see Cell).
     forward(x): (B, 3, H, W) -> logits (B, num_classes); in training also the auxiliary head's.
 
-    Set from outside: drop_path_prob, None or a tensor. mix: None, or a function mix(cell_type, p)
-    that turns probabilities p (edges, operations) into edge weights, like p with a column more for
-    each of the space's extras, or Drawn.
+    Set from outside: drop_path_prob, None or a tensor. memo: None, or a dictionary that keeps maps
+    of the first cell, for one batch and one operation per edge. mix: None, or a function
+    mix(cell_type, p) that turns probabilities p (edges, operations) into edge weights, like p with
+    a column more for each of the space's extras, or Drawn.
     """
     def __init__(self, init_channels, num_classes, layers, genotype=None, partial=1,
                  auxiliary=False, stem='cifar', space=DARTS, kept=None, width=None):
         super().__init__()
         affine = genotype is not None
         self.space = space = NB201 if isinstance(genotype, str) else space
-        self.partial, self.drop_path_prob, self.mix = partial, None, None
+        self.partial, self.drop_path_prob, self.mix, self.memo = partial, None, None, None
         channels, reduction_before = init_channels, stem == 'imagenet'
         # As published, only a derived network's stem for large images is as wide as its cells.
         narrow = space.inputs == 1 or stem == 'imagenet' and genotype is not None
@@ -393,7 +410,8 @@ class Network(nn.Module):
                 key = cell_type, cell.channels
                 if key not in factors:
                     factors[key] = cell.factors(weights, best)
-            s0, s1 = s1, cell(s0, s1, factors.get(key), shares, self.drop_path_prob)
+            s0, s1 = s1, cell(s0, s1, factors.get(key), shares, self.drop_path_prob,
+                              None if layer else self.memo)
             if layer == self.auxiliary_at and self.training:
                 auxiliary_logits = self.auxiliary_head(s1)
         logits = self.classifier(self.last(s1).mean((2, 3)))

@@ -355,6 +355,7 @@ class OneShot(Darts):
     stochastic = one_path = True
     scores = 'valid_loss', 'train_loss', 'valid_accuracy', 'angle'
     IMAGES = 128                # on which a cell is scored, of each half
+    first_three = memos = None  # operations of the last cell, and maps that go with them, by half
     cell = taken = None         # {cell type: column of each edge}, [(cell type, edge, operation)]
 
     def mix(self, cell_type, p):
@@ -395,8 +396,11 @@ class OneShot(Darts):
     @torch.no_grad()
     def measure(self, genotype):
         """{score: number} of the cell that is taken."""
-        out = {}
-        for half, batch in zip(('train', 'valid'), self.halves):
+        out, first_three = {}, [columns[:3] for columns in self.cell.values()]
+        if first_three != self.first_three:
+            self.first_three, self.memos = first_three, [{}, {}]
+        for half, batch, memo in zip(('train', 'valid'), self.halves, self.memos):
+            self.network.memo = memo if self.args.space == 'nb201' else None
             with self.network.frozen_statistics():
                 loss, right = forward(self.network, batch, self.args.amp)
             out[f'{half}_loss'], out[f'{half}_accuracy'] = loss.item(), right.item() / len(batch[1])
@@ -427,14 +431,17 @@ class OneShot(Darts):
             if repeat:
                 self.build()
             self.network.train()
+            self.first_three = None
             self.prepare()
-            for k in range(rank, len(cells), processes):
+            # In an order in which what cells have in common is computed once (Network.memo).
+            mine = sorted(range(rank, len(cells), processes), key=cells.__getitem__)
+            for done, k in enumerate(mine, 1):
                 self.take(cells[k])
                 row = rows.setdefault(k, {'params': 0})
                 row['params'] = sum(sizes.get(key, 0) for key in self.taken)
                 for name, value in self.measure(cells[k]).items():
                     row[name] = row.get(name, 0) + value / repeats
-                progress.update(repeat * len(cells) + k + 1)
+                progress.update(repeat * len(cells) + done * processes)
         progress.close()
         for part in gathered(rows):
             rows.update(part)

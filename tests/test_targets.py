@@ -54,7 +54,7 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
     assert row['test_auroc_tasks'] == pytest.approx(best['test_auroc_tasks'], abs=1e-9)
     assert row['test_n'] == 6                           # studies, of two views each
     assert 'Fracture' not in row['test_areas'] and len(row['test_areas']) == 13
-    assert all(low <= area <= high for area, low, high in row['test_areas'].values())
+    assert all(low <= area <= high for area, low, high, _ in row['test_areas'].values())
     # Labels of the test set: by study, its images in test/ beside them.
     os.rename('d/CheXpert-v1.0-small/valid', 'd/test')
     with open('d/CheXpert-v1.0-small/valid.csv') as file:
