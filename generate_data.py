@@ -15,6 +15,7 @@ A set appears when it is complete, so you can simply repeat a run that was stopp
 `--generator train` keeps its training in OUT.generator/ and goes on from there.
 """
 import argparse
+import collections
 import contextlib
 import csv
 import ctypes
@@ -1350,17 +1351,21 @@ def read_folder(root, split, s):
     if split == 'test' and not test and not s['test_fraction']:
         return None
     check = split == 'train' or s['skip_broken']        # the test split is read after it
-    classes, files, labels = listed = list_images(train, check, s['skip_broken'])
+    classes, files, labels, broken = listed = list_images(train, check)
     if test:
-        held_out = list_images(test, check, s['skip_broken'])
+        held_out = list_images(test, check)
+        broken = broken + held_out[3]
         differ = sorted({*classes} ^ {*held_out[0]})
         if differ:
             raise UserError(f'{test} and {train} differ in their classes: '
                             f'{", ".join(differ[:5])}. Give both the same folders.')
     elif s['test_fraction']:
         kept, held = stratified_split(labels, 1 - s['test_fraction'], 0)
-        listed = classes, [files[k] for k in kept], labels[kept]
-        held_out = classes, [files[k] for k in held], labels[held]
+        listed = classes, [files[k] for k in kept], labels[kept], []
+        held_out = classes, [files[k] for k in held], labels[held], []
+    if broken and not s['skip_broken']:
+        raise UserError(f'{len(broken)} pictures cannot be read: {", ".join(broken[:10])}. Mend or '
+                        'remove them, or add --skip_broken.')
     size = s['image_size'] or 32
     files = listed[1]                                   # of at most 2,000 training images
     some = np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)
@@ -1369,12 +1374,12 @@ def read_folder(root, split, s):
 
 
 def listed_data(name, split, listed, mean, std, size):
-    """A Data of (classes, files, labels).
+    """A Data of what list_images returns.
 
     Above 64 px images are resized to 8/7 of the size and their middle is cut out, as 256 and 224
     px of ImageNet. Small sets are decoded at once.
     """
-    classes, files, labels = listed
+    classes, files, labels, _ = listed
     data = Data(name, 'real', files, labels, classes, mean, std, size, files=files,
                 zoom=8 / 7 if size > 64 else 1)
     if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
@@ -1382,11 +1387,10 @@ def listed_data(name, split, listed, mean, std, size):
     return data
 
 
-def list_images(folder, check=False, skip_broken=False):
-    """(classes, paths, int64 labels) of a tree with a folder of images for each class.
+def list_images(folder, check=False):
+    """(classes, paths, int64 labels, broken paths) of a tree with a folder of images per class.
 
-    check: try up to 20,000 pictures, and leave out with skip_broken, or name in a UserError, those
-    that cannot be read.
+    check: try up to 20,000 pictures. Those that cannot be read are in the last list only.
     """
     from torchvision.datasets import ImageFolder
     try:
@@ -1396,18 +1400,17 @@ def list_images(folder, check=False, skip_broken=False):
                         ) from None
     files, labels = [Path(file) for file, _ in found.samples], np.array(found.targets)
     if not check or len(files) > 20000:
-        return found.classes, files, labels
-    others = sum(path.is_file() for path in folder.rglob('*')) - len(files)
+        return found.classes, files, labels, []
+    others = collections.Counter(path.suffix for path in folder.rglob('*') if path.is_file())
+    others -= collections.Counter(path.suffix for path in files)
     if others:
-        print(f'{folder}: {others} files that are no pictures are left out', file=sys.stderr)
+        ends = ', '.join(f'{count} {end or "no ending"}' for end, count in others.items())
+        print(f'{folder}: files that are no pictures are left out: {ends}', file=sys.stderr)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         fine = Progress(len(files), 'pictures tried').over(pool.map(is_image, files))
         fine = np.array(list(fine))
-    broken = [str(files[k]) for k in np.flatnonzero(~fine)]
-    if broken and not skip_broken:
-        raise UserError(f'{len(broken)} pictures cannot be read: {", ".join(broken[:10])}. Mend or '
-                        'remove them, or add --skip_broken.')
-    return found.classes, [files[k] for k in np.flatnonzero(fine)], labels[fine]
+    return (found.classes, [files[k] for k in np.flatnonzero(fine)], labels[fine],
+            [str(files[k]) for k in np.flatnonzero(~fine)])
 
 
 def is_image(path):
