@@ -310,6 +310,8 @@ def read_run(run):
             genotype, found_by = find_genotype(str(folder))
             row.update(finished=True, genotype=plain(genotype), searched_on=found_by['data'],
                        arch_data=found_by['arch_data'], **known_of(genotype))
+            if settings.get('fresh'):
+                row['searched_on'] += ', fresh'
             if (folder / 'scores.csv').exists():
                 row.update(ranking(folder))
         return row

@@ -1620,8 +1620,9 @@ class Batches:
 
     def drawn_anew(self, batches, turn, epoch):
         """The same of --fresh: each row is drawn once in a turn, and kept."""
+        self.waited = 0.0
         if self.turn != turn:
-            self.turn, self.drawn, self.waited = turn, {}, 0.0
+            self.turn, self.drawn = turn, {}
         missing = [np.setdiff1d(rows, list(self.drawn)) for rows in batches]
         loaded = iter(self.loaded([rows for rows in missing if len(rows)], epoch))
         for rows, new in zip(batches, missing):
