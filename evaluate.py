@@ -823,7 +823,10 @@ def main(argv=None):
         plot(rows, s['plot'])
     if s['csv']:
         names = list(dict.fromkeys(name for line in lines for name in line))
-        write_csv(s['csv'], [names, *([line.get(name) for name in names] for line in lines)])
+        cells = [names]
+        for line in lines:
+            cells.append([line.get(name) for name in names])
+        write_csv(s['csv'], cells)
 
 
 if __name__ == '__main__':

@@ -1612,8 +1612,9 @@ class Batches:
 
     def loaded(self, batches, epoch):
         """uint8 (B, S, S, 3) of arrays of rows, from the workers."""
-        items = [[(row, self.augment, self.seed, epoch) for row in rows.tolist()]
-                 for rows in batches]
+        items = []
+        for rows in batches:
+            items.append([(row, self.augment, self.seed, epoch) for row in rows.tolist()])
         return torch.utils.data.DataLoader(
             self.data, batch_sampler=items, num_workers=self.workers,
             pin_memory=self.device.type == 'cuda', generator=torch.Generator())
