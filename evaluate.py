@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CHEXPERT, REAL, Batches, Progress, Setting, UserError, choose_device,
-                           leave, load_file, names_to_draw, number, one_line_errors, parse_flags,
-                           read, read_chexpert, read_image, world, write_file)
+from generate_data import (CHEXPERT, DEFAULTS, REAL, Batches, Progress, Setting, UserError,
+                           choose_device, is_image, leave, load_file, names_to_draw, number,
+                           one_line_errors, parse_flags, read, read_chexpert, read_image,
+                           sha256_of_files, taken, world, write_file)
 
 import numpy as np
 import torch
@@ -289,6 +290,16 @@ def method_name(settings):
     return name
 
 
+def data_name(settings):
+    """--data, with what makes it another kind of data."""
+    settings = {**DEFAULTS, **settings}
+    name, used = settings['data'], taken(settings['data'], settings)
+    for key in ('source', 'generator', 'difficulty', 'label_mode', 'label_noise', 'fresh'):
+        if key in used and settings[key] != DEFAULTS[key]:
+            name += f', {key} {settings[key]}'
+    return name
+
+
 def read_run(run):
     """What a run's folder says of it, as a dictionary; a retrained network is not tested.
 
@@ -305,20 +316,17 @@ def read_run(run):
            'seconds': sum(line['seconds'] for line in log), 'log': log}
     if row['type'] == 'search':
         row.update(space=settings.get('space', 'darts'), method=method_name(settings),
-                   searched_on=settings['data'], arch_data=settings.get('arch_data'))
+                   searched_on=data_name(settings), arch_data=settings.get('arch_data'))
         if (folder / 'genotype.json').exists():
             genotype, found_by = find_genotype(str(folder))
-            row.update(finished=True, genotype=plain(genotype), searched_on=found_by['data'],
-                       arch_data=found_by['arch_data'], **known_of(genotype))
-            if settings.get('fresh'):
-                row['searched_on'] += ', fresh'
+            row.update(finished=True, genotype=plain(genotype), arch_data=found_by['arch_data'],
+                       **known_of(genotype))
+            if found_by['data'] is None:                # a random cell
+                row['searched_on'] = None
             if (folder / 'scores.csv').exists():
                 row.update(ranking(folder))
         return row
-    trained_on = settings['data']
-    if trained_on == 'random_labels' and settings.get('label_noise', 1) < 1:
-        trained_on += f' {settings["label_noise"]:g}'
-    row.update(arch=settings['arch'], trained_on=trained_on,
+    row.update(arch=settings['arch'], trained_on=data_name(settings),
                finished=(folder / 'weights.pt').exists())
     for name, value in (log[-1] if log else {}).items():
         if name.startswith(('fit_', 'test_', 'holdout_')):
@@ -392,7 +400,7 @@ def ranking(folder):
     out = {'score': by, 'cells': len(scores[by])}
     if 'cifar10' not in scores:
         return out
-    truth, params, value = scores.pop('cifar10'), scores.pop('params'), scores[by]
+    truth, params, value = scores.pop('cifar10'), scores.pop('cell_params'), scores[by]
     best = truth[np.argsort(-value, kind='stable')[:10]]
     return {**out, 'spearman': spearman(value, truth), 'kendall': kendall(value, truth),
             'spearman_given_params': spearman(value, truth, params),
@@ -419,6 +427,10 @@ def read_test(meta, data_dir=None, table=None):
         data = read(data_dir if moved else meta['data'], settings, 'test')
     if data is None:
         raise UserError(f'{data_dir or meta["data"]} has no test images any more: bring them back')
+    known = meta.get('test_files')
+    if known and not table and sha256_of_files(data.files) != known:
+        raise UserError(f'{data.name}: files were added, removed or changed since this training: '
+                        'the test images are others. Bring them back, or retrain')
     unknown = sorted(set(data.classes) - set(meta['classes']))
     if unknown or data.multilabel and data.classes != meta['classes']:
         raise UserError(f'{data.name}: the network does not know {", ".join(unknown[:5])}: give '
@@ -480,6 +492,9 @@ def show(row):
             for label, (area, low, high, n) in value.items():
                 print(f'  {label:<28} AUROC {area:.3f} (95%: {low:.3f} to {high:.3f}), '
                       f'{n} positive')
+            for label in row['tested'][2]:
+                if label not in value:
+                    print(f'  {label:<28} no AUROC: all positive, or none')
         else:
             print(f'  {name.replace("_", " "):<17} {text_of(name, value)}')
 
@@ -595,7 +610,7 @@ def plot(rows, path):
     for row in rows:
         group = row.get('method') or row['arch']
         for key, words in (('searched_on', ' on '), ('trained_on', ', trained on ')):
-            group += words + row[key] if row.get(key) else ''
+            group += words + Path(row[key]).name if row.get(key) else ''
         row['colour'] = colours.setdefault(group, f'C{len(colours)}')
     for title, start in PANELS.items():
         lines = []
@@ -646,12 +661,14 @@ def draw_curves(axis, lines):
 def draw_scores(axis, row):
     """One dot per cell, over the true accuracy of those above 80%, or over parameters."""
     scores, by = read_cell_scores(row['run'])
-    x, label = scores['params'] / 1e3, 'parameters of the operations, thousands'
+    x, label = scores['cell_params'] / 1e3, 'parameters of the operations, thousands'
     kept = scores[by] > -np.inf
     if 'cifar10' in scores:
         x, label = scores['cifar10'], 'true CIFAR-10 accuracy, % (of cells above 80%)'
         kept &= x > 80
-    axis.plot(x[kept], np.abs(scores[by][kept]), '.', color=row['colour'], ms=2, alpha=0.5)
+    y = np.abs(scores[by][kept])
+    axis.plot(x[kept], y, '.', color=row['colour'], ms=2, alpha=0.5)
+    axis.set_yscale('log' if y.max() > 1000 * y.min() > 0 else 'linear')
     better = 'lower' if by.endswith('loss') else 'higher'
     axis.set(xlabel=label, ylabel=f'{by.replace("_", " ")} ({better} is better)')
     axis.grid(alpha=0.3)
@@ -724,12 +741,18 @@ COST = {
 
 def show_predictions(run, target):
     """Print the class of each picture and its probability, or the probability of each label."""
+    if not Path(run, 'weights.pt').exists():
+        raise UserError(f'--predict: {run} is no finished retraining: give one')
     network, meta = load_weights(Path(run) / 'weights.pt')
     paths = [Path(target)]
     if paths[0].is_dir():
         from torchvision.datasets.folder import IMG_EXTENSIONS
         paths = sorted(path for path in paths[0].rglob('*')
                        if path.suffix.lower() in IMG_EXTENSIONS)
+    broken = [str(path) for path in paths if not is_image(path)]
+    if broken or not paths:
+        raise UserError(f'--predict {target}: no pictures there, or these cannot be read: '
+                        f'{", ".join(broken[:10])}. Mend or remove them.')
     writer = csv.writer(sys.stdout, lineterminator='\n')
     columns = meta['classes'] if meta['multilabel'] else ['class', 'probability']
     writer.writerow(['file', *columns])
@@ -778,7 +801,8 @@ def main(argv=None):
                               defaults_for)
     unused = (RUNS if s['cost'] else COST).keys() & typed.keys() - {'json', 'gpu'}
     if unused:
-        raise UserError(f'--{min(unused)} does not go with --cost {s["cost"]}: leave it out')
+        mend = 'does not go with --cost: leave it out' if s['cost'] else 'needs --cost: add it'
+        raise UserError(f'--{min(unused)} {mend}')
     for name in ('csv', 'plot', 'scores'):
         if s[name] and (Path(s[name]).is_dir() or not Path(s[name]).resolve().parent.is_dir()):
             raise UserError(f'--{name} {s[name]}: give a file in a folder that exists')

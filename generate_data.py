@@ -73,8 +73,9 @@ def number(kind, low=-2 ** 62, high=2 ** 62, above=-math.inf, below=math.inf):
             value = kind(text)
             if low <= value <= high and above < value < below:
                 return value
-        raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {kind.__name__} between '
-                                         f'{max(low, above)} and {min(high, below)}')
+        end = '' if min(high, below) == 2 ** 62 else f' to {min(high, below)}'
+        raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {kind.__name__} from '
+                                         f'{max(low, above)}{end}')
     return parse
 
 
@@ -1157,8 +1158,13 @@ class Data:
         """Of the images, or of the names and sizes of their files if they are not in memory."""
         if isinstance(self.images, np.ndarray):
             return hashlib.sha256(self.images).hexdigest()
-        names = [f'{path.parent.name}/{path.name} {path.stat().st_size}' for path in self.images]
-        return hashlib.sha256('\n'.join(names).encode()).hexdigest()
+        return sha256_of_files(self.images)
+
+
+def sha256_of_files(paths):
+    """Of their names and sizes."""
+    names = [f'{path.parent.name}/{path.name} {path.stat().st_size}' for path in paths]
+    return hashlib.sha256('\n'.join(names).encode()).hexdigest()
 
 
 def read(name, s, split='train'):
@@ -1254,14 +1260,17 @@ def read_cifar(name, s, split):
     if s['download']:                       # torchvision fetches what is not whole
         with readable(f'{name}: no download', f'Put {inner}/ into {folder.parent}.'):
             official(folder.parent, download=True)
-    images, labels, size = [], [], s['image_size'] or 32
+    images, labels, unusual, size = [], [], [], s['image_size'] or 32
     for file, md5 in official.train_list if split == 'train' else official.test_list:
         pixels, numbers = read_arrays(folder / file, 'data',
                                        'labels' if name == 'cifar10' else 'fine_labels')
         images.append(pixels)
         labels.extend(numbers)
         if not datasets.utils.check_integrity(folder / file, md5):
-            print(f'warning: {folder / file} is not as officially published', file=sys.stderr)
+            unusual.append(file)
+    if unusual:
+        print(f'warning: {folder}: not as officially published, but used: {", ".join(unusual)}',
+              file=sys.stderr)
     classes, = read_arrays(folder / official.meta['filename'], official.meta['key'])
     images = np.concatenate(images).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     images = np.ascontiguousarray(images)
@@ -1318,7 +1327,7 @@ def read_chexpert_table(path, uncertain):
     zeros.
     """
     paths, labels = [], []
-    with readable(f'{path} is no CSV file of CheXpert', 'Give its --data_dir.'), \
+    with readable(f'{path} is no CSV file of CheXpert', 'Check its path.'), \
             open(path, newline='', encoding='utf-8-sig') as file:
         for row in csv.DictReader(file, restval='no cell'):
             paths.append(re.sub('^.*/(?=(train|valid|test)/)', '', row.get('Path') or row['Study']))
@@ -1363,6 +1372,9 @@ def read_folder(root, split, s):
         kept, held = stratified_split(labels, 1 - s['test_fraction'], 0)
         listed = classes, [files[k] for k in kept], labels[kept], []
         held_out = classes, [files[k] for k in held], labels[held], []
+    if split == 'test' and not len(held_out[1]):
+        print(f'{root}: no class has pictures enough to hold out: no test', file=sys.stderr)
+        return None
     if broken and not s['skip_broken']:
         raise UserError(f'{len(broken)} pictures cannot be read: {", ".join(broken[:10])}. Mend or '
                         'remove them, or add --skip_broken.')

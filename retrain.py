@@ -33,7 +33,7 @@ from types import SimpleNamespace
 from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, Setting, UserError,
                            choose_device, fcntl, find_or_make, leave, load_file, name_or_path,
                            number, one_line_errors, parse_flags, read, refuse_unused,
-                           stratified_split, taken, world, write_file)
+                           sha256_of_files, stratified_split, taken, world, write_file)
 from evaluate import (COST, EVALUATION_BATCH, MAY_DIFFER, check_layers, correct, find_genotype,
                       gathered, loss_of, read_json, read_log, stem_for, test)
 
@@ -121,7 +121,7 @@ FIT_IMAGES = 10000          # training images on which the fit is measured at th
 SAID = {'train_loss': 'loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}',
         'valid_loss': 'held-out loss {:.3f}', 'valid_accuracy': 'held-out accuracy {:.1%}',
         'skips_normal': '{} skips in the normal cell', 'skips_reduce': '{} in the reduction cell',
-        'skips_cell': '{} skips', 'truth_for_analysis_only': 'true accuracy {[cifar10]:.2f}%',
+        'skips_cell': '{} skips', 'truth_for_analysis_only': 'NAS-Bench-201: {[cifar10]:.2f}%',
         'holdout_error': 'held-out error {:.2f}%', 'holdout_auroc_tasks': 'held-out AUROC {:.3f}',
         'test_error': 'test error {:.2f}%', 'test_auroc_tasks': 'test AUROC {:.3f}',
         'fit_error': 'training error {:.2f}%', 'fit_auroc_tasks': 'training AUROC {:.3f}'}
@@ -138,6 +138,8 @@ def settle(doc, tables, argv, presets, defaults_for):
         if chosen['preset'] != 'auto':
             preset = chosen['preset']
         out, known = defaults_for(typed, chosen, preset), taken(chosen['data'], chosen)
+        if Path(chosen['data'], 'meta.json').exists():
+            known.discard('image_size')             # a written set has its own
         return {name: out[name] for name in out if name not in DATA or name in known}
 
     preset = Setting('auto', 'defaults; auto: by the data and the cell', ['auto', *presets])
@@ -168,11 +170,11 @@ def settle(doc, tables, argv, presets, defaults_for):
     return args, typed, defaults
 
 
-def refuse_idle(typed, has_effect):
+def refuse_idle(typed, has_effect, where='beside the other flags'):
     """UserError for what was typed and has no effect; has_effect: {name: bool}."""
     for name in sorted(typed.keys() & has_effect.keys()):
         if not has_effect[name]:
-            raise UserError(f'--{name} means nothing beside the other flags: leave it out')
+            raise UserError(f'--{name} means nothing {where}: leave it out')
 
 
 def batch_of(args, images):
@@ -202,7 +204,7 @@ def run_name(script, first, args, typed, defaults):
         return Path(str(value).removesuffix('genotype.json')).name.replace(' ', '_')
 
     words = [script, *map(word, first), f'seed{args.seed}']
-    defaults = {**defaults, 'data_seed': args.seed}
+    defaults = {**defaults, 'data_seed': args.seed, 'source': DATA['source'].default}
     for name in sorted(typed.keys() - MAY_DIFFER - {'data', 'method', 'arch', 'seed'}):
         if typed[name] is True and not defaults[name]:
             words.append(name)
@@ -347,7 +349,7 @@ class Run:
         what: said of the run in a line. sums: (n,) zeros, to which the steps of an epoch add.
         state(): what the checkpoint is to hold beside what a Run knows.
         """
-        cpu = self.device.type == 'cpu'         # whose first step may take a minute
+        cpu = self.total and self.device.type == 'cpu'      # whose first step may take a minute
         print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}: {self.folder}'
               + ('; timing the first step' if cpu else ''))
         self.sums, self.state, saved = sums, state, self.checkpoint
@@ -809,11 +811,15 @@ def main(argv=None):
 
 def finish(run, args, data, test_data, stem, genotype, found_by, weights):
     """Write weights.pt, and say what came out and what comes next."""
+    # A test split that is drawn from a folder is another one if pictures come or go.
+    is_drawn = test_data and test_data.files and \
+        test_data.files[0].parent in {file.parent for file in data.files}
     meta = {'arch': args.arch, 'genotype': plain(genotype), 'found_by': found_by,
             'init_channels': args.init_channels, 'layers': args.layers,
             'auxiliary': args.auxiliary, 'stem': stem, 'classes': data.classes, 'mean': data.mean,
             'std': data.std, 'image_size': data.image_size, 'zoom': data.zoom,
             'multilabel': data.multilabel, 'has_test': test_data is not None,
+            'test_files': sha256_of_files(test_data.files) if is_drawn else None,
             'data': args.data if args.data in REAL else str(Path(args.data).resolve()),
             'settings': {'data_dir': str(Path(args.data_dir).resolve()),
                          'uncertain': args.uncertain, 'views': args.views,

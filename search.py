@@ -26,8 +26,8 @@ from pathlib import Path
 from generate_data import (CIFAR, KINDS, REAL, Batches, Progress, Setting, UserError,
                            choose_device, find_or_make, leave, number, one_line_errors, set_tf32,
                            stratified_split, suited, world, write_file)
-from evaluate import (COST, correct, find_genotype, gathered, loss_of, method_name, read_json,
-                      stem_for, write_csv)
+from evaluate import (COST, correct, data_name, find_genotype, gathered, loss_of, method_name,
+                      read_json, stem_for, write_csv)
 from retrain import (INPUT, SCHEDULE, GraphedStep, Run, averaged, batch_of, changed_by_a_step,
                      check_alike, check_batch, learning_rate_at, make_optimizer, peak_memory_mib,
                      refuse_idle, run_name, settle, start_alike)
@@ -437,8 +437,8 @@ class OneShot(Darts):
             mine = sorted(range(rank, len(cells), processes), key=cells.__getitem__)
             for done, k in enumerate(mine, 1):
                 self.take(cells[k])
-                row = rows.setdefault(k, {'params': 0})
-                row['params'] = sum(sizes.get(key, 0) for key in self.taken)
+                row = rows.setdefault(k, {'cell_params': 0})
+                row['cell_params'] = sum(sizes.get(key, 0) for key in self.taken)
                 for name, value in self.measure(cells[k]).items():
                     row[name] = row.get(name, 0) + value / repeats
                 progress.update(repeat * len(cells) + done * processes)
@@ -849,6 +849,13 @@ def parse(argv):
     if args.space not in method.spaces:
         raise UserError(f'--method {args.method} is not for --space {args.space}: take another, or '
                         '--space darts')
+    has_effect = {'perturb': args.method == 'sdarts', 'candidates': method.scores,
+                  'score': len(method.scores) > 1, 'repeats': not method.trains}
+    if method.scores:
+        has_effect.update(dict.fromkeys(ALPHAS))
+    if not method.trains:
+        has_effect.update(dict.fromkeys(SCHEDULE.keys() - {'batch_size'}))
+    refuse_idle(typed, has_effect, f'for --method {args.method}')
     if args.epochs <= args.frozen_epochs * method.stages:
         raise UserError(f'--frozen_epochs {args.frozen_epochs} leaves the alphas none: take fewer')
     flag = 'early_stop' if args.early_stop else 'hessian' if args.hessian else 'unrolled'
@@ -867,14 +874,7 @@ def parse(argv):
     words = [args.data, args.method] if method.searches else [args.method]
     if method.searches:
         check_batch(args, share)
-    has_effect = {'perturb': args.method == 'sdarts', 'valid_fraction': args.arch_data == 'valid',
-                  'candidates': method.scores, 'score': len(method.scores) > 1,
-                  'repeats': not method.trains}
-    if method.scores:
-        has_effect.update(dict.fromkeys(ALPHAS))
-    if not method.trains:
-        has_effect.update(dict.fromkeys(SCHEDULE.keys() - {'batch_size'}))
-    refuse_idle(typed, has_effect)
+    refuse_idle(typed, {'valid_fraction': args.arch_data == 'valid'})
     args.save = args.save or run_name('search', words, args, typed, defaults)
     return args
 
@@ -1034,12 +1034,14 @@ def rates(sums, steps, batch_size, has_valid):
 def finish(run, genotype, args, **beside):
     """Write genotype.svg and genotype.json, and say what came out and what comes next."""
     method = METHODS[args.method]
-    data = args.data if method.searches else None
+    data = data_name(vars(args)) if method.searches else None
     arch_data = args.arch_data if method.searches and not method.scores else None
     write_file(run.folder / 'genotype.svg', draw(genotype, run.folder.name))
     write_file(run.folder / 'genotype.json', to_json(
         genotype, data=data, method=method_name(vars(args)), seed=args.seed, arch_data=arch_data,
         **beside) + '\n')
+    if 'score' in beside:
+        print(f'the best of {beside["cells"]:,} cells, by {beside["score"]}:')
     say(genotype)
     if args.quick:
         print('this was --quick: the pipeline works, the genotype means nothing')

@@ -126,7 +126,7 @@ TABLE = [
     ('run', 'put run/args.json {', 'evaluate', 'run', 'args.json'),
     ('run', '', 'evaluate', 'run --csv nowhere/t.csv', 'nowhere'),
     ('run', '', 'evaluate', 'run --plot p.txt', 'p.txt'),
-    ('run', '', 'evaluate', 'run --predict own', 'weights.pt'),
+    ('run', '', 'evaluate', 'run --predict own', 'no finished retraining'),
     ('net', 'cut net/weights.pt 2000', 'evaluate', 'net', 'weights.pt'),
     ('net', '', 'evaluate', 'net --predict nowhere.png', 'nowhere.png'),
     ('net', '', 'evaluate', 'net --scores s.csv', 'test images'),

@@ -139,7 +139,7 @@ def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(cap
     run(retrain.main, 'n', *flags, '--data', 'random_labels', '--label_noise', '0.5')
     run(retrain.main, 'd', *flags, '--data', 'cifar10', '--seed', '1')
     out = printed(capsys, 'c', 'd', 'n')
-    assert 'random_labels 0.5' in out and 'test - fit, points' in out and '±' in out
+    assert 'random_labels, label_noise 0.5' in out and 'test - fit, points' in out and '±' in out
     shutil.move('data', 'moved')
     one_line(capsys, evaluate.main(['c', '--gpu', '-1']), 'cifar-10-batches-py')
     assert reports(capsys, 'c', '--data_dir', 'moved')[0]['test_error'] == row['test_error']
@@ -194,3 +194,19 @@ def test_classes_of_a_folder_are_matched_by_name_or_refused(capsys):
     for split in ('train', 'val'):
         shutil.move(f'{split}-cat', f'photos/{split}/zebra')
     one_line(capsys, evaluate.main(['net', '--gpu', '-1']), 'zebra')
+
+
+def test_a_test_split_that_is_drawn_anew_is_refused(capsys):
+    folder_of_images('photos', ('cat', 'dog'), n=10)
+    run(retrain.main, 'net', '--arch', 'DARTS_V1', '--data', 'photos', '--image_size', '8', *SIZES)
+    assert reports(capsys, 'net')[0]['test_n'] == 4
+    Path('photos/cat/0.png').unlink()
+    one_line(capsys, evaluate.main(['net', '--gpu', '-1']), 'added, removed or changed')
+
+
+def test_too_few_pictures_to_hold_out_are_said(capsys):
+    folder_of_images('photos', ('cat', 'dog'), n=4)
+    run(retrain.main, 'net', '--arch', 'DARTS_V1', '--data', 'photos', '--image_size', '8', *SIZES,
+        '--batch_size', '4')
+    assert 'no test' in capsys.readouterr().err
+    assert 'test_n' not in reports(capsys, 'net')[0]
