@@ -299,6 +299,7 @@ def test_fresh_draws_every_image_anew_for_its_label(kind):
     assert len(flat.unique(dim=0)) == 120       # nothing is seen twice
     stored = (torch.from_numpy(np.array(data.images)).float() - batches.mean) * batches.scale
     close(seen[0], stored.permute(0, 3, 1, 2), 1e-6)
+    assert np.array_equal(data.draw([5, 31, 8], 1)[1:2], data.draw([31], 1))
     again = Batches(data, range(40), 8, torch.device('cpu'), shuffle=False, workers=2)
     assert torch.equal(torch.cat([x for x, _ in again.epoch(4, 3)]), seen[4][24:])
 
