@@ -422,7 +422,7 @@ class OneShot(Darts):
         return cells if count is None else [cells[k] for k in order[:count]]
 
     def score(self, cells):
-        """[{parameters and scores}] of genotypes, means over --repeats."""
+        """[{cell_params: weights of its operations, score: mean over --repeats}] of genotypes."""
         (rank, processes), rows = world(), {}
         sizes = {key: len(weights) for key, weights in weights_by_operation(self.network).items()}
         repeats = 1 if self.trains else self.args.repeats
@@ -437,8 +437,8 @@ class OneShot(Darts):
             mine = sorted(range(rank, len(cells), processes), key=cells.__getitem__)
             for done, k in enumerate(mine, 1):
                 self.take(cells[k])
-                row = rows.setdefault(k, {'cell_params': 0})
-                row['cell_params'] = sum(sizes.get(key, 0) for key in self.taken)
+                size = sum(sizes.get(key, 0) for key in self.taken)
+                row = rows.setdefault(k, {'cell_params': size})
                 for name, value in self.measure(cells[k]).items():
                     row[name] = row.get(name, 0) + value / repeats
                 progress.update(repeat * len(cells) + done * processes)
