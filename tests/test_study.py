@@ -1,129 +1,127 @@
-"""The first study: its statistics against hand values, its rules, its rows, table and figure."""
-import csv
+"""The study: its statistics against hand values, its rules, its commands and its rows."""
+import shlex
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import search
 from conftest import ROOT
-from genotypes import random_string
+from genotypes import NB201_LARGEST, truth
 
 sys.path.insert(0, str(ROOT / '.github' / 'study'))
 import study  # noqa: E402
 
-CELLS = [random_string(seed) for seed in range(16)]
+rng = np.random.Generator(np.random.Philox(1))
 
 
-def arms(method='darts', **given):
-    """Return made-up arms: by name (mean, deviation, n), or a list of percentiles."""
-    made, rng = {}, np.random.Generator(np.random.Philox(1))
-    for arm, values in given.items():
-        if isinstance(values, tuple):
-            mean, deviation, n = values
-            z = rng.standard_normal(n)
-            values = mean + deviation * (z - z.mean()) / z.std(ddof=1)
-        made[method, arm.replace('_', ' ')] = [
-            {'percentile': value, 'genotype': CELLS[k], 'collapsed': False}
-            for k, value in enumerate(values)]
-    return made
+def exact(mean, deviation, n):
+    """Return n values with exactly this mean and deviation."""
+    z = rng.standard_normal(n)
+    return mean + deviation * (z - z.mean()) / z.std(ddof=1)
 
 
 def test_statistics_by_hand():
     a, b = [1.0, 2, 3, 4], [2.0, 4, 6]
-    estimate, error, df = study.welch((1, a), (-1, b))      # variances / n are 5/12 and 4/3
+    estimate, error, df = study.contrast((a, b))            # variances / n are 5/12 and 4/3
     assert estimate == pytest.approx(-1.5) and error ** 2 == pytest.approx(1.75)
     assert df == pytest.approx(1.75 ** 2 / ((5 / 12) ** 2 / 3 + (4 / 3) ** 2 / 2))
-    assert study.p_greater(2.228, 1, 10) == pytest.approx(0.025, abs=1e-4)     # Student's table
+    assert study.contrast((a, b), (a, b))[1] == pytest.approx(error / 2 ** 0.5)
+    assert study.interval(0, 1, 10) == pytest.approx((-2.228, 2.228), abs=1e-3)    # Student's
     assert study.p_different(-2.228, 1, 10) == pytest.approx(0.05, abs=1e-4)
     assert study.p_equivalent(0, 1, 10, margin=1.812) == pytest.approx(0.05, abs=1e-4)
-    both = study.welch((0.5, a), (-0.5, b), (0.5, a), (-0.5, b))       # the mean of two
-    assert both[1] == pytest.approx(error / 2 ** 0.5)
-    assert study.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    chances = study.power(10 / 8 ** 0.5, 30, tests=6)       # those of the protocol
-    assert chances == pytest.approx((0.996, 0.23), abs=0.005)
-    x, y, z = [1, 2, 3, 4, 5], [2, 1, 4, 3, 5], [1, 3, 2, 5, 4]      # pairs have .8, .8 and .3
-    assert study.spearman(x, y)[0] == pytest.approx(0.8)
-    assert study.partial_spearman(x, y, z) == pytest.approx(
-        (0.8 - 0.8 * 0.3) / ((1 - 0.8 ** 2) * (1 - 0.3 ** 2)) ** 0.5)
+    assert study.p_equivalent(3, 1, 10, margin=1.812) > 0.5
+    holm = study.holm({'a': 0.01, 'b': 0.04, 'c': 0.03})
+    assert holm == pytest.approx({'a': 0.03, 'b': 0.06, 'c': 0.06})
+    assert study.heterogeneity([(0, 1, 9), (3, 1, 9)]) == pytest.approx(0.0339, abs=1e-4)
 
 
-@pytest.mark.parametrize('given, expected', [
-    (dict(cifar10=(90, 5, 16), noise=(90, 5, 16), no_data=(50, 5, 16)), 'equivalent'),
-    (dict(cifar10=(95, 1, 16), noise=(92, 1, 16), no_data=(50, 5, 16)), 'equivalent'),
-    (dict(cifar10=(90, 25, 16), noise=(87, 25, 16), no_data=(50, 25, 16)), 'undecided'),
-    (dict(cifar10=(70, 15, 16), noise=(50, 15, 16), no_data=(30, 15, 16)), 'worse'),
-    (dict(cifar10=(70, 15, 16), noise=(90, 15, 16), no_data=(30, 15, 16)), 'better'),
-    (dict(cifar10=(5, 3, 16), noise=(30, 3, 16), no_data=(50, 5, 16)), 'uninformative'),
-    (dict(cifar10=(95, 2, 16), noise=(95, 2, 16), no_data=(95, 2, 16)), 'uninformative'),
-    (dict(cifar10=(95, 2, 16), noise=(95, 2, 16)), 'undecided'),               # no control
-    (dict(cifar10=(90, 1, 3), noise=(20, 1, 3), no_data=(50, 5, 16)), 'undecided')])
-def test_verdicts(given, expected):
-    lines = study.compare(arms(**given))
-    assert lines['darts', 'noise']['verdict'] == expected
-    assert 'verdict' not in lines['darts', 'cifar10']           # nor any control
+def test_outcomes_of_known_cells():
+    alphas = np.tile([0.0, 0, 0, 0, 1e3], (6, 1))           # z is -.5, and 2 on the last
+    weights = np.exp([-1.0, -1, -1, -1, 4])
+    p = weights / weights.sum()
+    expected = study.space()[1]
+    for _ in range(6):
+        expected = expected @ p
+    assert study.soft_percentile(alphas) == pytest.approx(expected)
+    assert study.place(NB201_LARGEST)[0] == pytest.approx(truth(NB201_LARGEST)['percentile'])
+    assert study.place(NB201_LARGEST)[1:] == (study.place(NB201_LARGEST)[0], pytest.approx(
+        np.nan, nan_ok=True))                               # no other cell has its operations
+    like = ['|nor_conv_3x3~0|+|none~0|none~1|+|none~0|none~1|none~2|',
+            '|none~0|+|none~0|none~1|+|nor_conv_3x3~0|none~1|none~2|']
+    first, second = map(study.place, like)
+    assert first[1] == second[1] and first[0] < second[0]   # only the second reaches the output
+    # A class of six cells is too small for a placement; one of thirty is not.
+    assert np.isnan(first[2])
+    assert study.place(like[1].replace('none~2', 'skip_connect~2'))[2] > 50
 
 
-def test_holms_family_the_like_arm_and_the_mean_over_methods():
-    given = dict(cifar10=(80, 9, 16), noise=(70, 9, 16), no_data=(10, 9, 16))
-    alone = study.compare(arms(**given))['darts', 'noise']['p']
-    made = arms(**given) | arms('pcdarts', **{**given, 'noise': (84, 9, 16)}) \
-        | arms('gdas', **{**given, 'cifar10': (20, 9, 16), 'noise': (90, 9, 16)})
-    for arm in ('noise, alphas on train', 'cifar10, alphas on train'):
-        made['darts', arm] = made['darts', 'noise']
-    lines = study.compare(made)
-    assert lines['darts', 'noise']['p'] == pytest.approx(2 * alone)     # gdas's is far smaller
-    assert lines['darts', 'noise, alphas on train']['difference'] == 0
-    methods, difference, interval = study.pooled(made, lines, 'noise')
-    assert methods == ['darts', 'pcdarts'] and difference == pytest.approx(-3)
-    # A difference has a standard error of 9 sqrt(2 / 16) = 3.18, and the mean of two 2.25.
-    assert interval == pytest.approx([-7.4, 1.4], abs=0.5)
-    shares = study.explained(arms(cifar10=[80, 90], noise=[20, 30]), 'darts')
-    assert shares == pytest.approx((3600 / 3700, 1 / 3))        # between 3600, within 100
+@pytest.mark.parametrize('noise, deviation, expected', [
+    (0.70, 0.03, 'not needed'), (0.69, 0.03, 'not needed'), (0.60, 0.03, 'needed'),
+    (0.70, 0.15, 'undecided'), (0.80, 0.03, 'undecided')])
+def test_answers_of_scoring(noise, deviation, expected):
+    rho = {kind: exact(0.70, deviation, 24) for kind in study.KINDS}
+    given = {kind: exact(0.5, 0.03, 24) for kind in study.KINDS}
+    rho['noise'] = exact(noise, deviation, 24)
+    assert study.answers_b(rho, given)['noise'][0] == expected
+    given['noise'] = exact(0.3, 0.03, 24)                   # the other primary outcome
+    assert study.answers_b(rho, given)['noise'][0] == 'needed'
 
 
-def run(seed, command='python search.py'):
-    """Return what evaluate.read_run returns of a search that ended."""
-    settings = {'method': 'darts', 'data': 'noise', 'space': 'nb201', 'max_steps': None,
-                'arch_data': 'train'}
-    log = [{'steps': 20, 'entropy_cell': 1.23456, 'signal_cell': 0.5,
-            'alphas': {'cell': np.arange(30.0).reshape(6, 5).tolist()}}]
-    return {'run': f'runs/{seed}', 'type': 'search', 'settings': settings, 'log': log,
-            'command': f'{command} --seed {seed}', 'git_commit': 'abc', 'method': 'darts',
-            'seed': seed, 'arch_data': 'train', 'genotype': CELLS[seed], 'finished': seed < 9,
-            'seconds': 87.26, 'cifar10': 91.0, 'cifar100': 68.0, 'imagenet16': 40.0,
-            'percentile': 70.0, 'skips': 3, 'nones': 1}
+@pytest.mark.parametrize('noise, darts, real_placement, expected', [
+    (75, 75, 60, 'not needed, within 5 points'), (70, 70, 60, 'not needed, within 10 points'),
+    (60, 60, 60, 'needed'), (88, 88, 60, 'undecided'), (82, 62, 60, 'depends: darts worse'),
+    (75, 75, 50, 'no data teach much at this length'), (75, 75, 75, 'undecided')])
+def test_answers_of_searches_by_gradient(noise, darts, real_placement, expected):
+    e2, placement = {}, {}
+    for method in study.METHODS:
+        for kind in study.KINDS:
+            e2[method, kind], placement[method, kind] = exact(75, 14, 64), exact(55, 25, 64)
+        placement[method, 'cifar10'] = exact(real_placement, 25, 64)
+        e2[method, 'noise'] = exact(darts if method == 'darts' else noise, 14, 64)
+    assert study.answers_a(e2, placement)['noise'][0] == expected
 
 
-def test_finished_searches_are_added_once(monkeypatch, capsys):
-    monkeypatch.setattr('evaluate.read_run', lambda given: given, raising=False)
-    study.add_runs('s.csv', [run(0), run(1), run(9)])
-    Path('s.csv').write_text(Path('s.csv').read_text().rstrip('\n'))
-    study.add_runs('s.csv', [run(1), run(2)])
-    assert 'runs/9 is not finished' in capsys.readouterr().out
-    for wrong in (run(2, 'python other.py'), {**run(3), 'type': 'retrain'}):
-        with pytest.raises(SystemExit, match='Leave'):
-            study.add_runs('s.csv', [run(4), wrong])
-    rows = list(csv.DictReader(Path('s.csv').read_text().splitlines()))
-    assert [row['seed'] for row in rows] == ['0', '1', '2'] and list(rows[0]) == study.COLUMNS
-    assert rows[0]['arm'] == 'noise, alphas on train' and rows[0]['entropy'] == '1.235'
-    assert (rows[0]['steps'], rows[0]['seconds'], rows[0]['commit']) == ('20', '87.3', 'abc')
-    assert study.read_rows('s.csv')['darts', 'noise, alphas on train'][0]['collapsed']
+def test_every_command_is_one_of_search_py_and_has_a_folder_of_its_own():
+    folders, kinds = [], {}
+    for part in study.parts():
+        for command in study.commands(part):
+            words = shlex.split(command)[3:]
+            folders.append(words[-1])
+            kinds[part, tuple(words[words.index('--data'):-1])] = words
+    assert len(set(folders)) == len(folders) == 1614
+    for words in kinds.values():
+        args = search.parse(words)
+        assert args.seed == args.data_seed or args.data_seed is None
 
 
-def test_the_studys_tables_and_figure(capsys, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['study.py', '--plot', 'f.png'])
+@pytest.mark.parametrize('method', ['oneshot', 'darts'])
+def test_a_finished_run_is_added_once(method, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, 'HERE', tmp_path)
+    part, folder = ('B', 'B-noise') if method == 'oneshot' else ('A1', 'A1-noise')
+    folder = tmp_path / f'study-{folder}-{method}-3'
+    assert search.main(['--data', 'noise', '--quick', '--method', method, '--space', 'nb201',
+                        '--gpu', '-1', '--seed', '3', '--save', str(folder)]) == 0
+    study.add_runs([str(folder)])
+    study.add_runs([str(folder)])
+    rows = study.read_rows('scoring.csv' if method == 'oneshot' else 'gradient.csv')
+    assert [row['seed'] for row in rows] == [3] * (4 if method == 'oneshot' else 1)
+    assert rows[0]['percentile'] == pytest.approx(truth(rows[0]['genotype'])['percentile'])
+    if method == 'oneshot':
+        assert [row['score'] for row in rows] == study.SCORES
+        assert all(abs(row['rho']) < 1 and 0 <= row['best'] <= 100 for row in rows)
+    else:
+        assert 0 < rows[0]['e2'] < 100
+    assert not study.complete(rows, part)
+
+
+def test_the_tables_and_the_figure(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, 'argv', ['study.py'])
     study.main()
-    out = capsys.readouterr().out
-    assert '|darts|noise|16|74.6±24.8|+1.2[-17.7,+20.6]|+24.6[+12.2,+35.6]|undecided|12%|2|16|' \
-        in out.replace(' ', '')
-    for text in ('random_labels: undecided', 'generated: undecided', 'noise: undecided',
-                 'darts, pcdarts, betadarts -1.3 [-11.8, +9.2]', '656 searches, 13.8 hours',
-                 'betadarts: 9% of the variance', '1440 pairs, genotypes agree in 0.35'):
+    out = ' '.join(capsys.readouterr().out.split())
+    for text in ('largest network: percentile 98.9', 'best of 100 cells by parameters: 92.5',
+                 '| cifar10 | 48 | 78.2 ± 26.6 | 76.6 ± 24.9 | 54.7 ± 27.6 | 75.1 ± 18.5 |',
+                 '-10.4 [-16.7, -4.2]', 'random_labels: depends: pcdarts worse',
+                 'true error: -0.85'):
         assert text in out
-    assert Path('f.png').read_bytes().startswith(b'\x89PNG')
-
-
-def test_the_tables_of_the_fit(capsys):
-    study.print_fit(ROOT / '.github' / 'study' / 'fit.jsonl')
-    out = capsys.readouterr().out.replace(' ', '')
-    assert '|85.58±26.07[' in out and 'byNAS-Bench-201|63|-0.85[-0.91,-0.74]|-|' in out
+    study.draw_study(tmp_path / 'f.png')
+    assert (tmp_path / 'f.png').read_bytes().startswith(b'\x89PNG')

@@ -1,18 +1,23 @@
-"""The first study, "does architecture search need real data?": its tables and its figure.
+"""The second study, "does architecture search need real data?": commands, rows, tests, figure.
 
-    python .github/study/study.py                           # tables, from nb201.csv
-    python .github/study/study.py --plot nb201.svg          # and the figure, PNG or SVG
-    python .github/study/study.py --csv my.csv --add RUN... # append finished searches
-    python .github/study/study.py --fit fit.jsonl           # how well cells fit what they are given
+    python .github/study/study.py                       # all tables and answers, from the rows
+    python .github/study/study.py --plot study.svg      # and the figure, as SVG or PNG
+    python .github/study/study.py --power               # the chances of each answer, simulated
+    python .github/study/study.py --commands B | xargs -P 2 -I{} sh -c '{}'     # make the runs
+    python .github/study/study.py --add runs/study-*    # append those that ended to the rows
 
-Needs scipy, and matplotlib for --plot. README.md beside this file has the question, the arms
-and the rules.
+It needs scipy, and matplotlib for --plot. README.md beside this file has the protocol.
+scoring.csv: a row for each run of parts B and C and each of its scores. gradient.csv: a row for
+each search of part A. nb201.csv and fit.jsonl: the rows of the first study.
 """
 import argparse
 import csv
 import fcntl
 import json
+import math
 import sys
+from functools import cache
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -24,344 +29,330 @@ except ImportError:
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))             # the scripts of the repository
-from genotypes import NB201_LARGEST, agreement, nas_bench_201, truth  # noqa: E402
+from genotypes import NB201_LARGEST, from_string, nas_bench_201, truth  # noqa: E402
+from operations import NB201_OPERATIONS  # noqa: E402
 
-MARGIN = 10.0               # percentile points within which two arms count as equal
-LEVEL = 0.05                # of every test
-ENOUGH = 8                  # seeds of an arm, of real data and of no data, for a verdict
-RANDOM = 50.0               # percentile of a random cell, on average
 REAL, UNREAL = 'cifar10', ['random_labels', 'generated', 'noise']
-NO_DATA, TRAIN = 'no data', ', alphas on train'
-CONTROLS = [NO_DATA, 'no steps', 'random cell']
-HELD_OUT = [REAL, *UNREAL]                              # arms that differ in their data alone
-FRACTALS = 'fractal', 'medium'                          # the generator of the study, its difficulty
-ARMS = [REAL, *UNREAL, 'random_labels 0.5', REAL + TRAIN, 'random_labels' + TRAIN,
-        'noise' + TRAIN, *CONTROLS]
-MAIN_METHODS = ['darts', 'pcdarts', 'gdas', 'betadarts']
-METHODS = [*MAIN_METHODS, 'dartsminus', 'sdarts', 'random']
-ACCURACIES = ['cifar10', 'cifar100', 'imagenet16']
-COLUMNS = ['command', 'commit', 'arm', 'method', 'arch_data', 'seed', 'genotype', *ACCURACIES,
-           'percentile', 'skips', 'nones', 'entropy', 'signal', 'steps', 'seconds', 'alphas']
+KINDS = [REAL, *UNREAL]
+METHODS = ['darts', 'pcdarts', 'betadarts']     # that beat a random cell in the first study
+SCORES = ['train_loss', 'valid_loss', 'valid_accuracy', 'angle']       # of oneshot; primary first
+LEVEL = 0.05                    # of every test
+MARGIN_B = 0.05                 # of rank correlations
+MARGINS_A = {4.5: '5', 9.0: '10'}       # of E2, and how many percentile points they are
+PLACEMENT = 10.0                # points within which placements are equal
 
 
 # ---------------------------------------------------------------------------------------------
-# The CSV: a row for each search
+# Runs. A run's folder is runs/study-PART-ARM-METHOD-SEED. `@` in an arm stands before the number
+# of images, if it is not that of the part.
+
+ALPHAS = '--init_channels 8 --batch_size 32'
+UNSEEN, FEW = 1280, ' --augment none --train_portion 640'
 
 
-def read_rows(path):
-    """Return {(method, arm): rows}, in the order of ARMS; arms of one seed are left out."""
-    def place(key):
-        method, arm = key
-        return [*METHODS, method].index(method), method, [*ARMS, arm].index(arm)
-
-    if not Path(path).exists():
-        sys.exit(f'{path} is missing. Make it with --add.')
-    arms = {}
-    with open(path, newline='') as file:
-        for row in csv.DictReader(file):
-            for key in (*ACCURACIES, 'percentile', 'skips', 'nones', 'seconds'):
-                row[key] = float(row[key])
-            row['collapsed'] = row['skips'] + row['nones'] >= 4
-            arms.setdefault((row['method'], row['arm']), []).append(row)
-    ordered = {}
-    for key in sorted(arms, key=place):
-        if len(arms[key]) > 1:
-            ordered[key] = sorted(arms[key], key=lambda row: int(row['seed']))
-    return ordered
+def data_flags(kind, images=None):
+    """Flags for a kind of data; of an unreal set not more is drawn than is needed."""
+    drawn = kind in ('generated', 'noise') and images
+    return f'--data {kind}' + (f' --num_images {2 * images}' if drawn else '')
 
 
-def arm_of(settings):
-    """Return the arm of the study that a search belongs to, by its settings."""
-    if settings['method'] == 'random':
-        return 'random cell'
-    if settings.get('max_steps') == 0:
-        return 'no steps'
-    if settings['arch_data'] == 'none':
-        return NO_DATA
-    arm = settings['data']
-    if arm == 'random_labels' and settings['label_noise'] < 1:
-        arm += f' {settings["label_noise"]:g}'
-    if arm == 'generated' and (settings['generator'], settings['difficulty']) != FRACTALS:
-        arm += f' {settings["generator"]} {settings["difficulty"]}'
-    return arm + TRAIN if settings['arch_data'] == 'train' else arm
+def oneshot(kind, images, more=''):
+    """Flags of a one-shot search of about 8,000 steps of 64 on so many images."""
+    epochs = math.ceil(8000 / (images // 64))
+    return f'{data_flags(kind, images)} --train_portion {images} --epochs {epochs}{more}'
 
 
-def row_of(run):
-    """Return the CSV's row of a search that evaluate.read_run has read."""
-    last = run['log'][-1] if run['log'] else {}
-    alphas = np.ravel(last.get('alphas', {}).get('cell', []))
-    row = {key: run[key] for key in COLUMNS if key in run}
-    row.update(commit=run['git_commit'], arm=arm_of(run['settings']),
-               method=run['method'].removesuffix(', no steps'), seconds=round(run['seconds'], 1),
-               steps=sum(line.get('steps', 0) for line in run['log']),
-               alphas=' '.join(f'{alpha:.9g}' for alpha in alphas))     # all of a float32
-    for name in ('entropy', 'signal'):
-        value = last.get(f'{name}_cell')
-        row[name] = None if value is None else f'{value:.4g}'
-    return row
+def parts():
+    """{part: [(arm, methods, seeds, flags)]}, in the order of the work."""
+    dose = [(f'{kind}@{n}', ['oneshot'], range(8), oneshot(kind, n))
+            for n in (250, 4000, 16000) for kind in KINDS]
+    held_out = ' --valid_fraction 0.0128'               # 640 of 50,000
+    return {
+        'C': [*[(kind, ['naswot', 'snip'], range(3), data_flags(kind, 1000))
+                for kind in (REAL, 'cifar100', 'generated', 'noise')],
+              ('random_labels', ['snip'], range(3), data_flags('random_labels')),
+              ('ones', ['synflow'], range(3), data_flags('noise', 1000))],
+        'B': [(kind, ['oneshot'], range(24), oneshot(kind, 1000)) for kind in KINDS],
+        'Bdose': [*dose, ('half_random', ['oneshot'], range(8),
+                          oneshot('random_labels', 1000, ' --label_noise 0.5'))],
+        'Bbest': [('cifar10@25000', ['oneshot'], range(24), oneshot(REAL, 25000)),
+                  ('cifar100@5000', ['oneshot'], range(12), oneshot('cifar100', 5000)),
+                  ('generated_fresh', ['oneshot'], range(12),
+                   oneshot('generated', 2000, ' --fresh 4')),
+                  ('noise_fresh', ['oneshot'], range(8), oneshot('noise', 2000, ' --fresh'))],
+        'A1': [(kind, METHODS, range(16, 80), f'{data_flags(kind)} {ALPHAS}') for kind in KINDS],
+        'A3': [(kind, METHODS, range(80, 104), f'{data_flags(kind)} {ALPHAS} --learning_rate 0 '
+                '--learning_rate_min 0') for kind in (REAL, 'noise')],
+        'A2': [(kind, METHODS, range(104, 128),
+                f'{data_flags(kind, 640)} {ALPHAS}{FEW} --arch_data train') for kind in KINDS],
+        'A2b': [(kind, METHODS, range(104, 120), f'{data_flags(kind, 640)} {ALPHAS}{FEW}'
+                 + held_out * (kind == REAL)) for kind in (REAL, 'noise')],
+        'A4': [(kind, ['darts'], range(80, 96), f'{data_flags(kind)} {ALPHAS} '
+                '--steps_per_epoch 100') for kind in (REAL, 'noise')]}
 
 
-def add_runs(path, folders):
-    """Append finished searches to the CSV, or start it; write nothing if a seed is there twice."""
-    from evaluate import read_run
-    with open(path, 'a+', newline='') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)                # one writer at a time
-        file.seek(0)
-        text = file.read()
-        known, new = {}, []
-        for row in csv.DictReader(text.splitlines()):
-            known[row['method'], row['arm'], row['seed']] = row['command']
-        for run in map(read_run, folders):
-            if run['type'] != 'search' or run['settings'].get('space') != 'nb201':
-                sys.exit(f'{run["run"]} is no search of --space nb201. Leave it out.')
-            if not run['finished']:
-                print(f'{run["run"]} is not finished, so it was left out')
-                continue
-            row = row_of(run)
-            key = row['method'], row['arm'], str(row['seed'])
-            if key not in known:
-                known[key] = row['command']
-                new.append(row)
-            elif known[key] != row['command']:
-                sys.exit(f'{run["run"]}: {path} or another run has seed {key[2]} of {key[0]} on '
-                         f'{key[1]}. Leave one of the two out.')
-        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
-        if not text:
-            writer.writeheader()
-        elif not text.endswith('\n'):                   # as an editor may leave it
-            file.write('\n')
-        writer.writerows(new)
-    print(f'{len(new)} searches added to {path}')
+def commands(part):
+    """The commands of a part, seed by seed."""
+    lines = []
+    for arm, methods, seeds, flags in parts()[part]:
+        for method in methods:
+            for seed in seeds:
+                name = f'study-{part}-{arm}-{method}-{seed}'
+                lines.append((seed, 'OMP_NUM_THREADS=1 python search.py --preset laptop --gpu -1 '
+                              f'--resume --method {method} --seed {seed} {flags} --save '
+                              f'runs/{name}'))
+    return [line for _, line in sorted(lines, key=lambda pair: pair[0])]
 
 
 # ---------------------------------------------------------------------------------------------
-# Statistics. A contrast is (estimate, standard error, degrees of freedom): of two means, or of any
-# weighted sum of means.
+# Rows
 
 
-def welch(*terms):
-    """Return the contrast of (weight, sample) pairs, by Welch and Satterthwaite.
+@cache
+def space():
+    """(accuracies, percentiles) of all cells, (5,) * 6 by operation of each edge."""
+    names = list(NB201_OPERATIONS)
+    accuracy = np.empty((5,) * 6)
+    for cell, row in nas_bench_201()[0].items():
+        accuracy[tuple(names.index(name) for name in from_string(cell))] = row['cifar10']
+    return accuracy, (stats.rankdata(accuracy) - 0.5).reshape(accuracy.shape) / accuracy.size * 100
 
-    A sample of one value is a known number.
+
+def soft_percentile(alphas):
+    """E2: expected percentile of a cell that draws its operations from softmax(2 z).
+
+    z (6, 5): alphas, centred by edge, by their standard deviation over all 30.
     """
+    z = alphas - alphas.mean(1, keepdims=True)
+    expected = space()[1]
+    for p in special.softmax(2 * z / z.std(), 1):
+        expected = np.tensordot(p, expected, 1)
+    return float(expected)
+
+
+@cache
+def same_operations():
+    """{sorted operations: percentiles of all cells that have them}."""
+    groups = {}
+    for index, percentile in np.ndenumerate(space()[1]):
+        groups.setdefault(tuple(sorted(index)), []).append(percentile)
+    return {key: np.array(values) for key, values in groups.items()}
+
+
+def place(genotype):
+    """(percentile, mean percentile with shuffled edges, percentile among the shuffled or NaN)."""
+    names = list(NB201_OPERATIONS)
+    index = tuple(names.index(name) for name in from_string(genotype))
+    mine, like = space()[1][index], same_operations()[tuple(sorted(index))]
+    among = 100 * ((like < mine).mean() + (like == mine).mean() / 2)
+    return mine, like.mean(), among if len(like) >= 8 else math.nan
+
+
+def read_rows(name):
+    """Rows of a CSV beside this file, numbers as floats; none if it is not there yet."""
+    rows = []
+    if (HERE / name).exists():
+        with open(HERE / name, newline='') as file:
+            rows = list(csv.DictReader(file))
+    for row in rows:
+        for key, value in row.items():
+            if key not in ('part', 'arm', 'method', 'score', 'genotype', 'alphas', 'commit',
+                           'processor', 'command', 'arch_data'):
+                row[key] = float(value) if value else math.nan
+        if row.get('genotype'):
+            row['percentile'], row['shuffled'], row['placement'] = place(row['genotype'])
+        if row.get('alphas'):
+            row['e2'] = soft_percentile(np.array(row['alphas'].split(), float).reshape(6, 5))
+    return rows
+
+
+def rows_of(run):
+    """(file, rows) of a search that evaluate.read_run has read."""
+    _, part, arm, method, seed = Path(run['run']).name.split('-')
+    training = [line for line in run['log'] if 'cells' not in line]
+    about = json.loads(Path(run['run'], 'args.json').read_text())
+    row = {'part': part, 'arm': arm, 'method': method, 'seed': seed, 'genotype': run['genotype'],
+           'steps': sum(line['steps'] for line in training),
+           'seconds': round(run['seconds'], 1), 'commit': run['git_commit'],
+           'processor': f'{about["hardware"]["cpu"]} {about["hardware"]["instructions"]}'}
+    if 'score' not in run:
+        last = run['log'][-1]
+        alphas = ' '.join(f'{alpha:.9g}' for alpha in np.ravel(last['alphas']['cell']))
+        return 'gradient.csv', [{**row, 'fit': f'{last["train_accuracy"]:.4f}',
+                                 'signal': f'{last["signal_cell"] or math.nan:.4g}',
+                                 'alphas': alphas}]
+    row['fit'] = f'{training[-1]["train_accuracy"]:.4f}' if training else ''
+    return 'scoring.csv', [{**row, 'score': score, 'genotype': run['genotype']
+                            if score == run['score'] else '', **ranking(run['run'], score)}
+                           for score in (SCORES if method == 'oneshot' else [run['score']])]
+
+
+def ranking(folder, score):
+    """What a run's scores are worth: rank correlations, and percentiles of the best cells."""
+    from evaluate import read_cell_scores, spearman
+    columns, _ = read_cell_scores(folder)
+    value, true, params = columns[score], columns['cifar10'], columns['cell_params']
+    ordered = np.array(nas_bench_201()[1]['cifar10'])
+    percentile = 50 * (np.searchsorted(ordered, true) + np.searchsorted(ordered, true, 'right')) \
+        / len(ordered)
+    better, ten = true >= np.median(true), np.argsort(-value, kind='stable')[:10]
+    rng, draws = np.random.Generator(np.random.Philox(0)), []
+    for _ in range(200):
+        rows = rng.integers(0, len(true), len(true))
+        draws.append(spearman(value[rows], true[rows]))
+    numbers = {'rho': spearman(value, true), 'rho_error': np.std(draws, ddof=1),
+               'given_params': spearman(value, true, params),
+               'better_half': spearman(value[better], true[better]),
+               'best': percentile[value == value.max()].mean(), 'ten_best': percentile[ten].mean()}
+    return {name: f'{number:.4f}' for name, number in numbers.items()}
+
+
+def add_runs(folders):
+    """Append finished runs to their CSV files; those that are in them already are left out."""
+    from evaluate import read_run
+    for run in map(read_run, folders):
+        if not run['finished']:
+            print(f'{run["run"]} is not finished, so it is left out')
+            continue
+        name, new = rows_of(run)
+        with open(HERE / name, 'a+', newline='') as file:
+            fcntl.flock(file, fcntl.LOCK_EX)            # one writer at a time
+            file.seek(0)
+            key_of = itemgetter('part', 'arm', 'method', 'seed')
+            known = set(map(key_of, csv.DictReader(file)))
+            writer = csv.DictWriter(file, list(new[0]), lineterminator='\n')
+            if not known:
+                writer.writeheader()
+            if key_of(new[0]) not in known:
+                writer.writerows(new)
+
+
+def sample(rows, outcome, part, arm, method=None, score=None):
+    """Values of an outcome in the rows of an arm."""
+    return np.array([row[outcome] for row in rows if row['part'] == part and row['arm'] == arm
+                     and method in (None, row['method']) and score in (None, row.get('score'))])
+
+
+def complete(rows, part):
+    """Whether all runs of a part are in the rows."""
+    known = {(row['arm'], row['method'], row['seed']) for row in rows if row['part'] == part}
+    return len(known) == len(commands(part))
+
+
+# ---------------------------------------------------------------------------------------------
+# Statistics. A contrast is (estimate, standard error, degrees of freedom).
+
+
+def contrast(*pairs):
+    """Mean over pairs (a, b) of samples of mean(a) - mean(b), by Welch and Satterthwaite."""
     estimate, variance, square = 0.0, 0.0, 0.0
-    for weight, sample in terms:
-        n = len(sample)
-        estimate += weight * np.mean(sample)
-        if n > 1:
-            part = weight ** 2 * np.var(sample, ddof=1) / n
-            variance += part
-            square += part ** 2 / (n - 1)
-    if variance < 1e-20:                                # but for rounding, no spread at all
-        return estimate, 0.0, np.inf
-    return estimate, variance ** 0.5, variance ** 2 / square
+    for sign, samples in ((1, [a for a, _ in pairs]), (-1, [b for _, b in pairs])):
+        for values in samples:
+            estimate += sign * np.mean(values) / len(pairs)
+            if len(values) > 1:
+                part = np.var(values, ddof=1) / len(values) / len(pairs) ** 2
+                variance += part
+                square += part ** 2 / (len(values) - 1)
+    return estimate, math.sqrt(variance), variance ** 2 / square if square else math.inf
 
 
-def p_greater(estimate, error, df, by=0.0):
-    """Return the one-sided p of a contrast that is more than a number."""
-    if error == 0:
-        return 0.0 if estimate - by > 1e-9 else 1.0
-    return stats.t.sf((estimate - by) / error, df)
+def interval(estimate, error, df):
+    """The 95% interval of a contrast."""
+    reach = stats.t.isf(LEVEL / 2, df) * error
+    return estimate - reach, estimate + reach
 
 
 def p_different(estimate, error, df):
-    """Return the two-sided p of a contrast that is not 0."""
-    return min(1.0, 2 * p_greater(abs(estimate), error, df))
+    """Two-sided p of a contrast that is not 0."""
+    if error == 0:
+        return float(estimate == 0)
+    return 2 * stats.t.sf(abs(estimate) / error, df)
 
 
-def p_equivalent(estimate, error, df, margin=MARGIN):
-    """Return the p of two one-sided tests (TOST) that a contrast is within the margin."""
-    return p_greater(-abs(estimate), error, df, -margin)
+def p_greater(estimate, error, df):
+    """One-sided p of a contrast above 0."""
+    return stats.t.sf(estimate / error, df) if error else float(estimate <= 0)
 
 
-def bootstrap(*pairs):
-    """Return the 95% interval of mean(a) - mean(b), or of its mean over several pairs."""
-    rng = np.random.Generator(np.random.Philox(0))
-    total = 0
-    for pair in pairs:
-        for sign, sample in zip((1, -1), map(np.asarray, pair)):
-            draws = rng.integers(0, len(sample), (10000, len(sample)))
-            total = total + sign * sample[draws].mean(1)
-    return np.percentile(total / len(pairs), [2.5, 97.5])
+def p_equivalent(estimate, error, df, margin):
+    """The p of two one-sided tests that a contrast is within the margin."""
+    return p_greater(margin - abs(estimate), error, df)
 
 
 def holm(p):
-    """Return Holm's corrected p-values of a family of tests."""
-    order = np.argsort(p)
-    steps = np.asarray(p)[order] * np.arange(len(p), 0, -1)
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(1, np.maximum.accumulate(steps))
-    return corrected
+    """{name: p} -> {name: Holm's corrected p}."""
+    out, largest = {}, 0.0
+    for k, name in enumerate(sorted(p, key=p.get)):
+        largest = out[name] = max(largest, min(1.0, p[name] * (len(p) - k)))
+    return out
 
 
-def power(error, df, tests, difference=20.0, margin=MARGIN):
-    """Return the chances to find such a difference, and to find equal arms equivalent.
-
-    The level is 5% / tests, the strictest of Holm's correction. Student's distribution is shifted
-    by the difference; simulated studies have up to .03 more.
-    """
-    if error == 0:
-        return 1.0, 1.0
-    t, level = stats.t(df), LEVEL / tests
-    two_sided, shift = t.isf(level / 2), difference / error
-    return (t.sf(two_sided - shift) + t.sf(two_sided + shift),
-            max(0.0, 2 * t.cdf(margin / error - t.isf(level)) - 1))
+def heterogeneity(contrasts):
+    """The p of Cochran's Q: that contrasts differ from one another."""
+    estimates, errors, _ = map(np.array, zip(*contrasts))
+    weights = 1 / errors ** 2
+    q = (weights * (estimates - (weights * estimates).sum() / weights.sum()) ** 2).sum()
+    return stats.chi2.sf(q, len(estimates) - 1)
 
 
 # ---------------------------------------------------------------------------------------------
-# Verdicts and answers, by the rules of the protocol
+# Answers by the rules of the protocol
 
 
-def percentiles(arms, method, arm):
-    return [row['percentile'] for row in arms.get((method, arm), [])]
+def answers_b(rho, given_params):
+    """{unreal kind: (answer, contrast of rho, contrast given parameters)}; {kind: values}."""
+    found = {kind: (contrast((rho[kind], rho[REAL])),
+                    contrast((given_params[kind], given_params[REAL]))) for kind in UNREAL}
+    equal, worse = {}, {}
+    for kind, pair in found.items():
+        equal[kind] = max(p_equivalent(*c, MARGIN_B) for c in pair)
+        for k, c in enumerate(pair):
+            worse[kind, k] = p_different(*c) if c[0] < 0 else 1.0
+    equal, worse = holm(equal), holm(worse)
+    out = {}
+    for kind, pair in found.items():
+        answer = 'undecided'
+        if equal[kind] < LEVEL:
+            answer = 'not needed'
+        elif min(worse[kind, 0], worse[kind, 1]) < LEVEL:
+            answer = 'needed'
+        out[kind] = answer, *pair
+    return out
 
 
-def compare(arms):
-    """Return {(method, arm): its line: measures, tests, and next to real data a verdict}."""
-    lines = {}
-    largest = truth(NB201_LARGEST)['percentile']
-    for (method, arm), rows in arms.items():
-        mine, none = percentiles(arms, method, arm), percentiles(arms, method, NO_DATA)
-        line = lines[method, arm] = {
-            'n': len(mine), 'mean': np.mean(mine), 'median': np.median(mine),
-            'std': np.std(mine, ddof=1), 'from_random': bootstrap((mine, [RANDOM])),
-            'over_random': p_greater(*welch((1, mine), (-1, [RANDOM]))),
-            'collapsed': np.mean([row['collapsed'] for row in rows]),
-            'over_largest': sum(value > largest for value in mine),
-            'cells': len({row['genotype'] for row in rows})}
-        if none and arm != NO_DATA:
-            line['over_no_data'] = p_greater(*welch((1, mine), (-1, none)))
-        like = REAL + TRAIN if arm.endswith(TRAIN) and (method, REAL + TRAIN) in arms else REAL
-        real = percentiles(arms, method, like)
-        if real and arm not in (like, *CONTROLS):
-            contrast = welch((1, mine), (-1, real))
-            line.update(real=like, difference=contrast[0], interval=bootstrap((mine, real)),
-                        contrast=contrast, verdict='undecided', p=p_different(*contrast),
-                        p_equivalent=p_equivalent(*contrast),
-                        enough=min(len(mine), len(real), len(none)) >= ENOUGH)
-    for name in dict.fromkeys(arm for _, arm in arms):
-        judge(arms, lines, [(method, arm) for method, arm in arms
-                            if arm == name and lines[method, arm].get('enough')])
-    return lines
-
-
-def judge(arms, lines, family):
-    """Correct the tests of one arm's methods by Holm, then add each verdict and power."""
-    for name in ('p', 'p_equivalent'):
-        for key, p in zip(family, holm([lines[key][name] for key in family])):
-            lines[key][name] = p
-    for key in family:
-        line, real = lines[key], (key[0], lines[key]['real'])
-        stuck = is_pinned(arms[key]) or is_pinned(arms[real])
-        line['verdict'] = verdict(line, lines[real], stuck)
-        line['power'] = power(*line['contrast'][1:], len(family))
-
-
-def beats_controls(line):
-    """Return whether an arm is better than a random cell and than no data."""
-    return max(line['over_random'], line.get('over_no_data', 1)) < LEVEL
-
-
-def is_pinned(rows):
-    """Return whether 80% of the seeds ended in one cell, or most in a collapsed one."""
-    cells = [row['genotype'] for row in rows]
-    most = max(map(cells.count, cells))
-    return most >= 0.8 * len(cells) or np.mean([row['collapsed'] for row in rows]) > 0.5
-
-
-def verdict(line, real, stuck):
-    """Return the verdict on an arm with enough seeds; real: the line of real data."""
-    worse = line['difference'] < 0
-    higher = real if worse else line
-    if line['p'] < LEVEL <= line['p_equivalent'] and higher['over_random'] < LEVEL:
-        return 'worse' if worse else 'better'
-    if stuck or not (beats_controls(line) and beats_controls(real)):
-        return 'uninformative'
-    return 'equivalent' if line['p_equivalent'] < LEVEL else 'undecided'
-
-
-def answer(lines, arm):
-    """Return what the verdicts of the main methods on a kind of data come to."""
-    verdicts = {lines.get((method, arm), {}).get('verdict', 'undecided')
-                for method in MAIN_METHODS}
-    if verdicts & {'equivalent', 'better'}:
-        return 'it depends on the method' if 'worse' in verdicts else 'no real data are needed'
-    if 'worse' in verdicts:
-        return 'real data are needed'
-    return 'uninformative' if verdicts == {'uninformative'} else 'undecided'
-
-
-def sound_methods(lines, arm=REAL):
-    """Return the main methods that beat a random cell and no data on an arm."""
-    return [method for method in MAIN_METHODS
-            if (method, arm) in lines and beats_controls(lines[method, arm])]
-
-
-def pooled(arms, lines, arm):
-    """Return the mean difference from real data over the methods that are sound on them.
-
-    Returns (methods, difference, 95% interval).
-    """
-    methods, pairs = [], []
-    for method, name in lines:
-        real = lines[method, name].get('real')
-        if name == arm and real and method in sound_methods(lines, real):
-            methods.append(method)
-            pairs.append((percentiles(arms, method, arm), percentiles(arms, method, real)))
-    if not pairs:
-        return [], None, None
-    return methods, np.mean([lines[m, arm]['difference'] for m in methods]), bootstrap(*pairs)
-
-
-def explained(arms, method):
-    """Return the share of a method's variance between kinds of data (eta squared), and by chance.
-
-    The kinds are real data and the three unreal ones, alphas held out. None if only one is there.
-    """
-    samples = [percentiles(arms, method, arm) for arm in HELD_OUT if (method, arm) in arms]
-    if len(samples) < 2:
-        return None
-    values = np.concatenate(samples)
-    between = sum(len(v) * (np.mean(v) - values.mean()) ** 2 for v in samples)
-    return between / ((values - values.mean()) ** 2).sum(), (len(samples) - 1) / (len(values) - 1)
-
-
-def agreements(arms, methods):
-    """Return {which pairs: (number, share of equal operations, correlation of probabilities)}.
-
-    The pairs are searches with a method or a kind of data in common, alphas held out. Other data
-    are also other images.
-    """
-    rows, found = [], {}
-    for (method, arm), members in arms.items():
-        if method in methods and arm in HELD_OUT:
-            rows += members
-    vectors = [operation_probabilities(row) for row in rows]
-    for k, a in enumerate(rows):
-        for j, b in enumerate(rows[:k]):
-            same = a['method'] == b['method'], a['arm'] == b['arm']
-            if any(same):
-                alike = vectors[k] @ vectors[j]
-                found.setdefault(same, []).append((agreement(a['genotype'], b['genotype']), alike))
-    names = {(True, True): 'same method, same data (seeds)',
-             (True, False): 'same method, other data', (False, True): 'other method, same data'}
-    return {name: (len(found[same]), *np.nanmean(found[same], 0)) for same, name in names.items()
-            if same in found}
-
-
-def operation_probabilities(row):
-    """Return the softmax of a row's alphas, less its mean and at length 1; nan without spread."""
-    p = special.softmax(np.array(row['alphas'].split(), float).reshape(-1, 5), 1).ravel()
-    if p.size == 0 or np.ptp(p) < 1e-12:
-        return np.full(30, np.nan)
-    p -= p.mean()
-    return p / np.linalg.norm(p)
+def answers_a(e2, placement):
+    """{unreal kind: (answer, contrast of E2)}; both are {(method, kind): values}."""
+    found, equal = {}, {margin: {} for margin in MARGINS_A}
+    for kind in UNREAL:
+        c = found[kind] = contrast(*[(e2[m, kind], e2[m, REAL]) for m in METHODS])
+        for margin, p in equal.items():
+            p[kind] = p_equivalent(*c, margin)
+    worse = holm({kind: p_different(*c) if c[0] < 0 else 1.0 for kind, c in found.items()})
+    equal = {margin: holm(p) for margin, p in equal.items()}
+    places = p_greater(*contrast(*[(placement[m, REAL], [50.0]) for m in METHODS])) < LEVEL
+    out = {}
+    for kind, c in found.items():
+        margin = next((m for m in MARGINS_A if equal[m][kind] < LEVEL), None)
+        single = {m: contrast((e2[m, kind], e2[m, REAL])) for m in METHODS}
+        losers = holm({m: p_different(*s) if s[0] < 0 else 1.0 for m, s in single.items()})
+        losers = [m for m in METHODS if losers[m] < LEVEL]
+        moved = contrast(*[(placement[m, kind], placement[m, REAL]) for m in METHODS])
+        if margin is None:
+            answer = 'needed' if worse[kind] < LEVEL else 'undecided'
+        elif losers:
+            answer = f'depends: {" and ".join(losers)} worse'
+        elif not places:                        # real data do not say where operations belong
+            answer = 'no data teach much at this length'
+        elif p_equivalent(*moved, PLACEMENT) < LEVEL:
+            answer = f'not needed, within {MARGINS_A[margin]} points'
+        else:
+            answer = 'undecided'
+        out[kind] = answer, c
+    return out
 
 
 # ---------------------------------------------------------------------------------------------
-# Tables of the study
-
-DIFFERENCE = '{:+.1f} [{:+.1f}, {:+.1f}]'
+# Tables
 
 
 def print_table(rows):
@@ -369,228 +360,273 @@ def print_table(rows):
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in [rows[0], ['-' * width for width in widths], *rows[1:]]:
         print('| ' + ' | '.join(map(str.ljust, row, widths)) + ' |')
+    print()
 
 
-def fill(form, *values):
-    """Return the format with its values, or a dash if one is missing."""
-    return '-' if None in values else form.format(*values)
+def spread(values, digits=3):
+    """Mean ± standard deviation as text, without values that are not known."""
+    values = values[np.isfinite(values)] if len(values) else values
+    if not len(values):
+        return '-'
+    deviation = f' ± {np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else ''
+    return f'{np.mean(values):.{digits}f}{deviation}'
 
 
-def main_table(lines):
-    """Return the texts of the table that README.md shows."""
-    table = [['method', 'arm', 'n', 'percentile', 'from real [95%]', 'from random [95%]',
-              'verdict', 'collapsed', 'over largest', 'cells']]
-    for (method, arm), line in lines.items():
-        table.append([
-            method, arm, str(line['n']), f'{line["mean"]:.1f} ± {line["std"]:.1f}',
-            fill(DIFFERENCE, line.get('difference'), *line.get('interval', [None, None])),
-            DIFFERENCE.format(line['mean'] - RANDOM, *line['from_random']),
-            line.get('verdict', '-'), f'{line["collapsed"]:.0%}', str(line['over_largest']),
-            str(line['cells'])])
-    return table
+def difference(c, digits=3):
+    low, high = interval(*c)
+    return f'{c[0]:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]'
 
 
-def second_table(arms, lines):
-    """Return the texts of the table of accuracies, and of the tests behind the verdicts."""
-    table = [['method', 'arm', 'n', 'median percentile', 'CIFAR-10 %', 'CIFAR-100 %',
-              'ImageNet16 %', 'p over random', 'p over no data', 'p different', 'p equivalent',
-              'power: 20 points', 'equality']]
-    for (method, arm), line in lines.items():
-        row = [method, arm, str(line['n']), f'{line["median"]:.1f}']
-        for name in ACCURACIES:
-            values = [search[name] for search in arms[method, arm]]
-            row.append(f'{np.mean(values):.2f} ({np.median(values):.2f})')
-        for name in ('over_random', 'over_no_data', 'p', 'p_equivalent'):
-            p = line.get(name)
-            row.append('<.001' if p is not None and p < 0.001 else fill('{:.3f}', p))
-        row += [fill('{:.2f}', chance) for chance in line.get('power', (None, None))]
-        table.append(row)
-    return table
+def print_scoring(rows, part):
+    """Table of a part of scoring, and for B its answers."""
+    arms = list(dict.fromkeys((row['arm'], row['method'], row['score']) for row in rows
+                              if row['part'] == part))
+    table = [['data', 'method', 'score', 'n', 'rank correlation', 'given parameters',
+              'better half', 'best cell', 'ten best', 'fit']]
+    for arm, method, score in arms:
+        cells = [spread(sample(rows, name, part, arm, method, score), digits) for name, digits in
+                 (('rho', 3), ('given_params', 3), ('better_half', 3), ('best', 1),
+                  ('ten_best', 1), ('fit', 3))]
+        n = len(sample(rows, 'rho', part, arm, method, score))
+        table.append([arm, method, score, str(n), *cells])
+    print_table(table)
+    if part == 'B':
+        rho, given_params = {}, {}
+        for kind in KINDS:
+            rho[kind] = sample(rows, 'rho', 'B', kind, score=SCORES[0])
+            given_params[kind] = sample(rows, 'given_params', 'B', kind, score=SCORES[0])
+        for kind, (answer, c, partial) in answers_b(rho, given_params).items():
+            print(f'{kind}: {answer}; rank correlation from real {difference(c)}, given '
+                  f'parameters {difference(partial)}')
+        print()
 
 
-def print_study(arms):
-    """Print the tables of the study, the answers, and what describes them."""
-    lines = compare(arms)
-    print(f'Percentile of the found cell among the {len(nas_bench_201()[0]):,} of NAS-Bench-201 '
-          'by CIFAR-10 test accuracy')
-    print_table(main_table(lines))
-    print('\nTrue test accuracies, mean (median), and p-values. Those of difference and '
-          "equivalence are Holm's if power is given.")
-    print_table(second_table(arms, lines))
-    print('\nCollapsed: 4 or more of 6 edges skip or none (17.9% of all cells). Over largest: '
-          'seeds\nwhose cell is better than the largest network, which is at '
-          f'{truth(NB201_LARGEST)["percentile"]:.1f}.')
-    seconds = [row['seconds'] for rows in arms.values() for row in rows]
-    print(f'{len(seconds)} searches, {sum(seconds) / 3600:.1f} hours of them')
-    for arm in UNREAL:
-        print(f'{arm}: {answer(lines, arm)}')
-    for arm in dict.fromkeys(arm for _, arm in arms):
-        methods, difference, interval = pooled(arms, lines, arm)
-        if methods:
-            print(f'{arm}: mean difference from real data over {", ".join(methods)} '
-                  + DIFFERENCE.format(difference, *interval))
-    for method in dict.fromkeys(method for method, _ in arms):
-        shares = explained(arms, method)
-        if shares:
-            print(f'{method}: {shares[0]:.0%} of the variance of the percentile lies between '
-                  f'kinds of data, alphas held out (by chance {shares[1]:.0%})')
-    for methods in (MAIN_METHODS, sound_methods(lines)):
-        for pairs, (n, genotypes, alphas) in agreements(arms, methods).items():
-            print(f'{", ".join(methods)}, {pairs}: {n} pairs, genotypes agree in '
-                  f'{genotypes:.2f} of the edges, probabilities correlate by {alphas:+.2f}')
+def print_gradient(rows, part):
+    """Table of a part of searches by gradient; where it has all kinds of data, its answers."""
+    arms = list(dict.fromkeys(row['arm'] for row in rows if row['part'] == part))
+    methods = [m for m in METHODS if len(sample(rows, 'e2', part, REAL, m))]
+    table = [['data', 'n', 'percentile', 'shuffled', 'placement', 'E2', 'from real: E2',
+              'from real: percentile', 'methods differ, p']]
+    for arm in arms:
+        pooled = {name: sample(rows, name, part, arm) for name in
+                  ('percentile', 'shuffled', 'placement', 'e2')}
+        line = [arm, str(len(pooled['e2'])), *(spread(values, 1) for values in pooled.values())]
+        single = {}
+        for name in ('e2', 'percentile'):
+            single[name] = [(sample(rows, name, part, arm, m), sample(rows, name, part, REAL, m))
+                            for m in methods]
+            line.append('-' if arm == REAL else difference(contrast(*single[name]), 1))
+        p = heterogeneity([contrast(pair) for pair in single['e2']]) if len(methods) > 1 else 1
+        table.append([*line, '-' if arm == REAL else f'{p:.3f}'])
+    print_table(table)
+    if set(KINDS) <= set(arms):
+        both = by_method(rows, part)
+        for kind, (answer, _) in answers_a(*both).items():
+            print(f'{kind}: {answer}')
+        print()
+
+
+def by_method(rows, part):
+    """({(method, kind): E2}, {(method, kind): placements that are known}) of a part."""
+    e2, placement = {}, {}
+    for method in METHODS:
+        for kind in KINDS:
+            e2[method, kind] = sample(rows, 'e2', part, kind, method)
+            values = sample(rows, 'placement', part, kind, method)
+            placement[method, kind] = values[np.isfinite(values)]
+    return e2, placement
+
+
+def first_study():
+    """Rows of the first study as those of two parts of A: `held out` and `alphas on train`."""
+    rows = []
+    for row in read_rows('nb201.csv'):
+        arm, _, train = row['arm'].partition(', ')
+        if row['method'] in METHODS and arm in KINDS:
+            rows.append({**row, 'arm': arm, 'part': train or 'held out'})
+    return rows
+
+
+def print_no_search():
+    """What takes no search: the lines to compare with."""
+    accuracy, percentile = space()
+    params = np.array([row['params'] for row in nas_bench_201()[0].values()], float)
+    true = np.array([row['cifar10'] for row in nas_bench_201()[0].values()])
+    rank = (stats.rankdata(true) - 0.5) / len(true) * 100
+    draws = np.random.Generator(np.random.Philox(0)).integers(0, len(true), (10000, 100))
+    best = rank[draws[np.arange(10000), params[draws].argmax(1)]].mean()
+    print(f'largest network: percentile {truth(NB201_LARGEST)["percentile"]:.1f}, '
+          f'{truth(NB201_LARGEST)["cifar10"]:.2f}%; best of 100 cells by parameters: {best:.1f}; '
+          f'random cell: {percentile.mean():.1f}, E2 '
+          f'{soft_percentile_of_random():.1f}; optimum: {accuracy.max():.2f}%\n')
+    return best
+
+
+@cache
+def soft_percentile_of_random():
+    """E2 of random alphas, which is not exactly 50."""
+    rng = np.random.Generator(np.random.Philox(0))
+    return float(np.mean([soft_percentile(rng.standard_normal((6, 5))) for _ in range(2000)]))
+
+
+def print_expressivity():
+    """How cells of the first study fit what they are given, and what goes with their worth."""
+    rows = [json.loads(line) for line in (HERE / 'fit.jsonl').read_text().splitlines()]
+    cells = {}
+    for row in rows:
+        cells.setdefault(row['genotype'], {})[row['data']] = row
+    error = [100 - truth(cell)['cifar10'] for cell in cells]
+    params = [next(iter(fits.values()))['params'] for fits in cells.values()]
+    table = [['trained on', 'found cells: accuracy %', 'random cells: accuracy %',
+              'loss with true error', 'given parameters']]
+    for data in dict.fromkeys(row['data'] for row in rows):
+        found, drawn = [], []                   # a random cell has no data that it was found on
+        for row in (row for row in rows if row['data'] == data):
+            (found if row['searched_on'] else drawn).append(100 * row['fit_accuracy'])
+        loss = [fits[data]['fit_loss'] for fits in cells.values()]
+        r = stats.spearmanr(np.transpose([loss, error, params])).statistic
+        partial = (r[0, 1] - r[0, 2] * r[1, 2]) / math.sqrt((1 - r[0, 2] ** 2)
+                                                           * (1 - r[1, 2] ** 2))
+        table.append([data, *(spread(np.array(values), 1) for values in (found, drawn)),
+                      f'{r[0, 1]:+.2f}', f'{partial:+.2f}'])
+    print(f'Expressivity: {len(cells)} cells, 20 epochs on 2,000 images. Parameters with the true '
+          f'error: {stats.spearmanr(params, error).statistic:+.2f}')
+    print_table(table)
+
+
+def print_study():
+    print_no_search()
+    scoring, gradient = read_rows('scoring.csv'), read_rows('gradient.csv')
+    for part in parts():
+        rows = gradient if part.startswith('A') else scoring
+        print(f'## Part {part}' + ('' if complete(rows, part) else ': not run'))
+        if complete(rows, part):
+            (print_gradient if part.startswith('A') else print_scoring)(rows, part)
+    first = first_study()
+    for part in ('held out', 'alphas on train'):
+        print(f'## First study, {part}')
+        print_gradient(first, part)
+    print_expressivity()
 
 
 # ---------------------------------------------------------------------------------------------
-# Expressivity: cells trained on each kind of data, a line of evaluate.py --json for each training
-
-KNOWN = 'CIFAR-10, by NAS-Bench-201'                    # a test error that is looked up
-FITS = ['fit_loss', 'fit_accuracy', 'train_area']
+# Power, by simulation
 
 
-def mean_text(values, scale=1, digits=2):
-    """Return mean ± standard deviation [95% t-interval] as text."""
-    mean, std, n = np.mean(values) * scale, np.std(values, ddof=1) * scale, len(values)
-    reach = stats.t.ppf(0.975, n - 1) * std / n ** 0.5
-    return f'{mean:.{digits}f} ± {std:.{digits}f} ' \
-           f'[{mean - reach:.{digits}f}, {mean + reach:.{digits}f}]'
+def print_power(repeats=2000):
+    """Chances of each answer: A from the first study's rows, B from a deviation of supernets."""
+    rng = np.random.Generator(np.random.Philox(0))
+    e2, placement = by_method(first_study(), 'held out')
+    words = 'not needed', 'no data teach', 'depends', 'needed', 'undecided'
+    table = [['part', 'when real data are worth', *words, 'half-width']]
 
+    def line(part, worth, answers, widths):
+        counts = dict.fromkeys(words, 0)
+        for answer in answers:
+            counts[next(word for word in words if answer.startswith(word))] += 1
+        table.append([part, worth, *(f'{n / len(answers):.2f}' for n in counts.values()),
+                      f'{np.mean(widths):.3f}'])
 
-def fit_table(rows):
-    """Return the texts of a table of fits and test errors, by where the cells come from."""
-    groups, together = {}, {}
-    for row in rows:
-        origin, where = row['searched_on'] or '-', (row['arch_data'] or '-', row['data'])
-        groups.setdefault((origin, row['method'], *where), []).append(row)
-        if row['searched_on']:
-            together.setdefault((origin, 'all', *where), []).append(row)
-    table = [['architecture from', 'method', 'alphas on', 'trained on', 'n', 'loss', 'accuracy %',
-              'area under the training curve %', 'test error %', 'train - test, points']]
-    for key, members in (groups | together).items():
-        loss = [row['fit_loss'] for row in members]
-        accuracy = [row['fit_accuracy'] for row in members]
-        area = [row['train_area'] for row in members]
-        line = [*key, str(len(members)), mean_text(loss, 1, 3), mean_text(accuracy, 100),
-                mean_text(area, 100), '-', '-']
-        if members[0]['test_error'] is not None:
-            line[-2] = mean_text([row['test_error'] for row in members])
-            line[-1] = mean_text([100 * row['fit_accuracy'] - row['top1'] for row in members])
-        table.append(line)
-    return table
-
-
-def correlation_table(rows):
-    """Return the texts of a table of rank correlations with the test error, over cells."""
-    cells, kinds = {}, list(dict.fromkeys(row['data'] for row in rows))
-    for row in rows:
-        cells.setdefault(row['genotype'], []).append(row)
-    known = [100 - truth(genotype)['cifar10'] for genotype in cells]
-    size = cell_means(cells, 'params')
-    own = cell_means(cells, 'test_error', REAL)
-    table = [['measure', 'trained on', 'test error on', 'n', 'correlation', 'given params']]
-    for tested_on, error in ((REAL, own), (KNOWN, known)):
-        measures = [(kind, name, cell_means(cells, name, kind)) for kind in kinds for name in FITS]
-        measures.append(('-', 'params', size))
-        if tested_on == KNOWN:
-            measures.append((REAL, 'test_error', own))
-        for kind, name, values in measures:
-            r, low, high = spearman(values, error)
-            partial = None if name == 'params' else partial_spearman(values, error, size)
-            table.append([name, kind, tested_on, str(len(cells)),
-                          f'{r:+.2f} [{low:+.2f}, {high:+.2f}]', fill('{:+.2f}', partial)])
-    return table
-
-
-def cell_means(cells, measure, data=None):
-    """Return a list: the mean of each cell's trainings on some data, or on all."""
-    means = []
-    for rows in cells.values():
-        means.append(np.mean([row[measure] for row in rows if data in (None, row['data'])]))
-    return means
-
-
-def spearman(x, y):
-    """Return the rank correlation and its 95% interval (Bonett and Wright 2000)."""
-    value = stats.spearmanr(x, y).statistic
-    reach = 1.96 * np.sqrt((1 + value ** 2 / 2) / (len(x) - 3))
-    return value, np.tanh(np.arctanh(value) - reach), np.tanh(np.arctanh(value) + reach)
-
-
-def partial_spearman(x, y, z):
-    """Return the rank correlation of x and y if z is held."""
-    r = stats.spearmanr(np.transpose([x, y, z])).statistic
-    return (r[0, 1] - r[0, 2] * r[1, 2]) / np.sqrt((1 - r[0, 2] ** 2) * (1 - r[1, 2] ** 2))
-
-
-def print_fit(path):
-    """Print how well cells fit what they are given, their test errors, and rank correlations."""
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    print('Fit to the data of the training, and test error on real data')
-    print_table(fit_table(rows))
-    print('\nRank correlation with the test error, over different cells')
-    print_table(correlation_table(rows))
+    for loss, points in ((0.0, '0'), (4.5, '5'), (9.0, '10')):
+        answers, widths = [], []
+        for _ in range(repeats):
+            drawn = {}
+            for method, kind in e2:             # every kind has the spread of its own rows
+                values = e2[method, kind] - e2[method, kind].mean() + e2[method, REAL].mean()
+                drawn[method, kind] = rng.choice(values, 64) - loss * (kind != REAL)
+            places = {(method, kind): rng.choice(placement[method, REAL], 64)
+                      for method, kind in e2}
+            for answer, c in answers_a(drawn, places).values():
+                answers.append(answer)
+                widths.append(interval(*c)[1] - c[0])
+        line('A1', f'{points} percentile points', answers, widths)
+    for deviation in (0.03, 0.04, 0.05):
+        for loss in (0.0, 0.05, 0.1):
+            answers, widths = [], []
+            for _ in range(repeats):
+                rho, given = {}, {}
+                for kind in KINDS:
+                    rho[kind], given[kind] = rng.normal(-loss * (kind != REAL), deviation, (2, 24))
+                for answer, c, _ in answers_b(rho, given).values():
+                    answers.append(answer)
+                    widths.append(interval(*c)[1] - c[0])
+            line('B', f'{loss:.2f}, deviation {deviation:.2f}', answers, widths)
+    print_table(table)
 
 
 # ---------------------------------------------------------------------------------------------
 # Figure
 
 
-def draw_study(arms, path):
-    """Draw a panel for each method and a dot for each search; PNG or SVG by the file's name."""
+def draw_study(path):
+    """One panel: percentiles of found cells, and of the same operations shuffled, by data."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         sys.exit('--plot needs matplotlib: pip install matplotlib')
     plt.rcParams.update({'font.size': 9, 'svg.hashsalt': 'study', 'svg.fonttype': 'none'})
-    methods = list(dict.fromkeys(method for method, _ in arms))
-    rows = len(methods) // 2 + 1                        # at least one place is left to the legend
-    figure, axes = plt.subplots(rows, 2, figsize=(11, 2.75 * rows), squeeze=False)
-    for axis in axes.flat[len(methods):]:
-        axis.axis('off')
-    for axis, method in zip(axes.flat, methods):
-        draw_method(axis, method, arms)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc='lower right',
-                  title='A dot is a seed (n): percentile of its cell\namong all of NAS-Bench-201')
-    plt.tight_layout()
-    plt.savefig(path, dpi=120, metadata={'Date': None} if str(path).endswith('.svg') else None)
-
-
-def draw_method(axis, method, arms):
-    """Draw the arms of one method: dots, mean and interval, and the lines to compare with."""
-    names = []
-    for arm in [arm for name, arm in arms if name == method]:
-        found, y = percentiles(arms, method, arm), len(names)
-        names.append(f'{arm} ({len(found)})')
-        colour = f'C{ARMS.index(arm)}' if arm in ARMS[:10] else 'gray'
-        heights = y + np.where(np.arange(len(found)) % 2, 0.15, -0.15)
-        axis.plot(found, heights, '.', color=colour, alpha=0.6, ms=7, mew=0)
-        reach = RANDOM + bootstrap((found, [RANDOM]))
-        axis.plot(reach, [y, y], 'k-', lw=1.5, label='95% interval' if y == 0 else None)
-        axis.plot(np.mean(found), y, 'k|', ms=13, mew=2, label='mean' if y == 0 else None)
-    largest = truth(NB201_LARGEST)['percentile']
-    for value, style, label in ((RANDOM, '--', 'random cell (50)'), (100, '-', 'best cell (100)'),
-                                (largest, ':', f'largest network ({largest:.1f})')):
+    scoring, gradient = read_rows('scoring.csv'), read_rows('gradient.csv')
+    groups = [(f'{title}', scoring, part) for part, title in
+              (('C', 'training-free'), ('B', 'one-shot, 1,000 images'), ('Bbest', 'one-shot'))]
+    groups += [(title, gradient, part) for part, title in
+               (('A1', 'by gradient'), ('A2', 'by gradient, alphas on train'))]
+    groups.append(('by gradient, first study', first_study(), 'held out'))
+    lines = []                                  # label, colour, percentiles, shuffled, by method
+    for title, rows, part in groups:
+        if part in parts() and not complete(rows, part):
+            continue
+        rows = [row for row in rows if row['part'] == part and row['genotype']]
+        keys = dict.fromkeys((row['arm'], row['method'] if part == 'C' else '') for row in rows)
+        for arm, method in keys:
+            mine = [row for row in rows if row['arm'] == arm and method in ('', row['method'])]
+            by = {}
+            for row in mine:
+                by.setdefault(row['method'], []).append(row['percentile'])
+            colour = f'C{KINDS.index(arm)}' if arm in KINDS else 'dimgray'
+            lines.append((f'{title}: {method + " " if method else ""}{arm} ({len(mine)})', colour,
+                          [row['percentile'] for row in mine], [row['shuffled'] for row in mine],
+                          by))
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.25 * len(lines)), layout='constrained')
+    for y, (_, colour, found, shuffled, by) in enumerate(lines):
+        low, high = interval(*contrast((found, [0.0]))) if len(found) > 1 else (found * 2)
+        axis.plot([low, high], [y, y], '-', color=colour)
+        axis.plot(np.mean(found), y, 'o', color=colour)
+        axis.plot(np.mean(shuffled), y, 'o', color=colour, mfc='none')
+        if len(by) > 1:
+            axis.plot([np.mean(values) for values in by.values()], [y + 0.25] * len(by), '|',
+                      color=colour, ms=5)
+    for value, style, label in ((50, '--', 'random cell'), (print_no_search(), '-.',
+                                'best of 100 by parameters'),
+                                (truth(NB201_LARGEST)['percentile'], ':', 'largest network'),
+                                (100, '-', 'best cell')):
         axis.axvline(value, color='gray', ls=style, lw=1, label=label, zorder=0)
-    axis.set_title(method, loc='left', weight='bold')
-    axis.set(yticks=range(len(names)), yticklabels=names, xlim=(-2, 102),
-             ylim=(max(5, len(names)) - 0.5, -0.5))
+    axis.plot([], [], 'ko', label='found cells, mean and 95% interval')
+    axis.plot([], [], 'ko', mfc='none', label='same operations on shuffled edges')
+    axis.plot([], [], 'k|', label='a method')
+    axis.set(yticks=range(len(lines)), yticklabels=[line[0] for line in lines],
+             ylim=(len(lines) - 0.5, -0.5), xlim=(20, 101),
+             xlabel='percentile of the cell among all of NAS-Bench-201')
+    figure.legend(loc='outside lower center', ncols=3, fontsize=8)
+    figure.savefig(path, dpi=120, metadata={'Date': None} if str(path).endswith('.svg') else None)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--csv', metavar='FILE', default=HERE / 'nb201.csv', help='rows to read')
-    parser.add_argument('--add', nargs='+', metavar='RUN', help='append finished searches')
+    parser.add_argument('--commands', choices=list(parts()), help='print the commands of a part')
+    parser.add_argument('--add', nargs='+', metavar='RUN', help='append finished runs')
+    parser.add_argument('--power', action='store_true', help='chances of each answer')
     parser.add_argument('--plot', metavar='FILE', help='draw the figure, PNG or SVG')
-    parser.add_argument('--fit', metavar='FILE', help='tables of trained cells, from JSON lines')
     args = parser.parse_args()
-    if args.add:
-        add_runs(args.csv, args.add)
-    elif args.fit:
-        print_fit(args.fit)
+    if args.commands:
+        print('\n'.join(commands(args.commands)))
+    elif args.add:
+        add_runs(args.add)
+    elif args.power:
+        print_power()
+    elif args.plot:
+        draw_study(args.plot)
     else:
-        arms = read_rows(args.csv)
-        print_study(arms)
-        if args.plot:
-            draw_study(arms, args.plot)
+        print_study()
 
 
 if __name__ == '__main__':
