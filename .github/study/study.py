@@ -46,8 +46,9 @@ PLACEMENT = 10.0                # points within which placements are equal
 # Runs. A run's folder is runs/study-PART-ARM-METHOD-SEED. `@` in an arm stands before the number
 # of images, if it is not that of the part.
 
-ALPHAS = '--init_channels 8 --batch_size 32'
-UNSEEN, FEW = 1280, ' --augment none --train_portion 640'
+SMALL = '--space nb201 --cells_per_stage 1 --image_size 16 --init_channels 8'    # for one-shot
+ALPHAS = '--preset laptop --init_channels 8 --batch_size 32'
+FEW = ' --augment none --train_portion 640'
 
 
 def data_flags(kind, images=None):
@@ -59,7 +60,8 @@ def data_flags(kind, images=None):
 def oneshot(kind, images, more=''):
     """Flags of a one-shot search of about 8,000 steps of 64 on so many images."""
     epochs = math.ceil(8000 / (images // 64))
-    return f'{data_flags(kind, images)} --train_portion {images} --epochs {epochs}{more}'
+    return f'{data_flags(kind, images)} {SMALL} --learning_rate 0.1 --augment none --score ' \
+           f'train_loss --train_portion {images} --epochs {epochs}{more}'
 
 
 def parts():
@@ -68,10 +70,10 @@ def parts():
             for n in (250, 4000, 16000) for kind in KINDS]
     held_out = ' --valid_fraction 0.0128'               # 640 of 50,000
     return {
-        'C': [*[(kind, ['naswot', 'snip'], range(3), data_flags(kind, 1000))
+        'C': [*[(kind, ['naswot', 'snip'], range(3), f'{data_flags(kind, 1000)} --preset laptop')
                 for kind in (REAL, 'cifar100', 'generated', 'noise')],
-              ('random_labels', ['snip'], range(3), data_flags('random_labels')),
-              ('ones', ['synflow'], range(3), data_flags('noise', 1000))],
+              ('random_labels', ['snip'], range(3), '--data random_labels --preset laptop'),
+              ('ones', ['synflow'], range(3), f'{data_flags("noise", 1000)} --preset laptop')],
         'B': [(kind, ['oneshot'], range(24), oneshot(kind, 1000)) for kind in KINDS],
         'Bdose': [*dose, ('half_random', ['oneshot'], range(8),
                           oneshot('random_labels', 1000, ' --label_noise 0.5'))],
@@ -98,9 +100,8 @@ def commands(part):
         for method in methods:
             for seed in seeds:
                 name = f'study-{part}-{arm}-{method}-{seed}'
-                lines.append((seed, 'OMP_NUM_THREADS=1 python search.py --preset laptop --gpu -1 '
-                              f'--resume --method {method} --seed {seed} {flags} --save '
-                              f'runs/{name}'))
+                lines.append((seed, 'OMP_NUM_THREADS=1 python search.py --gpu -1 --resume --method '
+                              f'{method} --seed {seed} {flags} --save runs/{name}'))
     return [line for _, line in sorted(lines, key=lambda pair: pair[0])]
 
 
