@@ -4,7 +4,6 @@
     python tests/benchmark.py --only darts1_b16
     python tests/benchmark.py --imagenet        # steps at 224 px, and the batches that fit a GPU
     python tests/benchmark.py --methods         # every method's step; NAS-Bench-201's textbook
-    python tests/benchmark.py --curve           # seconds a step by batch, width and image size
     python tests/benchmark.py --input           # what the data cost, beside the step
     python tests/benchmark.py --probe FOLDER    # how learnable a data set is
 
@@ -18,7 +17,6 @@ import functools
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +33,6 @@ from model_search import Network
 import numpy as np
 import textbook
 import torch
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -142,13 +139,6 @@ def peak(name, side):
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
-def print_peak(name, side):
-    step = steps({**CASES, **IMAGENET}[name], {'ours', side})[side]
-    held = retrain.peak_memory_mib(CPU)
-    step()
-    print(retrain.peak_memory_mib(CPU) - held)
-
-
 def measure(name):
     """{'ratio', 'memory_ratio', 'launches', 'launches_textbook', 'cpu_seconds', ...}"""
     case = {**CASES, **IMAGENET}[name]
@@ -172,20 +162,6 @@ def show(name, row):
     words = [f'{key} {value:.3g}' if isinstance(value, float) else f'{key} {value}'
              for key, value in row.items()]
     print(f'{name:<13}', '  '.join(words), flush=True)
-
-
-def curve():
-    """{setting: CPU seconds of a first-order DARTS step, and these relative to the work}."""
-    rows, base = {}, None
-    for size, width, pixels in ((16, 16, 32), (64, 16, 32), (128, 16, 32), (16, 8, 32),
-                                (16, 32, 32), (16, 16, 16), (16, 16, 64)):
-        taken = seconds(steps(Case(1, False, size, 3, pixels, width), ('ours',)), 3)['ours']
-        # Depthwise and pointwise work: by pixels, and by width once or twice.
-        work = size * pixels ** 2 * width
-        base = base or taken / work
-        rows[f'batch {size}, C={width}, {pixels} px'] = {
-            'cpu_seconds': taken, 'per_work': taken / work / base}
-    return rows
 
 
 # Space, cells or cells a stage, batch, pixels
@@ -224,28 +200,18 @@ def methods(n=5):
 
 
 def data_costs(steps_taken=20):
-    """Share of a step of PC-DARTS, batch 64, that resident data take; images/s of a folder."""
+    """{kind: milliseconds and share of a step of PC-DARTS, batch 64, that resident data take}."""
     images = generate_data.noise_images(0, 0, 4096, 32)
     data = generate_data.Data('noise', 'noise', images, np.arange(4096) % 10, list('0123456789'),
                               [.5] * 3, [.125] * 3, 32)
     taken = seconds(steps(Case(4, False, 64, 3), ('ours',)), 3)['ours']
-    rows = {'step': {'cpu_seconds': taken, 'images_per_second': 128 / taken}}
+    rows = {'step': {'cpu_seconds': taken}}
     for name, augment, cutout in (('noise', 'none', 0), ('images', 'standard', 16)):
         batches = generate_data.Batches(data, range(4096), 64, CPU, augment, cutout)
         began = time.process_time()
         count = len(list(zip(batches.epoch(), range(2 * steps_taken))))
         cost = 2 * (time.process_time() - began) / count        # a search step takes two batches
-        rows[f'{name}, resident'] = {'ms_a_step': 1000 * cost, 'share_of_a_step': cost / taken}
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, 'a').mkdir()
-        image = Image.fromarray(generate_data.noise_images(0, 0, 1, 256)[0])
-        for k in range(512):
-            image.save(f'{folder}/a/{k}.jpg')
-        data = generate_data.read(folder, {'image_size': 224, 'test_fraction': 0.0})
-        batches = generate_data.Batches(data, range(512), 64, CPU, 'imagenet', workers=2)
-        began = time.time()
-        count = sum(len(x) for x, _ in batches.epoch())
-        rows['folder, 224 px JPEG'] = {'images_per_second': count / (time.time() - began)}
+        rows[name] = {'ms_a_step': 1000 * cost, 'share_of_a_step': cost / taken}
     return rows
 
 
@@ -311,8 +277,8 @@ def probe(folder, against, data_dir):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--only', choices=[*CASES, *IMAGENET], help='one case')
-    for flag, words in (('--imagenet', 'steps at 224 px'), ('--curve', 'how a step grows'),
-                        ('--input', 'what the data cost'), ('--methods', "every method's step")):
+    for flag, words in (('--imagenet', 'steps at 224 px'), ('--input', 'what the data cost'),
+                        ('--methods', "every method's step")):
         parser.add_argument(flag, action='store_true', help=words)
     parser.add_argument('--peak', choices=['ours', 'book'], help=argparse.SUPPRESS)
     parser.add_argument('--probe', metavar='FOLDER', help='how learnable a data set is')
@@ -322,18 +288,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = generate_data.choose_device(-1)
     if args.peak:
-        print_peak(args.only, args.peak)
+        step = steps({**CASES, **IMAGENET}[args.only], {'ours', args.peak})[args.peak]
+        held = retrain.peak_memory_mib(CPU)
+        step()
+        print(retrain.peak_memory_mib(CPU) - held)
         return
-    names = [args.only] if args.only else IMAGENET if args.imagenet else CASES
     if args.probe:
         results = probe(args.probe, args.against, args.data_dir)
-    elif args.curve:
-        results = curve()
     elif args.input:
         results = data_costs()
     elif args.methods:
         results = methods()
     else:
+        names = [args.only] if args.only else IMAGENET if args.imagenet else CASES
         results = {name: measure(name) for name in names}
     for name, row in results.items():
         show(name, row)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (DARTS, NOISE, RETRAIN, ROOT, SIZES, TINY, one_line, reports, run, same_run,
+from conftest import (DARTS, NOISE, RETRAIN, ROOT, TINY, one_line, reports, run, same_run,
                       stop_in_every_step)
 
 import evaluate
@@ -62,15 +62,8 @@ def scripts(monkeypatch):
     return make
 
 
-def report(modules, capsys, run):
-    return reports(capsys, run, main=modules['evaluate'].main)[0]
-
-
-def run_and_stop(main, *flags):
-    """A run, the same stopped in every step, both equal."""
-    run(main, 'found', *flags)
-    assert stop_in_every_step(main, 'parts', *flags) == 4
-    same_run('parts', 'found')
+def report(modules, capsys):
+    return reports(capsys, 'found', main=modules['evaluate'].main)[0]
 
 
 def test_the_section_has_the_five_usual_changes():
@@ -82,8 +75,8 @@ def test_the_section_has_the_five_usual_changes():
 
 def test_a_method(scripts, capsys):
     modules = scripts('search.py', 'below', 'METHODS')
-    run_and_stop(modules['search'].main, *TINY, '--method', 'entropy')
-    assert report(modules, capsys, 'found')['method'] == 'entropy'
+    run(modules['search'].main, 'found', *TINY, '--method', 'entropy', '--max_steps', '1')
+    assert report(modules, capsys)['method'] == 'entropy'
     args = modules['search'].parse([*TINY, '--method', 'entropy'])
     method = modules['search'].METHODS['entropy'](args, 4, 'cifar', torch.device('cpu'))
     p = method.build().probabilities('cell')
@@ -95,44 +88,49 @@ def test_a_method(scripts, capsys):
 
 def test_an_optimiser_of_the_alphas(scripts, capsys):
     modules = scripts('search.py', 'instead of', 'adam')
-    run_and_stop(modules['search'].main, *TINY)
+    run(modules['search'].main, 'found', *TINY)
     state = torch.load('found/checkpoint.pt', weights_only=True)['adam']['state'][0]
-    assert 'square_avg' in state and report(modules, capsys, 'found')['method'] == 'darts'
+    assert 'square_avg' in state and report(modules, capsys)['method'] == 'darts'
+    assert stop_in_every_step(modules['search'].main, 'parts', *TINY) == 4
+    same_run('parts', 'found')
 
 
 def test_a_kind_of_data(scripts, capsys):
     modules = scripts('generate_data.py', 'below', 'KINDS')
-    flags = ['--data', 'uniform', *NOISE[2:], *TINY[len(NOISE):]]
-    run_and_stop(modules['search'].main, *flags)
-    assert report(modules, capsys, 'found')['searched_on'] == 'uniform'
+    flags = ['--data', 'uniform', *NOISE[2:], *TINY[len(NOISE):], '--max_steps', '1']
+    run(modules['search'].main, 'found', *flags)
+    assert report(modules, capsys)['searched_on'] == 'uniform'
     assert modules['generate_data'].main(['--kind', 'uniform', '--out', 'set', *NOISE[2:]]) == 0
     assert abs(modules['generate_data'].read('set', {}).images.astype(float).std() - 74) < 1
 
 
 def test_an_operation(scripts, capsys):
-    run(search.main, 'before', *DARTS, '--epochs', '1')
+    run(search.main, 'before', *DARTS, '--max_steps', '1')
     modules = scripts('operations.py', 'below', 'OPERATIONS')
-    lines = run(modules['search'].main, 'search', *DARTS, '--epochs', '1')
-    assert np.shape(lines[0]['alphas']['normal']) == (14, 9)
+    modules['search'].PDarts.MORE_CELLS = 0, 0, 0
+    for method, steps in (('darts', '1'), ('gdas', '1'), ('pdarts', '3')):
+        lines = run(modules['search'].main, method, *DARTS, '--method', method, '--frozen_epochs',
+                    '0', '--epochs', steps, '--steps_per_epoch', '1')
+        assert np.shape(lines[0]['alphas']['normal']) == (14, 9)
     cell = [('conv_7x1_1x7', state) for _ in range(4) for state in (0, 1)]
     Path('own.json').write_text(json.dumps({
         'normal': cell, 'normal_concat': [2, 3, 4, 5], 'reduce': cell,
         'reduce_concat': [2, 3, 4, 5]}))
-    run_and_stop(modules['retrain'].main, '--arch', 'own.json', *RETRAIN[2:])
-    row = report(modules, capsys, 'found')
+    run(modules['retrain'].main, 'found', '--arch', 'own.json', *RETRAIN[2:])
+    row = report(modules, capsys)
     assert row['genotype']['normal'][0] == ['conv_7x1_1x7', 0] and row['params'] > 0
     # Runs from before and after make one table; without the operation its run is one line.
-    assert modules['evaluate'].main(['before', 'search', 'found', '--gpu', '-1']) == 0
+    assert modules['evaluate'].main(['before', 'darts', 'found', '--gpu', '-1']) == 0
     assert capsys.readouterr().out.count('\n') == 3
     one_line(capsys, evaluate.main(['found', '--gpu', '-1']), 'conv_7x1_1x7')
 
 
 def test_a_metric(scripts, capsys):
     modules = scripts('evaluate.py', 'below', 'METRICS')
-    lines = run(modules['retrain'].main, 'net', *RETRAIN)
-    run(modules['retrain'].main, 'other', *RETRAIN, '--seed', '1', *SIZES[:2])
-    assert report(modules, capsys, 'net')['fit_calibration'] == lines[-1]['fit_calibration']
-    assert modules['evaluate'].main(['net', 'other', '--csv', 't.csv', '--gpu', '-1']) == 0
+    lines = run(modules['retrain'].main, 'found', *RETRAIN)
+    run(modules['retrain'].main, 'other', *RETRAIN, '--seed', '1')
+    assert report(modules, capsys)['fit_calibration'] == lines[-1]['fit_calibration']
+    assert modules['evaluate'].main(['found', 'other', '--csv', 't.csv', '--gpu', '-1']) == 0
     assert 'fit calibration error %' in capsys.readouterr().out
     assert 'fit_calibration' in Path('t.csv').read_text()
     # Two answers of confidence .9, one of them right; and one of .6 that is wrong.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import textbook
 import torch
-from conftest import (DARTS, TINY, batch, close, log, one_line, reports, run, same_run, searching,
+from conftest import (DARTS, TINY, batch, close, log, reports, run, same_run, searching,
                       stop_in_every_step)
 from scipy.stats import kendalltau, rankdata, spearmanr
 
@@ -247,18 +247,6 @@ def test_score_and_repeats_and_candidates_have_an_effect():
     run(search.main, 'two', *flags, '--repeats', '2')
     assert Path('one/scores.csv').read_text() != Path('two/scores.csv').read_text()
     assert len(Path('two/scores.csv').read_text().splitlines()) == 4
-
-
-@pytest.mark.parametrize('flags, needle', [
-    (['--method', 'oneshot', '--arch_data', 'train'], '--arch_data'),
-    (['--method', 'oneshot', '--repeats', '2'], '--repeats'),
-    (['--method', 'naswot', '--score', 'angle'], '--score'),
-    (['--method', 'synflow', '--epochs', '3'], '--epochs'),
-    (['--method', 'darts', '--candidates', '5'], '--candidates'),
-    (['--data', 'cifar10', '--fresh'], '--fresh'),
-    (['--data', 'random_labels', '--fresh', '2'], '--fresh')])
-def test_flags_that_mean_nothing_for_a_method_are_refused(flags, needle, capsys):
-    one_line(capsys, search.main([*flags, '--gpu', '-1']), needle)
 
 
 def test_rank_correlations_are_those_of_scipy(capsys):
