@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NOISE, RETRAIN, TINY, one_line, run
-from test_data import fake_cifar, folder_of_images
+ZZ
 
 import evaluate
 import generate_data

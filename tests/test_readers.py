@@ -1,12 +1,11 @@
 """ImageNet and CheXpert on disk: layouts, labels, and how their images are augmented."""
-import csv
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import COLUMNS, chexpert, folder_of_images, imagenet
 from PIL import Image
-from test_data import folder_of_images, settings
 from torchvision.transforms import RandomResizedCrop
 
 import generate_data as g
@@ -14,22 +13,8 @@ import generate_data as g
 CPU = torch.device('cpu')
 
 
-def refused(name, **s):
-    """What the reader says of data that it does not take."""
-    with pytest.raises(g.UserError) as error:
-        data = g.read(name, {'image_size': 16, **s})
-        data.get(range(len(data)))
-    return str(error.value)
-
-
-def tree(root):
-    """ImageNet's layout: three classes of 8 and 2 images."""
-    for split, n in (('train', 8), ('val', 2)):
-        folder_of_images(Path(root, split), ('n01', 'n02', 'n03'), n, (80, 72), 'JPEG')
-
-
 def test_imagenet_tree_is_read_as_it_lies_on_disk():
-    tree('in')
+    imagenet('in')
     red = Image.new('RGB', (90, 90), (200, 10, 10))
     red.convert('CMYK').save('in/val/n01/cmyk.JPEG', 'JPEG')
     red.save('in/val/n01/disguised.JPEG', 'PNG')
@@ -43,8 +28,10 @@ def test_imagenet_tree_is_read_as_it_lies_on_disk():
     assert abs(cmyk - (200, 10, 10)).max() < 12 and (disguised == (200, 10, 10)).all()
     assert (grey == grey[0, 0, 0]).all()
     Path('in/train/n02/3.JPEG').write_bytes(b'not an image')
-    assert '3.JPEG' in refused('imagenet', data_dir='in')
-    assert 'nowhere/imagenet/train' in refused('imagenet', data_dir='nowhere')
+    with pytest.raises(g.UserError, match='3.JPEG'):
+        g.read('imagenet', where)
+    with pytest.raises(g.UserError, match='nowhere/imagenet/train'):
+        g.read('imagenet', {'data_dir': 'nowhere'})
 
 
 def test_crops_are_those_of_random_resized_crop():
@@ -77,62 +64,26 @@ def test_augmentations_keep_what_they_should():
     assert sides['affine'].all() and 3 < sides['crop'].sum() < 21
 
 
-# ---------------------------------------------------------------------------------------------
-# CheXpert
-
-COLUMNS = ['Path', 'Sex', 'Age', 'Frontal/Lateral', 'AP/PA', *g.CHEXPERT]
-
-
-def write_rows(path, rows, columns=COLUMNS):
-    with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def chest(root, layout='CheXpert-v1.0-small', prefix=None, patients=12, columns=COLUMNS):
-    """Patients with a frontal and a lateral view; every label now and then, -1.0 made up."""
-    rng, splits = np.random.default_rng(0), {'train': [], 'valid': []}
-    for p in range(patients + 6):
-        split = 'train' if p < patients else 'valid'
-        study = f'patient{p:05d}/study1'
-        folder = Path(root, layout, split, study)
-        folder.mkdir(parents=True)
-        cells = {name: ['', '1.0', '0.0', '-1.0' if split == 'train' else '1.0'][(p + k) % 4]
-                 for k, name in enumerate(g.CHEXPERT)}
-        cells['Fracture'] = ''
-        for view in ('view1_frontal', 'view2_lateral'):
-            pixels = rng.integers(0, 256, (6, 5), np.uint8)
-            Image.fromarray(pixels).resize((20, 24)).save(folder / f'{view}.jpg')
-            splits[split].append({
-                'Path': f'{prefix or layout}/{split}/{study}/{view}.jpg', 'Sex': 'Male', 'Age': 5,
-                'Frontal/Lateral': view[6:].title(), 'AP/PA': 'PA', **cells})
-    for split, rows in splits.items():
-        write_rows(Path(root, layout, f'{split}.csv'), rows, columns)
-    return root
-
-
 @pytest.mark.parametrize('layout, prefix, inside', [
     ('CheXpert-v1.0-small', None, ''), ('CheXpert-v1.0', 'CheXpert-v1.0-small', ''),
     ('CheXpert-v1.0', '/mnt/other/CheXpert-v1.0', 'CheXpert-v1.0')])
 def test_chexpert_layouts(layout, prefix, inside):
-    chest('d', layout, prefix, columns=COLUMNS[::-1])
+    chexpert('d', layout, prefix, columns=COLUMNS[::-1])
     where = {'data_dir': str(Path('d', inside)), 'image_size': 16}
     train, valid = (g.read('chexpert', where, split) for split in ('train', 'test'))
     assert len(train) == 12 and len(valid) == 6 and train.classes == list(g.CHEXPERT)
     assert train.images.shape == (12, 16, 16, 3) and train.studies[3] == 'patient00003/study1'
     assert len(g.read('chexpert', {**where, 'views': 'all'})) == 24
     assert (train.mean, train.std) == (valid.mean, valid.std)
-    names = {g.find_or_make('random_labels', settings(
-        **where, source='chexpert', uncertain=policy, label_mode='permute')).name
-        for policy in ('ones', 'zeros')}
-    assert len(names) == 2
+    assert len({g.find_or_make('random_labels', {
+        **g.DEFAULTS, **where, 'data_seed': 0, 'source': 'chexpert', 'uncertain': policy}).name
+        for policy in ('ones', 'zeros')}) == 2
 
 
 @pytest.mark.parametrize('policy, other, atelectasis', [
     ('mixed', 0, 1), ('ones', 1, 1), ('zeros', 0, 0), ('ignore', -1, -1)])
 def test_uncertain_labels(policy, other, atelectasis):
-    chest('d')
+    chexpert('d')
     labels = g.read('chexpert', {'data_dir': 'd', 'image_size': 16, 'uncertain': policy}).labels
     names = list(g.CHEXPERT)
     for k, expected in ((names.index('Pneumonia'), other),
@@ -143,25 +94,23 @@ def test_uncertain_labels(policy, other, atelectasis):
 
 
 def test_chexpert_that_is_damaged_is_one_line():
-    def run():
-        return refused('chexpert', data_dir='d')
-    assert 'train.csv' in run()
-    chest('d')
+    def refused():
+        with pytest.raises(g.UserError) as error:
+            g.read('chexpert', {'data_dir': 'd', 'image_size': 16})
+        return str(error.value)
+
+    assert 'train.csv' in refused()
+    chexpert('d')
     table = Path('d/CheXpert-v1.0-small/train.csv')
     whole = table.read_text()
     for text, needle in ((whole.replace('Edema', 'Oedema'), 'Edema'),
                          (whole.replace('-1.0', '-2.0', 1), '-2.0'),
                          (','.join(whole.split(',')[:-3]), 'no cell'),     # cut in its last line
                          (whole.splitlines()[0] + '\n', 'no rows'),
-                         (whole.replace('patient0000', 'patient9990'), 'patient99900')):
+                         (whole.replace('patient0000', 'patient9990'), 'patient99900'),
+                         ('\0\0', 'CSV')):
         table.write_text(text)
-        assert needle in run()
-    table.write_bytes(b'\xff\xfe\x00')
-    assert 'CSV' in run()
-    table.write_text(whole)
-    lost = Path('d/CheXpert-v1.0-small/train/patient00007/study1/view1_frontal.jpg')
-    lost.rename('d/kept.jpg')
-    assert 'patient00007' in run()
+        assert needle in refused()
 
 
 def test_pictures_without_val_hold_out_the_same_share_of_each_class():

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import (DARTS, NOISE, RETRAIN, ROOT, SIZES, TINY, one_line, run, same_run,
                       stop_in_every_step)
-from test_data import fake_cifar, folder_of_images
+ZZ
 from test_readers import chest
 
 import evaluate

@@ -2,15 +2,13 @@
 
 How these data are read and augmented is in test_readers.py.
 """
-import csv
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import NOISE, ROOT, SIZES, one_line, reports, run
-from test_readers import COLUMNS, chest, tree, write_rows
+from conftest import (COLUMNS, SIZES, chexpert, imagenet, make_set, one_line, read_rows,
+                      reports, run, write_rows)
 
 import evaluate
 import generate_data
@@ -20,7 +18,7 @@ from genotypes import random_string
 
 
 def test_search_retrain_and_evaluate_on_imagenet(capsys):
-    tree('in')
+    imagenet('in')
     flags = [*SIZES, '--batch_size', '4', '--data', 'imagenet', '--data_dir', 'in', '--image_size',
              '72', '--warmup_epochs', '1']
     lines = run(search.main, 'r', *flags, '--method', 'pcdarts', '--train_portion', '0.6',
@@ -32,16 +30,14 @@ def test_search_retrain_and_evaluate_on_imagenet(capsys):
     assert row['gap'] == pytest.approx(row['test_error'] - row['fit_error'])
     network, meta = evaluate.load_weights('n/weights.pt')
     assert meta['stem'] == 'imagenet' and network.stem1 is not None
-    # Unreal data of its size.
-    run(search.main, 'a', *flags, '--max_steps', '1', '--data', 'random_labels', '--source',
-        'imagenet', '--train_portion', '0.5', '--valid_fraction', '0.5')
-    for name in ('noise', 'generated'):
-        run(search.main, name, *flags, '--max_steps', '1', '--data', name, '--preset', 'imagenet',
-            '--num_classes', '3', '--num_images', '60')
+    for more in (['random_labels', '--source', 'imagenet', '--train_portion', '0.5',
+                  '--valid_fraction', '0.5'],
+                 ['noise', '--preset', 'imagenet', '--num_classes', '3', '--num_images', '60']):
+        run(search.main, more[0], *flags, '--max_steps', '1', '--data', *more)
 
 
 def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
-    chest('d', patients=40)
+    chexpert('d', patients=40)
     flags = [*SIZES, '--batch_size', '4', '--data_dir', 'd', '--image_size', '16']
     halves = ['--train_portion', '0.5', '--valid_fraction', '0.5']
     run(search.main, 'r', *flags, '--data', 'chexpert', *halves)
@@ -57,17 +53,15 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
     assert all(low <= area <= high for area, low, high, _ in row['test_areas'].values())
     # Labels of the test set: by study, its images in test/ beside them.
     os.rename('d/CheXpert-v1.0-small/valid', 'd/test')
-    with open('d/CheXpert-v1.0-small/valid.csv') as file:
-        rows = {r['Path'].rsplit('/', 1)[0].replace('valid', 'test'): r
-                for r in csv.DictReader(file)}
+    rows = {r['Path'].rsplit('/', 1)[0].replace('valid', 'test'): r
+            for r in read_rows('d/CheXpert-v1.0-small/valid.csv')}
     write_rows('d/labels.csv', [{'Study': study.split('/', 1)[1],
                                  **{k: r[k] for k in generate_data.CHEXPERT}}
                                 for study, r in rows.items()], ['Study', *COLUMNS[5:]])
     again, = reports(capsys, 'n', '--test_labels', 'd/labels.csv')
     assert again['test_areas'] == row['test_areas']
     assert evaluate.main(['n', '--test_labels', 'd/labels.csv', '--scores', 's.csv']) == 0
-    with open('s.csv') as file:
-        scores = {(r['image'], r['label']): float(r['score']) for r in csv.DictReader(file)}
+    scores = {(r['image'], r['label']): float(r['score']) for r in read_rows('s.csv')}
     assert len(scores) == 6 * 14 and all(0 < score < 1 for score in scores.values())
     for name, (area, *_) in row['test_areas'].items():
         mine = np.array([scores['/'.join(study.split('/')[-2:]), name] for study in rows])
@@ -78,7 +72,7 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
 
 
 def test_no_patient_is_in_both_halves():
-    chest('d', patients=20)
+    chexpert('d', patients=20)
     data = generate_data.read('chexpert', {'data_dir': 'd', 'image_size': 16, 'views': 'all'})
     for seed in range(3):
         first, second = search.two_parts(data, search.parse(['--seed', str(seed)]))
@@ -120,16 +114,12 @@ def test_presets_are_the_published_recipes():
     assert search.parse(['--data', 'random_labels', '--source', 'chexpert']).image_size == 224
 
 
-def test_the_learning_rate_follows_the_batch_unless_it_is_typed():
-    def rate(*flags):
-        return search.parse(['--data', 'imagenet', *flags]).learning_rate
-    assert rate('--batch_size', '512') == 0.25
-    assert rate('--batch_size', '512', '--learning_rate', '0.3') == 0.3
+def test_the_learning_rate_on_imagenet_is_that_of_pcdarts_and_follows_the_batch():
+    for flags, rate in (([], 0.25), (['--learning_rate', '0.3'], 0.3)):
+        args = search.parse(['--data', 'imagenet', '--batch_size', '512', *flags])
+        assert args.learning_rate == rate
     args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet', '--epochs', '10'])
     assert args.warmup_epochs == 0                      # of a short run the same share
-
-
-def test_the_learning_rate_on_imagenet_is_that_of_pcdarts():
     args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet'])
     rates = [retrain.learning_rate_at(args, epoch, 250) for epoch in range(250)]
     falling = [0.5 * (245 - epoch) / 245 for epoch in range(245)]
@@ -139,27 +129,13 @@ def test_the_learning_rate_on_imagenet_is_that_of_pcdarts():
 
 
 def test_unreal_data_of_a_target_are_split_in_larger_shares():
-    assert generate_data.main(['--kind', 'noise', '--out', 'set', *NOISE[2:]]) == 0
+    make_set('set')
     for data, shares in (('noise', (0.8, 0.2)), ('generated', (0.8, 0.2)), ('set', (0.8, 0.2)),
                          ('imagenet', (0.1, 0.025))):
         args = search.parse(['--data', data, '--preset', 'imagenet'])
         assert (args.train_portion, args.valid_fraction) == shares
     noise = search.parse(['--preset', 'imagenet'])
     assert (noise.num_classes, noise.num_images, noise.image_size) == (1000, 128000, 224)
-
-
-def test_real_files(capsys):
-    """The README's commands on real ImageNet and X-ray files, where they are at hand."""
-    data = Path(os.environ.get('UNREALNAS_DATA', ROOT / 'data'))
-    if not (data / 'tiny-imagenet-20').is_dir() or not (data / 'CheXpert-v1.0-small').is_dir():
-        pytest.skip('no real files in data/')
-    for name, folder, size, metric in (('imagenet', data / 'tiny-imagenet-20', '72', 'test_error'),
-                                       ('chexpert', data, '64', 'test_auroc_tasks')):
-        flags = [*SIZES, '--max_steps', '1', '--data', name, '--data_dir', str(folder),
-                 '--image_size', size, '--quick']
-        run(search.main, f's-{name}', *flags)
-        run(retrain.main, name, *flags, '--arch', f's-{name}')
-        assert metric in reports(capsys, name)[0]
 
 
 def test_unknown_labels_add_nothing_and_smoothing_is_the_mean_over_classes():
