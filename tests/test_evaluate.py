@@ -103,6 +103,7 @@ def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
     text = Path('p.svg').read_text()
     assert '<!-- epoch -->' in text and '<!-- training accuracy, % -->' in text
     assert search.main(['--method', 'random', '--save', 'r']) == 0
+    capsys.readouterr()
     one_line(capsys, evaluate.main(['r', '--plot', 'r.svg']), '--plot')
     assert not Path('r.svg').exists()
 
