@@ -4,7 +4,6 @@
     python tests/benchmark.py --only darts1_b16
     python tests/benchmark.py --imagenet        # steps at 224 px, and the batches that fit a GPU
     python tests/benchmark.py --methods         # every method's step; NAS-Bench-201's textbook
-    python tests/benchmark.py --input           # what the data cost, beside the step
     python tests/benchmark.py --probe FOLDER    # how learnable a data set is
 
 A search step is one architecture and one weight step (C=16, 8 cells, 32 px); a retrain step one
@@ -87,20 +86,19 @@ def steps(case, sides=('ours', 'book'), device=CPU, graph=False, flags=()):
     if 'book' in sides:
         networks['book'] = textbook.Network(*shape, **extra)
         textbook.copy_weights(networks['ours'], networks['book'])
-    data = batch(case.batch, case.pixels, device), batch(case.batch, case.pixels, device)
+    data = (*batch(case.batch, case.pixels, device), *batch(case.batch, case.pixels, device))
     functions = {}
     for side in sides:
         network = networks[side].to(device).train()
-        if side == 'book' and not retraining:
-            functions[side] = functools.partial(textbook.Step(network, case.unrolled), *data)
-            continue
         if retraining:
-            network.drop_path_prob = torch.tensor(0.1, device=device)
+            network.drop_path_prob, data = torch.tensor(0.1, device=device), data[:2]
             step, changed = retrain_step(network, flags)
-        else:
+        elif side == 'ours':
             step, changed = search_step(network, case.unrolled, flags)
+        else:
+            step, changed = textbook.Step(network, case.unrolled), None
         step = retrain.GraphedStep(step, changed, device, graph and side == 'ours')
-        functions[side] = functools.partial(step, *data[0], *(() if retraining else data[1]))
+        functions[side] = functools.partial(step, *data)
     return functions
 
 
@@ -191,27 +189,12 @@ def methods(n=5):
             if name == 'darts' and space == 'nb201':
                 book = textbook.NB201Network(16, 10, cells)
                 textbook.copy_weights(network, book)
-                functions['textbook'] = functools.partial(textbook.Step(book, False), *data)
+                functions['textbook'] = functools.partial(textbook.Step(book, False),
+                                                           *sum(data, ()))
         taken = seconds(functions, n)
         for name, value in taken.items():
             rows[f'{setting}, {name}'] = {'cpu_seconds': value,
                                           'darts_by_it': taken['darts'] / value}
-    return rows
-
-
-def data_costs(steps_taken=20):
-    """{kind: milliseconds and share of a step of PC-DARTS, batch 64, that resident data take}."""
-    images = generate_data.noise_images(0, 0, 4096, 32)
-    data = generate_data.Data('noise', 'noise', images, np.arange(4096) % 10, list('0123456789'),
-                              [.5] * 3, [.125] * 3, 32)
-    taken = seconds(steps(Case(4, False, 64, 3), ('ours',)), 3)['ours']
-    rows = {'step': {'cpu_seconds': taken}}
-    for name, augment, cutout in (('noise', 'none', 0), ('images', 'standard', 16)):
-        batches = generate_data.Batches(data, range(4096), 64, CPU, augment, cutout)
-        began = time.process_time()
-        count = len(list(zip(batches.epoch(), range(2 * steps_taken))))
-        cost = 2 * (time.process_time() - began) / count        # a search step takes two batches
-        rows[name] = {'ms_a_step': 1000 * cost, 'share_of_a_step': cost / taken}
     return rows
 
 
@@ -277,9 +260,8 @@ def probe(folder, against, data_dir):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--only', choices=[*CASES, *IMAGENET], help='one case')
-    for flag, words in (('--imagenet', 'steps at 224 px'), ('--input', 'what the data cost'),
-                        ('--methods', "every method's step")):
-        parser.add_argument(flag, action='store_true', help=words)
+    parser.add_argument('--imagenet', action='store_true', help='steps at 224 px')
+    parser.add_argument('--methods', action='store_true', help="every method's step")
     parser.add_argument('--peak', choices=['ours', 'book'], help=argparse.SUPPRESS)
     parser.add_argument('--probe', metavar='FOLDER', help='how learnable a data set is')
     parser.add_argument('--against', metavar='SOURCE', help='with --probe: the real set that its '
@@ -295,8 +277,6 @@ def main(argv=None):
         return
     if args.probe:
         results = probe(args.probe, args.against, args.data_dir)
-    elif args.input:
-        results = data_costs()
     elif args.methods:
         results = methods()
     else:

@@ -1,10 +1,12 @@
 """Fixtures and helpers: each test runs in an empty folder of its own, at tiny size, on the CPU."""
 import csv
+import io
 import json
 import os
 import pickle
 import re
 import signal
+import struct
 import sys
 from pathlib import Path
 
@@ -26,6 +28,9 @@ SIZES = ['--layers', '3', '--init_channels', '4', '--batch_size', '8', '--epochs
 NOISE = ['--data', 'noise', '--num_images', '64', '--image_size', '8']
 TINY = [*NOISE, *SIZES, '--cells_per_stage', '1', '--space', 'nb201']    # the cheaper space
 DARTS = [*TINY[:-1], 'darts']
+ONESHOT = [*TINY, '--method', 'oneshot', '--candidates', '12']
+UNTRAINED = [*NOISE, '--space', 'nb201', '--init_channels', '4', '--cells_per_stage', '1',
+             '--batch_size', '8', '--candidates', '6', '--gpu', '-1']       # of naswot, say
 RETRAIN = ['--arch', 'DARTS_V2', *NOISE, *SIZES]
 
 
@@ -60,6 +65,22 @@ def make_set(out, *flags, kind='noise'):
     return generate_data.read(out, {})
 
 
+class Python2(pickle._Pickler):
+    """Writes byte strings and arrays as Python 2 and an old numpy wrote them."""
+    dispatch = {**pickle._Pickler.dispatch,
+                str: lambda self, text: self.save_bytes(text.encode()),
+                bytes: lambda self, text: self.save_bytes(text)}
+
+    def save_bytes(self, text):
+        self.write(b'T' + struct.pack('<i', len(text)) + text)
+
+
+def python2_pickle(content):
+    file = io.BytesIO()
+    Python2(file, 2).dump(content)
+    return file.getvalue().replace(b'numpy._core', b'numpy.core')
+
+
 def fake_cifar(root='data', n=20):
     """CIFAR-10's layout with n images a file."""
     folder = Path(root, 'cifar-10-batches-py')
@@ -68,8 +89,8 @@ def fake_cifar(root='data', n=20):
     for file in [f'data_batch_{k}' for k in range(1, 6)] + ['test_batch']:
         content = {'data': rng.integers(0, 256, (n, 3072), np.uint8),
                    'labels': [k % 10 for k in range(n)]}
-        (folder / file).write_bytes(pickle.dumps(content, protocol=2))
-    (folder / 'batches.meta').write_bytes(pickle.dumps({'label_names': list('abcdefghij')}, 2))
+        (folder / file).write_bytes(python2_pickle(content))
+    (folder / 'batches.meta').write_bytes(python2_pickle({'label_names': list('abcdefghij')}))
     return folder
 
 
@@ -205,8 +226,9 @@ def stop_in_every_step(main, save, *flags):
 def same_run(a, b):
     """Two runs have the same log, result and weights, bit for bit."""
     assert log(a) == log(b)
-    if Path(a, 'genotype.json').exists():
-        assert Path(a, 'genotype.json').read_text() == Path(b, 'genotype.json').read_text()
+    for name in ('genotype.json', 'scores.csv'):
+        if Path(a, name).exists():
+            assert Path(a, name).read_text() == Path(b, name).read_text()
     one, other = (torch.load(f'{run}/checkpoint.pt', weights_only=True)['network']
                   for run in (a, b))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

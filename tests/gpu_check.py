@@ -42,8 +42,8 @@ def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16
     book = textbook.Network(width, 10, layers, partial=partial)
     textbook.copy_weights(ours, book)
     ours, book = ours.to(device, dtype), book.to(device, dtype)
-    (x, y), valid = [(x.to(dtype), y) for x, y in (benchmark.batch(size, device=device),
-                                                   benchmark.batch(size, device=device))]
+    (x, y), (x2, y2) = (benchmark.batch(size, device=device) for _ in range(2))
+    x, x2 = x.to(dtype), x2.to(dtype)
     logits = ours(x), book(x)
     out = {'logits': relative(*logits)}
     grads = [torch.autograd.grad(torch.nn.functional.cross_entropy(z, y), list(p))
@@ -54,8 +54,8 @@ def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16
     step = retrain.GraphedStep(step, changed, device, graph)
     book_step = textbook.Step(book, unrolled)
     for _ in range(5):
-        step(x, y, *valid)
-        book_step((x, y), valid)
+        step(x, y, x2, y2)
+        book_step(x, y, x2, y2)
     pairs = textbook.pairs_of_weights(ours, book)
     out['weights'] = max(relative(a[block], b) for a, block, b in pairs if a.requires_grad)
     out['captured'] = step.graph is not None

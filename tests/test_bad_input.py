@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOISE, RETRAIN, TINY, one_line, run
-ZZ
+from conftest import (NOISE, RETRAIN, TINY, fake_cifar, folder_of_images, make_set, one_line,
+                      run)
 
 import evaluate
 import generate_data
@@ -24,8 +24,7 @@ GOOD = genotypes.DARTS_V2.normal
 def make(what):
     """Make what a bad command meets."""
     if what == 'set':
-        flags = [*NOISE[2:], '--num_classes', '4']
-        assert generate_data.main(['--kind', 'noise', '--out', 'set', *flags]) == 0
+        make_set('set', '--num_images', '64')
     elif what == 'cifar':
         fake_cifar()
     elif what == 'own':

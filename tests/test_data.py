@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import struct
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import fake_cifar, folder_of_images, make_set, one_line
+from conftest import fake_cifar, folder_of_images, make_set, one_line, python2_pickle
 from PIL import Image
 
 import generate_data as g
@@ -177,24 +176,10 @@ def test_a_killed_replacement_leaves_the_old_set_or_the_new_one(moment):
     assert len(make_set('n', '--num_images', '30', '--force')) == 30 and names() == ['n']
 
 
-def python2_pickle(data, labels):
-    """A pickle as Python 2 and an old numpy wrote it: byte strings, numpy.core."""
-    def text(s):
-        return b'U' + bytes([len(s)]) + s
-    raw = data.tobytes()
-    array = (b'cnumpy.core.multiarray\n_reconstruct\n' b'cnumpy\nndarray\n' b'K\x00\x85'
-             + text(b'b') + b'\x87R' b'(K\x01' b'M' + struct.pack('<H', len(data))
-             + b'M\x00\x0c\x86' b'cnumpy\ndtype\n' + text(b'u1') + b'K\x00K\x01\x87R(K\x03'
-             + text(b'|') + b'NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb' + b'\x89T'
-             + struct.pack('<i', len(raw)) + raw + b'tb')
-    numbers = b']' + b'(' + b''.join(b'K' + bytes([k]) for k in labels) + b'e'
-    return b'\x80\x02}(' + text(b'data') + array + text(b'labels') + numbers + b'u.'
-
-
 def test_cifar_is_read_as_python_2_wrote_it(capsys):
     folder = fake_cifar()
     data = np.random.default_rng(1).integers(0, 256, (7, 3072), np.uint8)
-    (folder / 'data_batch_1').write_bytes(python2_pickle(data, range(7)))
+    (folder / 'data_batch_1').write_bytes(python2_pickle({'data': data, 'labels': [*range(7)]}))
     train, test = g.read('cifar10', {}), g.read('cifar10', {}, 'test')
     assert len(train) == 87 and len(test) == 20
     assert (train.images[3].transpose(2, 0, 1).ravel() == data[3]).all() and train.labels[3] == 3
@@ -205,7 +190,7 @@ def test_cifar_is_read_as_python_2_wrote_it(capsys):
     Path('data/cifar-100-python').mkdir()
     for name, content in (('train', {'data': data, 'fine_labels': [99] * 7}),
                           ('meta', {'fine_label_names': [str(k) for k in range(100)]})):
-        Path('data/cifar-100-python', name).write_bytes(pickle.dumps(content, 2))
+        Path('data/cifar-100-python', name).write_bytes(python2_pickle(content))
     assert g.read('cifar100', {}).labels.tolist() == [99] * 7
 
 
@@ -262,9 +247,9 @@ def test_a_hostile_image_is_one_line(name, needle, capsys):
     else:
         eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(evil) (w) file\n'
         path.write_bytes(eps if name == 'eps' else path.read_bytes()[:50])
+    one_line(capsys, g.main(['--kind', 'random_labels', '--source', 'own', '--out', 'x']), '0.png')
     with pytest.raises(g.UserError, match=needle):
         g.read_image(path, 8)
-    one_line(capsys, g.main(['--kind', 'random_labels', '--source', 'own', '--out', 'x']), '0.png')
 
 
 def test_a_flipped_bit_of_a_set_is_one_line():

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import NOISE, RETRAIN, ROOT, TINY, log, run
+from conftest import RETRAIN, ROOT, TINY, UNTRAINED, log, run
 
 import evaluate
 import generate_data
@@ -108,8 +108,7 @@ def test_a_process_killed_under_torchrun_goes_on_from_the_last_checkpoint():
 
 
 def test_two_processes_share_the_cells_that_are_scored():
-    flags = [*NOISE, '--space', 'nb201', '--method', 'naswot', '--init_channels', '4',
-             '--cells_per_stage', '1', '--batch_size', '8', '--candidates', '9', '--gpu', '-1']
+    flags = [*UNTRAINED, '--method', 'naswot']
     run(search.main, 'one', *flags)
     subprocess.run([*TORCHRUN, str(ROOT / 'search.py'), *flags, '--save', 'two'], check=True,
                    timeout=240)

@@ -1,5 +1,4 @@
 """Searches that score cells: against plain networks and formulas, and from end to end."""
-import csv
 import json
 import math
 from collections import Counter
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 import textbook
 import torch
-from conftest import (DARTS, TINY, batch, close, log, reports, run, same_run, searching,
-                      stop_in_every_step)
+from conftest import (ONESHOT, SIZES, UNTRAINED, batch, close, make_set, read_rows, reports, run,
+                      searching)
 from scipy.stats import kendalltau, rankdata, spearmanr
 
 import evaluate
@@ -160,29 +159,6 @@ def test_synflow_is_that_of_a_linear_network_of_the_weights_sizes(float64):
         assert got == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize('space', ['darts', 'nb201'])
-def test_a_step_computes_only_the_cell_that_is_drawn(space):
-    method, network = searching('--method', 'oneshot', '--space', space)
-    calls, taken, take = [], [], method.take
-    method.take = lambda genotype: (taken.append(genotype), take(genotype))
-    for key, module in network.named_modules():
-        if '.blocks.' in key and key.count('.') == 6:
-            module.register_forward_hook(lambda module, *_: calls.append(module))
-    sgd, _ = search.optimizers(network, method.args)
-    for _ in range(3):
-        calls.clear()
-        search.weight_step(method, batch(), sgd)
-        if space == 'nb201':
-            convs = sum('conv' in name for name in from_string(taken[-1]))
-            assert len(calls) == len(set(calls)) == 3 * convs
-        else:                                   # 8 edges in each of the three cells
-            assert 3 < len(calls) == len(set(calls)) <= 3 * 8
-            for cell in ('normal', 'reduce'):
-                columns = [k for k in method.cell[cell] if k]
-                assert len(columns) == 8
-    assert len(set(taken)) == 3
-
-
 def test_draws_are_uniform_over_operations():
     method, network = searching('--method', 'oneshot', '--space', 'nb201')
     counts = Counter()
@@ -194,59 +170,42 @@ def test_draws_are_uniform_over_operations():
 
 def test_equal_cells_of_nb201_are_scored_once():
     cells = distinct_cells()
-    assert len(cells) == len(set(cells)) == 6466
+    assert len(cells) == len({expression(cell)[0] for cell in cells}) == 6466
     assert expression(to_string(['skip_connect'] * 6))[0] == 'x+x+x+x'
-    for a, b in zip(cells[:40], cells[1:]):
-        assert expression(a)[0] != expression(b)[0]
-
-
-ONESHOT = [*TINY, '--method', 'oneshot', '--candidates', '12']
-
-
-def test_a_scoring_run_that_is_stopped_in_every_step_ends_as_one_that_is_not():
-    run(search.main, 'whole', *ONESHOT)
-    assert stop_in_every_step(search.main, 'broken', *ONESHOT) > 2
-    same_run('whole', 'broken')
-    assert Path('whole/scores.csv').read_text() == Path('broken/scores.csv').read_text()
 
 
 @pytest.mark.parametrize('name', ['oneshot', 'naswot', 'snip', 'synflow'])
-@pytest.mark.parametrize('sizes', [DARTS, TINY])
-def test_every_scoring_method_takes_the_best_of_its_scores(name, sizes, capsys):
-    some = ['--max_steps', '2'] if name == 'oneshot' else ['--repeats', '2']
-    if name != 'oneshot':                       # nothing of the schedule means anything
-        sizes = [word for word in sizes if word not in ('--epochs', '--steps_per_epoch', '2')]
-    lines = run(search.main, 'run', *sizes, '--method', name, *some, '--candidates', '6')
+@pytest.mark.parametrize('space', ['darts', 'nb201'])
+def test_every_scoring_method_takes_the_best_of_its_scores(name, space, capsys):
+    some = ['--max_steps', '2', *SIZES] if name == 'oneshot' else ['--repeats', '2']
+    flags = [*UNTRAINED, '--space', space, '--layers', '3', *some]
+    lines = run(search.main, 'run', *flags, '--method', name, '--candidates', '6')
     assert lines[-1]['cells'] == 6
-    rows = list(csv.DictReader(Path('run/scores.csv').read_text().splitlines()))
+    rows = read_rows('run/scores.csv')
     found = json.loads(Path('run/genotype.json').read_text())
     by = 'train_loss' if name == 'oneshot' else name            # noise: labels are random
     assert found['score'] == by and len(rows) == 6 and found['arch_data'] is None
     best = (min if by == 'train_loss' else max)(rows, key=lambda row: float(row[by]))
-    if sizes[-1] == 'nb201':
+    if space == 'nb201':
         assert best['genotype'] == found['arch_str']
     else:
         assert json.loads(best['genotype'])['normal'] == found['normal']
     assert all(int(row['cell_params']) >= 0 for row in rows)
     row, = reports(capsys, 'run')
-    assert row['score'] == by and ('spearman' in row) == (sizes[-1] == 'nb201')
+    assert row['score'] == by and ('spearman' in row) == (space == 'nb201')
     evaluate.main(['run', '--plot', 'scores.svg', '--gpu', '-1'])
-    assert ('true CIFAR-10' if sizes[-1] == 'nb201' else 'parameters') in \
+    assert ('true CIFAR-10' if space == 'nb201' else 'parameters') in \
         Path('scores.svg').read_text()
 
 
-def test_score_and_repeats_and_candidates_have_an_effect():
+def test_score_and_repeats_have_an_effect():
     run(search.main, 'a', *ONESHOT)
     run(search.main, 'b', *ONESHOT, '--score', 'angle')
     assert json.loads(Path('b/genotype.json').read_text())['score'] == 'angle'
     assert Path('a/scores.csv').read_text() == Path('b/scores.csv').read_text()
-    flags = ['--data', 'noise', '--num_images', '64', '--image_size', '8', '--space', 'nb201',
-             '--method', 'naswot', '--init_channels', '4', '--cells_per_stage', '1',
-             '--batch_size', '8', '--candidates', '3', '--gpu', '-1']
-    run(search.main, 'one', *flags, '--repeats', '1')
-    run(search.main, 'two', *flags, '--repeats', '2')
-    assert Path('one/scores.csv').read_text() != Path('two/scores.csv').read_text()
-    assert len(Path('two/scores.csv').read_text().splitlines()) == 4
+    for repeats in '12':
+        run(search.main, repeats, *UNTRAINED, '--method', 'naswot', '--repeats', repeats)
+    assert Path('1/scores.csv').read_text() != Path('2/scores.csv').read_text()
 
 
 def test_rank_correlations_are_those_of_scipy(capsys):
@@ -265,17 +224,12 @@ def test_rank_correlations_are_those_of_scipy(capsys):
 
 # --fresh
 
-def folder_of(name, *flags):
-    assert generate_data.main(['--kind', *flags, '--num_images', '40', '--num_classes', '4',
-                               '--image_size', '16', '--out', name]) == 0
-    return name
-
-
 @pytest.mark.parametrize('kind', [
     ['noise'], ['generated'], ['generated', '--generator', 'spectrum'],
     ['generated', '--generator', 'deadleaves'], ['generated', '--multilabel']])
 def test_fresh_draws_every_image_anew_for_its_label(kind):
-    data = generate_data.read(folder_of('data/set', *kind), {'fresh': 2})
+    make_set('set', *kind[1:], '--image_size', '16', kind=kind[0])
+    data = generate_data.read('set', {'fresh': 2})
     batches = Batches(data, range(40), 8, torch.device('cpu'), shuffle=False, workers=0)
     seen = []
     for epoch in range(5):
@@ -290,21 +244,9 @@ def test_fresh_draws_every_image_anew_for_its_label(kind):
     assert np.array_equal(data.draw([5, 31, 8], 1)[1:2], data.draw([31], 1))
     again = Batches(data, range(40), 8, torch.device('cpu'), shuffle=False, workers=2)
     assert torch.equal(torch.cat([x for x, _ in again.epoch(4, 3)]), seen[4][24:])
-
-
-def test_a_drawn_image_is_that_of_its_place():
-    data = generate_data.read(folder_of('data/set', 'noise'), {'fresh': 1})
-    more = generate_data.noise_images(0, 0, 120, 16)
-    assert np.array_equal(data.draw([3, 17], 2), more[[83, 97]])
-
-
-def test_a_search_on_fresh_data_goes_on_where_it_stopped():
-    flags = [*ONESHOT, '--fresh', '--workers', '0']
-    whole = run(search.main, 'whole', *flags)
-    stop_in_every_step(search.main, 'broken', *flags)
-    same_run('whole', 'broken')
-    assert whole[0] != run(search.main, 'other', *ONESHOT)[1]
-    assert whole[1] != log('other')[1] and whole[0] == log('other')[0]
+    if kind == ['noise']:                       # an image is that of its place in the stream
+        stream = generate_data.noise_images(0, 0, 120, 16)
+        assert np.array_equal(data.draw([3, 17], 2), stream[[83, 97]])
 
 
 # Ties
