@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import evaluate
 import generate_data
 import retrain
 import search
@@ -213,37 +212,35 @@ def fit_probe(data, rows):
     batches = generate_data.Batches(data, rows, min(128, len(rows)), CPU)
     for epoch in range(10):
         for x, y in batches.epoch(epoch):
-            evaluate.loss_of(network(x), y).backward()
+            torch.nn.functional.cross_entropy(network(x), y).backward()
             adam.step()
             adam.zero_grad()
     return network.eval()
 
 
 def nearest_neighbour(data, rows):
-    """predict(x): the labels of the nearest of some images of a Data, by pixels."""
+    """predict(x): scores of the class that the nearest of some images has, by pixels."""
     pool = torch.nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)
-    known, labels = map(torch.cat, zip(*generate_data.Batches(
-        data, rows, 200, CPU, shuffle=False).epoch()))
-    known, labels = pool(known).flatten(1), generate_data.conditions(labels, len(data.classes))
-    return lambda x: labels[torch.cdist(pool(x).flatten(1), known).argmin(1), :-1]
+    batches = generate_data.Batches(data, rows, 200, CPU, shuffle=False)
+    known, labels = map(torch.cat, zip(*batches.epoch()))
+    known, eye = pool(known).flatten(1), torch.eye(len(data.classes))
+    return lambda x: eye[labels[torch.cdist(pool(x).flatten(1), known).argmin(1)]]
 
 
 @torch.no_grad()
-def grade(predict, data, rows):
-    """Per cent right of predict(x) -> scores (B, classes); with several labels the mean AUC."""
+def accuracy(predict, data, rows):
+    """Per cent right of predict(x) -> scores (B, classes)."""
     batches = generate_data.Batches(data, rows, 200, CPU, shuffle=False)
-    scores = torch.cat([predict(x).float() for x, _ in batches.epoch()])
-    labels = torch.from_numpy(data.labels[np.asarray(rows)])
-    found = evaluate.measure(scores, labels, data.classes)
-    return 100 * found['auroc'] if data.multilabel else 100 - found['error']
+    right = sum((predict(x).argmax(1) == y).sum().item() for x, y in batches.epoch())
+    return 100 * right / len(rows)
 
 
 def probe(folder, against, data_dir):
     """Train on nine tenths, test on the rest; `against` a real set also each on the other."""
     data = generate_data.read(folder, {})
     train, test = generate_data.stratified_split(data.labels, 0.9, 0)
-    found = {'network': grade(fit_probe(data, train), data, test),
-             'nearest_neighbour': grade(nearest_neighbour(data, train), data, test),
+    found = {'network': accuracy(fit_probe(data, train), data, test),
+             'nearest_neighbour': accuracy(nearest_neighbour(data, train), data, test),
              'n_test': len(test)}
     if against:
         s = {'data_dir': data_dir, 'image_size': data.image_size}
@@ -251,9 +248,9 @@ def probe(folder, against, data_dir):
         held_out = generate_data.read(against, s, 'test') or real
         as_many = np.sort(np.random.default_rng(0).permutation(len(real))[:len(data)])
         made, learned = fit_probe(data, range(len(data))), fit_probe(real, as_many)
-        found.update(generated_to_real=grade(made, held_out, range(len(held_out))),
-                     real_to_generated=grade(learned, data, range(len(data))),
-                     real_to_real=grade(learned, held_out, range(len(held_out))))
+        found.update(generated_to_real=accuracy(made, held_out, range(len(held_out))),
+                     real_to_generated=accuracy(learned, data, range(len(data))),
+                     real_to_real=accuracy(learned, held_out, range(len(held_out))))
     return {folder: found}
 
 
@@ -264,8 +261,7 @@ def main(argv=None):
     parser.add_argument('--methods', action='store_true', help="every method's step")
     parser.add_argument('--peak', choices=['ours', 'book'], help=argparse.SUPPRESS)
     parser.add_argument('--probe', metavar='FOLDER', help='how learnable a data set is')
-    parser.add_argument('--against', metavar='SOURCE', help='with --probe: the real set that its '
-                        'generator learned')
+    parser.add_argument('--against', help='with --probe: the real set that its generator learned')
     parser.add_argument('--data_dir', default='data', help='of --against')
     args = parser.parse_args(argv)
     device = generate_data.choose_device(-1)

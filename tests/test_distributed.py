@@ -1,4 +1,5 @@
 """Two processes under torchrun do what one does; a run whose process was killed goes on."""
+import contextlib
 import json
 import os
 import signal
@@ -60,9 +61,8 @@ def steps(*flags):
     for k in range(3):
         retrain.train_step(shared, (x[k, 0, part], y[k, 0, part]), sgd, args)
     out['retrained'] = vector(ours)
-    images = (x[0, 0].permute(0, 2, 3, 1) * 9 + 99).byte().numpy()[:7]
-    data = generate_data.Data('x', 'noise', images, y[0, 0, :7].numpy(), list('abcd'), [.5] * 3,
-                              [.2] * 3, 8)
+    data = generate_data.Data('x', 'noise', generate_data.noise_images(0, 0, 7, 8),
+                              y[0, 0, :7].numpy(), list('abcd'), [.5] * 3, [.2] * 3, 8)
     batches = generate_data.Batches(data, range(7), 2, torch.device('cpu'), shuffle=False)
     found = evaluate.test('test', ours.float(), batches)
     assert found['test_n'] == 7                         # each image once
@@ -83,12 +83,10 @@ def test_two_processes_and_two_parts_equal_one_process_with_the_whole_batch():
 def kill_rank_1(folder):
     """kill -9 of the process of rank 1 that runs in this folder."""
     for environ in Path('/proc').glob('[0-9]*/environ'):
-        try:
+        with contextlib.suppress(OSError):
             if b'LOCAL_RANK=1' in environ.read_bytes() and \
                     os.path.samefile(environ.parent / 'cwd', folder):
                 os.kill(int(environ.parent.name), signal.SIGKILL)
-        except OSError:
-            continue
 
 
 def test_a_process_killed_under_torchrun_goes_on_from_the_last_checkpoint():

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import one_line
-from test_data import folder_of_images
+from conftest import folder_of_images, make_set, one_line
 
 import generate_data as g
 
@@ -23,27 +22,21 @@ def formula(name, n=40, size=64, difficulty='medium'):
 
 
 def generate(out, *flags):
-    return g.main(['--kind', 'generated', '--out', out, *flags])
+    return g.main(['--kind', 'generated', '--out', out, '--gpu', '-1', *flags])
 
 
 @pytest.mark.parametrize('name', [*FORMULAS, 'labels'])
 def test_any_chunk_is_the_same_bytes_with_any_number_of_threads(name):
-    images = formula(name)
+    images, threads = formula(name), torch.get_num_threads()
     assert images.chunk < 40                            # more than one chunk, and a last part
     whole = np.concatenate(list(images.chunks()))
     assert whole.shape == (40, 64, 64, 3) and whole.dtype == np.uint8
-    threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 2)
-    try:
-        assert (np.concatenate(list(formula(name).chunks())) == whole).all()
-    finally:
-        torch.set_num_threads(threads)
-    torch.set_num_threads(1)
-    assert (formula(name).draw(range(16, 16 + images.chunk)) == whole[16:16 + images.chunk]).all()
+    part = formula(name).draw(range(16, 16 + images.chunk))
     torch.set_num_threads(threads)
+    assert (part == whole[16:16 + images.chunk]).all()
     assert len(np.unique(whole.reshape(40, -1), axis=0)) == 40 and whole.std() > 10
-    if name == 'labels':                                # grey; more labels, more that is drawn
-        assert (whole == whole[..., :1]).all()
+    assert (whole == whole[..., :1]).all() == (name == 'labels')        # grey
     other = formula(name, difficulty='hard').draw(range(images.chunk))
     assert (other != whole[:len(other)]).any()
 
@@ -79,18 +72,17 @@ def test_leaves_have_their_shapes_and_the_first_is_in_front():
 
 
 def test_flags_change_the_set_and_seeds_repeat_it():
-    base, digests = ['--num_images', '40', '--image_size', '16'], {}
+    digests = set()
     for name, flags in (('a', []), ('easy', ['--difficulty', 'easy']), ('seed', ['--seed', '1']),
                         ('leaves', ['--generator', 'deadleaves']), ('again', [])):
-        assert generate(name, *base, *flags) == 0
-        digests[name] = json.loads(Path(name, 'meta.json').read_text())['sha256']['images']
-    assert len(set(digests.values())) == 4 and digests['a'] == digests['again']
+        make_set(name, *flags, kind='generated')
+        digests.add(json.loads(Path(name, 'meta.json').read_text())['sha256']['images'])
+    assert len(digests) == 4                            # of five
     data = g.read('a', {})
-    assert data.kind == 'generated' and (np.bincount(data.labels) == 4).all()
+    assert data.kind == 'generated' and (np.bincount(data.labels) == 10).all()
     assert np.allclose(data.images.mean((0, 1, 2)) / 255, data.mean)
     assert np.allclose(data.images.std((0, 1, 2)) / 255, data.std)
-    assert generate('xray', *base, '--multilabel', '--num_classes', '14') == 0
-    xray = g.read('xray', {})
+    xray = make_set('xray', '--multilabel', '--num_classes', '14', kind='generated')
     labels = g.uniforms(0, g.LABELS, 0, 20000, 14) < list(g.CHEXPERT.values())
     assert np.allclose(labels.mean(0), list(g.CHEXPERT.values()), atol=0.015)
     assert xray.classes == list(g.CHEXPERT) and xray.labels.shape == (40, 14)
@@ -118,6 +110,7 @@ def test_trained_generator_stops_and_goes_on(capsys, narrow):
     one_line(capsys, generate('part', *common, '--force', '--seed', '1'), 'part.generator')
     assert generate('odd', *common, '--image_size', '17', '--generator_steps', '1') == 0
     Path('part.generator/checkpoint.pt').write_bytes(b'damaged')
+    capsys.readouterr()
     one_line(capsys, generate('part', *common, '--force'), 'damaged')
     with pytest.raises(g.UserError, match='generate_data.py'):
         g.find_or_make('generated', {**g.DEFAULTS, 'generator': 'train', 'source': 'own',
@@ -125,12 +118,10 @@ def test_trained_generator_stops_and_goes_on(capsys, narrow):
 
 
 def test_generator_of_a_set_with_several_labels(narrow):
-    flags = ['--num_images', '8', '--num_classes', '3', '--image_size', '8', '--multilabel']
-    assert g.main(['--kind', 'noise', '--out', 'labels', *flags]) == 0
+    labels = make_set('labels', '--multilabel').labels
     assert generate('made', '--generator', 'train', '--source', 'labels', '--generator_steps', '1',
                     '--num_images', '10') == 0
-    rows = {tuple(row) for row in g.read('labels', {}).labels}
-    assert {tuple(row) for row in g.read('made', {}).labels} <= rows
+    assert {*map(tuple, g.read('made', {}).labels)} <= {*map(tuple, labels)}
 
 
 def test_flow_is_a_straight_line_between_noise_and_images():

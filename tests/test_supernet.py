@@ -24,15 +24,13 @@ def agree(ours, book, x, y):
         close(a, b)
     for outputs in logits:
         sum(nn.functional.cross_entropy(z, y) for z in outputs).backward()
-    total = 0
-    for p, block, q in textbook.pairs_of_weights(ours, book):
-        a, b = (p.grad, q.grad) if p.requires_grad else (p, q)
-        if b is None:                               # a cell of NAS-Bench-201 has no use for it
-            assert a is None or not a[block].any()
-        else:
-            close(a[block], b)
-        total += q.numel() if p.requires_grad else 0
-    assert total == sum(p.numel() for p in ours.weight_parameters())
+    pairs = textbook.pairs_of_weights(ours, book)
+    for p, block, q in pairs:
+        if p.requires_grad:         # NAS-Bench-201's cells may have no use for an operation
+            p, q = (torch.zeros_like(t) if t.grad is None else t.grad for t in (p, q))
+        close(p[block], q)
+    trained = [q for p, _, q in pairs if p.requires_grad]
+    assert sum(q.numel() for q in trained) == sum(p.numel() for p in ours.weight_parameters())
     for p, q in zip(ours.architecture_parameters(), book.alphas):
         close(p.grad, q.grad)
     close(ours.eval()(x), book.eval()(x))
