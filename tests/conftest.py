@@ -68,11 +68,9 @@ def make_set(out, *flags, kind='noise'):
 class Python2(pickle._Pickler):
     """Writes byte strings and arrays as Python 2 and an old numpy wrote them."""
     dispatch = {**pickle._Pickler.dispatch,
-                str: lambda self, text: self.save_bytes(text.encode()),
-                bytes: lambda self, text: self.save_bytes(text)}
-
-    def save_bytes(self, text):
-        self.write(b'T' + struct.pack('<i', len(text)) + text)
+                str: lambda self, text: self.write(b'T' + struct.pack('<i', len(text))
+                                                   + text.encode('latin1')),
+                bytes: lambda self, text: self.save(text.decode('latin1'))}
 
 
 def python2_pickle(content):
@@ -181,10 +179,8 @@ def same_weights(pairs):
 def log(folder):
     """The lines of a run's log, without what is measured."""
     lines = [json.loads(line) for line in Path(folder, 'log.jsonl').read_text().splitlines()]
-    for line in lines:
-        for name in ('seconds', 'images_per_second', 'peak_memory_mib', 'seconds_drawing'):
-            line.pop(name, None)
-    return lines
+    measured = 'seconds', 'images_per_second', 'peak_memory_mib', 'seconds_drawing'
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
 def run(main, save, *flags):

@@ -1,6 +1,7 @@
 """search.py and retrain.py as a user runs them, at tiny size: results, resume, flags, names."""
 import itertools
 import json
+import os
 import random
 import re
 import shlex
@@ -22,7 +23,6 @@ import evaluate
 import generate_data
 import retrain
 import search
-from generate_data import Batches, stratified_split
 from genotypes import PUBLISHED, from_plain, random_genotype, random_string, to_json
 
 
@@ -71,13 +71,11 @@ def test_the_epoch_that_is_kept_is_the_one_that_is_best_on_held_out_images():
     best = min(lines, key=lambda line: line['holdout_error'])
     assert best != lines[-1]
     network, _ = evaluate.load_weights('r/weights.pt')
-    args = retrain.parse(flags)
-    data = generate_data.find_or_make(args.data, vars(args))
-    kept, held = stratified_split(data.labels, 0.5, 0)
-    for rows, name, line in ((kept, 'fit', lines[-1]), (held, 'holdout', best)):
-        batches = Batches(data, rows, 50, torch.device('cpu'), shuffle=False)
-        found = evaluate.test(name, network, batches)[f'{name}_loss']
-        assert found == pytest.approx(line[f'{name}_loss'], rel=1e-5)
+    data = generate_data.find_or_make('noise', vars(retrain.parse(flags)))
+    _, held = generate_data.stratified_split(data.labels, 0.5, 0)
+    batches = generate_data.Batches(data, held, 50, torch.device('cpu'), shuffle=False)
+    found = evaluate.test('holdout', network, batches)
+    assert found['holdout_loss'] == pytest.approx(best['holdout_loss'], rel=1e-5)
 
 
 @pytest.mark.parametrize('flags, draw', [(DARTS, random_genotype), (TINY, random_string)])
@@ -158,7 +156,7 @@ def test_a_stopped_run_saves_and_dies_of_its_signal_so_that_a_shell_loop_stops()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while not Path('r/checkpoint.pt').exists() and process.poll() is None:
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         said = process.stdout.read()
     assert process.returncode == -signal.SIGTERM and 'stopped and saved in r' in said
 
@@ -234,23 +232,20 @@ PLACES = {'random_labels': '--data random_labels --image_size 8',
 
 
 @pytest.fixture(scope='module')
-def shared_folder(tmp_path_factory):
-    """Real data at tiny size, and the results of runs that differ in one flag only."""
-    folder = tmp_path_factory.mktemp('shared')
+def result(tmp_path_factory):
+    """result(script, flags): the log of a run beside real data at tiny size, which is run once."""
+    folder, known = tmp_path_factory.mktemp('shared'), {}
     fake_cifar(folder / 'data')
     chexpert(folder / 'data', patients=40)
     folder_of_images(folder / 'own', n=20, size=(8, 8))
-    return folder, {}
 
-
-def result(script, flags, shared, monkeypatch):
-    """The log of a run on shared data; of one and the same command it is run once."""
-    folder, known = shared
-    monkeypatch.chdir(folder)
-    key = script, *flags
-    if key not in known:
-        known[key] = run(SCRIPTS[script][0].main, f'run{len(known)}', *flags)
-    return known[key]
+    def log_of(script, flags):
+        os.chdir(folder)
+        key = script, *flags
+        if key not in known:
+            known[key] = run(SCRIPTS[script][0].main, f'run{len(known)}', *flags)
+        return known[key]
+    return log_of
 
 
 def test_every_flag_is_in_a_table_of_this_file(capsys):
@@ -266,7 +261,7 @@ def test_every_flag_is_in_a_table_of_this_file(capsys):
 
 @pytest.mark.parametrize('script, flag', [(script, flag) for script, row in SCRIPTS.items()
                                           for flag in row[2]])
-def test_every_flag_changes_the_result(script, flag, shared_folder, monkeypatch):
+def test_every_flag_changes_the_result(script, flag, result):
     _, base, table = SCRIPTS[script]
     more, value = table[flag]
     if more in PLACES:
@@ -274,19 +269,18 @@ def test_every_flag_changes_the_result(script, flag, shared_folder, monkeypatch)
         base = base[:at] + base[at + len(NOISE):] + PLACES[more].split()
         more = '--uncertain ones' if flag == 'views' else ''
     base = [*base, *more.split()]
-    changed = [*base, f'--{flag}', *value.split()]
-    assert result(script, changed, shared_folder, monkeypatch) != \
-        result(script, base, shared_folder, monkeypatch)
+    assert result(script, [*base, f'--{flag}', *value.split()]) != result(script, base)
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_flags_that_change_no_result(script, shared_folder, monkeypatch):
-    plain = result(script, SCRIPTS[script][1], shared_folder, monkeypatch)
+def test_flags_that_change_no_result(script, result):
+    module, flags, _ = SCRIPTS[script]
+    plain = result(script, flags)
     Path('moved').mkdir(exist_ok=True)
     free = ['--tf32', '--workers', '0', '--checkpoint_minutes', '0', '--graph', 'off',
             '--data_dir', 'moved', '--download', '--resume', '--gpu', '-1']
     assert {f[2:] for f in free if f.startswith('--')} | {'save'} == SAME
-    assert run(SCRIPTS[script][0].main, f'free-{script}', *SCRIPTS[script][1], *free) == plain
+    assert run(module.main, f'free-{script}', *flags, *free) == plain
 
 
 @pytest.mark.parametrize('script, flags', [
@@ -322,8 +316,6 @@ def test_typed_wins_over_quick_over_preset_over_method_over_space():
             ('train_portion', '--quick --train_portion 0.3', 0.3),
             ('hessian', '', None), ('hessian', '--early_stop', 2)):
         assert vars(search.parse(flags.split()))[name] == value, (name, flags)
-    args = retrain.parse(['--arch', random_string(0)])
-    assert (args.epochs, args.learning_rate, args.layers) == (200, 0.1, 17)     # the benchmark's
     assert retrain.parse(['--arch', random_string(0), '--preset', 'cifar']).epochs == 600
 
 

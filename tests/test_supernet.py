@@ -133,16 +133,10 @@ def test_parameter_counts():
 
 def test_stem_of_a_search_on_large_images():
     """56.9 M multiply-adds at 224 px and C=16: 24, 48 and 48 channels, as PC-DARTS's code has."""
-    def multiply_adds(c_in, c_out, side):
-        return 9 * c_in * c_out * side ** 2
-    expected = multiply_adds(3, 24, 112) + multiply_adds(24, 48, 56) + multiply_adds(48, 48, 28)
-    for genotype, count in ((None, expected), (PUBLISHED['DARTS_V2'], 8_128_512)):
-        with torch.device('meta'):
-            network = Network(16, 10, 1, genotype, stem='imagenet')
-            with FlopCounterMode(display=False) as counter:
-                network.stem1(network.stem(torch.empty(1, 3, 224, 224)))
-        assert counter.get_total_flops() == 2 * count
-    assert expected == 56_899_584
+    with torch.device('meta'), FlopCounterMode(display=False) as counter:
+        network = Network(16, 10, 1, stem='imagenet')
+        network.stem1(network.stem(torch.empty(1, 3, 224, 224)))
+    assert counter.get_total_flops() == 2 * 56_899_584
 
 
 def test_genotype_rule_on_ties_and_none():
@@ -172,16 +166,15 @@ def test_drop_path_drops_whole_images_and_spares_identities(monkeypatch):
     torch.set_default_dtype(torch.float32)
     x = torch.ones(4000, 2, 1, 1)
     y = x * operations.drop_path(x, 0.3)
-    assert set(y.unique().tolist()) == {0.0, y.max().item()} and abs(y.mean() - 1) < 0.05
+    assert len(y.unique()) == 2 and not y.min() and abs(y.mean() - 1) < 0.05
     assert (y[:, 0] == y[:, 1]).all()
-    skips = tuple(('skip_connect', state) for state in (0, 1) * 4)
-    network = Network(4, 10, 3, Genotype(skips, (2, 3, 4, 5), skips, (2, 3, 4, 5)))
-    network.drop_path_prob, calls = 0.5, []
+    skips, calls = tuple(('skip_connect', state) for state in (0, 1) * 4), []
     monkeypatch.setattr(model_search, 'drop_path', lambda x, p: calls.append(p) or torch.ones(()))
+    network = Network(4, 10, 3, Genotype(skips, (2, 3, 4, 5), skips, (2, 3, 4, 5)))
+    network.drop_path_prob = 0.5
     network(torch.randn(8, 3, 8, 8))
-    assert calls == [0.5] * 16              # one normal cell of identities, two reduction cells
     network.eval()(torch.randn(8, 3, 8, 8))
-    assert len(calls) == 16
+    assert calls == [0.5] * 16              # one normal cell of identities, two reduction cells
 
 
 def test_kept_operations_equal_the_textbook():

@@ -92,26 +92,28 @@ def test_published_counts_of_the_imagenet_network(capsys):
 
 
 def test_presets_are_the_published_recipes():
-    args = search.parse(['--data', 'imagenet', '--method', 'pcdarts'])
-    assert (args.batch_size, args.learning_rate, args.arch_learning_rate, args.warmup_epochs,
-            args.frozen_epochs, args.partial, args.train_portion, args.valid_fraction,
-            args.image_size) == (1024, 0.5, 6e-3, 5, 35, 2, 0.1, 0.025, 224)
-    assert args.arch_grad_clip == 5 and round(retrain.learning_rate_at(args, 15, 50), 4) == 0.3969
+    def expect(args, **values):
+        assert values.items() <= vars(args).items()
+        return args
+
+    args = expect(search.parse(['--data', 'imagenet', '--method', 'pcdarts']), batch_size=1024,
+                  learning_rate=0.5, arch_learning_rate=6e-3, arch_grad_clip=5, warmup_epochs=5,
+                  frozen_epochs=35, partial=2, train_portion=0.1, valid_fraction=0.025,
+                  image_size=224)
+    assert round(retrain.learning_rate_at(args, 15, 50), 4) == 0.3969
     for method in ('sdarts', 'betadarts'):
-        args = search.parse(['--space', 'nb201', '--method', method])
-        assert (args.epochs, args.nesterov, args.weight_decay) == (100, False, 3e-4)
-    args = search.parse(['--method', 'gdas'])
-    assert (args.epochs, args.layers, args.batch_size, args.weight_decay, args.nesterov) == (
-        250, 6, 256, 5e-4, True)
-    assert retrain.parse(['--arch', random_string(0)]).grad_clip == 0
-    args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet'])
-    assert (args.epochs, args.batch_size, args.learning_rate, args.schedule, args.warmup_epochs,
-            args.weight_decay, args.label_smoothing, args.init_channels, args.layers) == (
-        250, 1024, 0.5, 'linear', 5, 3e-5, 0.1, 48, 14)
-    args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'chexpert'])
-    assert (args.optimizer, args.learning_rate, args.image_size, args.holdout_patients) == (
-        'adam', 1e-4, 320, 0.02)
-    assert search.parse(['--data', 'random_labels', '--source', 'chexpert']).image_size == 224
+        expect(search.parse(['--space', 'nb201', '--method', method]), epochs=100, nesterov=False,
+               weight_decay=3e-4)
+    expect(search.parse(['--method', 'gdas']), epochs=250, layers=6, batch_size=256,
+           weight_decay=5e-4, nesterov=True)
+    expect(search.parse(['--data', 'random_labels', '--source', 'chexpert']), image_size=224)
+    expect(retrain.parse(['--arch', random_string(0)]), epochs=200, learning_rate=0.1, layers=17,
+           grad_clip=0)
+    expect(retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet']), epochs=250, layers=14,
+           batch_size=1024, learning_rate=0.5, schedule='linear', warmup_epochs=5,
+           weight_decay=3e-5, label_smoothing=0.1, init_channels=48)
+    expect(retrain.parse(['--arch', 'DARTS_V2', '--data', 'chexpert']), optimizer='adam',
+           learning_rate=1e-4, image_size=320, holdout_patients=0.02)
 
 
 def test_the_learning_rate_on_imagenet_is_that_of_pcdarts_and_follows_the_batch():
