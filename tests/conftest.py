@@ -176,6 +176,17 @@ def same_weights(pairs):
             close(p[block], q)
 
 
+def watch(monkeypatch, name, look):
+    """Call look(arguments, result) after every call of a function of search.py."""
+    function = getattr(search, name)
+
+    def watched(*given):
+        out = function(*given)
+        look(given, out)
+        return out
+    monkeypatch.setattr(search, name, watched)
+
+
 def log(folder):
     """The lines of a run's log, without what is measured."""
     lines = [json.loads(line) for line in Path(folder, 'log.jsonl').read_text().splitlines()]
@@ -233,7 +244,7 @@ def same_run(a, b):
 def one_line(capsys, status, needle):
     """The command ended with one line for the user, which names the thing."""
     said = [line for line in capsys.readouterr().err.splitlines()
-            if not line.startswith(('warning', 'making', 'no CUDA'))]
+            if not re.match(r'warning|making|no CUDA|[\d,]+/', line)]     # progress, too
     assert status == 2 and len(said) == 1, said
     assert re.match(r'\w+\.py: error: ', said[0]) and needle in said[0], said
     assert len(said[0]) < 400

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import textbook
 import torch
-from conftest import (DARTS, TINY, batch, close, log, run, same_weights, searching,
+from conftest import (DARTS, TINY, batch, close, log, run, same_weights, searching, watch,
                       with_textbook)
 from torch.nn import functional as F
 
@@ -241,15 +241,13 @@ def test_restriction_to_two_skips_strikes_out_the_weakest(float64):
 
 def test_pdarts_from_start_to_genotype(monkeypatch):
     """Cells, frozen epochs and dropout of the three stages, in a run."""
-    seen, step = [], search.bilevel_step
+    def look(given, _):
+        method, *_, frozen, _ = given
+        skips = [m for m in method.network.modules() if isinstance(m, search.DroppedSkip)]
+        seen.append((len(method.network.cells), frozen, skips[0].probability.item()))
 
-    def watched(method, train, valid, sgd, adam, frozen, moments):
-        skips = [m.probability.item() for m in method.network.modules()
-                 if isinstance(m, search.DroppedSkip)]
-        seen.append((len(method.network.cells), frozen, skips[0]))
-        return step(method, train, valid, sgd, adam, frozen, moments)
-
-    monkeypatch.setattr(search, 'bilevel_step', watched)
+    seen = []
+    watch(monkeypatch, 'bilevel_step', look)
     monkeypatch.setattr(search.PDarts, 'MORE_CELLS', (0, 1, 2))         # quicker
     lines = run(search.main, 'p', *DARTS, '--method', 'pdarts', '--epochs', '7',
                 '--steps_per_epoch', '1', '--frozen_epochs', '1', '--init_channels', '2')
@@ -312,14 +310,8 @@ def test_early_stop_takes_the_genotype_of_then_and_resumes(monkeypatch):
 
 
 def test_what_the_log_says_of_the_alphas(monkeypatch, capsys):
-    grads, first_order = [], search.first_order
-
-    def watched(*given):
-        out = first_order(*given)
-        grads.append(out[0][0].double())
-        return out
-
-    monkeypatch.setattr(search, 'first_order', watched)
+    grads = []
+    watch(monkeypatch, 'first_order', lambda given, out: grads.append(out[0][0].double()))
     lines = run(search.main, 'r', *TINY, '--epochs', '3', '--early_stop', '--arch_learning_rate',
                 '0.05')
     assert [line.get('eigenvalue') is not None for line in lines] == [True, False, True]
@@ -343,13 +335,9 @@ def test_what_the_log_says_of_the_alphas(monkeypatch, capsys):
 
 
 def test_arch_data_are_other_images_or_the_same_or_none(monkeypatch):
-    seen, step = [], search.bilevel_step
-
-    def watched(method, train, valid, *more):
-        seen.append((train[0].clone(), valid[0].clone()))
-        return step(method, train, valid, *more)
-
-    monkeypatch.setattr(search, 'bilevel_step', watched)
+    seen = []
+    watch(monkeypatch, 'bilevel_step', lambda given, _: seen.append(
+        (given[1][0].clone(), given[2][0].clone())))
     for which in ('valid', 'train', 'none'):
         run(search.main, which, *TINY, '--arch_data', which)
         assert all(torch.equal(a, b) == (which != 'valid') for a, b in seen[-4:])

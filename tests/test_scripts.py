@@ -341,14 +341,15 @@ def name(flags, module=search):
 
 
 def test_names_of_runs_hold_what_was_typed_and_nothing_that_was_derived():
-    assert name('') == 'runs/search-noise-darts-seed0' == name('--gpu -1 --resume --workers 3')
-    assert name('--seed 3') == 'runs/search-noise-darts-seed3' == name('--seed 3 --data_seed 3')
-    assert name('--seed 3 --data_seed 5') == 'runs/search-noise-darts-seed3-data_seed=5'
-    assert search.parse(['--seed', '3']).data_seed == 3         # the data follow the run's seed
-    assert name('--data imagenet --batch_size 512').endswith('-seed0-batch_size=512')
-    assert name('--learning_rate 0.025') == name('')            # the default
-    assert name('--method random --seed 2') == 'runs/search-random-seed2'
-    assert name('--data sets/photos/ --quick') == 'runs/search-photos-darts-seed0-quick'
+    for flags, expected in (
+            ('', 'noise-darts-seed0'), ('--gpu -1 --resume --workers 3', 'noise-darts-seed0'),
+            ('--learning_rate 0.025', 'noise-darts-seed0'),         # the default
+            ('--seed 3 --data_seed 3', 'noise-darts-seed3'),        # the data follow the run's seed
+            ('--seed 3 --data_seed 5', 'noise-darts-seed3-data_seed=5'),
+            ('--data imagenet --batch_size 512', 'imagenet-darts-seed0-batch_size=512'),
+            ('--method random --seed 2', 'random-seed2'),
+            ('--data sets/photos/ --quick', 'photos-darts-seed0-quick')):
+        assert name(flags) == f'runs/search-{expected}'
     for k in 'ab':
         Path(f'runs/{k}').mkdir(parents=True)
         Path(f'runs/{k}/genotype.json').write_text(to_json(PUBLISHED['DARTS_V1']))

@@ -1,14 +1,14 @@
 """The first study: its statistics against hand values, its rules, its rows, table and figure."""
-import csv
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import DARTS, ROOT, TINY, log, read_rows, run
 from genotypes import random_string
 
 sys.path.insert(0, str(ROOT / '.github' / 'study'))
+import search  # noqa: E402
 import study  # noqa: E402
 
 CELLS = [random_string(seed) for seed in range(16)]
@@ -60,46 +60,26 @@ def test_verdicts(given, expected):
     assert 'verdict' not in lines['darts', 'cifar10']           # nor any control
 
 
-def test_the_mean_over_methods_is_of_those_that_beat_chance():
-    given = dict(cifar10=(80, 9, 16), noise=(70, 9, 16), no_data=(10, 9, 16))
-    alone = study.compare(arms(**given))['darts', 'noise']['p']
-    made = arms(**given) | arms('pcdarts', **{**given, 'noise': (84, 9, 16)}) \
-        | arms('gdas', **{**given, 'cifar10': (20, 9, 16), 'noise': (90, 9, 16)})
-    lines = study.compare(made)
-    assert lines['darts', 'noise']['p'] == pytest.approx(2 * alone)     # gdas's is far smaller
-    methods, difference, interval = study.pooled(made, lines, 'noise')
-    assert methods == ['darts', 'pcdarts'] and difference == pytest.approx(-3)
-    # A difference has a standard error of 9 sqrt(2 / 16) = 3.18, and the mean of two 2.25.
-    assert interval == pytest.approx([-7.4, 1.4], abs=0.5)
-
-
-def run(seed, command='python search.py'):
-    """Return what evaluate.read_run returns of a search that ended."""
-    settings = {'method': 'darts', 'data': 'noise', 'space': 'nb201', 'max_steps': None,
-                'arch_data': 'train'}
-    log = [{'steps': 20, 'entropy_cell': 1.23456, 'signal_cell': 0.5,
-            'alphas': {'cell': np.arange(30.0).reshape(6, 5).tolist()}}]
-    return {'run': f'runs/{seed}', 'type': 'search', 'settings': settings, 'log': log,
-            'command': f'{command} --seed {seed}', 'git_commit': 'abc', 'method': 'darts',
-            'seed': seed, 'arch_data': 'train', 'genotype': CELLS[seed], 'finished': seed < 9,
-            'seconds': 87.26, 'cifar10': 91.0, 'cifar100': 68.0, 'imagenet16': 40.0,
-            'percentile': 70.0, 'skips': 3, 'nones': 1}
-
-
-def test_finished_searches_are_added_once(monkeypatch, capsys):
-    monkeypatch.setattr('evaluate.read_run', lambda given: given, raising=False)
-    study.add_runs('s.csv', [run(0), run(1), run(9)])
+def test_finished_searches_are_added_once(capsys):
+    for name in ('0', '1', '2', 'other'):
+        run(search.main, name, *TINY, '--max_steps', '1', '--arch_data', 'train', '--seed',
+            name.replace('other', '0'))
+    run(search.main, 'darts', *DARTS, '--max_steps', '1')
+    Path('2/genotype.json').unlink()
+    args = Path('other/args.json')
+    args.write_text(args.read_text().replace('"command": "', '"command": "other '))
+    study.add_runs('s.csv', ['0', '2'])
     Path('s.csv').write_text(Path('s.csv').read_text().rstrip('\n'))
-    study.add_runs('s.csv', [run(1), run(2)])
-    assert 'runs/9 is not finished' in capsys.readouterr().out
-    for wrong in (run(2, 'python other.py'), {**run(3), 'type': 'retrain'}):
+    study.add_runs('s.csv', ['0', '1'])
+    assert '2 is not finished' in capsys.readouterr().out
+    for wrong in ('darts', 'other'):
         with pytest.raises(SystemExit, match='Leave'):
-            study.add_runs('s.csv', [run(4), wrong])
-    rows = list(csv.DictReader(Path('s.csv').read_text().splitlines()))
-    assert [row['seed'] for row in rows] == ['0', '1', '2'] and list(rows[0]) == study.COLUMNS
-    assert rows[0]['arm'] == 'noise, alphas on train' and rows[0]['entropy'] == '1.235'
-    assert (rows[0]['steps'], rows[0]['seconds'], rows[0]['commit']) == ('20', '87.3', 'abc')
-    assert study.read_rows('s.csv')['darts', 'noise, alphas on train'][0]['collapsed']
+            study.add_runs('s.csv', ['1', wrong])
+    rows, line = read_rows('s.csv'), log('0')[-1]
+    assert [row['seed'] for row in rows] == ['0', '1'] and list(rows[0]) == study.COLUMNS
+    assert rows[0]['entropy'] == f'{line["entropy_cell"]:.4g}' and rows[0]['steps'] == '1'
+    assert rows[0]['genotype'] == line['genotype']
+    assert len(study.read_rows('s.csv')['darts', 'noise, alphas on train']) == 2
 
 
 def test_the_studys_tables_and_figure_and_those_of_the_fit(capsys, monkeypatch):

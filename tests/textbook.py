@@ -75,9 +75,12 @@ class MixedOp(nn.Module):
         if self.partial == 1:
             return y
         rest = x[:, c:] if self.stride == 1 else F.max_pool2d(x[:, c:], 2, ceil_mode=True)
-        y = torch.cat([y, rest], 1)
-        b, c, h, w = y.shape
-        return y.view(b, self.partial, c // self.partial, h, w).transpose(1, 2).reshape(b, c, h, w)
+        return F.channel_shuffle(torch.cat([y, rest], 1), self.partial)
+
+
+def relu_conv_bn(c_in, c_out, affine):
+    return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False),
+                         nn.BatchNorm2d(c_out, affine=affine))
 
 
 class Cell(nn.Module):
@@ -85,19 +88,15 @@ class Cell(nn.Module):
     def __init__(self, c_before, c_last, c, reduction, reduction_before, partial, pairs, concat):
         super().__init__()
         affine = pairs is not None
-        self.pre0 = FactorizedReduce(c_before, c, affine) if reduction_before else \
-            nn.Sequential(nn.ReLU(), nn.Conv2d(c_before, c, 1, bias=False),
-                          nn.BatchNorm2d(c, affine=affine))
-        self.pre1 = nn.Sequential(nn.ReLU(), nn.Conv2d(c_last, c, 1, bias=False),
-                                  nn.BatchNorm2d(c, affine=affine))
+        before = FactorizedReduce if reduction_before else relu_conv_bn
+        self.pre0, self.pre1 = before(c_before, c, affine), relu_conv_bn(c_last, c, affine)
         self.concat, self.edges = concat, nn.ModuleDict()
         for node in range(2, 2 + NODES):
-            inputs = range(node) if pairs is None else pairs[2 * node - 4:2 * node - 2]
-            for pair in inputs:
-                state = pair if pairs is None else pair[1]
+            inputs = pairs[2 * node - 4:2 * node - 2] if affine else enumerate(range(node))
+            for name, state in inputs:
                 stride = 2 if reduction and state < 2 else 1
-                self.edges[f'{node},{state}'] = MixedOp(c, stride, partial) if pairs is None \
-                    else operation(pair[0], c, stride, True)
+                self.edges[f'{node},{state}'] = operation(name, c, stride, True) if affine \
+                    else MixedOp(c, stride, partial)
 
     def operation(self, edge, name):
         edge = self.edges['{},{}'.format(*edge)]
@@ -105,17 +104,17 @@ class Cell(nn.Module):
 
     def forward(self, s0, s1, weights, shares, drop_path_prob):
         states = [self.pre0(s0), self.pre1(s1)]
-        row = 0
+        rows = iter(zip(weights, shares)) if weights is not None else None
         for node in range(2, 2 + NODES):
             total = 0
-            for state in range(node):
-                if weights is not None:
-                    y = self.edges[f'{node},{state}'](states[state], weights[row])
-                    total = total + (y if shares is None else shares[row] * y)
-                    row += 1
-                elif f'{node},{state}' in self.edges:
-                    edge = self.edges[f'{node},{state}']
-                    y = edge(states[state])
+            for state, x in enumerate(states):
+                key = f'{node},{state}'
+                if rows:
+                    row, share = next(rows)
+                    total = total + share * self.edges[key](x, row)
+                elif key in self.edges:
+                    edge = self.edges[key]
+                    y = edge(x)
                     if drop_path_prob and not isinstance(edge, nn.Identity):
                         keep = torch.rand(len(y), 1, 1, 1, device=y.device) >= drop_path_prob
                         y = y / (1 - drop_path_prob) * keep
@@ -176,7 +175,7 @@ class Network(nn.Module):
             s1 = self.stem1(s0)
         auxiliary = None
         for layer, (cell, reduction) in enumerate(zip(self.cells, self.reductions)):
-            weights = shares = None
+            weights, shares = None, [1] * 14
             if len(self.alphas):
                 weights = self.mix(self.alphas[int(reduction)])
             if self.partial > 1:
