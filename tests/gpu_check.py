@@ -3,9 +3,8 @@
     python tests/gpu_check.py                   # on any machine with CUDA
 
 First equality with the textbook on the device, in float64 and float32, eager and as a CUDA graph.
-Then ms a step, calls of a step, peak memory and images/s of search and retrain steps: the
-textbook's, ours eager, as a graph, and as a graph in bf16, and the hours of a whole run. Without
-CUDA it says so and does nothing.
+Then the time, calls, and memory of the textbook's steps and of ours, eager and as a graph, and the
+hours of a whole run. Without CUDA it says so and does nothing.
 """
 import sys
 import time
@@ -90,8 +89,12 @@ def timing(name, way, device, seconds=6.0):
             'hours of a run': steps / 3.6e6 * ms}
 
 
-def check_equality(device):
-    """Print the differences to the textbook; end with an error if one is too large."""
+def main():
+    if not torch.cuda.is_available():
+        print('no CUDA on this machine: nothing to check here')
+        return
+    device = generate_data.choose_device(0)
+    print(retrain.hardware(device), 'torch', torch.__version__)
     for partial, unrolled in ((1, False), (1, True), (4, False)):
         # In float64 without a graph, whose learning rate is float32.
         for dtype, graph in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
@@ -101,15 +104,6 @@ def check_equality(device):
             largest = row['logits'] if unrolled else max(row['logits'], row['alpha gradients'])
             if largest > (1e-9 if dtype == torch.float64 else 1e-2):
                 sys.exit(f'{name}: differs from the textbook')
-
-
-def main():
-    if not torch.cuda.is_available():
-        print('no CUDA on this machine: nothing to check here')
-        return
-    device = generate_data.choose_device(0)
-    print(retrain.hardware(device), 'torch', torch.__version__)
-    check_equality(device)
     for name in RUNS:
         for way in WAYS:
             benchmark.show(f'{name + ", " + way:<38}', timing(name, way, device))
