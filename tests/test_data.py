@@ -1,9 +1,9 @@
-"""Unreal data, readers of CIFAR and of folders, splits and batches."""
+"""Unreal data: how they are made, written, split and drawn in batches."""
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
-import pickle
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import fake_cifar, folder_of_images, make_set, one_line, python2_pickle
+from conftest import fake_cifar, folder_of_images, make_set, one_line
 from PIL import Image
 
 import generate_data as g
@@ -177,75 +177,6 @@ def test_a_killed_replacement_leaves_the_old_set_or_the_new_one(moment):
     assert len(make_set('n', '--num_images', '30', '--force')) == 30 and names() == ['n']
 
 
-def test_cifar_is_read_as_python_2_wrote_it(capsys):
-    folder = fake_cifar()
-    data = np.random.default_rng(1).integers(0, 256, (7, 3072), np.uint8)
-    (folder / 'data_batch_1').write_bytes(python2_pickle({'data': data, 'labels': [*range(7)]}))
-    train, test = g.read('cifar10', {}), g.read('cifar10', {}, 'test')
-    assert len(train) == 87 and len(test) == 20
-    assert (train.images[3].transpose(2, 0, 1).ravel() == data[3]).all() and train.labels[3] == 3
-    assert len(g.read('cifar10', {'data_dir': str(folder)})) == 87      # the folder itself, too
-    assert 'not as officially published' in capsys.readouterr().err
-    small = g.read('cifar10', {'image_size': 16}).images
-    assert small.shape == (87, 16, 16, 3) and abs(small.mean() - train.images.mean()) < 3
-    Path('data/cifar-100-python').mkdir()
-    for name, content in (('train', {'data': data, 'fine_labels': [99] * 7}),
-                          ('meta', {'fine_label_names': [str(k) for k in range(100)]})):
-        Path('data/cifar-100-python', name).write_bytes(python2_pickle(content))
-    assert g.read('cifar100', {}).labels.tolist() == [99] * 7
-
-
-class Runs:
-    def __init__(self, *reduced):
-        self.reduced = reduced
-
-    def __reduce__(self):
-        return self.reduced
-
-
-@pytest.mark.parametrize('data', [
-    Runs(os.system, ('touch evil',)), Runs(open, ('evil', 'w')), Runs(memoryview, (b'x' * 3072,))])
-def test_a_crafted_pickle_is_one_line_and_is_not_run(data, capsys):
-    (fake_cifar() / 'data_batch_2').write_bytes(pickle.dumps({'data': data, 'labels': [0]}))
-    one_line(capsys, g.main(['--kind', 'random_labels', '--out', 'x']), 'data_batch_2')
-    assert not Path('evil').exists()
-
-
-def test_image_folders_of_any_depth_of_colour_and_turned_images():
-    folder_of_images('tree/train')
-    folder_of_images('tree/val', n=2)
-    train, test = (g.read('tree', {'image_size': 8}, split) for split in ('train', 'test'))
-    assert (len(train), len(test)) == (8, 4) and train.images.shape[1:] == (8, 8, 3)
-    assert train.mean == test.mean
-    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    Image.fromarray(ramp).save('tree/train/cat/deep.png')           # 16 bits, grey
-    Image.fromarray((ramp // 256).astype(np.uint8)).save('tree/train/cat/grey.jpg')
-    Image.fromarray(np.zeros((9, 9, 4), np.uint8)).save('tree/train/cat/rgba.png')
-    deep = g.read_image('tree/train/cat/deep.png', 64)
-    assert len(np.unique(deep)) == 256 and len(g.read('tree', {'image_size': 16})) == 11
-    upright = Image.fromarray(np.arange(40 * 30 * 3).reshape(40, 30, 3).astype(np.uint8))
-    upright.save('upright.png')
-    exif = upright.getexif()
-    exif[274] = 6                                       # lies on its side, by a quarter of a turn
-    upright.transpose(Image.ROTATE_90).save('side.png', exif=exif)
-    assert (g.read_image('side.png', 16) == g.read_image('upright.png', 16)).all()
-
-
-@pytest.mark.parametrize('name, needle', [
-    ('eps', 'cannot identify'), ('bomb', 'pixels'), ('cut', 'truncated')])
-def test_a_hostile_image_is_one_line(name, needle, capsys):
-    folder_of_images('own')
-    path = Path('own/cat/0.png')
-    if name == 'bomb':
-        Image.new('1', (14000, 14000)).save(path)
-    else:
-        eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(evil) (w) file\n'
-        path.write_bytes(eps if name == 'eps' else path.read_bytes()[:50])
-    one_line(capsys, g.main(['--kind', 'random_labels', '--source', 'own', '--out', 'x']), '0.png')
-    with pytest.raises(g.UserError, match=needle):
-        g.read_image(path, 8)
-
-
 @pytest.mark.parametrize('file', ['images.npy', 'labels.npy'])
 def test_a_flipped_bit_of_a_set_is_one_line(file):
     make_set('set')
@@ -313,3 +244,123 @@ def test_auto_is_the_augmentation_that_suits_the_images():
     data.kind = 'real'
     assert g.suited(data) == 'standard' and g.suited(g.replace(data, image_size=72)) == 'imagenet'
     assert g.suited(g.replace(data, labels=np.zeros((40, 4), np.uint8))) == 'affine'
+
+
+# Generated images: formulas, and the generator that is trained here
+
+FORMULAS = ['fractal', 'spectrum', 'deadleaves']
+
+
+def formula(name, n=40, size=64, difficulty='medium'):
+    labels = g.draw_labels(1, n, 4, 'balanced')
+    if name == 'labels':
+        labels, name = (np.arange(4) < labels[:, None]).astype(np.uint8), 'fractal'
+    return g.Formula(name, labels, 4, size, 5, difficulty)
+
+
+def generate(out, *flags):
+    return g.main(['--kind', 'generated', '--out', out, '--gpu', '-1', *flags])
+
+
+@pytest.mark.parametrize('name', [*FORMULAS, 'labels'])
+def test_any_chunk_is_the_same_bytes_with_any_number_of_threads(name):
+    images, threads = formula(name), torch.get_num_threads()
+    assert images.chunk < 40                            # more than one chunk, and a last part
+    whole = np.concatenate(list(images.chunks()))
+    assert whole.shape == (40, 64, 64, 3) and whole.dtype == np.uint8
+    torch.set_num_threads(1 if threads > 1 else 2)
+    part = formula(name).draw(range(16, 16 + images.chunk))
+    torch.set_num_threads(threads)
+    assert (part == whole[16:16 + images.chunk]).all()
+    assert len(np.unique(whole.reshape(40, -1), axis=0)) == 40 and whole.std() > 10
+    assert (whole == whole[..., :1]).all() == (name == 'labels')        # grey
+    other = formula(name, difficulty='hard').draw(range(images.chunk))
+    assert (other != whole[:len(other)]).any()
+
+
+def test_numbers_are_the_same_everywhere_and_never_reach_the_next_class():
+    numbers = g.uniforms(0, g.DRAWS, 3, 5, 32)
+    assert hashlib.sha256(numbers.astype('<f8').tobytes()).hexdigest()[:16] == '895fa71dee0f09cd'
+    numbers = g.uniforms(534, g.DRAWS, 22557, 1, 32)    # one of them is 1 when rounded to float32
+    assert numbers.max() < 1 and numbers.astype(np.float32).max() == 1
+    images = g.Formula('fractal', np.zeros(22558, np.int64), 4, 8, 534)
+    assert images.random(range(22557, 22558))[0].max() < 1
+
+
+def test_systems_are_contractive_and_of_the_published_size():
+    maps, table = g.fractal_bank(3, 200)
+    singular = np.linalg.svd(maps.double().numpy()[:, :, [0, 1, 3, 4]].reshape(200, 4, 2, 2),
+                             compute_uv=False)
+    assert singular.max() < 1 and np.allclose(singular[..., 0], maps[..., 6], atol=1e-5)
+    count = table.amax(1).numpy() + 1
+    assert set(count) == {2, 3, 4}
+    for s, n in zip(singular, count):
+        total = (s[:n, 0] + 2 * s[:n, 1]).sum()
+        assert (5 + n) / 2 - 1e-4 <= total <= (6 + n) / 2 + 1e-4
+    assert maps[..., [2, 5]].abs().max() <= 1
+
+
+def test_leaves_have_their_shapes_and_the_first_is_in_front():
+    areas = [np.pi, np.pi * (1 - 4 / 9), 3 * 3 ** 0.5 / 4, 4 * 0.98 * 0.14]
+    for shape, area in enumerate(areas):
+        leaves = [[shape, 100.0, 0.4, 128.0, 128.0], [0, 120.0, 0.0, 128.0, 128.0]]
+        drawn = g.draw_leaves(leaves, [[255] * 3, [9] * 3], 256)
+        assert abs((drawn == 255).mean() * 256 ** 2 / 100 ** 2 - area) < 0.05 * area + 0.02
+
+
+def test_flags_change_the_set_and_seeds_repeat_it():
+    digests = set()
+    for name, flags in (('a', []), ('easy', ['--difficulty', 'easy']), ('seed', ['--seed', '1']),
+                        ('leaves', ['--generator', 'deadleaves']), ('again', [])):
+        make_set(name, *flags, kind='generated')
+        digests.add(json.loads(Path(name, 'meta.json').read_text())['sha256']['images'])
+    assert len(digests) == 4                            # of five
+    data = g.read('a', {})
+    assert data.kind == 'generated' and (np.bincount(data.labels) == 10).all()
+    assert np.allclose(data.images.mean((0, 1, 2)) / 255, data.mean)
+    assert np.allclose(data.images.std((0, 1, 2)) / 255, data.std)
+    xray = make_set('xray', '--multilabel', '--num_classes', '14', kind='generated')
+    labels = g.uniforms(0, g.LABELS, 0, 20000, 14) < list(g.CHEXPERT.values())
+    assert np.allclose(labels.mean(0), list(g.CHEXPERT.values()), atol=0.015)
+    assert xray.classes == list(g.CHEXPERT) and xray.labels.shape == (40, 14)
+    assert (xray.images == xray.images[..., :1]).all()
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    monkeypatch.setattr(g, 'UNet', functools.partial(g.UNet, emb=32, widths=(16, 16, 16, 16)))
+
+
+def test_trained_generator_stops_and_goes_on(capsys, narrow):
+    folder_of_images('own', size=(8, 8))
+    common = ['--generator', 'train', '--source', 'own', '--image_size', '8', '--num_images', '8']
+    assert generate('whole', *common, '--generator_steps', '22') == 0
+    assert generate('part', *common, '--generator_steps', '20', '--num_images', '10') == 0
+    left = Path('part.generator/.checkpoint.pt.tmp')
+    left.touch()                                        # of a run that was killed while saving
+    assert generate('part/', *common, '--generator_steps', '22', '--force') == 0
+    assert not left.exists()
+    assert (np.load('whole/images.npy') == np.load('part/images.npy')).all()
+    data = g.read('whole', {})
+    assert data.classes == ['cat', 'dog'] and (np.bincount(data.labels) == 4).all()
+    capsys.readouterr()
+    one_line(capsys, generate('part', *common, '--force', '--seed', '1'), 'part.generator')
+    assert generate('odd', *common, '--image_size', '17', '--generator_steps', '1') == 0
+    Path('part.generator/checkpoint.pt').write_bytes(b'damaged')
+    one_line(capsys, generate('part', *common, '--force'), 'damaged')
+    # A set with several labels.
+    labels = make_set('labels', '--multilabel').labels
+    assert generate('made', '--generator', 'train', '--source', 'labels', '--generator_steps', '1',
+                    '--num_images', '10') == 0
+    assert {*map(tuple, g.read('made', {}).labels)} <= {*map(tuple, labels)}
+    with pytest.raises(g.UserError, match='generate_data.py'):
+        g.find_or_make('generated', {**g.DEFAULTS, 'generator': 'train', 'source': 'own',
+                                     'data_seed': 0})
+
+
+def test_flow_is_a_straight_line_between_noise_and_images():
+    class Velocity(torch.nn.Module):                    # towards 3, the same for every label
+        def forward(self, x, t, y):
+            return (3 - x) / (1 - t)[:, None, None, None]
+    x = g.sample_flow(Velocity(), torch.randn(5, 3, 8, 8), torch.zeros(5, 3))
+    assert torch.allclose(x, torch.full_like(x, 3), atol=1e-4)

@@ -98,7 +98,7 @@ def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
         assert evaluate.main(['s0', 'u', 'net', '--plot', name, '--gpu', '-1']) == 0
         assert Path(name).read_bytes().startswith(start)
     text = Path('p.svg').read_text()
-    assert '<!-- epoch -->' in text and '<!-- training accuracy, % -->' in text
+    assert 'epoch' in text and 'training accuracy, %' in text
     assert search.main(['--method', 'random', '--save', 'r']) == 0
     capsys.readouterr()
     one_line(capsys, evaluate.main(['r', '--plot', 'r.svg']), '--plot')

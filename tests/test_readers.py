@@ -1,16 +1,88 @@
-"""ImageNet and CheXpert on disk: layouts, labels, and how their images are augmented."""
+"""Readers of CIFAR, folders, ImageNet and CheXpert, and how their images are augmented."""
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import COLUMNS, chexpert, folder_of_images, imagenet
+from conftest import (COLUMNS, chexpert, fake_cifar, folder_of_images, imagenet, one_line,
+                      python2_pickle)
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 import generate_data as g
 
 CPU = torch.device('cpu')
+
+
+def test_cifar_is_read_as_python_2_wrote_it(capsys):
+    folder = fake_cifar()
+    data = np.random.default_rng(1).integers(0, 256, (7, 3072), np.uint8)
+    (folder / 'data_batch_1').write_bytes(python2_pickle({'data': data, 'labels': [*range(7)]}))
+    train, test = g.read('cifar10', {}), g.read('cifar10', {}, 'test')
+    assert len(train) == 87 and len(test) == 20
+    assert (train.images[3].transpose(2, 0, 1).ravel() == data[3]).all() and train.labels[3] == 3
+    assert len(g.read('cifar10', {'data_dir': str(folder)})) == 87      # the folder itself, too
+    assert 'not as officially published' in capsys.readouterr().err
+    small = g.read('cifar10', {'image_size': 16}).images
+    assert small.shape == (87, 16, 16, 3) and abs(small.mean() - train.images.mean()) < 3
+    Path('data/cifar-100-python').mkdir()
+    for name, content in (('train', {'data': data, 'fine_labels': [99] * 7}),
+                          ('meta', {'fine_label_names': [str(k) for k in range(100)]})):
+        Path('data/cifar-100-python', name).write_bytes(python2_pickle(content))
+    assert g.read('cifar100', {}).labels.tolist() == [99] * 7
+
+
+class Runs:
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize('data', [
+    Runs(os.system, ('touch evil',)), Runs(open, ('evil', 'w')), Runs(memoryview, (b'x' * 3072,))])
+def test_a_crafted_pickle_is_one_line_and_is_not_run(data, capsys):
+    (fake_cifar() / 'data_batch_2').write_bytes(pickle.dumps({'data': data, 'labels': [0]}))
+    one_line(capsys, g.main(['--kind', 'random_labels', '--out', 'x']), 'data_batch_2')
+    assert not Path('evil').exists()
+
+
+def test_image_folders_of_any_depth_of_colour_and_turned_images():
+    folder_of_images('tree/train')
+    folder_of_images('tree/val', n=2)
+    train, test = (g.read('tree', {'image_size': 8}, split) for split in ('train', 'test'))
+    assert (len(train), len(test)) == (8, 4) and train.images.shape[1:] == (8, 8, 3)
+    assert train.mean == test.mean
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save('tree/train/cat/deep.png')           # 16 bits, grey
+    Image.fromarray((ramp // 256).astype(np.uint8)).save('tree/train/cat/grey.jpg')
+    Image.fromarray(np.zeros((9, 9, 4), np.uint8)).save('tree/train/cat/rgba.png')
+    deep = g.read_image('tree/train/cat/deep.png', 64)
+    assert len(np.unique(deep)) == 256 and len(g.read('tree', {'image_size': 16})) == 11
+    upright = Image.fromarray(np.arange(40 * 30 * 3).reshape(40, 30, 3).astype(np.uint8))
+    upright.save('upright.png')
+    exif = upright.getexif()
+    exif[274] = 6                                       # lies on its side, by a quarter of a turn
+    upright.transpose(Image.ROTATE_90).save('side.png', exif=exif)
+    assert (g.read_image('side.png', 16) == g.read_image('upright.png', 16)).all()
+
+
+@pytest.mark.parametrize('name, needle', [
+    ('eps', 'cannot identify'), ('bomb', 'pixels'), ('cut', 'truncated')])
+def test_a_hostile_image_is_one_line(name, needle, capsys):
+    folder_of_images('own')
+    path = Path('own/cat/0.png')
+    if name == 'bomb':
+        Image.new('1', (14000, 14000)).save(path)
+    else:
+        eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(evil) (w) file\n'
+        path.write_bytes(eps if name == 'eps' else path.read_bytes()[:50])
+    one_line(capsys, g.main(['--kind', 'random_labels', '--source', 'own', '--out', 'x']), '0.png')
+    with pytest.raises(g.UserError, match=needle):
+        g.read_image(path, 8)
 
 
 def test_imagenet_tree_is_read_as_it_lies_on_disk():
