@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (NOISE, RETRAIN, TINY, folder_of_images, make_set, one_line,
-                      run)
+from conftest import NOISE, RETRAIN, TINY, folder_of_images, make_set, one_line, run
 
 import evaluate
 import generate_data

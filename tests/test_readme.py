@@ -1,11 +1,11 @@
 """The READMEs: each command is one that its script understands, each snippet works."""
-import ast
 import importlib
 import json
 import re
 import shlex
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -93,14 +93,10 @@ def snippets():
 
 def pasted(text, how, name, code):
     """The text of a script with code below, or instead of, the statement that sets `name`."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == name:
-            lines, start, end = text.splitlines(), node.lineno - 1, node.end_lineno
-            if how == 'below':
-                return '\n'.join([*lines[:end], '', '', code, *lines[end:]])
-            indent = ' ' * node.col_offset
-            return '\n'.join([*lines[:start], *[indent + line for line in code.splitlines()],
-                              *lines[end:]])
+    place = re.search(rf'^( *){name} = .*\n(\1[ )}}\]].*\n)*', text, re.MULTILINE)
+    if how == 'below':
+        return f'{text[:place.end()]}\n\n{code}{text[place.end():]}'
+    return text[:place.start()] + textwrap.indent(code, place[1]) + text[place.end():]
 
 
 @pytest.fixture

@@ -104,26 +104,26 @@ def test_search_and_retrain_on_real_images(real_data):
     assert lines[-1]['test_error'] < 85                 # chance: 90
 
 
-ONE = ['--epochs', '4', '--steps_per_epoch', '1', '--frozen_epochs', '0', '--init_channels', '2']
 COMMANDS = {
-    'darts': (search.main, DARTS),
-    'pcdarts': (search.main, [*TINY, '--method', 'pcdarts', '--unrolled', '--frozen_epochs', '1']),
-    'pdarts': (search.main, [*DARTS, '--method', 'pdarts', *ONE]),
-    'gdas': (search.main, [*TINY, '--method', 'gdas']),
-    'sdarts': (search.main, [*TINY, '--method', 'sdarts', '--perturb', 'adversarial']),
-    'dartsminus': (search.main, [*TINY, '--method', 'dartsminus', '--arch_data', 'train']),
-    'betadarts': (search.main, [*TINY, '--method', 'betadarts', '--arch_data', 'none', '--amp']),
-    'hessian': (search.main, [*TINY, '--hessian', '1']),
-    'oneshot': (search.main, ONESHOT),
-    'fresh': (search.main, [*TINY, '--fresh', '--workers', '0']),
-    'retrain': (retrain.main, [*RETRAIN, '--auxiliary', '--cutout', '--image_size', '32',
-                               '--holdout_patients', '0.2', '--drop_path_prob', '0.9'])}
+    'darts': (DARTS, ''),
+    'pcdarts': (TINY, '--method pcdarts --unrolled --frozen_epochs 1'),
+    'pdarts': (DARTS, '--method pdarts --epochs 4 --steps_per_epoch 1 --frozen_epochs 0'),
+    'gdas': (TINY, '--method gdas'),
+    'sdarts': (TINY, '--method sdarts --perturb adversarial'),
+    'dartsminus': (TINY, '--method dartsminus --arch_data train'),
+    'betadarts': (TINY, '--method betadarts --arch_data none --amp'),
+    'hessian': (TINY, '--hessian 1'),
+    'oneshot': (ONESHOT, ''),
+    'fresh': (TINY, '--fresh --workers 0'),
+    'retrain': (RETRAIN, '--auxiliary --cutout --image_size 32 --holdout_patients 0.2 '
+                '--drop_path_prob 0.9')}
 
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_stopped_in_every_step_equals_never_stopped(name, monkeypatch):
     monkeypatch.setattr(search.PDarts, 'MORE_CELLS', (0, 1, 2))         # quicker
-    main, flags = COMMANDS[name]
+    flags, more = COMMANDS[name]
+    main, flags = (retrain if flags is RETRAIN else search).main, [*flags, *more.split()]
     run(main, 'whole', *flags)
     assert stop_in_every_step(main, 'parts', *flags) == 4
     same_run('parts', 'whole')
