@@ -17,7 +17,6 @@ import torch
 from genotypes import DARTS_V2
 from model_search import Network
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parameters_to_vector
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2',
             '--rdzv_backend', 'c10d', '--rdzv_endpoint', 'localhost:0']
@@ -32,6 +31,10 @@ def network(*shape, **more):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
     return out
+
+
+def vector(network):
+    return torch.cat([p.flatten() for p in network.parameters()])
 
 
 def steps(*flags):
@@ -49,14 +52,14 @@ def steps(*flags):
             train, valid = ((x[k, n, part], y[k, n, part]) for n in (0, 1))
             sums = search.bilevel_step(method, train, valid, sgd, adam)
         out[f'losses {order}'] = retrain.averaged([sums])[0][[0, 2]]
-        out[f'weights {order}'] = parameters_to_vector(method.network.parameters())
+        out[f'weights {order}'] = vector(method.network)
     args = retrain.parse([*RETRAIN, *flags])
     ours = network(4, 4, 3, DARTS_V2)
     shared = DistributedDataParallel(ours) if processes > 1 else ours
     sgd = retrain.make_optimizer(list(ours.parameters()), args)
     for k in range(3):
         retrain.train_step(shared, (x[k, 0, part], y[k, 0, part]), sgd, args)
-    out['retrained'] = parameters_to_vector(ours.parameters())
+    out['retrained'] = vector(ours)
     data = generate_data.Data('x', 'noise', generate_data.noise_images(0, 0, 7, 8),
                               y[0, 0, :7].numpy(), list('abcd'), [.5] * 3, [.2] * 3, 8)
     batches = generate_data.Batches(data, range(7), 2, torch.device('cpu'), shuffle=False)
