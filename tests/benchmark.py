@@ -4,8 +4,6 @@
     python tests/benchmark.py --only darts1_b16
     python tests/benchmark.py --imagenet        # steps at 224 px, and the batches that fit a GPU
     python tests/benchmark.py --methods         # every method's step; NAS-Bench-201's textbook
-    python tests/benchmark.py --curve           # seconds a step by batch, width and image size
-    python tests/benchmark.py --input           # what the data cost, beside the step
     python tests/benchmark.py --probe FOLDER    # how learnable a data set is
 
 A search step is one architecture and one weight step (C=16, 8 cells, 32 px); a retrain step one
@@ -18,14 +16,12 @@ import functools
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import evaluate
 import generate_data
 import retrain
 import search
@@ -35,7 +31,6 @@ from model_search import Network
 import numpy as np
 import textbook
 import torch
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -90,20 +85,19 @@ def steps(case, sides=('ours', 'book'), device=CPU, graph=False, flags=()):
     if 'book' in sides:
         networks['book'] = textbook.Network(*shape, **extra)
         textbook.copy_weights(networks['ours'], networks['book'])
-    data = batch(case.batch, case.pixels, device), batch(case.batch, case.pixels, device)
+    data = (*batch(case.batch, case.pixels, device), *batch(case.batch, case.pixels, device))
     functions = {}
     for side in sides:
         network = networks[side].to(device).train()
-        if side == 'book' and not retraining:
-            functions[side] = functools.partial(textbook.Step(network, case.unrolled), *data)
-            continue
         if retraining:
-            network.drop_path_prob = torch.tensor(0.1, device=device)
+            network.drop_path_prob, data = torch.tensor(0.1, device=device), data[:2]
             step, changed = retrain_step(network, flags)
-        else:
+        elif side == 'ours':
             step, changed = search_step(network, case.unrolled, flags)
+        else:
+            step, changed = textbook.Step(network, case.unrolled), None
         step = retrain.GraphedStep(step, changed, device, graph and side == 'ours')
-        functions[side] = functools.partial(step, *data[0], *(() if retraining else data[1]))
+        functions[side] = functools.partial(step, *data)
     return functions
 
 
@@ -142,13 +136,6 @@ def peak(name, side):
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
-def print_peak(name, side):
-    step = steps({**CASES, **IMAGENET}[name], {'ours', side})[side]
-    held = retrain.peak_memory_mib(CPU)
-    step()
-    print(retrain.peak_memory_mib(CPU) - held)
-
-
 def measure(name):
     """{'ratio', 'memory_ratio', 'launches', 'launches_textbook', 'cpu_seconds', ...}"""
     case = {**CASES, **IMAGENET}[name]
@@ -172,20 +159,6 @@ def show(name, row):
     words = [f'{key} {value:.3g}' if isinstance(value, float) else f'{key} {value}'
              for key, value in row.items()]
     print(f'{name:<13}', '  '.join(words), flush=True)
-
-
-def curve():
-    """{setting: CPU seconds of a first-order DARTS step, and these relative to the work}."""
-    rows, base = {}, None
-    for size, width, pixels in ((16, 16, 32), (64, 16, 32), (128, 16, 32), (16, 8, 32),
-                                (16, 32, 32), (16, 16, 16), (16, 16, 64)):
-        taken = seconds(steps(Case(1, False, size, 3, pixels, width), ('ours',)), 3)['ours']
-        # Depthwise and pointwise work: by pixels, and by width once or twice.
-        work = size * pixels ** 2 * width
-        base = base or taken / work
-        rows[f'batch {size}, C={width}, {pixels} px'] = {
-            'cpu_seconds': taken, 'per_work': taken / work / base}
-    return rows
 
 
 # Space, cells or cells a stage, batch, pixels
@@ -215,37 +188,12 @@ def methods(n=5):
             if name == 'darts' and space == 'nb201':
                 book = textbook.NB201Network(16, 10, cells)
                 textbook.copy_weights(network, book)
-                functions['textbook'] = functools.partial(textbook.Step(book, False), *data)
+                functions['textbook'] = functools.partial(textbook.Step(book, False),
+                                                           *sum(data, ()))
         taken = seconds(functions, n)
         for name, value in taken.items():
             rows[f'{setting}, {name}'] = {'cpu_seconds': value,
                                           'darts_by_it': taken['darts'] / value}
-    return rows
-
-
-def data_costs(steps_taken=20):
-    """Share of a step of PC-DARTS, batch 64, that resident data take; images/s of a folder."""
-    images = generate_data.noise_images(0, 0, 4096, 32)
-    data = generate_data.Data('noise', 'noise', images, np.arange(4096) % 10, list('0123456789'),
-                              [.5] * 3, [.125] * 3, 32)
-    taken = seconds(steps(Case(4, False, 64, 3), ('ours',)), 3)['ours']
-    rows = {'step': {'cpu_seconds': taken, 'images_per_second': 128 / taken}}
-    for name, augment, cutout in (('noise', 'none', 0), ('images', 'standard', 16)):
-        batches = generate_data.Batches(data, range(4096), 64, CPU, augment, cutout)
-        began = time.process_time()
-        count = len(list(zip(batches.epoch(), range(2 * steps_taken))))
-        cost = 2 * (time.process_time() - began) / count        # a search step takes two batches
-        rows[f'{name}, resident'] = {'ms_a_step': 1000 * cost, 'share_of_a_step': cost / taken}
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, 'a').mkdir()
-        image = Image.fromarray(generate_data.noise_images(0, 0, 1, 256)[0])
-        for k in range(512):
-            image.save(f'{folder}/a/{k}.jpg')
-        data = generate_data.read(folder, {'image_size': 224, 'test_fraction': 0.0})
-        batches = generate_data.Batches(data, range(512), 64, CPU, 'imagenet', workers=2)
-        began = time.time()
-        count = sum(len(x) for x, _ in batches.epoch())
-        rows['folder, 224 px JPEG'] = {'images_per_second': count / (time.time() - began)}
     return rows
 
 
@@ -264,37 +212,35 @@ def fit_probe(data, rows):
     batches = generate_data.Batches(data, rows, min(128, len(rows)), CPU)
     for epoch in range(10):
         for x, y in batches.epoch(epoch):
-            evaluate.loss_of(network(x), y).backward()
+            torch.nn.functional.cross_entropy(network(x), y).backward()
             adam.step()
             adam.zero_grad()
     return network.eval()
 
 
 def nearest_neighbour(data, rows):
-    """predict(x): the labels of the nearest of some images of a Data, by pixels."""
+    """predict(x): scores of the class that the nearest of some images has, by pixels."""
     pool = torch.nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)
-    known, labels = map(torch.cat, zip(*generate_data.Batches(
-        data, rows, 200, CPU, shuffle=False).epoch()))
-    known, labels = pool(known).flatten(1), generate_data.conditions(labels, len(data.classes))
-    return lambda x: labels[torch.cdist(pool(x).flatten(1), known).argmin(1), :-1]
+    batches = generate_data.Batches(data, rows, 200, CPU, shuffle=False)
+    known, labels = map(torch.cat, zip(*batches.epoch()))
+    known, eye = pool(known).flatten(1), torch.eye(len(data.classes))
+    return lambda x: eye[labels[torch.cdist(pool(x).flatten(1), known).argmin(1)]]
 
 
 @torch.no_grad()
-def grade(predict, data, rows):
-    """Per cent right of predict(x) -> scores (B, classes); with several labels the mean AUC."""
+def accuracy(predict, data, rows):
+    """Per cent right of predict(x) -> scores (B, classes)."""
     batches = generate_data.Batches(data, rows, 200, CPU, shuffle=False)
-    scores = torch.cat([predict(x).float() for x, _ in batches.epoch()])
-    labels = torch.from_numpy(data.labels[np.asarray(rows)])
-    found = evaluate.measure(scores, labels, data.classes)
-    return 100 * found['auroc'] if data.multilabel else 100 - found['error']
+    right = sum((predict(x).argmax(1) == y).sum().item() for x, y in batches.epoch())
+    return 100 * right / len(rows)
 
 
 def probe(folder, against, data_dir):
     """Train on nine tenths, test on the rest; `against` a real set also each on the other."""
     data = generate_data.read(folder, {})
     train, test = generate_data.stratified_split(data.labels, 0.9, 0)
-    found = {'network': grade(fit_probe(data, train), data, test),
-             'nearest_neighbour': grade(nearest_neighbour(data, train), data, test),
+    found = {'network': accuracy(fit_probe(data, train), data, test),
+             'nearest_neighbour': accuracy(nearest_neighbour(data, train), data, test),
              'n_test': len(test)}
     if against:
         s = {'data_dir': data_dir, 'image_size': data.image_size}
@@ -302,38 +248,35 @@ def probe(folder, against, data_dir):
         held_out = generate_data.read(against, s, 'test') or real
         as_many = np.sort(np.random.default_rng(0).permutation(len(real))[:len(data)])
         made, learned = fit_probe(data, range(len(data))), fit_probe(real, as_many)
-        found.update(generated_to_real=grade(made, held_out, range(len(held_out))),
-                     real_to_generated=grade(learned, data, range(len(data))),
-                     real_to_real=grade(learned, held_out, range(len(held_out))))
+        found.update(generated_to_real=accuracy(made, held_out, range(len(held_out))),
+                     real_to_generated=accuracy(learned, data, range(len(data))),
+                     real_to_real=accuracy(learned, held_out, range(len(held_out))))
     return {folder: found}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--only', choices=[*CASES, *IMAGENET], help='one case')
-    for flag, words in (('--imagenet', 'steps at 224 px'), ('--curve', 'how a step grows'),
-                        ('--input', 'what the data cost'), ('--methods', "every method's step")):
-        parser.add_argument(flag, action='store_true', help=words)
+    parser.add_argument('--imagenet', action='store_true', help='steps at 224 px')
+    parser.add_argument('--methods', action='store_true', help="every method's step")
     parser.add_argument('--peak', choices=['ours', 'book'], help=argparse.SUPPRESS)
     parser.add_argument('--probe', metavar='FOLDER', help='how learnable a data set is')
-    parser.add_argument('--against', metavar='SOURCE', help='with --probe: the real set that its '
-                        'generator learned')
+    parser.add_argument('--against', help='with --probe: the real set that its generator learned')
     parser.add_argument('--data_dir', default='data', help='of --against')
     args = parser.parse_args(argv)
     device = generate_data.choose_device(-1)
     if args.peak:
-        print_peak(args.only, args.peak)
+        step = steps({**CASES, **IMAGENET}[args.only], {'ours', args.peak})[args.peak]
+        held = retrain.peak_memory_mib(CPU)
+        step()
+        print(retrain.peak_memory_mib(CPU) - held)
         return
-    names = [args.only] if args.only else IMAGENET if args.imagenet else CASES
     if args.probe:
         results = probe(args.probe, args.against, args.data_dir)
-    elif args.curve:
-        results = curve()
-    elif args.input:
-        results = data_costs()
     elif args.methods:
         results = methods()
     else:
+        names = [args.only] if args.only else IMAGENET if args.imagenet else CASES
         results = {name: measure(name) for name in names}
     for name, row in results.items():
         show(name, row)

@@ -1,17 +1,24 @@
 """Fixtures and helpers: each test runs in an empty folder of its own, at tiny size, on the CPU."""
+import csv
+import io
 import json
 import os
+import pickle
 import re
 import signal
+import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import evaluate  # noqa: E402
+import generate_data  # noqa: E402
 import search  # noqa: E402
 import textbook  # noqa: E402
 import torch  # noqa: E402
@@ -21,6 +28,9 @@ SIZES = ['--layers', '3', '--init_channels', '4', '--batch_size', '8', '--epochs
 NOISE = ['--data', 'noise', '--num_images', '64', '--image_size', '8']
 TINY = [*NOISE, *SIZES, '--cells_per_stage', '1', '--space', 'nb201']    # the cheaper space
 DARTS = [*TINY[:-1], 'darts']
+ONESHOT = [*TINY, '--method', 'oneshot', '--candidates', '12']
+UNTRAINED = [*NOISE, '--space', 'nb201', '--init_channels', '4', '--cells_per_stage', '1',
+             '--batch_size', '8', '--candidates', '6', '--gpu', '-1']       # of naswot, say
 RETRAIN = ['--arch', 'DARTS_V2', *NOISE, *SIZES]
 
 
@@ -45,6 +55,93 @@ def real_data():
         if folder and (Path(folder) / 'cifar-10-batches-py').is_dir():
             return str(folder)
     pytest.skip('no real CIFAR-10: put cifar-10-batches-py into data/')
+
+
+def make_set(out, *flags, kind='noise'):
+    """Make a small set by the flags of generate_data.py, and read it."""
+    small = ['--num_images', '40', '--num_classes', '4', '--image_size', '8']
+    flags = [*(small if kind != 'random_labels' else []), *flags]
+    assert generate_data.main(['--kind', kind, '--out', out, '--gpu', '-1', *flags]) == 0
+    return generate_data.read(out, {})
+
+
+class Python2(pickle._Pickler):
+    """Writes byte strings and arrays as Python 2 and an old numpy wrote them."""
+    dispatch = {**pickle._Pickler.dispatch,
+                str: lambda self, text: self.write(b'T' + struct.pack('<i', len(text))
+                                                   + text.encode('latin1')),
+                bytes: lambda self, text: self.save(text.decode('latin1'))}
+
+
+def python2_pickle(content):
+    file = io.BytesIO()
+    Python2(file, 2).dump(content)
+    return file.getvalue().replace(b'numpy._core', b'numpy.core')
+
+
+def fake_cifar(root='data', n=20):
+    """CIFAR-10's layout with n images a file."""
+    folder = Path(root, 'cifar-10-batches-py')
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for file in [f'data_batch_{k}' for k in range(1, 6)] + ['test_batch']:
+        content = {'data': rng.integers(0, 256, (n, 3072), np.uint8),
+                   'labels': [k % 10 for k in range(n)]}
+        (folder / file).write_bytes(python2_pickle(content))
+    (folder / 'batches.meta').write_bytes(python2_pickle({'label_names': list('abcdefghij')}))
+    return folder
+
+
+def folder_of_images(root, classes=('cat', 'dog'), n=4, size=(20, 16), ending='png'):
+    """A folder of n smooth pictures for each class; size: width, height."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        Path(root, name).mkdir(parents=True)
+        for k in range(n):
+            pixels = rng.integers(0, 256, (size[1] // 8, size[0] // 8, 3), np.uint8)
+            Image.fromarray(pixels).resize(size).save(Path(root, name, f'{k}.{ending}'))
+
+
+def imagenet(root):
+    """ImageNet's layout: three classes of 8 and 2 images."""
+    for split, n in (('train', 8), ('val', 2)):
+        folder_of_images(Path(root, split), ('n01', 'n02', 'n03'), n, (80, 72), 'JPEG')
+
+
+COLUMNS = ['Path', 'Sex', 'Age', 'Frontal/Lateral', 'AP/PA', *generate_data.CHEXPERT]
+
+
+def write_rows(path, rows, columns=COLUMNS):
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def chexpert(root, layout='CheXpert-v1.0-small', prefix=None, patients=12, columns=COLUMNS):
+    """Patients with a frontal and a lateral view; every label now and then, -1.0 made up."""
+    rng, splits = np.random.default_rng(0), {'train': [], 'valid': []}
+    for p in range(patients + 6):
+        split = 'train' if p < patients else 'valid'
+        study = f'patient{p:05d}/study1'
+        folder = Path(root, layout, split, study)
+        folder.mkdir(parents=True)
+        cells = {name: ['', '1.0', '0.0', '-1.0' if split == 'train' else '1.0'][(p + k) % 4]
+                 for k, name in enumerate(generate_data.CHEXPERT)}
+        cells['Fracture'] = ''
+        for view in ('view1_frontal', 'view2_lateral'):
+            pixels = rng.integers(0, 256, (6, 5), np.uint8)
+            Image.fromarray(pixels).resize((20, 24)).save(folder / f'{view}.jpg')
+            splits[split].append({
+                'Path': f'{prefix or layout}/{split}/{study}/{view}.jpg', 'Sex': 'Male', 'Age': 5,
+                'Frontal/Lateral': view[6:].title(), 'AP/PA': 'PA', **cells})
+    for split, rows in splits.items():
+        write_rows(Path(root, layout, f'{split}.csv'), rows, columns)
 
 
 def batch(size=8, n=6):
@@ -79,13 +176,22 @@ def same_weights(pairs):
             close(p[block], q)
 
 
+def watch(monkeypatch, name, look):
+    """Call look(arguments, result) after every call of a function of search.py."""
+    function = getattr(search, name)
+
+    def watched(*given):
+        out = function(*given)
+        look(given, out)
+        return out
+    monkeypatch.setattr(search, name, watched)
+
+
 def log(folder):
     """The lines of a run's log, without what is measured."""
     lines = [json.loads(line) for line in Path(folder, 'log.jsonl').read_text().splitlines()]
-    for line in lines:
-        for name in ('seconds', 'images_per_second', 'peak_memory_mib', 'seconds_drawing'):
-            line.pop(name, None)
-    return lines
+    measured = 'seconds', 'images_per_second', 'peak_memory_mib', 'seconds_drawing'
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
 def run(main, save, *flags):
@@ -127,8 +233,9 @@ def stop_in_every_step(main, save, *flags):
 def same_run(a, b):
     """Two runs have the same log, result and weights, bit for bit."""
     assert log(a) == log(b)
-    if Path(a, 'genotype.json').exists():
-        assert Path(a, 'genotype.json').read_text() == Path(b, 'genotype.json').read_text()
+    for name in ('genotype.json', 'scores.csv'):
+        if Path(a, name).exists():
+            assert Path(a, name).read_text() == Path(b, name).read_text()
     one, other = (torch.load(f'{run}/checkpoint.pt', weights_only=True)['network']
                   for run in (a, b))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -137,7 +244,7 @@ def same_run(a, b):
 def one_line(capsys, status, needle):
     """The command ended with one line for the user, which names the thing."""
     said = [line for line in capsys.readouterr().err.splitlines()
-            if not line.startswith(('warning', 'making', 'no CUDA'))]
+            if not re.match(r'warning|making|no CUDA|[\d,]+/', line)]     # progress, too
     assert status == 2 and len(said) == 1, said
     assert re.match(r'\w+\.py: error: ', said[0]) and needle in said[0], said
     assert len(said[0]) < 400

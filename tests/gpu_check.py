@@ -3,9 +3,8 @@
     python tests/gpu_check.py                   # on any machine with CUDA
 
 First equality with the textbook on the device, in float64 and float32, eager and as a CUDA graph.
-Then ms a step, calls of a step, peak memory and images/s of search and retrain steps: the
-textbook's, ours eager, as a graph, and as a graph in bf16, and the hours of a whole run. Without
-CUDA it says so and does nothing.
+Then the time, calls, and memory of the textbook's steps and of ours, eager and as a graph, and the
+hours of a whole run. Without CUDA it says so and does nothing.
 """
 import sys
 import time
@@ -42,8 +41,8 @@ def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16
     book = textbook.Network(width, 10, layers, partial=partial)
     textbook.copy_weights(ours, book)
     ours, book = ours.to(device, dtype), book.to(device, dtype)
-    (x, y), valid = [(x.to(dtype), y) for x, y in (benchmark.batch(size, device=device),
-                                                   benchmark.batch(size, device=device))]
+    (x, y), (x2, y2) = (benchmark.batch(size, device=device) for _ in range(2))
+    x, x2 = x.to(dtype), x2.to(dtype)
     logits = ours(x), book(x)
     out = {'logits': relative(*logits)}
     grads = [torch.autograd.grad(torch.nn.functional.cross_entropy(z, y), list(p))
@@ -54,8 +53,8 @@ def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16
     step = retrain.GraphedStep(step, changed, device, graph)
     book_step = textbook.Step(book, unrolled)
     for _ in range(5):
-        step(x, y, *valid)
-        book_step((x, y), valid)
+        step(x, y, x2, y2)
+        book_step(x, y, x2, y2)
     pairs = textbook.pairs_of_weights(ours, book)
     out['weights'] = max(relative(a[block], b) for a, block, b in pairs if a.requires_grad)
     out['captured'] = step.graph is not None
@@ -90,8 +89,12 @@ def timing(name, way, device, seconds=6.0):
             'hours of a run': steps / 3.6e6 * ms}
 
 
-def check_equality(device):
-    """Print the differences to the textbook; end with an error if one is too large."""
+def main():
+    if not torch.cuda.is_available():
+        print('no CUDA on this machine: nothing to check here')
+        return
+    device = generate_data.choose_device(0)
+    print(retrain.hardware(device), 'torch', torch.__version__)
     for partial, unrolled in ((1, False), (1, True), (4, False)):
         # In float64 without a graph, whose learning rate is float32.
         for dtype, graph in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
@@ -101,15 +104,6 @@ def check_equality(device):
             largest = row['logits'] if unrolled else max(row['logits'], row['alpha gradients'])
             if largest > (1e-9 if dtype == torch.float64 else 1e-2):
                 sys.exit(f'{name}: differs from the textbook')
-
-
-def main():
-    if not torch.cuda.is_available():
-        print('no CUDA on this machine: nothing to check here')
-        return
-    device = generate_data.choose_device(0)
-    print(retrain.hardware(device), 'torch', torch.__version__)
-    check_equality(device)
     for name in RUNS:
         for way in WAYS:
             benchmark.show(f'{name + ", " + way:<38}', timing(name, way, device))

@@ -1,13 +1,14 @@
 """Bad input: one clear line that names the thing, exit status 2, nothing left behind."""
 import errno
+import fcntl
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOISE, RETRAIN, TINY, one_line, run
-from test_data import fake_cifar, folder_of_images
+from conftest import NOISE, RETRAIN, TINY, folder_of_images, make_set, one_line, run
 
 import evaluate
 import generate_data
@@ -23,10 +24,7 @@ GOOD = genotypes.DARTS_V2.normal
 def make(what):
     """Make what a bad command meets."""
     if what == 'set':
-        flags = [*NOISE[2:4], '--image_size', '8', '--num_classes', '4']
-        assert generate_data.main(['--kind', 'noise', '--out', 'set', *flags]) == 0
-    elif what == 'cifar':
-        fake_cifar()
+        make_set('set', '--num_images', '64')
     elif what == 'own':
         folder_of_images('own/train')
         folder_of_images('own/val')
@@ -40,64 +38,50 @@ def damage(how, path, *more):
     path = Path(path)
     if how == 'drop':
         path.unlink()
-    elif how == 'cut':
-        path.write_bytes(path.read_bytes()[:int(more[0])])
-    elif how == 'put':
-        path.write_text(' '.join(more))
-    else:
+    elif how == 'folder':
         path.mkdir(parents=True)
+    elif how == 'cut':
+        path.write_bytes(path.read_bytes()[:int(*more)])
+    else:
+        path.write_text(' '.join(more))
 
 
 def genotype(**changes):
     return 'put genotype.json ' + json.dumps({**genotypes.DARTS_V2._asdict(), **changes})
 
 
+# Flags of which the line names the first
+REFUSED = {
+    'generate': '''--label_noise 0.5 --kind noise --out x; --label_mode permute --kind noise --out x
+        --multilabel --kind generated --generator spectrum --out x''',
+    'search': '''--nosuch 3; --batch_size 0; --batch_size 8 --grad_accum 3; --learning_rate nan
+        --learning_rate_min 1; --partial 3; --steps_per_epoch 9999; --num_images 8 --num_classes 9
+        --frozen_epochs 2; --warmup_epochs 2; --unrolled --method gdas; --hessian 1 --arch_data none
+        --arch_data train --method oneshot; --repeats 2 --method oneshot; --score angle
+        --candidates 5; --fresh --data cifar10; --fresh 2 --data random_labels''',
+    'retrain': '''--auxiliary --arch DARTS_V2; --cutout_length 8 --arch DARTS_V2
+        --drop_path_prob 1 --arch DARTS_V2'''}
 ARCH = '--arch genotype.json --data noise'
 TABLE = [
     # what is there, what is done to it, script, flags, what the line names
-    ('', '', 'generate', '--kind noise --out x --label_noise 0.5', 'label_noise'),
-    ('', '', 'generate', '--kind noise --out x --generator_steps 1', '--generator_steps'),
-    ('', '', 'generate', '--kind noise --out x --label_mode permute', 'permute'),
-    ('', '', 'generate', '--kind noise --out x --image_size 7', '7'),
-    ('', '', 'generate', '--kind random_labels --out x --num_classes 5', 'means nothing'),
-    ('', '', 'generate', '--kind generated --out x --generator spectrum --multilabel',
-     '--multilabel'),
-    ('', '', 'generate', '--kind random_labels --out x --label_noise nan', 'label_noise'),
     ('', '', 'generate', '--kind random_labels --out x --source nowhere', 'nowhere'),
     ('', '', 'generate', '--kind random_labels --out x', 'cifar-10-batches-py'),
     ('own', '', 'generate', '--kind random_labels --source own --out own/x', 'own/x'),
     ('', 'put file {', 'generate', '--kind noise --out file/x', 'file'),
     ('own', '', 'search', '--save own', 'own'),
-    ('set', 'cut set/images.npy 300', 'search', '--data set', 'images.npy'),
     ('set', 'cut set/meta.json 60', 'search', '--data set', 'meta.json'),
     ('set', '', 'search', '--data set --image_size 16', '--image_size 8'),
-    ('cifar', 'drop data/cifar-10-batches-py/data_batch_5', 'search', '--data cifar10',
-     'data_batch_5'),
-    ('', '', 'search', '--data cifar100', 'cifar-100-python'),
     ('own', 'folder own/train/empty', 'search', '--data own --image_size 8', 'empty'),
     ('own', 'folder own/val/cow', 'retrain', '--arch DARTS_V2 --data own --image_size 8', 'cow'),
     ('', 'folder own', 'search', '--data own', 'own'),
-    ('', '', 'search', '--nosuch 3', 'nosuch'),
-    ('', '', 'search', '--batch_size 0', 'batch_size'),
     ('', '', 'search', '--batch_size 40', 'the 32 images of its split (--train_portion)'),
     ('own', '', 'search', '--data own --image_size 8', 'the 4 images of its split of own'),
-    ('own', '', 'search', '--data own --image_size 8', '--preset laptop'),
-    ('', '', 'search', '--batch_size 8 --grad_accum 3', 'batch_size'),
-    ('', '', 'search', '--learning_rate nan', 'learning_rate'),
-    ('', '', 'search', '--learning_rate_min 1', 'learning_rate_min'),
     ('', '', 'search', '--momentum 0', '--no-nesterov'),
     ('', '', 'search', '--epochs 1' + 400 * '0', '--epochs'),
     ('', '', 'search', '--train_portion 0.8 --valid_fraction 0.3', 'more than all'),
-    ('', '', 'search', '--partial 3', 'partial'),
-    ('', '', 'search', '--steps_per_epoch 9999', 'steps_per_epoch'),
-    ('', '', 'search', '--num_images 8 --num_classes 9', 'num_images'),
-    ('', '', 'search', '--frozen_epochs 2', 'frozen_epochs'),
-    ('', '', 'search', '--warmup_epochs 2', 'warmup_epochs'),
     ('', '', 'search', '--method pdarts', '--space nb201'),
-    ('', '', 'search', '--method gdas --unrolled', '--unrolled: gdas'),
-    ('', '', 'search', '--space darts --method pdarts --early_stop', '--early_stop: pdarts'),
     ('', '', 'search', '--space darts --method pdarts --frozen_epochs 0', '--epochs'),
-    ('', '', 'search', '--arch_data none --hessian 1', '--hessian'),
+    ('', '', 'search', '--method synflow', '--epochs'),
     ('run', '', 'search', '--save run', '--resume'),
     ('run', 'drop run/genotype.json', 'search', '--save run --resume --layers 4', '--layers'),
     ('', '', 'retrain', '', '--arch'),
@@ -105,9 +89,6 @@ TABLE = [
     ('', '', 'retrain', '--arch |x~0|', "unknown operation 'x'"),
     ('', 'put genotype.json [1]', 'retrain', ARCH, 'no JSON object'),
     ('net', '', 'retrain', '--arch net', 'net'),
-    ('', '', 'retrain', '--arch DARTS_V2 --auxiliary', 'auxiliary'),
-    ('', '', 'retrain', '--arch DARTS_V2 --cutout_length 8', '--cutout_length'),
-    ('', '', 'retrain', '--arch DARTS_V2 --drop_path_prob 1', 'drop_path_prob'),
     ('', 'put genotype.json {', 'retrain', ARCH, 'genotype.json'),
     ('', "put genotype.json X = Genotype(normal=[('", 'retrain', ARCH, 'no Genotype(...)'),
     ('', 'put genotype.json Genotype(normal=open("evil","w"))', 'retrain', ARCH, 'Genotype(...)'),
@@ -133,6 +114,9 @@ TABLE = [
     ('run', 'drop run/genotype.json', 'evaluate', 'run --genotype', 'has ended'),
     ('run', '', 'evaluate', 'run --genotype --json', '--genotype'),
 ]
+for script, text in REFUSED.items():
+    for flags in re.split('[;\n]', text):
+        TABLE.append(('', '', script, flags, flags.split()[0]))
 
 
 def files():
@@ -158,15 +142,16 @@ def test_one_line_and_nothing_left(there, change, script, flags, needle, capsys)
 @pytest.mark.parametrize('main, flags, result', [
     (search.main, TINY, 'genotype.json'), (retrain.main, RETRAIN, 'weights.pt')])
 def test_a_damaged_checkpoint_or_one_of_another_network_is_refused(main, flags, result, capsys):
-    run(main, 'run', *flags)
+    run(main, 'run', *flags, '--max_steps', '1')
     path = Path('run/checkpoint.pt')
-    whole = torch.load(path, weights_only=True)
+    content = torch.load(path, weights_only=True)
     Path('run', result).unlink()
-    whole['network'].pop(next(iter(whole['network'])))
-    torch.save(whole, path)
-    one_line(capsys, main([*flags, '--save', 'run', '--resume']), 'checkpoint.pt')
-    path.write_bytes(path.read_bytes()[:1000])
-    one_line(capsys, main([*flags, '--save', 'run', '--resume']), 'checkpoint.pt')
+    content['network'].popitem()
+    torch.save(content, path)
+    for damaged in (path.read_bytes(), path.read_bytes()[:1000]):
+        path.write_bytes(damaged)
+        again = [*flags, '--max_steps', '1', '--save', 'run', '--resume']
+        one_line(capsys, main(again), 'checkpoint.pt')
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(capsys, monkeypatch):
@@ -193,19 +178,19 @@ def test_a_last_step_that_diverges_leaves_no_weights(capsys):
 
 
 def test_a_run_that_another_process_holds_is_refused(capsys):
-    run(search.main, 'run', *TINY)
+    flags = [*TINY, '--max_steps', '1', '--resume']
+    run(search.main, 'run', *flags)
     Path('run/genotype.json').unlink()
-    flags = [*TINY, '--save', 'run', '--resume']
-    with retrain.Run(search.parse(flags), torch.device('cpu'), 'genotype.json').on(
-            generate_data.find_or_make('noise', vars(search.parse(flags)))):
-        one_line(capsys, search.main(flags), 'another process')
-    assert search.main(flags) == 0
+    with open('run/.lock', 'a') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        one_line(capsys, search.main([*flags, '--save', 'run']), 'another process')
+    run(search.main, 'run', *flags)
 
 
-@pytest.mark.parametrize('code, needle', [(errno.ENOSPC, 'space'), (errno.EROFS, 'folder')])
-def test_a_full_disk_or_a_read_only_folder_is_one_line(code, needle, capsys, monkeypatch):
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(capsys, monkeypatch):
     def fail(path):
-        raise OSError(code, os.strerror(code))
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
     make('set')
     run(search.main, 'run', *TINY, '--max_steps', '1')
     Path('run/genotype.json').unlink()
@@ -213,8 +198,9 @@ def test_a_full_disk_or_a_read_only_folder_is_one_line(code, needle, capsys, mon
     monkeypatch.setattr(os, 'fsync', fail)
     for out in ('n', 'set'):
         flags = ['--kind', 'noise', '--out', out, '--force', *NOISE[2:]]
-        one_line(capsys, generate_data.main(flags), needle)
-    one_line(capsys, search.main([*TINY, '--max_steps', '1', '--save', 'run', '--resume']), needle)
+        one_line(capsys, generate_data.main(flags), 'No space')
+    one_line(capsys, search.main([*TINY, '--max_steps', '1', '--save', 'run', '--resume']),
+             'No space')
     assert not Path('n').exists() and Path('run/checkpoint.pt').read_bytes() == kept
     assert generate_data.read('set', {}).classes == list('0123')
     assert not [path for path in files() if '.tmp' in path]
@@ -229,9 +215,9 @@ def test_a_gpu_that_is_not_there_is_one_line_and_none_at_all_is_the_cpu(capsys, 
     one_line(capsys, search.main([*TINY, '--gpu', '2']), '--gpu 2')
 
 
-@pytest.mark.parametrize('error', [torch.OutOfMemoryError('Tried to allocate'), MemoryError()])
-def test_too_little_memory_is_one_line(error, capsys):
-    @generate_data.one_line_errors
+def test_too_little_memory_is_one_line(capsys):
     def main(argv=None):
-        raise error
-    one_line(capsys, main(), '--batch_size')
+        raise argv
+
+    for error in (torch.OutOfMemoryError('Tried to allocate'), MemoryError()):
+        one_line(capsys, generate_data.one_line_errors(main)(error), '--batch_size')

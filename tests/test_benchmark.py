@@ -1,33 +1,21 @@
 """The graphed step, its comparison with the eager one, and the scripts that measure."""
 import copy
-import subprocess
-import sys
-from pathlib import Path
+from contextlib import nullcontext
 
 from retrain import GraphedStep
 
 import benchmark
 import gpu_check
 import pytest
+import search
 import torch
 
 CPU = torch.device('cpu')
-TESTS = Path(__file__).parent
 
 
 class Emulated(GraphedStep):
     """What CUDA does, on the CPU: capturing records the step, replaying runs it."""
     spoil = None
-
-    def __init__(self, step, changed):
-        super().__init__(step, changed, CPU)
-        self.on = True
-
-    def __call__(self, *batch):
-        if self.graph is not None or not self.on:
-            return super().__call__(*batch)
-        self.calls += 1
-        return self.step(*batch) if self.calls <= self.WARM_UP else self.first_replay(batch)
 
     def capture(self):
         if self.spoil == 'capture':
@@ -47,8 +35,7 @@ class Emulated(GraphedStep):
 def search_step():
     torch.manual_seed(0)
     network = benchmark.Network(4, 10, 3)
-    step, changed = benchmark.search_step(network, False)
-    return network, step, changed
+    return network, *benchmark.search_step(network, False)
 
 
 def batches(count):
@@ -61,10 +48,13 @@ def batches(count):
 def test_graphed_step_takes_the_eager_steps(monkeypatch, capsys, spoil, message):
     """Every call is one step on its own batch, whether the graph is taken or refused."""
     monkeypatch.setattr(Emulated, 'spoil', spoil)
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: None)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
     network, step, changed = search_step()
     expected = [step(*b) for b in batches(6)]
     again, step, changed = search_step()
-    graphed = Emulated(step, changed)
+    graphed = Emulated(step, changed, CPU)
+    graphed.on = True
     for b, value in zip(batches(6), expected):
         assert torch.equal(graphed(*b), value)
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(),
@@ -74,52 +64,43 @@ def test_graphed_step_takes_the_eager_steps(monkeypatch, capsys, spoil, message)
     assert error.count('\n') == bool(spoil) and message in error
 
 
-def test_a_step_changes_what_is_compared_and_its_learning_rate_is_a_tensor():
-    network, step, changed = search_step()
+def test_all_that_a_step_changes_is_compared_and_its_learning_rate_is_a_tensor():
+    _, step, changed = search_step()
     step(*batches(1)[0])
     before = copy.deepcopy(changed())
     step(*batches(1)[0])
     assert list(before) == ['weights', 'alphas', 'statistics', 'optimizers']
     for name, part in changed().items():
         assert any(not torch.equal(a, b) for a, b in zip(part, before[name])), name
-    sgd, _ = benchmark.search.optimizers(network, benchmark.search.parse([]))
+    sgd, _ = search.optimizers(benchmark.Network(4, 10, 3), search.parse([]))
     assert torch.is_tensor(sgd.param_groups[0]['lr'])
 
 
-def test_gpu_check_equality_on_the_cpu():
+def test_gpu_check_compares_and_times_steps(monkeypatch, capsys):
     row = gpu_check.equality(CPU, torch.float64, 4, False, False, 4, 3, 4)
     assert row['logits'] < 1e-12 and row['alpha gradients'] < 1e-11 and row['weights'] < 1e-6
-
-
-@pytest.mark.parametrize('partial, ways', [(4, ['textbook', 'graph']), (0, ['graph'])])
-def test_gpu_check_times_a_step(monkeypatch, partial, ways):
-    run = benchmark.Case(partial, False, 2, 0), 2, 9
-    monkeypatch.setattr(gpu_check, 'RUNS', {'run': run})
+    monkeypatch.setattr(gpu_check, 'RUNS', {
+        'search': (benchmark.Case(4, False, 2, 0), 2, 9),
+        'retrain': (benchmark.Case(0, False, 2, 0), 2, 9)})
     for module in (benchmark, benchmark.textbook):
         real = module.Network
         monkeypatch.setattr(module, 'Network',
                             lambda *a, real=real, **k: real(4, 10, 3, *a[3:], **k))
-    rows = [gpu_check.timing('run', way, CPU, 0.0) for way in ways]
-    assert all(row['ms'] > 0 and row['n'] == 3 and row['calls'] > 100 for row in rows)
+    for run, way in (('search', 'textbook'), ('search', 'graph'), ('retrain', 'graph')):
+        row = gpu_check.timing(run, way, CPU, 0.0)
+        assert row['ms'] > 0 and row['n'] == 3 and row['calls'] > 100
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    gpu_check.main()
+    assert 'no CUDA' in capsys.readouterr().out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has CUDA')
-def test_gpu_check_without_cuda_says_so():
-    out = subprocess.run([sys.executable, TESTS / 'gpu_check.py'], capture_output=True, text=True)
-    assert out.returncode == 0 and 'no CUDA' in out.stdout
-
-
-def test_benchmark_counts_calls():
-    pair = benchmark.steps(benchmark.Case(4, False, 2, 1, pixels=8, width=4))
+def test_the_benchmark_counts_calls_and_times_every_method(monkeypatch):
     counts = {}
-    for side, step in pair.items():
+    for side, step in benchmark.steps(benchmark.Case(4, False, 2, 1, pixels=8, width=4)).items():
         with benchmark.Calls() as calls:
             step()
         counts[side] = calls.count
     assert 0 < counts['ours'] < counts['book'] / 2
-
-
-def test_benchmark_times_every_method(monkeypatch):
     monkeypatch.setattr(benchmark, 'SETTINGS', {'a': ('darts', 3, 2, 8), 'b': ('nb201', 1, 2, 8)})
     rows = benchmark.methods(1)
     assert len(rows) == 2 * len(benchmark.METHODS) + 1 and 'b, textbook' in rows

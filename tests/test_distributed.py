@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import NOISE, RETRAIN, ROOT, TINY, log, run
+from conftest import RETRAIN, ROOT, TINY, UNTRAINED, log, run
 
 import evaluate
 import generate_data
@@ -60,9 +60,8 @@ def steps(*flags):
     for k in range(3):
         retrain.train_step(shared, (x[k, 0, part], y[k, 0, part]), sgd, args)
     out['retrained'] = vector(ours)
-    images = (x[0, 0].permute(0, 2, 3, 1) * 9 + 99).byte().numpy()[:7]
-    data = generate_data.Data('x', 'noise', images, y[0, 0, :7].numpy(), list('abcd'), [.5] * 3,
-                              [.2] * 3, 8)
+    data = generate_data.Data('x', 'noise', generate_data.noise_images(0, 0, 7, 8),
+                              y[0, 0, :7].numpy(), list('abcd'), [.5] * 3, [.2] * 3, 8)
     batches = generate_data.Batches(data, range(7), 2, torch.device('cpu'), shuffle=False)
     found = evaluate.test('test', ours.float(), batches)
     assert found['test_n'] == 7                         # each image once
@@ -80,17 +79,6 @@ def test_two_processes_and_two_parts_equal_one_process_with_the_whole_batch():
         assert value.abs().max() > 1e-6
 
 
-def kill_rank_1(folder):
-    """kill -9 of the process of rank 1 that runs in this folder."""
-    for environ in Path('/proc').glob('[0-9]*/environ'):
-        try:
-            if b'LOCAL_RANK=1' in environ.read_bytes() and \
-                    os.path.samefile(environ.parent / 'cwd', folder):
-                os.kill(int(environ.parent.name), signal.SIGKILL)
-        except OSError:
-            continue
-
-
 def test_a_process_killed_under_torchrun_goes_on_from_the_last_checkpoint():
     command = [str(ROOT / 'search.py'), *TINY, '--epochs', '9', '--checkpoint_minutes', '0']
     subprocess.run([*TORCHRUN, *command, '--save', 'whole'], check=True, timeout=240)
@@ -100,7 +88,8 @@ def test_a_process_killed_under_torchrun_goes_on_from_the_last_checkpoint():
         while not (path.exists() and path.read_text().count('\n')):
             assert process.poll() is None
             time.sleep(0.01)
-        kill_rank_1('.')
+        children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text()
+        os.kill(int(children.split()[-1]), signal.SIGKILL)
         before = path.read_text().count('\n')
         assert process.wait(240) == 0
     assert 0 < before < 9 and log('broken') == log('whole')
@@ -108,8 +97,7 @@ def test_a_process_killed_under_torchrun_goes_on_from_the_last_checkpoint():
 
 
 def test_two_processes_share_the_cells_that_are_scored():
-    flags = [*NOISE, '--space', 'nb201', '--method', 'naswot', '--init_channels', '4',
-             '--cells_per_stage', '1', '--batch_size', '8', '--candidates', '9', '--gpu', '-1']
+    flags = [*UNTRAINED, '--method', 'naswot']
     run(search.main, 'one', *flags)
     subprocess.run([*TORCHRUN, str(ROOT / 'search.py'), *flags, '--save', 'two'], check=True,
                    timeout=240)

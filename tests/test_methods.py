@@ -1,21 +1,25 @@
-"""Every method against its formula written plainly, in float64; NAS-Bench-201; what is measured."""
+"""Every method against its formula written plainly, in float64; NAS-Bench-201; what is logged."""
 import itertools
 import json
 import math
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import textbook
 import torch
-from conftest import (DARTS, TINY, batch, close, log, run, same_weights, searching,
-                      with_textbook)
+from conftest import (DARTS, ONESHOT, SIZES, TINY, UNTRAINED, batch, close, log, read_rows, reports,
+                      run, same_weights, searching, watch, with_textbook)
+from scipy.stats import kendalltau, rankdata, spearmanr
 from torch.nn import functional as F
 
 import evaluate
 import search
-from genotypes import (agreement, from_plain, from_string, nas_bench_201,
-                       random_genotype, random_string, to_string, truth)
-from model_search import NB201, Network
+from genotypes import (agreement, distinct_cells, expression, from_plain, from_string,
+                       nas_bench_201, random_genotype, random_string, to_string, truth)
+from model_search import NB201
 from operations import Inputs
 
 
@@ -33,7 +37,7 @@ def same_step(method, book, pairs, train):
     search.weight_step(method, train, search.optimizers(method.network, args)[0])
     for w in book.weights():
         w.grad = torch.zeros_like(w)            # of an operation that is not drawn, too
-    textbook.Step(book, False, args.weight_decay, nesterov=args.nesterov).weight_step(train)
+    textbook.Step(book, False, args.weight_decay, args.nesterov).weight_step(train)
     same_weights(pairs)
 
 
@@ -43,26 +47,11 @@ def straight_through(alpha, gumbel, temperature):
     return F.one_hot(q.argmax(1), alpha.shape[1]).double() - q.detach() + q
 
 
-@pytest.mark.parametrize('seed', range(6))
-def test_derived_networks_of_nb201_equal_the_textbook(float64, seed):
-    names = ['none'] * 5 + ['nor_conv_3x3'] if seed == 5 else from_string(random_string(seed))
-    ours = Network(4, 4, 5, to_string(names))
-    book = textbook.NB201Network(4, 4, 1, names)
-    pairs = textbook.copy_weights(ours, book)
-    x, y = batch(16)
-    close(ours(x), book(x))
-    F.cross_entropy(ours(x), y).backward()
-    F.cross_entropy(book(x), y).backward()
-    for p, block, q in pairs:
-        if p.requires_grad:
-            close(torch.zeros_like(q) if p.grad is None else p.grad[block],
-                  torch.zeros_like(q) if q.grad is None else q.grad)
-    close(ours.eval()(x), book.eval()(x))
-
-
 @pytest.mark.parametrize('space', ['darts', 'nb201'])
 def test_gdas_draws_one_operation_straight_through(float64, monkeypatch, space):
     method, ours, book, pairs = with_textbook('--method', 'gdas', '--space', space)
+    assert [method.begin_epoch(e, 250, 0)['temperature'] for e in (0, 249)] == \
+        pytest.approx([10, 0.1])
     method.set_tensors(temperature=0.7)
     exponentials = [torch.rand_like(alpha) + 0.1 for alpha in book.alphas]
     draws, cells = itertools.cycle(exponentials), [id(alpha) for alpha in book.alphas]
@@ -98,18 +87,26 @@ def test_gdas_goes_on_if_nothing_is_drawn(space):
     assert not torch.equal(network.classifier.weight, before)
 
 
-def test_gdas_computes_only_what_is_drawn_and_draws_anew():
-    method, network = searching('--method', 'gdas')
-    assert [method.begin_epoch(e, 250, 0)['temperature'] for e in (0, 249)] == \
-        pytest.approx([10, 0.1])
-    calls = []
+@pytest.mark.parametrize('method', ['gdas', 'oneshot'])
+@pytest.mark.parametrize('space', ['darts', 'nb201'])
+def test_a_step_computes_only_the_operations_that_are_drawn_and_draws_anew(method, space):
+    torch.manual_seed(0)
+    method, network = searching('--method', method, '--space', space)
+    assert method.one_path
+    calls, draws = [], set()
     for name, module in network.named_modules():
         if '.blocks.' in name and name.count('.') == 6:
             module.register_forward_hook(lambda module, *_: calls.append(module))
-    x = torch.ones(2, 3, 8, 8)
-    one = network(x)
-    assert 10 < len(calls) == len(set(calls)) <= 14 * 3         # three cells of 14 edges
-    assert not torch.equal(one, network(x))
+    sgd, _ = search.optimizers(network, method.args)
+    method.begin_epoch(0, 1, 0)
+    for _ in range(3):
+        calls.clear()
+        search.weight_step(method, batch(), sgd)
+        # One on each of three cells' edges at most, which are 6, or 8 or 14 with a cell drawn.
+        edges = 6 if space == 'nb201' else 8 if method.scores else 14
+        assert len(calls) == len(set(calls)) <= 3 * edges
+        draws.add(frozenset(map(id, calls)))
+    assert len(draws) == 3
 
 
 def test_dartsminus_adds_an_auxiliary_skip_that_does_not_count(float64):
@@ -127,11 +124,10 @@ def test_dartsminus_adds_an_auxiliary_skip_that_does_not_count(float64):
 def test_betadarts_adds_lambda_times_the_mean_of_logsumexp_to_the_alphas_loss(float64):
     method, ours, book, pairs = with_textbook('--space', 'nb201', '--method', 'betadarts')
     sgd, adam = search.optimizers(ours, method.args)
-    assert method.args.weight_decay == 3e-4
     assert [method.begin_epoch(e, 50, 0)['lambda_'] for e in (0, 25)] == [0, 25]
     method.set_tensors(lambda_=2.5)
     train, valid = batch(), batch()
-    book_adam = torch.optim.Adam(book.alphas, 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
+    book_adam = textbook.Step(book, False).adam
     regularised = textbook.loss(book, valid) + 2.5 * torch.logsumexp(book.alphas[0], 1).mean()
     book.alphas[0].grad, = torch.autograd.grad(regularised, book.alphas)
     book_adam.step()
@@ -142,9 +138,8 @@ def test_betadarts_adds_lambda_times_the_mean_of_logsumexp_to_the_alphas_loss(fl
     method, ours, book, _ = with_textbook('--method', 'betadarts')
     method.set_tensors(lambda_=2.5)
     mean = torch.cat([torch.logsumexp(alpha, 1) for alpha in book.alphas]).mean()
-    zeros = [torch.zeros_like(alpha) for alpha in book.alphas]
-    for a, b in zip(method.alpha_gradients(zeros),
-                    torch.autograd.grad(2.5 * mean, list(book.alphas))):
+    got = method.alpha_gradients([torch.zeros_like(alpha) for alpha in book.alphas])
+    for a, b in zip(got, torch.autograd.grad(2.5 * mean, list(book.alphas))):
         close(a, b)
 
 
@@ -157,8 +152,7 @@ def to_simplex(q):
 def test_sdarts_trains_the_weights_with_perturbed_edges(float64, space, perturb, monkeypatch):
     method, ours, book, pairs = with_textbook('--space', space, '--method', 'sdarts',
                                               '--perturb', perturb)
-    assert [method.begin_epoch(e, 50, 0)['radius'] for e in (0, 25)] == \
-        pytest.approx([0.03, 0.165])
+    assert [method.begin_epoch(e, 50, 0)['radius'] for e in (0, 25)] == pytest.approx([0.03, 0.165])
     method.set_tensors(radius=0.2)
     plain, train, valid = book.mix, batch(), batch()
     cells, starts = [id(a) for a in book.alphas], [torch.rand_like(a) for a in book.alphas]
@@ -193,52 +187,40 @@ def test_sdarts_trains_the_weights_with_perturbed_edges(float64, space, perturb,
     assert ours.mix == method.mix
 
 
-def test_an_adversarial_perturbation_that_does_no_harm_is_undone(float64, monkeypatch):
+def test_an_adversarial_perturbation_that_does_no_harm_is_undone(monkeypatch):
     method, ours = searching('--space', 'nb201', '--method', 'sdarts', '--perturb', 'adversarial')
     method.set_tensors(radius=0.2)
     losses, forward = iter([2.0, *[1.0] * 8]), search.forward
-
-    def lower(*given):
-        loss, right = forward(*given)
-        return loss * 0 + next(losses), right
-
-    monkeypatch.setattr(search, 'forward', lower)
+    monkeypatch.setattr(search, 'forward', lambda *given: (
+        forward(*given)[0] * 0 + next(losses), torch.zeros(())))
     assert torch.equal(method.perturbed(batch())['cell'], ours.probabilities('cell'))
 
 
 def test_pdarts_keeps_the_strongest_operations_and_goes_deeper(float64):
     method, network = searching('--method', 'pdarts')
-    names, sizes = list(network.space.operations), [len(network.cells)]
+    names, sizes = list(network.space.operations), [3]
     for count in (5, 3):
-        before, method.network = network, network
+        with torch.no_grad():
+            for alpha in network.alphas.values():
+                alpha.normal_()
         method.next_stage()
-        for cell in ('normal', 'reduce'):
-            for p, has in zip(before.probabilities(cell).tolist(), method.kept[cell]):
+        for cell, kept in method.kept.items():
+            for p, has in zip(network.probabilities(cell).tolist(), kept):
                 best = sorted(range(8), key=lambda k: -p[k])[:count]
                 assert has == [names[k] for k in sorted(best)]
         network = method.build()
         sizes.append(len(network.cells))
-        with torch.no_grad():
-            for alpha in network.alphas.values():
-                alpha.mul_(500)
     assert sizes == [3, 9, 15]
 
 
-def test_dropout_on_skips_by_edge_and_epoch():
-    method, _ = searching('--method', 'pdarts')
-    method.stage = 1
-    network = method.build()
-    rates = [method.begin_epoch(e, 25, 10)['skip_dropout'] for e in (0, 9, 10, 15)]
-    assert rates == pytest.approx([0.4 * 24 / 25, 0.4 * 15 / 25, 0.4, 0.4 * math.exp(-1)])
-    skips = [m for m in network.modules() if isinstance(m, search.DroppedSkip)]
-    assert len(skips) > 9 and skips[0].probability.item() == pytest.approx(rates[-1])
+def test_dropout_on_skips_is_by_element_and_edge():
     skip = search.DroppedSkip(3).train()
     skip.probability.fill_(0.4)
     y = skip(Inputs(torch.ones(64, 4, 8, 8)))
     assert y.unique().tolist() == pytest.approx([0, 1 / 0.6])
     assert (y == 0).float().mean() == pytest.approx(0.4, abs=0.01)
     first, second, _ = y.chunk(3, 1)
-    assert not torch.equal(first, second)                       # each edge by itself
+    assert not torch.equal(first, second)
     y = skip.eval()(Inputs(torch.ones(64, 4, 8, 8)))
     assert torch.equal(y, torch.ones_like(y))
 
@@ -261,15 +243,13 @@ def test_restriction_to_two_skips_strikes_out_the_weakest(float64):
 
 def test_pdarts_from_start_to_genotype(monkeypatch):
     """Cells, frozen epochs and dropout of the three stages, in a run."""
-    seen, step = [], search.bilevel_step
+    def look(given, _):
+        method, *_, frozen, _ = given
+        skips = [m for m in method.network.modules() if isinstance(m, search.DroppedSkip)]
+        seen.append((len(method.network.cells), frozen, skips[0].probability.item()))
 
-    def watched(method, train, valid, sgd, adam, frozen, moments):
-        skips = [m.probability.item() for m in method.network.modules()
-                 if isinstance(m, search.DroppedSkip)]
-        seen.append((len(method.network.cells), frozen, max(skips, default=None)))
-        return step(method, train, valid, sgd, adam, frozen, moments)
-
-    monkeypatch.setattr(search, 'bilevel_step', watched)
+    seen = []
+    watch(monkeypatch, 'bilevel_step', look)
     monkeypatch.setattr(search.PDarts, 'MORE_CELLS', (0, 1, 2))         # quicker
     lines = run(search.main, 'p', *DARTS, '--method', 'pdarts', '--epochs', '7',
                 '--steps_per_epoch', '1', '--frozen_epochs', '1', '--init_channels', '2')
@@ -300,66 +280,56 @@ def test_largest_eigenvalue_is_that_of_the_hessian(float64):
 
 
 def test_early_stop_is_that_of_robustdarts():
-    def stop(values):
+    rising = [1.0] * 9 + [2.0] * 16             # from epoch 18: the mean at 22 is 1.6, at 20 1.2
+    for values, epoch in (([1.0] * 25, None), (rising[:12], 10), (rising, 10),
+                          (rising[:11], None),              # epoch 20 is too early
+                          ([1.0] * 20 + [1.4] * 5, 46 - 12), ([1.0] * 20 + [1.29] * 5, None),
+                          ([-1.0] * 20 + [-1.2] * 5, None)):
         lines = [{'epoch': 2 * k, 'eigenvalue': value} for k, value in enumerate(values)]
         found = search.before_growth(lines, 50)
-        return found and found['epoch']
-
-    assert stop([1.0] * 25) is None
-    rising = [1.0] * 9 + [2.0] * 16             # from epoch 18: the mean at 22 is 1.6, at 20 1.2
-    assert stop(rising[:11]) is None            # epoch 20 is too early
-    assert stop(rising[:12]) == 10 and stop(rising) == 10
-    assert stop([1.0] * 20 + [1.4] * 5) == 46 - 12
-    assert stop([-1.0] * 20 + [-1.2] * 5) is None
-    assert stop([1.0] * 20 + [1.29] * 5) is None
+        assert (found and found['epoch']) == epoch
     assert search.before_growth([{'epoch': e} for e in range(50)], 50) is None
 
 
 def test_early_stop_takes_the_genotype_of_then_and_resumes(monkeypatch):
     """With eigenvalues that grow: the run ends, with the genotype of an epoch before."""
-    monkeypatch.setattr(search, 'largest_eigenvalue', lambda *_: next(values))
     flags = [*TINY, '--epochs', '40', '--steps_per_epoch', '1', '--hessian', '1',
              '--arch_learning_rate', '0.1']
-    values = iter([1.0] * 12 + [9.0] * 28)
-    going = run(search.main, 'go', *flags)
-    values = iter([1.0] * 12 + [9.0] * 28)
-    lines = run(search.main, 'r', *flags, '--early_stop')
-    found = json.loads(Path('r/genotype.json').read_text())
-    stop = found['early_stop']
-    assert len(going) == 40 and len(lines) == 15 and stop['epoch'] == 8
-    assert found['arch_str'] == stop['genotype'] == lines[8]['genotype']
-    other = json.loads(Path('go/genotype.json').read_text())
-    assert other['early_stop'] == stop and other['arch_str'] == going[-1]['genotype']
+    logs, found = {}, {}
+    for name, more in (('go', []), ('r', ['--early_stop'])):
+        values = iter([1.0] * 12 + [9.0] * 28)
+        monkeypatch.setattr(search, 'largest_eigenvalue', lambda *_, values=values: next(values))
+        logs[name] = run(search.main, name, *flags, *more)
+        found[name] = json.loads(Path(name, 'genotype.json').read_text())
+    stop = found['r']['early_stop']
+    assert len(logs['go']) == 40 and len(logs['r']) == 15 and stop['epoch'] == 8
+    assert found['r']['arch_str'] == stop['genotype'] == logs['r'][8]['genotype']
+    assert found['go']['early_stop'] == stop
+    assert found['go']['arch_str'] == logs['go'][-1]['genotype']
     Path('r/genotype.json').unlink()                # killed before the end was written
-    assert run(search.main, 'r', *flags, '--early_stop', '--resume') == lines
-    assert json.loads(Path('r/genotype.json').read_text()) == found
+    assert run(search.main, 'r', *flags, '--early_stop', '--resume') == logs['r']
+    assert json.loads(Path('r/genotype.json').read_text()) == found['r']
 
 
 def test_what_the_log_says_of_the_alphas(monkeypatch, capsys):
-    grads, first_order = [], search.first_order
-
-    def watched(*given):
-        out = first_order(*given)
-        grads.append(out[0][0].clone())
-        return out
-
-    monkeypatch.setattr(search, 'first_order', watched)
+    grads = []
+    watch(monkeypatch, 'first_order', lambda given, out: grads.append(out[0][0].double()))
     lines = run(search.main, 'r', *TINY, '--epochs', '3', '--early_stop', '--arch_learning_rate',
                 '0.05')
     assert [line.get('eigenvalue') is not None for line in lines] == [True, False, True]
     for k, line in enumerate(lines):
         p = F.softmax(torch.tensor(line['alphas']['cell']).double(), 1)
-        top = p.sort(1, descending=True).values
+        first, second = p.topk(2)[0].T
+        steps = torch.stack(grads[2 * k:2 * k + 2])                 # mean over deviation
+        signal = steps.mean(0).norm() / steps.std(0, unbiased=False).norm()
+        for name, value in (('entropy', -(p * p.log()).sum(1).mean()),
+                            ('margin', (first - second).mean()), ('signal', signal)):
+            assert line[f'{name}_cell'] == pytest.approx(value.item(), rel=1e-4)
         names = [list(NB201.operations)[k] for k in p.argmax(1)]
         assert line['genotype'] == to_string(names)
-        assert line['entropy_cell'] == pytest.approx(-(p * p.log()).sum(1).mean().item())
-        assert line['margin_cell'] == pytest.approx((top[:, 0] - top[:, 1]).mean().item())
         assert line['skips_cell'] == names.count('skip_connect')
         assert line['none_cell'] == names.count('none')
         assert line['truth_for_analysis_only'] == truth(line['genotype'])
-        steps = torch.stack(grads[2 * k:2 * k + 2]).double()        # mean over deviation
-        signal = steps.mean(0).norm() / steps.std(0, unbiased=False).norm()
-        assert line['signal_cell'] == pytest.approx(signal.item(), rel=1e-4)
     assert 'agreement' not in lines[0]
     assert lines[1]['agreement'] == agreement(lines[0]['genotype'], lines[1]['genotype'])
     accuracy = truth(lines[-1]['genotype'])['cifar10']
@@ -367,51 +337,214 @@ def test_what_the_log_says_of_the_alphas(monkeypatch, capsys):
 
 
 def test_arch_data_are_other_images_or_the_same_or_none(monkeypatch):
-    seen, step = [], search.bilevel_step
-
-    def watched(method, train, valid, *more):
-        seen.append((train[0].clone(), valid[0].clone()))
-        return step(method, train, valid, *more)
-
-    monkeypatch.setattr(search, 'bilevel_step', watched)
-    halves = {}
+    seen = []
+    watch(monkeypatch, 'bilevel_step', lambda given, _: seen.append(
+        (given[1][0].clone(), given[2][0].clone())))
     for which in ('valid', 'train', 'none'):
-        seen.clear()
         run(search.main, which, *TINY, '--arch_data', which)
-        assert all(torch.equal(a, b) == (which != 'valid') for a, b in seen) and len(seen) == 4
-        halves[which] = torch.stack([a for a, _ in seen])
-    assert torch.equal(halves['valid'], halves['train'])        # of the same half
-    sizes = [torch.tensor(line['alphas']['cell']).abs().sum() for line in log('none')]
-    assert sizes[1] <= sizes[0]                                 # they shrink, if anything
-    assert log('none')[0]['valid_loss'] is None and log('none')[0]['signal_cell'] is None
+        assert all(torch.equal(a, b) == (which != 'valid') for a, b in seen[-4:])
+    assert all(torch.equal(seen[k][0], seen[k + 4][0]) for k in range(4))       # the same half
+    first, last = log('none')
+    assert np.abs(last['alphas']['cell']).sum() <= np.abs(first['alphas']['cell']).sum()
+    assert first['valid_loss'] is None and first['signal_cell'] is None
     assert log('train')[-1]['valid_loss'] is not None
 
 
-def test_parameters_of_nb201_are_those_of_the_table():
-    table, _ = nas_bench_201()
-    for seed in range(6):
-        arch = random_string(seed)
-        assert evaluate.cost(arch, 16, 17)['params'] == table[arch]['params'], arch
-
-
 def test_look_ups():
-    convs, (table, ordered) = to_string(['nor_conv_3x3'] * 6), nas_bench_201()
-    assert len(table) == 15625 and list(table).index(convs) == 1462
-    assert [round(ordered[name][-1], 2) for name in ordered] == [94.37, 73.51, 47.31]
-    assert [round(truth(convs)[name], 2) for name in ordered] == [93.76, 71.11, 41.44]
+    table, _ = nas_bench_201()
     best = max(table, key=lambda arch: table[arch]['cifar10'])
+    assert len(table) == 15625 and list(table).index(to_string(['nor_conv_3x3'] * 6)) == 1462
     assert truth(best)['rank'] == 1 and truth(best)['percentile'] > 99.99
 
 
 def test_random_cells_are_uniform():
-    counts = torch.zeros(5)
-    for seed in range(500):
-        for op in from_string(random_string(seed)):
-            counts[list(NB201.operations).index(op)] += 1
-    assert (counts / counts.sum() - 0.2).abs().max() < 0.03
+    found = Counter(op for seed in range(500) for op in from_string(random_string(seed)))
+    assert set(found) == set(NB201.operations)
+    assert all(abs(count / 3000 - 0.2) < 0.03 for count in found.values())
     cells = [random_genotype(seed) for seed in range(300)]
-    names = [op for cell in cells for op, _ in cell.normal + cell.reduce]
-    kinds = set(names)
-    assert len(kinds) == 7 and 'none' not in kinds
-    assert min(map(names.count, kinds)) > 0.8 * len(names) / 7
+    found = Counter(op for cell in cells for op, _ in cell.normal + cell.reduce)
+    assert len(found) == 7 and 'none' not in found and min(found.values()) > 0.8 * 4800 / 7
     assert len({tuple(state for _, state in cell.normal[6:]) for cell in cells}) == 10    # 5 over 2
+
+
+# Methods that score cells
+
+CELLS = textbook.NB201_NAMES
+
+
+def scoring(name):
+    """(method, the textbook's supernet with its weights) in nb201."""
+    method, network, book, _ = with_textbook('--space', 'nb201', '--method', name)
+    network.train()
+    return method, book
+
+
+def network_of(supernet, arch):
+    """The textbook's network of a cell, with the weights of its supernet."""
+    names = from_string(arch)
+    network = textbook.NB201Network(4, 4, 1, names)
+    for part in ('stem', 'last', 'classifier'):
+        getattr(network, part).load_state_dict(getattr(supernet, part).state_dict())
+    for cell, whole in zip(network.cells, supernet.cells):
+        if isinstance(cell, textbook.NB201Reduction):
+            cell.load_state_dict(whole.state_dict())
+            continue
+        for edge, candidates, name in zip(cell.edges, whole.edges, names):
+            chosen = candidates[CELLS.index(name)].state_dict()
+            edge[0].load_state_dict(chosen, strict=False)
+    return network
+
+
+def test_scores_of_200_cells_are_those_of_networks_built_cell_by_cell(float64):
+    method, book = scoring('oneshot')
+    method.halves = [batch(), batch()]
+    method.products = {}
+    cells = distinct_cells()[::32][:200]
+    assert len(cells) == 200
+    for arch in cells:
+        method.take(arch)
+        scores, network = method.measure(arch), network_of(book, arch)
+        for half, (x, y) in zip(('train', 'valid'), method.halves):
+            logits = network(x)
+            loss = F.cross_entropy(logits, y).item()
+            assert scores[f'{half}_loss'] == pytest.approx(loss, abs=1e-10)
+            right = (logits.argmax(1) == y).double().mean().item()
+            assert scores[f'{half}_accuracy'] == pytest.approx(right)
+
+
+def test_angle_is_that_of_the_weights_on_the_paths_before_and_after(float64):
+    torch.manual_seed(0)                        # --seed
+    method, before = scoring('oneshot')
+    with torch.no_grad():
+        for p in method.network.weight_parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    after = textbook.NB201Network(4, 4, 1)
+    textbook.copy_weights(method.network, after)
+    method.batches, method.fixed_batch = [0, 0], lambda *_: batch()
+    method.prepare()
+    # Node 2 leads nowhere: on paths are edges 0 and 4, and edge 3 has no weights.
+    names = ['nor_conv_3x3', 'none', 'nor_conv_1x1', 'skip_connect', 'nor_conv_3x3', 'none']
+    vectors = []
+    for book in (before, after):
+        cells = [cell for cell in book.cells if isinstance(cell, textbook.NB201Cell)]
+        vectors.append(torch.cat([cell.edges[e][3][1].weight.flatten()
+                                  for cell in cells for e in (0, 4)]))
+    angle = torch.acos(torch.cosine_similarity(*vectors, dim=0)).item()
+    for arch, wanted in ((names, angle), (['skip_connect'] * 6, 0)):
+        method.take(to_string(arch))
+        assert method.measure(to_string(arch))['angle'] == pytest.approx(wanted, abs=1e-10)
+
+
+def naswot(network, x, y):
+    """log |det| of the kernel of how many ReLUs agree, from Hamming's distance."""
+    codes = []
+    relus = [module for module in network.modules() if isinstance(module, torch.nn.ReLU)]
+    for module in (*relus, network.last):               # the last is before a functional ReLU
+        module.register_forward_hook(lambda module, x, out: codes.append((out > 0).flatten(1)))
+    network(x)
+    code = torch.cat(codes, 1)
+    distance = (code[:, None] != code[None]).sum(2)
+    return torch.linalg.slogdet((code.shape[1] - distance).double())[1].item()
+
+
+def snip(network, x, y):
+    F.cross_entropy(network(x), y).backward()
+    return sum((p * p.grad).abs().sum().item() for p in network.parameters()
+               if p.dim() > 1 and p.grad is not None)
+
+
+def synflow(network, x, y):
+    for module in [*network.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.BatchNorm2d):
+                setattr(module, name, torch.nn.Identity())
+    for p in network.parameters():
+        p.data.abs_()
+    network(torch.ones_like(x[:1])).sum().backward()
+    return sum((p * p.grad).sum().item() for p in network.parameters()
+               if p.dim() > 1 and p.grad is not None)
+
+
+@pytest.mark.parametrize('formula', [naswot, snip, synflow])
+def test_scores_of_untrained_cells_are_those_of_plain_formulas(float64, formula):
+    name, pair = formula.__name__, batch()
+    method, book = scoring(name)
+    method.batches = [SimpleNamespace(data=SimpleNamespace(image_size=8))]
+    method.fixed_batch = lambda *_: pair
+    method.prepare()
+    for seed in range(12):
+        arch = random_string(seed)
+        method.take(arch)
+        got, wanted = method.measure(arch)[name], formula(network_of(book, arch), *pair)
+        assert got == pytest.approx(wanted, rel=1e-9) or got == wanted == -math.inf
+
+
+def test_draws_are_uniform_over_operations():
+    method, network = searching('--method', 'oneshot', '--space', 'nb201')
+    counts = Counter()
+    for _ in range(400):
+        with method.weight_training(None):
+            counts.update(method.cell['cell'])
+    assert set(counts) == set(range(5)) and max(counts.values()) < 1.3 * min(counts.values())
+
+
+def test_equal_cells_of_nb201_are_scored_once():
+    cells = distinct_cells()
+    assert len(cells) == len({expression(cell)[0] for cell in cells}) == 6466
+    assert expression(to_string(['skip_connect'] * 6))[0] == 'x+x+x+x'
+
+
+@pytest.mark.parametrize('name', ['oneshot', 'naswot', 'snip', 'synflow'])
+@pytest.mark.parametrize('space', ['darts', 'nb201'])
+def test_every_scoring_method_takes_the_best_of_its_scores(name, space, capsys):
+    some = ['--max_steps', '2', *SIZES] if name == 'oneshot' else ['--repeats', '2']
+    flags = [*UNTRAINED, '--space', space, '--layers', '3', *some]
+    lines = run(search.main, 'run', *flags, '--method', name, '--candidates', '6')
+    assert lines[-1]['cells'] == 6
+    rows = read_rows('run/scores.csv')
+    found = json.loads(Path('run/genotype.json').read_text())
+    by = 'train_loss' if name == 'oneshot' else name            # noise: labels are random
+    assert found['score'] == by and len(rows) == 6 and found['arch_data'] is None
+    best = (min if by == 'train_loss' else max)(rows, key=lambda row: float(row[by]))
+    if space == 'nb201':
+        assert best['genotype'] == found['arch_str']
+    else:
+        assert json.loads(best['genotype'])['normal'] == found['normal']
+    assert all(int(row['cell_params']) >= 0 for row in rows)
+    row, = reports(capsys, 'run')
+    assert row['score'] == by and ('spearman' in row) == (space == 'nb201')
+    evaluate.main(['run', '--plot', 'scores.svg', '--gpu', '-1'])
+    drawn = Path('scores.svg').read_text()
+    assert ('true CIFAR-10' if space == 'nb201' else 'parameters') in drawn
+
+
+def test_score_and_repeats_have_an_effect_and_rank_correlations_are_those_of_scipy(capsys):
+    run(search.main, 'run', *ONESHOT)
+    run(search.main, 'angle', *ONESHOT, '--score', 'angle')
+    assert json.loads(Path('angle/genotype.json').read_text())['score'] == 'angle'
+    assert Path('angle/scores.csv').read_text() == Path('run/scores.csv').read_text()
+    for repeats in '12':
+        run(search.main, repeats, *UNTRAINED, '--method', 'naswot', '--repeats', repeats)
+    assert Path('1/scores.csv').read_text() != Path('2/scores.csv').read_text()
+    scores, by = evaluate.read_cell_scores('run')
+    row, = reports(capsys, 'run')
+    assert by == 'train_loss' and row['cells'] == 12
+    value, truth, params = (rankdata(scores[name]) for name in (by, 'cifar10', 'cell_params'))
+    assert row['spearman'] == pytest.approx(spearmanr(value, truth)[0])
+    assert row['kendall'] == pytest.approx(kendalltau(value, truth)[0])
+    left = [v - np.polyval(np.polyfit(params, v, 1), params) for v in (value, truth)]
+    assert row['spearman_given_params'] == pytest.approx(np.corrcoef(*left)[0, 1])
+    best = np.argsort(-scores[by], kind='stable')[:10]
+    assert row['best_of_top_10'] == scores['cifar10'][best].max()
+
+
+def test_the_slightest_alpha_decides_and_equal_ones_are_broken_by_seed():
+    method, network = searching('--space', 'nb201')
+    with torch.no_grad():
+        network.alphas['cell'].zero_()
+    found = Counter(name for seed in range(50) for name in from_string(network.genotype(seed)))
+    assert min(found[name] for name in CELLS) > 30              # of 60 expected
+    assert network.genotype(3) == network.genotype(3)
+    with torch.no_grad():
+        network.alphas['cell'][:, 3] = 1e-9                     # float32's softmax is flat
+    assert network.genotype() == to_string(['nor_conv_3x3'] * 6)

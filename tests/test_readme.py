@@ -1,10 +1,18 @@
-"""Every command in the READMEs is one that the scripts understand; those marked quick run."""
+"""The READMEs: each command is one that its script understands, each snippet works."""
+import importlib
+import json
 import re
 import shlex
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import (DARTS, NOISE, RETRAIN, ROOT, TINY, one_line, reports, run, same_run,
+                      stop_in_every_step)
 
 import evaluate
 import generate_data
@@ -12,6 +20,8 @@ import retrain
 import search
 from genotypes import DARTS_V2, random_string, to_json
 
+MODULES = ('operations', 'genotypes', 'model_search', 'generate_data', 'evaluate', 'retrain',
+           'search')
 PAGES = 'README.md', 'tests/README.md', '.github/study/README.md'
 
 
@@ -20,7 +30,7 @@ def commands():
     found = []
     for page in PAGES:
         for line in re.findall(r'^    .*$', (ROOT / page).read_text(), re.M):
-            for script, words in re.findall(r'(\w+\.py) ([^;|&>\'#]+)', line):
+            for script, words in re.findall(r'(\w+)\.py ([^;|&>\'#]+)', line):
                 found.append((page, script, words.strip()))
     return found
 
@@ -29,33 +39,32 @@ def parsed(script, words):
     """Parse a command as its script would, before it touches any data."""
     value = {'m': 'darts', 'd': 'noise', 't': 'cifar10', 'k': 'k', 'FLAGS': ''}
     words = re.sub(r'\$\{?(\w+)(%% \*\})?', lambda found: value.get(found[1], '0'), words)
-    argv = shlex.split(words)
-    for run in re.findall(r'runs/[\w.=-]+', words):
-        Path(run).mkdir(parents=True, exist_ok=True)
+    for folder in re.findall(r'runs/[\w.=-]+', words):
+        Path(folder).mkdir(parents=True, exist_ok=True)
         found = random_string(0) if 'nb201' in words or 'laptop' in words else DARTS_V2
-        Path(run, 'genotype.json').write_text(to_json(found, data='noise', method='darts'))
-    if script in ('search.py', 'retrain.py'):
-        {'search.py': search, 'retrain.py': retrain}[script].parse(argv)
-    elif script == 'generate_data.py':
-        for word in argv[1:]:
-            assert not word.startswith('--') or word[2:] in {
-                *generate_data.DATA, 'kind', 'out', 'force', 'seed', 'gpu', 'generator_steps'}
-    else:
+        Path(folder, 'genotype.json').write_text(to_json(found, data='noise', method='darts'))
+    argv = shlex.split(words)
+    if script in ('search', 'retrain'):
+        {'search': search, 'retrain': retrain}[script].parse(argv)
+    elif script == 'generate_data':
+        flags = {word[2:] for word in argv[1:] if word.startswith('--')}
+        assert flags <= {*generate_data.DATA, 'kind', 'out', 'force', 'seed', 'gpu',
+                         'generator_steps'}
+    elif script == 'evaluate':
         tables = {'runs': evaluate.RUNS, 'cost': evaluate.COST}
         generate_data.parse_flags(evaluate.__doc__, tables, argv)
 
 
 @pytest.mark.parametrize('page', PAGES)
 def test_every_command_is_understood_by_its_script(page, capsys):
-    known = [entry for entry in commands() if entry[0] == page]
+    known = [words for words in commands() if words[0] == page]
     assert known
     for _, script, words in known:
-        if script in ('search.py', 'retrain.py', 'evaluate.py', 'generate_data.py'):
-            parsed(script, words)
+        parsed(script, words)
 
 
 def test_the_first_command_of_the_readme_runs():
-    first = next(words for page, script, words in commands() if script == 'search.py')
+    first = next(words for page, script, words in commands() if script == 'search')
     assert '--quick' in first
     assert search.main([*shlex.split(first), '--steps_per_epoch', '1', '--num_images', '200']) == 0
     assert list(Path('runs').glob('*/genotype.json'))
@@ -68,3 +77,120 @@ def test_readme_is_short():
     prose = re.sub(r'`[^`]*`|\([^)]*\)', 'x', prose)
     long = [s for s in re.split(r'(?<=[.?:!])\s+|\n\n', prose) if len(s.split()) > 30]
     assert not long, long
+
+
+# The section "Change it": each snippet works when it is pasted into one file
+
+def snippets():
+    """{(file, 'below' or 'instead of', name): code} of the section."""
+    section = (ROOT / 'README.md').read_text().split('## Change it')[1].split('\n## ')[0]
+    found = {}
+    for code in re.findall(r'```python\n(.*?)```', section, re.DOTALL):
+        place, code = code.split('\n', 1)
+        found[re.fullmatch(r'# (\w+\.py), (below|instead of) (\w+)', place).groups()] = code
+    return found
+
+
+def pasted(text, how, name, code):
+    """The text of a script with code below, or instead of, the statement that sets `name`."""
+    place = re.search(rf'^( *){name} = .*\n(\1[ )}}\]].*\n)*', text, re.MULTILINE)
+    if how == 'below':
+        return f'{text[:place.end()]}\n\n{code}{text[place.end():]}'
+    return text[:place.start()] + textwrap.indent(code, place[1]) + text[place.end():]
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """scripts(file, how, name): the modules of a copy of the scripts with that snippet pasted."""
+    def make(*place):
+        folder = Path('copy').absolute()
+        folder.mkdir()
+        for path in ROOT.glob('*.py'):
+            shutil.copy(path, folder)
+        (folder / 'tests').symlink_to(ROOT / 'tests')
+        file, how, name = place
+        (folder / file).write_text(pasted((ROOT / file).read_text(), how, name, snippets()[place]))
+        monkeypatch.syspath_prepend(folder)
+        for module in MODULES:
+            monkeypatch.delitem(sys.modules, module)
+        modules = {module: importlib.import_module(module) for module in MODULES}
+        assert Path(modules['search'].__file__).parent == folder
+        return modules
+    return make
+
+
+def report(modules, capsys):
+    return reports(capsys, 'found', main=modules['evaluate'].main)[0]
+
+
+def test_the_section_has_the_five_usual_changes():
+    assert list(snippets()) == [
+        ('search.py', 'below', 'METHODS'), ('search.py', 'instead of', 'adam'),
+        ('generate_data.py', 'below', 'KINDS'), ('operations.py', 'below', 'OPERATIONS'),
+        ('evaluate.py', 'below', 'METRICS')]
+
+
+def test_a_method(scripts, capsys):
+    modules = scripts('search.py', 'below', 'METHODS')
+    run(modules['search'].main, 'found', *TINY, '--method', 'entropy', '--max_steps', '1')
+    assert report(modules, capsys)['method'] == 'entropy'
+    args = modules['search'].parse([*TINY, '--method', 'entropy'])
+    method = modules['search'].METHODS['entropy'](args, 4, 'cifar', torch.device('cpu'))
+    p = method.build().probabilities('cell')
+    entropy = -0.1 * (p * p.log()).sum(1).mean()
+    expected, = torch.autograd.grad(entropy, method.network.alphas['cell'])
+    got, = method.alpha_gradients([torch.zeros(6, 5)])
+    assert torch.allclose(got, expected) and got.any()
+
+
+def test_an_optimiser_of_the_alphas(scripts, capsys):
+    modules = scripts('search.py', 'instead of', 'adam')
+    run(modules['search'].main, 'found', *TINY)
+    state = torch.load('found/checkpoint.pt', weights_only=True)['adam']['state'][0]
+    assert 'square_avg' in state and report(modules, capsys)['method'] == 'darts'
+    assert stop_in_every_step(modules['search'].main, 'parts', *TINY) == 4
+    same_run('parts', 'found')
+
+
+def test_a_kind_of_data(scripts, capsys):
+    modules = scripts('generate_data.py', 'below', 'KINDS')
+    flags = ['--data', 'uniform', *NOISE[2:], *TINY[len(NOISE):], '--max_steps', '1']
+    run(modules['search'].main, 'found', *flags)
+    assert report(modules, capsys)['searched_on'] == 'uniform'
+    assert modules['generate_data'].main(['--kind', 'uniform', '--out', 'set', *NOISE[2:]]) == 0
+    assert abs(modules['generate_data'].read('set', {}).images.astype(float).std() - 74) < 1
+
+
+def test_an_operation(scripts, capsys):
+    run(search.main, 'before', *DARTS, '--max_steps', '1')
+    modules = scripts('operations.py', 'below', 'OPERATIONS')
+    modules['search'].PDarts.MORE_CELLS = 0, 0, 0
+    for method, steps in (('darts', '1'), ('gdas', '1'), ('pdarts', '3')):
+        lines = run(modules['search'].main, method, *DARTS, '--method', method, '--frozen_epochs',
+                    '0', '--epochs', steps, '--steps_per_epoch', '1')
+        assert np.shape(lines[0]['alphas']['normal']) == (14, 9)
+    cell = [('conv_7x1_1x7', state) for _ in range(4) for state in (0, 1)]
+    Path('own.json').write_text(json.dumps({
+        'normal': cell, 'normal_concat': [2, 3, 4, 5], 'reduce': cell,
+        'reduce_concat': [2, 3, 4, 5]}))
+    run(modules['retrain'].main, 'found', '--arch', 'own.json', *RETRAIN[2:])
+    row = report(modules, capsys)
+    assert row['genotype']['normal'][0] == ['conv_7x1_1x7', 0] and row['params'] > 0
+    # Runs from before and after make one table; without the operation its run is one line.
+    assert modules['evaluate'].main(['before', 'darts', 'found', '--gpu', '-1']) == 0
+    assert capsys.readouterr().out.count('\n') == 3
+    one_line(capsys, evaluate.main(['found', '--gpu', '-1']), 'conv_7x1_1x7')
+
+
+def test_a_metric(scripts, capsys):
+    modules = scripts('evaluate.py', 'below', 'METRICS')
+    lines = run(modules['retrain'].main, 'found', *RETRAIN)
+    run(modules['retrain'].main, 'other', *RETRAIN, '--seed', '1')
+    assert report(modules, capsys)['fit_calibration'] == lines[-1]['fit_calibration']
+    assert modules['evaluate'].main(['found', 'other', '--csv', 't.csv', '--gpu', '-1']) == 0
+    assert 'fit calibration error %' in capsys.readouterr().out
+    assert 'fit_calibration' in Path('t.csv').read_text()
+    # Two answers of confidence .9, one of them right; and one of .6 that is wrong.
+    scores = torch.tensor([[.9, .1], [.9, .1], [.4, .6]]).log()
+    error = modules['evaluate'].calibration_error(scores, torch.tensor([0, 1, 0]), ['a', 'b'])
+    assert error == pytest.approx(100 * (abs(1.8 - 1) + 0.6) / 3, rel=1e-5)

@@ -6,13 +6,13 @@ from conftest import batch, close, same_weights, with_textbook
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import genotypes
 import model_search
 import operations
 import search
 from evaluate import cost
-from genotypes import PUBLISHED, Genotype, random_genotype
-from model_search import EDGES, Drawn, Network, derive
+from genotypes import (PUBLISHED, Genotype, from_string, nas_bench_201, random_genotype,
+                       random_string, to_string)
+from model_search import EDGES, Network, derive
 
 pytestmark = pytest.mark.usefixtures('float64')
 
@@ -24,11 +24,13 @@ def agree(ours, book, x, y):
         close(a, b)
     for outputs in logits:
         sum(nn.functional.cross_entropy(z, y) for z in outputs).backward()
-    total = 0
-    for p, block, q in textbook.pairs_of_weights(ours, book):
-        close(p.grad[block] if p.requires_grad else p[block], q.grad if p.requires_grad else q)
-        total += q.numel() if p.requires_grad else 0
-    assert total == sum(p.numel() for p in ours.weight_parameters())
+    pairs = textbook.pairs_of_weights(ours, book)
+    for p, block, q in pairs:
+        if p.requires_grad:         # NAS-Bench-201's cells may have no use for an operation
+            p, q = (torch.zeros_like(t) if t.grad is None else t.grad for t in (p, q))
+        close(p[block], q)
+    trained = [q for p, _, q in pairs if p.requires_grad]
+    assert sum(q.numel() for q in trained) == sum(p.numel() for p in ours.weight_parameters())
     for p, q in zip(ours.architecture_parameters(), book.alphas):
         close(p.grad, q.grad)
     close(ours.eval()(x), book.eval()(x))
@@ -53,15 +55,23 @@ def test_networks_equal_the_textbook(shape, more, size):
     agree(ours, book, *batch(size, 3))
 
 
+@pytest.mark.parametrize('arch', [
+    random_string(0), random_string(1), to_string(['none'] * 5 + ['nor_conv_3x3'])])
+def test_networks_of_nb201_equal_the_textbook_and_have_the_parameters_of_the_table(arch):
+    ours, book = Network(4, 4, 5, arch), textbook.NB201Network(4, 4, 1, from_string(arch))
+    textbook.copy_weights(ours, book)
+    agree(ours, book, *batch(16))
+    assert cost(arch, 16, 17)['params'] == nas_bench_201()[0][arch]['params']
+
+
 @pytest.mark.parametrize('flags', [
     '', '--partial 4', '--unrolled', '--partial 4 --unrolled', '--space nb201',
     '--space nb201 --unrolled'])
 def test_two_bilevel_steps_equal_the_textbook(flags):
     method, ours, book, pairs = with_textbook('--init_channels', '8', *flags.split())
     sgd, adam = search.optimizers(ours, method.args)
-    step = textbook.Step(book, 'unrolled' in flags)
-    if 'nb201' in flags:
-        step = textbook.Step(book, 'unrolled' in flags, 5e-4, nesterov=True)
+    more = (5e-4, True) if 'nb201' in flags else ()         # weight decay, Nesterov's momentum
+    step = textbook.Step(book, 'unrolled' in flags, *more)
     for _ in range(2):
         train, valid = batch(), batch()
         before = {k: v.clone() for k, v in ours.state_dict().items()}
@@ -69,7 +79,7 @@ def test_two_bilevel_steps_equal_the_textbook(flags):
         for k, v in ours.state_dict().items():      # nothing but the alphas has moved
             assert k.startswith('alphas') or torch.equal(v, before[k]), k
         loss, _ = search.weight_step(method, train, sgd)
-        close(loss, torch.tensor(step(train, valid)))
+        close(loss, torch.tensor(step(*train, *valid)))
     for p, q in zip(ours.architecture_parameters(), book.alphas):
         close(p, q)
     same_weights(pairs)
@@ -103,16 +113,6 @@ def test_second_order_gradient_is_that_through_the_virtual_step(monkeypatch):
         assert (a - b).norm() < 0.02 * b.norm() < 0.1 * (c - b).norm(), (a, b)
 
 
-def test_gradients_of_a_5x5_depthwise_kernel():
-    """Ours beside torch's, also on maps narrower than the kernel."""
-    for height, width, stride in ((5, 6, 1), (4, 4, 1), (3, 2, 2)):
-        x = torch.randn(2, 3, height, width).to(memory_format=torch.channels_last)
-        x, weight = x.requires_grad_(), torch.randn(3, 1, 5, 5, requires_grad=True)
-        call = operations.DepthwiseOnCPU.apply
-        assert torch.autograd.gradcheck(call, (x, weight, stride))
-        close(call(x, weight, stride), nn.functional.conv2d(x, weight, None, stride, 2, 1, 3))
-
-
 def test_parameter_counts():
     def count(*args, **kwargs):
         return sum(p.numel() for p in Network(*args, **kwargs).weight_parameters())
@@ -125,35 +125,15 @@ def test_parameter_counts():
         assert (counts['params'], counts['params_auxiliary']) == (without, with_head)
     assert cost(PUBLISHED['DARTS_V2'], num_classes=100)['params'] == 3_401_272
     assert round(cost(PUBLISHED['DARTS_V2'])['multiply_adds'] / 1e6, 1) == 528.4
+    # The stem of a search at 224 px and C=16 has 24, 48 and 48 channels, as PC-DARTS's code has.
+    with torch.device('meta'), FlopCounterMode(display=False) as counter:
+        network = Network(16, 10, 1, stem='imagenet')
+        network.stem1(network.stem(torch.empty(1, 3, 224, 224)))
+    assert counter.get_total_flops() == 2 * 56_899_584
     # Narrow ones too: 1x1 convolutions that are computed as one dense product count as they are.
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         textbook.Network(8, 10, 4, PUBLISHED['DARTS_V2'], auxiliary=True).eval()(batch(32, 1)[0])
     assert cost(PUBLISHED['DARTS_V2'], 8, 4)['multiply_adds'] == counter.get_total_flops() // 2
-
-
-def test_stem_of_a_search_on_large_images():
-    """56.9 M multiply-adds at 224 px and C=16: 24, 48 and 48 channels, as PC-DARTS's code has."""
-    def multiply_adds(c_in, c_out, side):
-        return 9 * c_in * c_out * side ** 2
-    expected = multiply_adds(3, 24, 112) + multiply_adds(24, 48, 56) + multiply_adds(48, 48, 28)
-    for genotype, count in ((None, expected), (PUBLISHED['DARTS_V2'], 8_128_512)):
-        with torch.device('meta'):
-            network = Network(16, 10, 1, genotype, stem='imagenet')
-            with FlopCounterMode(display=False) as counter:
-                network.stem1(network.stem(torch.empty(1, 3, 224, 224)))
-        assert counter.get_total_flops() == 2 * count
-    assert expected == 56_899_584
-
-
-def test_what_arch_names(tmp_path):
-    genotype, text = random_genotype(7), genotypes.random_string(7)
-    (tmp_path / 'genotype.json').write_text(genotypes.to_json(genotype, data='noise', seed=1))
-    for arch in (str(tmp_path), str(tmp_path / 'genotype.json')):
-        found, found_by = genotypes.find_genotype(arch)
-        assert found == genotype and (found_by['data'], found_by['seed']) == ('noise', 1)
-    assert genotypes.find_genotype('DARTS_V2')[0] == PUBLISHED['DARTS_V2']
-    assert genotypes.find_genotype(text)[0] == text
-    assert genotypes.short_name(genotypes.NB201_LARGEST) == 'nb201-333333'
 
 
 def test_genotype_rule_on_ties_and_none():
@@ -169,60 +149,29 @@ def test_genotype_rule_on_ties_and_none():
     assert genotype.normal_concat == genotype.reduce_concat == (2, 3, 4, 5)
 
 
-def test_partial_channels_weigh_by_alpha_times_beta():
+def test_a_genotype_of_partial_channels_is_of_alpha_times_beta():
     network = Network(8, 10, 1, partial=4)
     with torch.no_grad():
         for alpha in network.architecture_parameters():
             alpha.zero_()
         network.alphas['normal'][:, 4] = 1.0
         network.alphas['beta_normal'][EDGES.index((5, 4))] = 3.0
-    weights, _, shares = network.edge_weights('normal')
-    assert torch.allclose(weights.sum(1), shares) and shares.split([2, 3, 4, 5])[3].argmax() == 4
     assert network.genotype().normal[-1] == ('sep_conv_3x3', 4)
-    alphas = {id(p) for p in network.architecture_parameters()}
-    assert len(alphas) == 4 and not alphas & {id(p) for p in network.weight_parameters()}
 
 
 def test_drop_path_drops_whole_images_and_spares_identities(monkeypatch):
     torch.set_default_dtype(torch.float32)
     x = torch.ones(4000, 2, 1, 1)
     y = x * operations.drop_path(x, 0.3)
-    assert set(y.unique().tolist()) == {0.0, y.max().item()} and abs(y.mean() - 1) < 0.05
+    assert len(y.unique()) == 2 and not y.min() and abs(y.mean() - 1) < 0.05
     assert (y[:, 0] == y[:, 1]).all()
-    skips = tuple(('skip_connect', state) for state in (0, 1) * 4)
-    network = Network(4, 10, 3, Genotype(skips, (2, 3, 4, 5), skips, (2, 3, 4, 5)))
-    network.drop_path_prob, calls = 0.5, []
+    skips, calls = tuple(('skip_connect', state) for state in (0, 1) * 4), []
     monkeypatch.setattr(model_search, 'drop_path', lambda x, p: calls.append(p) or torch.ones(()))
+    network = Network(4, 10, 3, Genotype(skips, (2, 3, 4, 5), skips, (2, 3, 4, 5)))
+    network.drop_path_prob = 0.5
     network(torch.randn(8, 3, 8, 8))
-    assert calls == [0.5] * 16              # one normal cell of identities, two reduction cells
     network.eval()(torch.randn(8, 3, 8, 8))
-    assert len(calls) == 16
-
-
-def test_an_added_operation_is_mixed_chosen_drawn_and_kept(monkeypatch):
-    """The README's snippet is run in test_additions.py; here, also by GDAS and P-DARTS."""
-    monkeypatch.setitem(operations.OPERATIONS, 'conv_7x7', operations.per_edge(
-        lambda C, stride, affine: nn.Conv2d(C, C, 7, stride, 3, bias=False)))
-    network, (x, _) = Network(4, 10, 3), batch()
-    with torch.no_grad():
-        for alpha in network.architecture_parameters():
-            alpha[:, -1] += 1
-    network(x).sum().backward()
-    assert all(alpha.grad[:, 8].all() for alpha in network.architecture_parameters())
-    genotype = network.genotype()
-    assert {op for op, _ in genotype.normal + genotype.reduce} == {'conv_7x7'}
-    assert 'conv_7x7' in genotypes.draw(genotype)
-    assert any('conv_7x7' in str(random_genotype(seed)) for seed in range(3))
-    network = Network(4, 10, 3, width=1)
-    one_hot = nn.functional.one_hot(torch.full((14,), 8), 9).double().requires_grad_()
-    network.mix = lambda cell_type, p: Drawn(one_hot, [8] * 14)
-    network(x).sum().backward()
-    assert one_hot.grad[:, 8].all() and not one_hot.grad[:, :8].any()
-    edges = [['conv_7x7', 'skip_connect'] if e % 2 else ['sep_conv_3x3', 'conv_7x7']
-             for e in range(14)]
-    network = Network(4, 10, 3, kept={'normal': edges, 'reduce': edges})
-    network(x).sum().backward()
-    assert (network.alphas['normal'].grad != 0).sum(1).eq(2).all()
+    assert calls == [0.5] * 16              # one normal cell of identities, two reduction cells
 
 
 def test_kept_operations_equal_the_textbook():

@@ -1,26 +1,221 @@
-"""ImageNet and CheXpert: searches and retrainings on files laid out as theirs; published numbers.
+"""Real data: readers of CIFAR, folders, ImageNet and CheXpert, and how images are augmented.
 
-How these data are read and augmented is in test_readers.py.
+Searches and retrainings on files laid out as ImageNet's and CheXpert's; published recipes.
 """
-import csv
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import NOISE, ROOT, SIZES, one_line, reports, run
-from test_readers import COLUMNS, chest, tree, write_rows
+from conftest import (COLUMNS, SIZES, chexpert, fake_cifar, folder_of_images, imagenet, make_set,
+                      one_line, python2_pickle, read_rows, reports, run, write_rows)
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
 
 import evaluate
-import generate_data
+import generate_data as g
 import retrain
 import search
 from genotypes import random_string
 
 
+def test_cifar_is_read_as_python_2_wrote_it(capsys):
+    folder = fake_cifar()
+    data = np.random.default_rng(1).integers(0, 256, (7, 3072), np.uint8)
+    (folder / 'data_batch_1').write_bytes(python2_pickle({'data': data, 'labels': [*range(7)]}))
+    train, test = g.read('cifar10', {}), g.read('cifar10', {}, 'test')
+    assert len(train) == 87 and len(test) == 20
+    assert (train.images[3].transpose(2, 0, 1).ravel() == data[3]).all() and train.labels[3] == 3
+    assert len(g.read('cifar10', {'data_dir': str(folder)})) == 87      # the folder itself, too
+    assert 'not as officially published' in capsys.readouterr().err
+    small = g.read('cifar10', {'image_size': 16}).images
+    assert small.shape == (87, 16, 16, 3) and abs(small.mean() - train.images.mean()) < 3
+    Path('data/cifar-100-python').mkdir()
+    for name, content in (('train', {'data': data, 'fine_labels': [99] * 7}),
+                          ('meta', {'fine_label_names': [str(k) for k in range(100)]})):
+        Path('data/cifar-100-python', name).write_bytes(python2_pickle(content))
+    assert g.read('cifar100', {}).labels.tolist() == [99] * 7
+
+
+class Runs:
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize('data', [
+    Runs(os.system, ('touch evil',)), Runs(open, ('evil', 'w')), Runs(memoryview, (b'x' * 3072,))])
+def test_a_crafted_pickle_is_one_line_and_is_not_run(data, capsys):
+    (fake_cifar() / 'data_batch_2').write_bytes(pickle.dumps({'data': data, 'labels': [0]}))
+    one_line(capsys, g.main(['--kind', 'random_labels', '--out', 'x']), 'data_batch_2')
+    assert not Path('evil').exists()
+
+
+def test_image_folders_of_any_depth_of_colour_and_turned_images():
+    folder_of_images('tree/train')
+    folder_of_images('tree/val', n=2)
+    train, test = (g.read('tree', {'image_size': 8}, split) for split in ('train', 'test'))
+    assert (len(train), len(test)) == (8, 4) and train.images.shape[1:] == (8, 8, 3)
+    assert train.mean == test.mean
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save('tree/train/cat/deep.png')           # 16 bits, grey
+    Image.fromarray((ramp // 256).astype(np.uint8)).save('tree/train/cat/grey.jpg')
+    Image.fromarray(np.zeros((9, 9, 4), np.uint8)).save('tree/train/cat/rgba.png')
+    deep = g.read_image('tree/train/cat/deep.png', 64)
+    assert len(np.unique(deep)) == 256 and len(g.read('tree', {'image_size': 16})) == 11
+    upright = Image.fromarray(np.arange(40 * 30 * 3).reshape(40, 30, 3).astype(np.uint8))
+    upright.save('upright.png')
+    exif = upright.getexif()
+    exif[274] = 6                                       # lies on its side, by a quarter of a turn
+    upright.transpose(Image.ROTATE_90).save('side.png', exif=exif)
+    assert (g.read_image('side.png', 16) == g.read_image('upright.png', 16)).all()
+
+
+@pytest.mark.parametrize('name, needle', [
+    ('eps', 'cannot identify'), ('bomb', 'pixels'), ('cut', 'truncated')])
+def test_a_hostile_image_is_one_line(name, needle, capsys):
+    folder_of_images('own')
+    path = Path('own/cat/0.png')
+    if name == 'bomb':
+        Image.new('1', (14000, 14000)).save(path)
+    else:
+        eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(evil) (w) file\n'
+        path.write_bytes(eps if name == 'eps' else path.read_bytes()[:50])
+    one_line(capsys, g.main(['--kind', 'random_labels', '--source', 'own', '--out', 'x']), '0.png')
+    with pytest.raises(g.UserError, match=needle):
+        g.read_image(path, 8)
+
+
+def test_imagenet_tree_is_read_as_it_lies_on_disk():
+    imagenet('in')
+    red = Image.new('RGB', (90, 90), (200, 10, 10))
+    red.convert('CMYK').save('in/val/n01/cmyk.JPEG', 'JPEG')
+    red.save('in/val/n01/disguised.JPEG', 'PNG')
+    red.convert('L').save('in/val/n01/grey.JPEG', 'JPEG')
+    where = {'data_dir': 'in', 'image_size': 64}
+    train, test = (g.read('imagenet', where, split) for split in ('train', 'test'))
+    assert train.classes == ['n01', 'n02', 'n03'] and len(train) == 24 and len(test) == 9
+    assert train.mean == [0.485, 0.456, 0.406]
+    assert not g.read('imagenet', {'data_dir': 'in'}).resident
+    cmyk, disguised, grey = test.get(range(2, 5)).astype(int)
+    assert abs(cmyk - (200, 10, 10)).max() < 12 and (disguised == (200, 10, 10)).all()
+    assert (grey == grey[0, 0, 0]).all()
+    Path('in/train/n02/3.JPEG').write_bytes(b'not an image')
+    with pytest.raises(g.UserError, match='3.JPEG'):
+        g.read('imagenet', where)
+    with pytest.raises(g.UserError, match='nowhere/imagenet/train'):
+        g.read('imagenet', {'data_dir': 'nowhere'})
+
+
+def test_crops_are_those_of_random_resized_crop():
+    """The crop of torchvision from a ramp: its middle tells where it lies, its range how large."""
+    ramp = np.zeros((400, 600, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 600), np.linspace(0, 255, 400)[:, None]
+    Image.fromarray(ramp).save('ramp.png')
+    for seed in range(30):
+        torch.manual_seed(seed)
+        x = g.read_image('ramp.png', 16, 8 / 7, crop=True).astype(int)
+        torch.manual_seed(seed)
+        top, left, height, width = RandomResizedCrop.get_params(
+            torch.zeros(1, 400, 600), (0.08, 1), (3 / 4, 4 / 3))
+        for channel, start, length, side in ((0, left, width, 600), (1, top, height, 400)):
+            assert abs(x[..., channel].mean() / 255 - (start + length / 2) / side) < 0.01
+            assert abs(np.ptp(x[..., channel]) / 255 - length / side) < 0.1
+
+
+def test_augmentations_keep_what_they_should():
+    pixels = np.zeros((6, 72, 72, 3), np.uint8)
+    pixels[:, :, :36] = 255                                         # left half white
+    data = g.Data('x', 'real', pixels, np.zeros((6, 14), np.uint8), list(g.CHEXPERT), [.5] * 3,
+                  [.2] * 3, 72)
+    sides = {}
+    for augment in ('affine', 'crop'):
+        batches = g.Batches(data, range(6), 6, torch.device('cpu'), augment, workers=0)
+        x = torch.cat([next(batches.epoch(k))[0] for k in range(4)])
+        sides[augment] = x[:, 0, :, 10:26].mean((1, 2)) > x[:, 0, :, 46:62].mean((1, 2))
+        assert (x.std(0) > 0).any()
+    assert sides['affine'].all() and 3 < sides['crop'].sum() < 21
+
+
+@pytest.mark.parametrize('layout, prefix, inside', [
+    ('CheXpert-v1.0-small', None, ''), ('CheXpert-v1.0', 'CheXpert-v1.0-small', ''),
+    ('CheXpert-v1.0', '/mnt/other/CheXpert-v1.0', 'CheXpert-v1.0')])
+def test_chexpert_layouts(layout, prefix, inside):
+    chexpert('d', layout, prefix, columns=COLUMNS[::-1])
+    where = {'data_dir': str(Path('d', inside)), 'image_size': 16}
+    train, valid = (g.read('chexpert', where, split) for split in ('train', 'test'))
+    assert len(train) == 12 and len(valid) == 6 and train.classes == list(g.CHEXPERT)
+    assert train.images.shape == (12, 16, 16, 3) and train.studies[3] == 'patient00003/study1'
+    assert len(g.read('chexpert', {**where, 'views': 'all'})) == 24
+    assert (train.mean, train.std) == (valid.mean, valid.std)
+    assert len({g.find_or_make('random_labels', {
+        **g.DEFAULTS, **where, 'data_seed': 0, 'source': 'chexpert', 'uncertain': policy}).name
+        for policy in ('ones', 'zeros')}) == 2
+
+
+def test_uncertain_labels():
+    chexpert('d')
+    names, cells = list(g.CHEXPERT), np.arange(12)
+    for policy, *wanted in (('mixed', 0, 1), ('ones', 1, 1), ('zeros', 0, 0), ('ignore', -1, -1)):
+        s = {'data_dir': 'd', 'image_size': 16, 'uncertain': policy}
+        for name, value in zip(('Pneumonia', 'Atelectasis'), wanted):
+            k = names.index(name)
+            wanted_by_cell = np.array([0, 1, 0, value])[(cells + k) % 4]
+            assert (g.read('chexpert', s).labels[:, k] == wanted_by_cell).all()
+
+
+def test_chexpert_that_is_damaged_is_one_line():
+    def refused():
+        with pytest.raises(g.UserError) as error:
+            g.read('chexpert', {'data_dir': 'd', 'image_size': 16})
+        return str(error.value)
+
+    assert 'train.csv' in refused()
+    chexpert('d')
+    table = Path('d/CheXpert-v1.0-small/train.csv')
+    whole = table.read_text()
+    for text, needle in ((whole.replace('Edema', 'Oedema'), 'Edema'),
+                         (whole.replace('-1.0', '-2.0', 1), '-2.0'),
+                         (','.join(whole.split(',')[:-3]), 'no cell'),     # cut in its last line
+                         (whole.splitlines()[0] + '\n', 'no rows'),
+                         (whole.replace('patient0000', 'patient9990'), 'patient99900'),
+                         ('\0\0', 'CSV')):
+        table.write_text(text)
+        assert needle in refused()
+
+
+def test_pictures_without_val_hold_out_the_same_share_of_each_class():
+    folder_of_images('own', n=8)
+    train, test = (g.read('own', {'image_size': 8}, split) for split in ('train', 'test'))
+    assert np.bincount(train.labels).tolist() == [7, 7]
+    assert np.bincount(test.labels).tolist() == [1, 1] and test.mean == train.mean
+    both = {image.tobytes() for image in (*train.images, *test.images)}
+    assert len(both) == 16                              # no picture is in both
+    again = g.read('own', {'image_size': 8}, 'test')
+    assert np.array_equal(again.images, test.images)
+    whole = {'image_size': 8, 'test_fraction': 0.0}
+    assert len(g.read('own', whole)) == 16 and g.read('own', whole, 'test') is None
+
+
+def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
+    for split in ('train', 'val'):
+        folder_of_images(f'own/{split}')
+        for name in ('one', 'two'):
+            Path(f'own/{split}/cat/{name}.jpg').write_bytes(b'no picture')
+    Path('own/train/cat/notes.txt').touch()
+    with pytest.raises(g.UserError, match='4 pictures cannot be read: .*one.jpg, .*val.*one.jpg'):
+        g.read('own', {})
+    assert len(g.read('own', {'skip_broken': True})) == 8
+    assert len(g.read('own', {'skip_broken': True}, 'test')) == 8
+    assert 'no pictures are left out: 1 .txt' in capsys.readouterr().err
+
+
 def test_search_retrain_and_evaluate_on_imagenet(capsys):
-    tree('in')
+    imagenet('in')
     flags = [*SIZES, '--batch_size', '4', '--data', 'imagenet', '--data_dir', 'in', '--image_size',
              '72', '--warmup_epochs', '1']
     lines = run(search.main, 'r', *flags, '--method', 'pcdarts', '--train_portion', '0.6',
@@ -32,16 +227,14 @@ def test_search_retrain_and_evaluate_on_imagenet(capsys):
     assert row['gap'] == pytest.approx(row['test_error'] - row['fit_error'])
     network, meta = evaluate.load_weights('n/weights.pt')
     assert meta['stem'] == 'imagenet' and network.stem1 is not None
-    # Unreal data of its size.
-    run(search.main, 'a', *flags, '--max_steps', '1', '--data', 'random_labels', '--source',
-        'imagenet', '--train_portion', '0.5', '--valid_fraction', '0.5')
-    for name in ('noise', 'generated'):
-        run(search.main, name, *flags, '--max_steps', '1', '--data', name, '--preset', 'imagenet',
-            '--num_classes', '3', '--num_images', '60')
+    for more in (['random_labels', '--source', 'imagenet', '--train_portion', '0.5',
+                  '--valid_fraction', '0.5'],
+                 ['noise', '--preset', 'imagenet', '--num_classes', '3', '--num_images', '60']):
+        run(search.main, more[0], *flags, '--max_steps', '1', '--data', *more)
 
 
 def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
-    chest('d', patients=40)
+    chexpert('d', patients=40)
     flags = [*SIZES, '--batch_size', '4', '--data_dir', 'd', '--image_size', '16']
     halves = ['--train_portion', '0.5', '--valid_fraction', '0.5']
     run(search.main, 'r', *flags, '--data', 'chexpert', *halves)
@@ -57,17 +250,15 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
     assert all(low <= area <= high for area, low, high, _ in row['test_areas'].values())
     # Labels of the test set: by study, its images in test/ beside them.
     os.rename('d/CheXpert-v1.0-small/valid', 'd/test')
-    with open('d/CheXpert-v1.0-small/valid.csv') as file:
-        rows = {r['Path'].rsplit('/', 1)[0].replace('valid', 'test'): r
-                for r in csv.DictReader(file)}
+    rows = {r['Path'].rsplit('/', 1)[0].replace('valid', 'test'): r
+            for r in read_rows('d/CheXpert-v1.0-small/valid.csv')}
     write_rows('d/labels.csv', [{'Study': study.split('/', 1)[1],
-                                 **{k: r[k] for k in generate_data.CHEXPERT}}
+                                 **{k: r[k] for k in g.CHEXPERT}}
                                 for study, r in rows.items()], ['Study', *COLUMNS[5:]])
     again, = reports(capsys, 'n', '--test_labels', 'd/labels.csv')
     assert again['test_areas'] == row['test_areas']
     assert evaluate.main(['n', '--test_labels', 'd/labels.csv', '--scores', 's.csv']) == 0
-    with open('s.csv') as file:
-        scores = {(r['image'], r['label']): float(r['score']) for r in csv.DictReader(file)}
+    scores = {(r['image'], r['label']): float(r['score']) for r in read_rows('s.csv')}
     assert len(scores) == 6 * 14 and all(0 < score < 1 for score in scores.values())
     for name, (area, *_) in row['test_areas'].items():
         mine = np.array([scores['/'.join(study.split('/')[-2:]), name] for study in rows])
@@ -78,8 +269,8 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
 
 
 def test_no_patient_is_in_both_halves():
-    chest('d', patients=20)
-    data = generate_data.read('chexpert', {'data_dir': 'd', 'image_size': 16, 'views': 'all'})
+    chexpert('d', patients=20)
+    data = g.read('chexpert', {'data_dir': 'd', 'image_size': 16, 'views': 'all'})
     for seed in range(3):
         first, second = search.two_parts(data, search.parse(['--seed', str(seed)]))
         assert len(first) == len(second) == 20
@@ -98,38 +289,36 @@ def test_published_counts_of_the_imagenet_network(capsys):
 
 
 def test_presets_are_the_published_recipes():
-    args = search.parse(['--data', 'imagenet', '--method', 'pcdarts'])
-    assert (args.batch_size, args.learning_rate, args.arch_learning_rate, args.warmup_epochs,
-            args.frozen_epochs, args.partial, args.train_portion, args.valid_fraction,
-            args.image_size) == (1024, 0.5, 6e-3, 5, 35, 2, 0.1, 0.025, 224)
-    assert args.arch_grad_clip == 5 and round(retrain.learning_rate_at(args, 15, 50), 4) == 0.3969
+    def expect(args, **values):
+        assert values.items() <= vars(args).items()
+        return args
+
+    args = expect(search.parse(['--data', 'imagenet', '--method', 'pcdarts']), batch_size=1024,
+                  learning_rate=0.5, arch_learning_rate=6e-3, arch_grad_clip=5, warmup_epochs=5,
+                  frozen_epochs=35, partial=2, train_portion=0.1, valid_fraction=0.025,
+                  image_size=224)
+    assert round(retrain.learning_rate_at(args, 15, 50), 4) == 0.3969
     for method in ('sdarts', 'betadarts'):
-        args = search.parse(['--space', 'nb201', '--method', method])
-        assert (args.epochs, args.nesterov, args.weight_decay) == (100, False, 3e-4)
-    args = search.parse(['--method', 'gdas'])
-    assert (args.epochs, args.layers, args.batch_size, args.weight_decay, args.nesterov) == (
-        250, 6, 256, 5e-4, True)
-    assert retrain.parse(['--arch', random_string(0)]).grad_clip == 0
-    args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet'])
-    assert (args.epochs, args.batch_size, args.learning_rate, args.schedule, args.warmup_epochs,
-            args.weight_decay, args.label_smoothing, args.init_channels, args.layers) == (
-        250, 1024, 0.5, 'linear', 5, 3e-5, 0.1, 48, 14)
-    args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'chexpert'])
-    assert (args.optimizer, args.learning_rate, args.image_size, args.holdout_patients) == (
-        'adam', 1e-4, 320, 0.02)
-    assert search.parse(['--data', 'random_labels', '--source', 'chexpert']).image_size == 224
+        expect(search.parse(['--space', 'nb201', '--method', method]), epochs=100, nesterov=False,
+               weight_decay=3e-4)
+    expect(search.parse(['--method', 'gdas']), epochs=250, layers=6, batch_size=256,
+           weight_decay=5e-4, nesterov=True)
+    expect(search.parse(['--data', 'random_labels', '--source', 'chexpert']), image_size=224)
+    expect(retrain.parse(['--arch', random_string(0)]), epochs=200, learning_rate=0.1, layers=17,
+           grad_clip=0)
+    expect(retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet']), epochs=250, layers=14,
+           batch_size=1024, learning_rate=0.5, schedule='linear', warmup_epochs=5,
+           weight_decay=3e-5, label_smoothing=0.1, init_channels=48)
+    expect(retrain.parse(['--arch', 'DARTS_V2', '--data', 'chexpert']), optimizer='adam',
+           learning_rate=1e-4, image_size=320, holdout_patients=0.02)
 
 
-def test_the_learning_rate_follows_the_batch_unless_it_is_typed():
-    def rate(*flags):
-        return search.parse(['--data', 'imagenet', *flags]).learning_rate
-    assert rate('--batch_size', '512') == 0.25
-    assert rate('--batch_size', '512', '--learning_rate', '0.3') == 0.3
+def test_the_learning_rate_on_imagenet_is_that_of_pcdarts_and_follows_the_batch():
+    for flags, rate in (([], 0.25), (['--learning_rate', '0.3'], 0.3)):
+        args = search.parse(['--data', 'imagenet', '--batch_size', '512', *flags])
+        assert args.learning_rate == rate
     args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet', '--epochs', '10'])
     assert args.warmup_epochs == 0                      # of a short run the same share
-
-
-def test_the_learning_rate_on_imagenet_is_that_of_pcdarts():
     args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet'])
     rates = [retrain.learning_rate_at(args, epoch, 250) for epoch in range(250)]
     falling = [0.5 * (245 - epoch) / 245 for epoch in range(245)]
@@ -139,27 +328,13 @@ def test_the_learning_rate_on_imagenet_is_that_of_pcdarts():
 
 
 def test_unreal_data_of_a_target_are_split_in_larger_shares():
-    assert generate_data.main(['--kind', 'noise', '--out', 'set', *NOISE[2:]]) == 0
+    make_set('set')
     for data, shares in (('noise', (0.8, 0.2)), ('generated', (0.8, 0.2)), ('set', (0.8, 0.2)),
                          ('imagenet', (0.1, 0.025))):
         args = search.parse(['--data', data, '--preset', 'imagenet'])
         assert (args.train_portion, args.valid_fraction) == shares
     noise = search.parse(['--preset', 'imagenet'])
     assert (noise.num_classes, noise.num_images, noise.image_size) == (1000, 128000, 224)
-
-
-def test_real_files(capsys):
-    """The README's commands on real ImageNet and X-ray files, where they are at hand."""
-    data = Path(os.environ.get('UNREALNAS_DATA', ROOT / 'data'))
-    if not (data / 'tiny-imagenet-20').is_dir() or not (data / 'CheXpert-v1.0-small').is_dir():
-        pytest.skip('no real files in data/')
-    for name, folder, size, metric in (('imagenet', data / 'tiny-imagenet-20', '72', 'test_error'),
-                                       ('chexpert', data, '64', 'test_auroc_tasks')):
-        flags = [*SIZES, '--max_steps', '1', '--data', name, '--data_dir', str(folder),
-                 '--image_size', size, '--quick']
-        run(search.main, f's-{name}', *flags)
-        run(retrain.main, name, *flags, '--arch', f's-{name}')
-        assert metric in reports(capsys, name)[0]
 
 
 def test_unknown_labels_add_nothing_and_smoothing_is_the_mean_over_classes():

@@ -75,23 +75,12 @@ class MixedOp(nn.Module):
         if self.partial == 1:
             return y
         rest = x[:, c:] if self.stride == 1 else F.max_pool2d(x[:, c:], 2, ceil_mode=True)
-        y = torch.cat([y, rest], 1)
-        b, c, h, w = y.shape
-        return y.view(b, self.partial, c // self.partial, h, w).transpose(1, 2).reshape(b, c, h, w)
+        return F.channel_shuffle(torch.cat([y, rest], 1), self.partial)
 
 
-class Edge(nn.Module):
-    """The one operation that is left on an edge of a derived cell."""
-    def __init__(self, name, c, stride):
-        super().__init__()
-        self.op = operation(name, c, stride, True)
-
-    def forward(self, x, drop_path_prob):
-        y = self.op(x)
-        if drop_path_prob and not isinstance(self.op, nn.Identity):
-            keep = torch.rand(len(y), 1, 1, 1, device=y.device) >= drop_path_prob
-            y = y / (1 - drop_path_prob) * keep
-        return y
+def relu_conv_bn(c_in, c_out, affine):
+    return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False),
+                         nn.BatchNorm2d(c_out, affine=affine))
 
 
 class Cell(nn.Module):
@@ -99,36 +88,37 @@ class Cell(nn.Module):
     def __init__(self, c_before, c_last, c, reduction, reduction_before, partial, pairs, concat):
         super().__init__()
         affine = pairs is not None
-        self.pre0 = FactorizedReduce(c_before, c, affine) if reduction_before else \
-            nn.Sequential(nn.ReLU(), nn.Conv2d(c_before, c, 1, bias=False),
-                          nn.BatchNorm2d(c, affine=affine))
-        self.pre1 = nn.Sequential(nn.ReLU(), nn.Conv2d(c_last, c, 1, bias=False),
-                                  nn.BatchNorm2d(c, affine=affine))
+        before = FactorizedReduce if reduction_before else relu_conv_bn
+        self.pre0, self.pre1 = before(c_before, c, affine), relu_conv_bn(c_last, c, affine)
         self.concat, self.edges = concat, nn.ModuleDict()
         for node in range(2, 2 + NODES):
-            inputs = range(node) if pairs is None else pairs[2 * node - 4:2 * node - 2]
-            for pair in inputs:
-                state = pair if pairs is None else pair[1]
+            inputs = pairs[2 * node - 4:2 * node - 2] if affine else enumerate(range(node))
+            for name, state in inputs:
                 stride = 2 if reduction and state < 2 else 1
-                self.edges[f'{node},{state}'] = MixedOp(c, stride, partial) if pairs is None \
-                    else Edge(pair[0], c, stride)
+                self.edges[f'{node},{state}'] = operation(name, c, stride, True) if affine \
+                    else MixedOp(c, stride, partial)
 
     def operation(self, edge, name):
         edge = self.edges['{},{}'.format(*edge)]
-        return edge.ops[NAMES.index(name)] if isinstance(edge, MixedOp) else edge.op
+        return edge.ops[NAMES.index(name)] if isinstance(edge, MixedOp) else edge
 
     def forward(self, s0, s1, weights, shares, drop_path_prob):
         states = [self.pre0(s0), self.pre1(s1)]
-        row = 0
+        rows = iter(zip(weights, shares)) if weights is not None else None
         for node in range(2, 2 + NODES):
             total = 0
-            for state in range(node):
-                if weights is not None:
-                    y = self.edges[f'{node},{state}'](states[state], weights[row])
-                    total = total + (y if shares is None else shares[row] * y)
-                    row += 1
-                elif f'{node},{state}' in self.edges:
-                    total = total + self.edges[f'{node},{state}'](states[state], drop_path_prob)
+            for state, x in enumerate(states):
+                key = f'{node},{state}'
+                if rows:
+                    row, share = next(rows)
+                    total = total + share * self.edges[key](x, row)
+                elif key in self.edges:
+                    edge = self.edges[key]
+                    y = edge(x)
+                    if drop_path_prob and not isinstance(edge, nn.Identity):
+                        keep = torch.rand(len(y), 1, 1, 1, device=y.device) >= drop_path_prob
+                        y = y / (1 - drop_path_prob) * keep
+                    total = total + y
             states.append(total)
         return torch.cat([states[node] for node in self.concat], 1)
 
@@ -185,7 +175,7 @@ class Network(nn.Module):
             s1 = self.stem1(s0)
         auxiliary = None
         for layer, (cell, reduction) in enumerate(zip(self.cells, self.reductions)):
-            weights = shares = None
+            weights, shares = None, [1] * 14
             if len(self.alphas):
                 weights = self.mix(self.alphas[int(reduction)])
             if self.partial > 1:
@@ -206,12 +196,8 @@ NB201_NAMES = ['none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool
 
 
 def nb201_operation(name, c, affine):
-    if name == 'none':
-        return Zero(1)
-    if name == 'skip_connect':
-        return nn.Identity()
-    if name == 'avg_pool_3x3':
-        return nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+    if not name.startswith('nor_conv'):
+        return operation(name, c, 1, True)                  # which has no BatchNorm
     size = int(name[-1])
     return nn.Sequential(nn.ReLU(), nn.Conv2d(c, c, size, 1, size // 2, bias=False),
                          nn.BatchNorm2d(c, affine=affine, track_running_stats=affine))
@@ -314,14 +300,15 @@ def loss(network, batch):
 
 
 class Step:
-    """One architecture and one weight step with torch's own optimizers; more: SGD's settings."""
-    def __init__(self, network, unrolled, weight_decay=3e-4, **more):
+    """One architecture and one weight step with torch's own optimizers."""
+    def __init__(self, network, unrolled, weight_decay=3e-4, nesterov=False):
         self.network, self.unrolled = network, unrolled
         self.sgd = torch.optim.SGD(network.weights(), 0.025, momentum=0.9,
-                                   weight_decay=weight_decay, **more)
+                                   weight_decay=weight_decay, nesterov=nesterov)
         self.adam = torch.optim.Adam(network.alphas, 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
 
-    def __call__(self, train, valid):
+    def __call__(self, x, y, *valid):
+        train = x, y
         grads = architecture_gradients(self.network, train, valid, self.sgd, self.unrolled)
         for alpha, grad in zip(self.network.alphas, grads):
             alpha.grad = grad
