@@ -121,7 +121,7 @@ METRICS = {
 }
 
 
-def gathered(value):
+def gather(value):
     """[value of each process], of plain types and tensors on the CPU."""
     values = [None] * world()[1]
     if len(values) == 1:
@@ -143,7 +143,7 @@ def predictions(network, batches):
         total += (loss_of(logits, y) * len(y)).item()
         scores.append(logits.float().cpu())
         labels.append(y.cpu())
-    totals, scores, labels, rows = zip(*gathered((total, scores, labels, batches.indices)))
+    totals, scores, labels, rows = zip(*gather((total, scores, labels, batches.indices)))
     scores, labels = torch.cat(sum(scores, [])), torch.cat(sum(labels, []))
     loss = sum(totals) / len(labels)
     studies = batches.data.studies

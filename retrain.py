@@ -13,6 +13,7 @@ Recipe: DARTS (arXiv 1806.09055), with cutout (arXiv 1708.04552), an auxiliary h
 1409.4842) and drop-path (arXiv 1605.07648); on ImageNet that of PC-DARTS (arXiv 1907.05737).
 """
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -35,7 +36,7 @@ from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, 
                            number, one_line_errors, parse_flags, read, refuse_unused,
                            sha256_of_files, stratified_split, taken, world, write_file)
 from evaluate import (COST, EVALUATION_BATCH, MAY_DIFFER, check_layers, correct, find_genotype,
-                      gathered, loss_of, read_json, read_log, stem_for, test)
+                      gather, loss_of, read_json, read_log, stem_for, test)
 
 import numpy as np
 import torch
@@ -170,11 +171,11 @@ def settle(doc, tables, argv, presets, defaults_for):
     return args, typed, defaults
 
 
-def refuse_idle(typed, has_effect, where='beside the other flags'):
-    """UserError for what was typed and has no effect; has_effect: {name: bool}."""
-    for name in sorted(typed.keys() & has_effect.keys()):
-        if not has_effect[name]:
-            raise UserError(f'--{name} means nothing {where}: leave it out')
+def refuse_idle(typed, idle):
+    """UserError for what was typed and has no effect; idle: {name: whether it has none}."""
+    for name in sorted(typed.keys() & idle.keys()):
+        if idle[name]:
+            raise UserError(f'--{name} means nothing beside the other flags: leave it out')
 
 
 def batch_of(args, images):
@@ -185,13 +186,6 @@ def batch_of(args, images):
     size = min(args.batch_size, max(8, images // 20))
     return max(2 * parts, size - size % parts)
 
-
-def check_batch(args, share):
-    """UserError if a batch is more than the share of the unreal images that would be made."""
-    images = round(args.num_images * share)
-    if 'num_images' in taken(args.data, vars(args)) and batch_of(args, images) > images:
-        raise UserError(f'--batch_size {args.batch_size} is more than the {images} images of its '
-                        'split (--train_portion): take less, more --num_images, or --preset laptop')
 
 
 def run_name(script, first, args, typed, defaults):
@@ -254,21 +248,26 @@ class Run:
         self.checkpoint, self.log = {}, []
         self.epoch = self.step = 0              # where to go on
         self.caught = self.stop = 0             # a signal; one that all processes have agreed on
-        about = self.folder / 'args.json'
-        if world()[0]:
-            return
-        if about.exists():
-            if not args.resume:
-                raise UserError(f'{self.folder} holds a run: --resume it, or choose another --save')
-            before, now = read_json(about)['settings'], vars(args)
-            for name in sorted((now.keys() | before.keys()) - MAY_DIFFER):
-                if now.get(name) != before.get(name):
-                    raise UserError(f'{self.folder} was run with --{name} {before.get(name)}, not '
-                                    f'{now.get(name)}: give the same, or choose another --save')
-        elif {path.name for path in self.folder.glob('[!.]*')} - {'scripts'}:   # of a kill
-            raise UserError(f'{self.folder} holds something that is no run: choose another --save')
+        if is_first():
+            self.check_folder()
         if self.finished:
             print(f'{self.folder} is finished')
+
+    def check_folder(self):
+        """UserError if the folder holds anything but a run of these settings to --resume."""
+        about = self.folder / 'args.json'
+        if not about.exists():
+            if {path.name for path in self.folder.glob('[!.]*')} - {'scripts'}:     # of a kill
+                raise UserError(f'{self.folder} holds something that is no run: choose another '
+                                '--save')
+            return
+        if not self.args.resume:
+            raise UserError(f'{self.folder} holds a run: --resume it, or choose another --save')
+        before, now = read_json(about)['settings'], vars(self.args)
+        for name in sorted((now.keys() | before.keys()) - MAY_DIFFER):
+            if now.get(name) != before.get(name):
+                raise UserError(f'{self.folder} was run with --{name} {before.get(name)}, not '
+                                f'{now.get(name)}: give the same, or choose another --save')
 
     def plan(self, full):
         """Set epochs, steps of an epoch and total steps, of data that give `full` steps an epoch.
@@ -292,7 +291,7 @@ class Run:
         """Hold the run's folder, on a Data or None; read its checkpoint, and catch signals."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / '.lock', 'a') as lock:
-            if not world()[0]:
+            if is_first():
                 try:
                     if fcntl:
                         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -307,13 +306,13 @@ class Run:
                 self.log = self.checkpoint['log']
                 self.epoch, self.step = self.checkpoint['epoch'], self.checkpoint['step']
             self.write_log()
-            handlers = {signum: signal.signal(signum, self.catch)
-                        for signum in (signal.SIGINT, signal.SIGTERM)}
+            interrupt = signal.signal(signal.SIGINT, self.catch)
+            terminate = signal.signal(signal.SIGTERM, self.catch)
             try:
                 yield
             finally:
-                for signum, handler in handlers.items():
-                    signal.signal(signum, handler)
+                signal.signal(signal.SIGINT, interrupt)
+                signal.signal(signal.SIGTERM, terminate)
 
     def write_args(self, data):
         """Write args.json and scripts/ of a new run; one that goes on must have the same data."""
@@ -432,9 +431,9 @@ class Run:
         if world()[1] == 1:                     # a signal may come after the last step as well
             self.stop = self.caught
         content = {**self.state(), 'epoch': epoch, 'step': step, 'log': self.log,
-                   'seconds': self.seconds, 'sums': torch.stack(gathered(self.sums.cpu())),
-                   'random': gathered(random_states(self.device))}
-        if not world()[0]:
+                   'seconds': self.seconds, 'sums': torch.stack(gather(self.sums.cpu())),
+                   'random': gather(random_states(self.device))}
+        if is_first():
             write_file(self.folder / 'checkpoint.pt', content)
         self.write_log()
         if not self.stop or epoch == self.epochs:
@@ -443,7 +442,7 @@ class Run:
         return True
 
     def write_log(self):
-        if not world()[0]:
+        if is_first():
             lines = [json.dumps(line) + '\n' for line in self.log]
             write_file(self.folder / 'log.jsonl', ''.join(lines))
 
@@ -497,7 +496,18 @@ def set_random_states(states, device):
 # The processes of torchrun
 
 
-def averaged(tensors):
+def is_first():
+    """Whether this is the first process of the run, which writes its files."""
+    return world()[0] == 0
+
+
+def draw_apart(seed):
+    """From here on each process but the first draws numbers of its own."""
+    if not is_first():
+        torch.manual_seed((seed + world()[0] * 1_000_003) % 2 ** 62)
+
+
+def average(tensors):
     """The mean over all processes of each of some tensors of one type, in one all_reduce."""
     if world()[1] == 1:
         return list(tensors)
@@ -517,7 +527,7 @@ def start_alike(network):
 def check_alike(tensors, what):
     """UserError if processes that do the same sums have come apart."""
     mine = torch.cat([t.detach().double().flatten() for t in tensors]).cpu()
-    for rank, other in enumerate(gathered(mine)):
+    for rank, other in enumerate(gather(mine)):
         if not torch.equal(other, mine):
             raise UserError(f'the {what} of process {rank} are others: use GPUs of one kind')
 
@@ -563,44 +573,39 @@ class GraphedStep:
             return graph, self.step(*self.batch)
 
     def first_replay(self, batch):
-        """Capture, compare, and leave the state one step further."""
+        """Capture and replay the step, take it back, take the eager step, and compare the two."""
         self.on, self.batch, reason = False, [t.clone() for t in batch], None
-        before, result, after = self.state(), self.step(*batch), self.state()
+        changed, states = self.changed(), random_states(self.device)
+        before, replayed = copy.deepcopy(changed), {}
         try:
-            self.set_state(before)
             graph, self.result = self.capture()
-            self.set_state(before)
             graph.replay()
-            for name, part in self.changed().items():
-                start, end = before[0][name], after[0][name]
-                off, moved = distance(part, end), distance(start, end)
-                if not off <= self.TOLERANCE * moved:
-                    reason = f"the {name} differ from the eager step's by {off:.2g} in {moved:.2g}"
+            replayed = copy.deepcopy(changed)
         except RuntimeError as error:
             reason = f'capture failed ({str(error).splitlines()[0][:100]})'
             if self.device.type == 'cuda':      # before torch 2.14 it would count as capturing on
                 generator = torch.cuda.default_generators[self.device.index]
                 generator.graphsafe_set_state(generator.clone_state())
-        if reason is None:
-            self.graph = graph
-        else:
+        for name, tensors in changed.items():
+            for t, old in zip(tensors, before[name]):
+                t.data.copy_(old)
+                t.grad = None                   # of a capture that broke off
+        set_random_states(states, self.device)
+        result = self.step(*batch)
+        reason = reason or difference(before, replayed, changed, self.TOLERANCE)
+        if reason:
             print(f'no CUDA graph: {reason}; going on without', file=sys.stderr)
-        self.set_state(after)
+        self.graph = None if reason else graph
         return result
 
-    def state(self):
-        copies = {}
-        for name, part in self.changed().items():
-            copies[name] = [t.detach().clone() for t in part]
-        return copies, random_states(self.device)
 
-    @torch.no_grad()
-    def set_state(self, state):
-        for name, part in self.changed().items():
-            torch._foreach_copy_(part, state[0][name])
-            for t in part:
-                t.grad = None                   # of a step that broke off
-        set_random_states(state[1], self.device)
+def difference(before, replayed, eager, tolerance):
+    """Say how a replayed step differs from the eager one, all {name: tensors}; None if alike."""
+    for name, tensors in replayed.items():
+        off, moved = distance(tensors, eager[name]), distance(before[name], eager[name])
+        if not off <= tolerance * moved:        # also if one is not finite
+            return f"the {name} differ from the eager step's by {off:.2g} in {moved:.2g}"
+    return None
 
 
 @torch.no_grad()
@@ -609,7 +614,7 @@ def distance(a, b):
     return math.sqrt(sum((x.double() - y.double()).square().sum().item() for x, y in zip(a, b)))
 
 
-def changed_by_a_step(network, *optimizers):
+def tensors_of_a_step(network, *optimizers):
     """What GraphedStep compares: {name: tensors}."""
     states = []
     for optimizer in optimizers:
@@ -626,7 +631,7 @@ def changed_by_a_step(network, *optimizers):
 
 
 def train_step(network, batch, optimizer, args):
-    """Step the weights on a batch: (loss without the auxiliary head's, right answers)."""
+    """Step the weights; returns loss (without the auxiliary head's) and right answers, (2,)."""
     parts, sums = list(zip(*(t.chunk(args.grad_accum) for t in batch))), 0
     for k, (x, y) in enumerate(parts):
         # DistributedDataParallel averages over the processes after the last part.
@@ -646,7 +651,7 @@ def train_step(network, batch, optimizer, args):
         torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip, foreach=True)
     optimizer.step()
     optimizer.zero_grad()
-    return sums.unbind()
+    return sums
 
 
 def make_optimizer(weights, args, name='sgd'):
@@ -669,11 +674,9 @@ def build(args, genotype, num_classes, stem, device):
     if args.drop_path_prob:
         network.drop_path_prob = torch.zeros((), device=device)
     optimizer = make_optimizer(list(network.parameters()), args, args.optimizer)
-    rank, processes = world()
-    if processes == 1:
+    if world()[1] == 1:
         return network, network, optimizer
-    if rank:                                    # each process draws its own drop-path
-        torch.manual_seed((args.seed + rank * 1_000_003) % 2 ** 62)
+    draw_apart(args.seed)                       # drop-path
     warnings.filterwarnings('ignore', 'Grad strides do not match')      # of 1x1 kernels
     # A node of the cell may lead nowhere: then its operations get no gradient.
     idle = isinstance(genotype, str) or len(genotype.normal_concat + genotype.reduce_concat) < 8
@@ -718,9 +721,8 @@ def parse(argv):
     check_layers(find_genotype(args.arch)[0], args.layers)
     if args.max_steps == 0:
         raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
-    sgd = args.optimizer == 'sgd'
-    refuse_idle(typed, {'cutout_length': args.cutout, 'momentum': sgd, 'nesterov': sgd})
-    check_batch(args, min(1.0, args.train_portion))
+    adam = args.optimizer == 'adam'
+    refuse_idle(typed, {'cutout_length': not args.cutout, 'momentum': adam, 'nesterov': adam})
     args.save = args.save or run_name('retrain', [args.data, args.arch], args, typed, defaults)
     return args
 
@@ -742,31 +744,28 @@ def main(argv=None):
         raise UserError('--label_smoothing: these images have several labels, which are not '
                         'smoothed: leave it out')
     rows, held = split_rows(data, args)
-    test_data = read(args.data, vars(args), 'test') if data.kind == 'real' else None
-
-    def whole(data, rows):
-        return Batches(data, rows, EVALUATION_BATCH[data.image_size > 64], device, shuffle=False,
-                       workers=args.workers)
-
     size = batch_of(args, len(rows))
     batches = Batches(data, rows, size, device, args.augment,
                       args.cutout_length if args.cutout else 0, 2 * args.seed, True, args.workers)
-    fit_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), FIT_IMAGES)).astype(int)]
     run.plan(len(batches))
+    fit_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), FIT_IMAGES)).astype(int)]
+    test_data = read(args.data, vars(args), 'test') if data.kind == 'real' else None
+
+    def measure(part, data, rows):
+        return test(part, network, Batches(data, rows, EVALUATION_BATCH[data.image_size > 64],
+                                           device, shuffle=False, workers=args.workers))
 
     with run.on(data):
         network, parallel, optimizer = build(args, genotype, len(data.classes), stem, device)
-        best = run.checkpoint.get('best', math.inf)
-        best_held = run.checkpoint.get('best_held', math.inf)
-        kept = run.checkpoint.get('kept', {})               # weights of the best epoch
+        kept = run.checkpoint.get('kept', {})               # weights of the best held-out epoch
         run.start(f'{args.arch} (C={args.init_channels}) on {data.name} ({len(rows):,} images of '
                   f'{data.image_size} px, {len(data.classes)} classes)',
                   torch.zeros(2, device=device),            # loss and right answers
                   lambda: dict(network=network.state_dict(), optimizer=optimizer.state_dict(),
-                               best=best, best_held=best_held, kept=kept),
+                               kept=kept),
                   network=network, optimizer=optimizer)
-        step = GraphedStep(lambda *batch: torch.stack(train_step(parallel, batch, optimizer, args)),
-                           lambda: changed_by_a_step(network, optimizer), device,
+        step = GraphedStep(lambda *batch: train_step(parallel, batch, optimizer, args),
+                           lambda: tensors_of_a_step(network, optimizer), device,
                            args.graph == 'auto' and world()[1] == 1)
         for epoch in range(run.epoch, run.epochs):
             learning_rate = learning_rate_at(args, epoch, run.epochs)
@@ -778,35 +777,37 @@ def main(argv=None):
             if run.train(epoch, batches.epoch(epoch, run.step), step, network.parameters()):
                 return 128 + run.stop
             start_alike(network)                # with the running statistics of the first process
-            loss, right = averaged([run.sums])[0].div(run.last).tolist()
+            loss, right = average([run.sums])[0].div(run.last).tolist()
             line = {'learning_rate': learning_rate, 'drop_path_prob': drop_path_prob,
                     'train_loss': loss, 'train_accuracy': right * world()[1] / size}
             is_last = epoch + 1 == run.epochs
             if len(held):
-                line.update(test('holdout', network, whole(data, held)))
-                area = line.get('holdout_auroc_tasks')
-                badness = line['holdout_loss'] if area is None else 1 - area
-                badness = line.get('holdout_error', badness)
-                if badness < best_held:
-                    best_held = badness
+                line.update(measure('holdout', data, held))
+                if badness(line) < min(map(badness, run.log), default=math.inf):
                     kept = {name: t.cpu().clone() for name, t in network.state_dict().items()}
                 if is_last:                     # its line is of the weights that weights.pt holds
                     network.load_state_dict(kept)
-                    line.update(test('holdout', network, whole(data, held)))
+                    line.update(measure('holdout', data, held))
             if test_data:
-                line.update(test('test', network, whole(test_data, range(len(test_data)))))
+                line.update(measure('test', test_data, range(len(test_data))))
             if 'test_error' in line:
-                best = min(best, line['test_error'])
-                line['best_test_error_selected_on_test'] = best
+                errors = [before['test_error'] for before in [*run.log, line]]
+                line['best_test_error_selected_on_test'] = min(errors)
             if is_last:                         # without augmentation, in evaluation mode
-                line.update(test('fit', network, whole(data, fit_rows)))
+                line.update(measure('fit', data, fit_rows))
             measured = [line.get('test_loss', 0.0), line.get('fit_loss', 0.0)]
             run.check_finite([torch.tensor(measured)], epoch * run.steps + run.last)
             if run.end_epoch(epoch, line, run.last * size):
                 return 128 + run.stop
-        if not world()[0]:
+        if is_first():
             finish(run, args, data, test_data, stem, genotype, found_by,
                    kept or network.state_dict())
+
+
+def badness(line):
+    """By what an epoch is chosen on held-out images: the error, or 1 - AUROC, or the loss."""
+    area = line.get('holdout_auroc_tasks')
+    return line.get('holdout_error', line['holdout_loss'] if area is None else 1 - area)
 
 
 def finish(run, args, data, test_data, stem, genotype, found_by, weights):
