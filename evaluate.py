@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CHEXPERT, DEFAULTS, REAL, Batches, Progress, Setting, UserError,
-                           choose_device, is_image, leave, load_file, names_to_draw, number,
-                           one_line_errors, parse_flags, read, read_chexpert, read_image,
+from generate_data import (DEFAULTS, REAL, Batches, Progress, Setting, UserError, choose_device,
+                           is_image, leave, load_file, names_to_draw, number, one_line_errors,
+                           parse_flags, read, read_chexpert, read_image, readable,
                            sha256_of_files, taken, world, write_file)
 
 import numpy as np
@@ -227,15 +227,12 @@ def stem_for(stem, image_size, init_channels, auxiliary=False):
 def load_weights(path):
     """(network in evaluation mode, meta) from a weights.pt; meta: see retrain.finish."""
     content = load_file(path, 'retrain again')
-    try:
+    with readable(f'{path} is no network of this code', 'Retrain again.'):
         meta = content['meta']
         network = Network(meta['init_channels'], len(meta['classes']), meta['layers'],
                           from_plain(meta['genotype'], str(path)), auxiliary=meta['auxiliary'],
                           stem=meta['stem'])
         network.load_state_dict(content['network'])
-    except (KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f'{path} is no network of this code ({reason}): retrain again') from None
     return network.eval(), meta
 
 
@@ -255,27 +252,16 @@ def predict(network, meta, path):
 
 def read_json(path):
     """The object in a JSON file of a run; UserError for a damaged or missing one."""
-    try:
-        content = json.loads(Path(path).read_text())
-        if isinstance(content, dict):
-            return content
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing: give the folder of a run') from None
-    except ValueError:
-        pass
-    raise UserError(f'{path} is damaged: take it from a copy, or run again')
+    with readable(f'{path} is missing or damaged', 'Give the folder of a run, or run again.'):
+        return dict(json.loads(Path(path).read_text()))
 
 
 def read_log(folder):
-    """The lines of log.jsonl, as dictionaries; a line that a kill cut short is left out."""
-    path, lines = Path(folder) / 'log.jsonl', []
+    """The lines of log.jsonl, as dictionaries; one without an end is left out."""
+    path = Path(folder) / 'log.jsonl'
     text = path.read_text() if path.exists() else ''
-    for number_, line in enumerate(text.split('\n')[:-1], 1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            raise UserError(f'{path}: line {number_} is damaged: --resume the run') from None
-    return lines
+    with readable(f'{path} is damaged', '--resume the run.'):
+        return [json.loads(line) for line in text.split('\n')[:-1]]
 
 
 def method_name(settings):
@@ -320,7 +306,7 @@ def read_run(run):
         if (folder / 'genotype.json').exists():
             genotype, found_by = find_genotype(str(folder))
             row.update(finished=True, genotype=plain(genotype), arch_data=found_by['arch_data'],
-                       **known_of(genotype))
+                       **look_up(genotype))
             if found_by['data'] is None:                # a random cell
                 row['searched_on'] = None
             if (folder / 'scores.csv').exists():
@@ -334,24 +320,23 @@ def read_run(run):
     return row
 
 
-def known_of(genotype):
+def look_up(genotype):
     """A cell's skips, parameters and, of NAS-Bench-201, true accuracy and distances in points."""
     if not isinstance(genotype, str):
-        skips = {}
+        found = {}
         for cell in ('normal', 'reduce'):
             names = [op for op, _ in getattr(genotype, cell)]
-            skips[f'skips_{cell}'] = names.count('skip_connect')
-        return {**skips, 'params': cost(genotype)['params']}
+            found[f'skips_{cell}'] = names.count('skip_connect')
+        return {**found, 'params': cost(genotype)['params']}
     table, ordered = nas_bench_201()
-    names, true = from_string(genotype), genotypes.truth(genotype)
+    names, found = from_string(genotype), genotypes.truth(genotype)
     others = {'to_optimum': {name: ordered[name][-1] for name in ACCURACIES},
               'to_median': {name: ordered[name][len(table) // 2] for name in ACCURACIES},
               'to_largest': table[NB201_LARGEST]}
-    distances = {}
     for key, values in others.items():
-        distances[key] = [round(true[name] - values[name], 2) for name in ACCURACIES]
-    return {**true, **distances, 'skips': names.count('skip_connect'),
-            'nones': names.count('none'), 'params': table[genotype]['params']}
+        found[key] = [round(found[name] - values[name], 2) for name in ACCURACIES]
+    return {**found, 'skips': names.count('skip_connect'), 'nones': names.count('none'),
+            'params': table[genotype]['params']}
 
 
 def read_cell_scores(folder):
@@ -385,14 +370,6 @@ def spearman(a, b, given=None):
         return float((ab - ac * bc) / np.sqrt((1 - ac ** 2) * (1 - bc ** 2)))
 
 
-def kendall(a, b):
-    """Kendall's tau-b of two arrays."""
-    sums = np.zeros(3)
-    for x, y in zip(a, b):
-        one, other = np.sign(x - a), np.sign(y - b)
-        sums += (one * other).sum(), (one ** 2).sum(), (other ** 2).sum()
-    return float(sums[0] / np.sqrt(sums[1] * sums[2]))
-
 
 def ranking(folder):
     """How well the scores of a search rank its cells, where the truth is known."""
@@ -402,7 +379,7 @@ def ranking(folder):
         return out
     truth, params, value = scores.pop('cifar10'), scores.pop('cell_params'), scores[by]
     best = truth[np.argsort(-value, kind='stable')[:10]]
-    return {**out, 'spearman': spearman(value, truth), 'kendall': kendall(value, truth),
+    return {**out, 'spearman': spearman(value, truth),
             'spearman_given_params': spearman(value, truth, params),
             'best_of_top_10': float(best.max()), 'spearman_of_params': spearman(params, truth),
             'spearman_by_score': {name: spearman(scores[name], truth) for name in sorted(scores)}}
@@ -413,22 +390,21 @@ def read_test(meta, data_dir=None, table=None):
 
     data_dir: where real data are now; table: a CSV of CheXpert's test set.
     """
+    if not (meta['has_test'] or table):
+        return None
     settings = {**meta['settings'], 'image_size': meta['image_size']}
+    name = meta['data']
     if data_dir:
         settings['data_dir'] = data_dir
+        name = name if name in REAL else data_dir
     if table:
-        if meta['classes'] != list(CHEXPERT):
-            raise UserError('--test_labels is for networks trained on chexpert. Leave it out.')
         data = read_chexpert('chexpert', settings, 'test', table)
-    elif not meta['has_test']:
-        return None
     else:
-        moved = data_dir and meta['data'] not in REAL
-        data = read(data_dir if moved else meta['data'], settings, 'test')
+        data = read(name, settings, 'test')
     if data is None:
-        raise UserError(f'{data_dir or meta["data"]} has no test images any more: bring them back')
-    known = meta.get('test_files')
-    if known and not table and sha256_of_files(data.files) != known:
+        raise UserError(f'{name} has no test images any more: bring them back')
+    files = meta.get('test_files')
+    if files and sha256_of_files(data.files) != files:
         raise UserError(f'{data.name}: files were added, removed or changed since this training: '
                         'the test images are others. Bring them back, or retrain')
     unknown = sorted(set(data.classes) - set(meta['classes']))
@@ -464,11 +440,10 @@ def report(run, device, data_dir=None, test_labels=None):
                tested=(scores.numpy(), labels.numpy(), data.classes, names),
                **{f'test_{name}': value for name, value in values.items()})
     if data.multilabel:
-        intervals = bootstrap(scores.numpy(), labels.numpy(), data.classes)
-        values = areas(scores, labels, data.classes)
-        positives = dict(zip(data.classes, (labels == 1).sum(0).tolist()))
-        row['test_areas'] = {name: [value, *intervals[name], positives[name]]
-                             for name, value in values.items()}
+        intervals, row['test_areas'] = bootstrap(*row['tested'][:3]), {}
+        for name, value in areas(scores, labels, data.classes).items():
+            positives = (labels[:, data.classes.index(name)] == 1).sum().item()
+            row['test_areas'][name] = [value, *intervals[name], positives]
     elif 'fit_error' in row:
         row['gap'] = row['test_error'] - row['fit_error']
     return row
@@ -482,8 +457,6 @@ def show(row):
     """Print one run as a list, with units."""
     print(row['run'])
     for name, value in row.items():
-        if value is None or name in ('run', 'finished', 'log', 'settings', 'tested'):
-            continue
         if name == 'genotype' and isinstance(value, dict):
             for cell in ('normal', 'reduce'):
                 pairs = '  '.join(f'{op}:{state}' for op, state in value[cell])
@@ -495,7 +468,7 @@ def show(row):
             for label in row['tested'][2]:
                 if label not in value:
                     print(f'  {label:<28} no AUROC: all positive, or none')
-        else:
+        elif value is not None and name not in ('run', 'finished', 'log', 'settings', 'tested'):
             print(f'  {name.replace("_", " "):<17} {text_of(name, value)}')
 
 
@@ -558,18 +531,18 @@ def table(rows):
 
 def print_table(lines):
     """Print what `table` returns: mean ± standard deviation over the runs of a group."""
+    formats = {name: (name.replace('_', ' '), '') for name in (*GROUPS, 'n')}
+    for name, (header, digits) in columns().items():
+        formats[name] = header, f',.{digits}f'
     there = {name for line in lines for name in line if line[name] is not None}
-    known = {name: text for name, text in columns().items() if name in there}
-    about = [name for name in (*GROUPS, 'n') if name in there]
-    texts = [[name.replace('_', ' ') for name in about] + [header for header, _ in known.values()]]
+    names = [name for name in formats if name in there]
+    texts = [[formats[name][0] for name in names]]
     for line in lines:
-        cells = ['-' if line.get(name) is None else str(line[name]) for name in about]
-        for name, (_, digits) in known.items():
-            cell = '-' if line.get(name) is None else f'{line[name]:,.{digits}f}'
-            if line.get(f'{name}_std') is not None:
-                cell += f' ± {line[f"{name}_std"]:,.{digits}f}'
-            cells.append(cell)
-        texts.append(cells)
+        texts.append([])
+        for name in names:
+            values = [line.get(name), line.get(f'{name}_std')]
+            parts = [format(value, formats[name][1]) for value in values if value is not None]
+            texts[-1].append(' ± '.join(parts) or '-')
     widths = [max(map(len, column)) for column in zip(*texts)]
     for cells in texts:
         print('  '.join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
@@ -613,11 +586,8 @@ def plot(rows, path):
             group += words + Path(row[key]).name if row.get(key) else ''
         row['colour'] = colours.setdefault(group, f'C{len(colours)}')
     for title, start in PANELS.items():
-        lines = []
-        for row in rows:
-            lines.append((row['colour'], [mean_of(line, start) for line in row['log']]))
-        if any(set(values) - {None} for _, values in lines):
-            panels.append((title, 2.4, draw_curves, [lines]))
+        if any(mean_of(line, start) is not None for row in rows for line in row['log']):
+            panels.append((title, 2.4, draw_curves, [rows, start]))
     for row in rows:
         if row.get('score'):
             title = f'{row["cells"]:,} cells, scored by {row["score"]}: {Path(row["run"]).name}'
@@ -647,12 +617,11 @@ def plot(rows, path):
     write_file(path, buffer.getvalue())
 
 
-def draw_curves(axis, lines):
-    """lines: (colour, the value of each epoch or None)."""
-    for colour, values in lines:
-        points = [(epoch, value) for epoch, value in enumerate(values, 1) if value is not None]
-        if points:
-            axis.plot(*zip(*points), color=colour, marker='.', alpha=0.8)
+def draw_curves(axis, rows, start):
+    """The mean of the log's entries that begin with `start`, by epoch."""
+    for row in rows:
+        values = np.array([mean_of(line, start) for line in row['log']], float)     # None: a gap
+        axis.plot(np.arange(len(values)) + 1, values, color=row['colour'], marker='.', alpha=0.8)
     axis.set_xlabel('epoch', fontsize=9)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
@@ -786,8 +755,10 @@ def write_csv(path, rows):
 def show_genotype(run):
     """Print the cell of a search or a retraining in DARTS's words, or its NAS-Bench-201 string."""
     weights = Path(run) / 'weights.pt'
-    found = from_plain(load_weights(weights)[1]['genotype']) if weights.exists() \
-        else find_genotype(run)[0]
+    if weights.exists():
+        found = from_plain(load_weights(weights)[1]['genotype'])
+    else:
+        found, _ = find_genotype(run)
     print(found if isinstance(found, str) else genotypes.Genotype(*map(list, found)))
 
 
@@ -832,8 +803,8 @@ def main(argv=None):
         write_probabilities(s['scores'], rows)
     for row in rows:
         if not row['finished']:
-            epochs = f'{row["epochs"]} of {row["settings"]["epochs"]} epochs'
-            print(f'{row["run"]}: {epochs}, not finished: --resume it', file=sys.stderr)
+            print(f'{row["run"]}: {row["epochs"]} of {row["settings"]["epochs"]} epochs, not '
+                  'finished: --resume it', file=sys.stderr)
     done = [row for row in rows if row['finished']]
     lines = table(done)
     if s['json']:

@@ -405,19 +405,18 @@ class Run:
 
         UserError if `tensors` are not finite; a GPU, which would wait, checks every 50 steps.
         """
-        alone, limit = world()[1] == 1, 60 * self.args.checkpoint_minutes
-        due = alone and (self.caught or time.time() - self.saved > limit)
-        is_last = step + 1 == self.last
-        if not (due or self.device.type == 'cpu' or step % 50 == 49 or is_last):
+        caught, waited, alone = self.caught, time.time() - self.saved, world()[1] == 1
+        limit, is_last = 60 * self.args.checkpoint_minutes, step + 1 == self.last
+        looks = self.device.type == 'cpu' or step % 50 == 49 or is_last
+        if not (looks or alone and (caught or waited > limit)):
             return False
         self.check_finite(tensors, epoch * self.steps + step)
-        self.stop = self.caught
-        if not alone:
-            flags = torch.tensor([self.caught, time.time() - self.saved], device=self.device)
+        if not alone:                           # all save and stop at the same step
+            flags = torch.tensor([caught, waited], device=self.device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-            self.stop = int(flags[0])
-            due = self.stop or flags[1] > limit
-        return bool(due) and not is_last
+            caught, waited = flags.tolist()
+        self.stop = int(caught)
+        return not is_last and (self.stop > 0 or waited > limit)
 
     def check_finite(self, tensors, step):
         """UserError if a loss, a weight or an alpha is not finite."""

@@ -79,7 +79,7 @@ TABLE = [
     ('', 'folder own', 'search', '--data own', 'own'),
     ('', '', 'search', '--nosuch 3', 'nosuch'),
     ('', '', 'search', '--batch_size 0', 'batch_size'),
-    ('', '', 'search', '--batch_size 40', 'the 32 images of its split of'),
+    ('', '', 'search', '--batch_size 40', 'images of its split of data/noise'),
     ('own', '', 'search', '--data own --image_size 8', 'the 4 images of its split of own'),
     ('own', '', 'search', '--data own --image_size 8', '--preset laptop'),
     ('', '', 'search', '--batch_size 8 --grad_accum 3', 'batch_size'),

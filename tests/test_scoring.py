@@ -11,7 +11,7 @@ import textbook
 import torch
 from conftest import (DARTS, TINY, batch, close, log, one_line, reports, run, same_run, searching,
                       stop_in_every_step)
-from scipy.stats import kendalltau, rankdata, spearmanr
+from scipy.stats import rankdata, spearmanr
 
 import evaluate
 import generate_data
@@ -268,7 +268,6 @@ def test_rank_correlations_are_those_of_scipy(capsys):
     assert by == 'train_loss' and row['cells'] == 12
     value, truth, params = (rankdata(scores[name]) for name in (by, 'cifar10', 'cell_params'))
     assert row['spearman'] == pytest.approx(spearmanr(value, truth)[0])
-    assert row['kendall'] == pytest.approx(kendalltau(value, truth)[0])
     left = [v - np.polyval(np.polyfit(params, v, 1), params) for v in (value, truth)]
     assert row['spearman_given_params'] == pytest.approx(np.corrcoef(*left)[0, 1])
     best = np.argsort(-scores[by], kind='stable')[:10]
