@@ -200,11 +200,10 @@ def check_layers(genotype, layers):
 def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32, stem='cifar'):
     """Parameters without and with the auxiliary head; multiply-adds of convolutions and linears."""
     with torch.device('meta'):
-        network = Network(init_channels, num_classes, layers, genotype, auxiliary=True,
-                          stem=stem).eval()
+        network = Network(init_channels, num_classes, layers, genotype, auxiliary=True, stem=stem)
         image = torch.empty(1, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(image)
+        network.eval()(image)
     params = sum(p.numel() for p in network.parameters())
     head = sum(p.numel() for p in network.auxiliary_head.parameters())
     return {'params': params - head, 'params_auxiliary': params,
@@ -574,11 +573,10 @@ def mean_of(line, start):
 def plot(rows, path):
     """Draw what runs did by epoch, and of retrainings one's test, or the fit of three and more."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
     except ImportError:
         raise UserError('--plot needs matplotlib: pip install matplotlib') from None
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
     panels, colours = [], {}                    # panels: title, inches, function, its arguments
     for row in rows:
         group = row.get('method') or row['arch']
@@ -601,19 +599,18 @@ def plot(rows, path):
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
     heights = [panel[1] for panel in panels]
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(8, sum(heights)), squeeze=False,
-                                   layout='constrained', height_ratios=heights)
-    for axis, (title, _, draw, arguments) in zip(axes[:, 0], panels):
+    figure = Figure((8, sum(heights)), layout='constrained')
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (title, _, draw, arguments) in zip(axes, panels):
         axis.set_title(title, fontsize=10, loc='left')
         draw(axis, *arguments)
-    handles = [pyplot.Line2D([], [], color=c, label=name) for name, c in colours.items()]
+    handles = [Line2D([], [], color=c, label=name) for name, c in colours.items()]
     figure.legend(handles=handles, loc='outside lower center', ncols=2, fontsize=9)
     buffer = io.BytesIO()
     try:
         figure.savefig(buffer, format=Path(path).suffix[1:] or 'png', dpi=120)
     except ValueError:
         raise UserError(f'--plot {path}: name it .png, .svg or .pdf') from None
-    pyplot.close(figure)
     write_file(path, buffer.getvalue())
 
 
@@ -774,9 +771,7 @@ def main(argv=None):
     if unused:
         mend = 'does not go with --cost: leave it out' if s['cost'] else 'needs --cost: add it'
         raise UserError(f'--{min(unused)} {mend}')
-    for name in ('csv', 'plot', 'scores'):
-        if s[name] and (Path(s[name]).is_dir() or not Path(s[name]).resolve().parent.is_dir()):
-            raise UserError(f'--{name} {s[name]}: give a file in a folder that exists')
+
     if s['cost']:
         if not s['arch']:
             raise UserError('--cost needs --arch: give a published name, a genotype.json or a run')

@@ -85,8 +85,7 @@ class MixedOp(nn.Module):
 
         From weights (E, operations): those of the shared operations, (E, n), and for each block a
         list, for each of its operations every channel's factor, (edges * C,). best: each edge's
-        one column (see Drawn); then for each edge (name, its weight, sum of the others), or None
-        for what Drawn has no weights for.
+        one column; then for each edge (name, its weight, sum of the others), None without weights.
         """
         if weights is None:
             return [(self.columns[k], None, None) for k in best]
@@ -190,8 +189,7 @@ class Cell(nn.Module):
     """Inputs, in DARTS brought to one size and width, and nodes that sum their edges.
 
     edges: {(node, input): names of its operations}. concat: the nodes that make the output.
-    partial: operations see the first 1/partial of the channels (PC-DARTS). width: the most edges
-    that one call serves.
+    partial: operations see 1/partial of the channels (PC-DARTS). width: most edges of one call.
     """
     def __init__(self, space, channels_in, channels, reduction, reduction_before, edges, concat,
                  affine, partial=1, width=None):
@@ -380,8 +378,9 @@ class Network(nn.Module):
         self.last = nn.Sequential(BatchNorm(last), nn.ReLU(inplace=True)) if space.inputs == 1 \
             else nn.Identity()
         self.classifier = nn.Linear(last, num_classes)
+        self.alphas = nn.ParameterDict()                    # stays empty in a derived network
         if genotype is None:
-            self.alphas, names = nn.ParameterDict(), list(space.operations)
+            names = list(space.operations)
             size = len(space.edges), len(names)
             for cell_type in space.cell_types:
                 self.alphas[cell_type] = nn.Parameter(1e-3 * torch.randn(size))
@@ -398,11 +397,10 @@ class Network(nn.Module):
 
     def forward(self, x):
         s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))
-        if self.stem1:
+        if self.stem1 is not None:
             s1 = self.stem1(s0)
-        mixed, factors, auxiliary_logits = {}, {}, None
-        if hasattr(self, 'alphas'):
-            mixed = {name: self.edge_weights(name) for name in self.space.cell_types}
+        factors, auxiliary_logits = {}, None
+        mixed = {name: self.edge_weights(name) for name in self.space.cell_types if self.alphas}
         for layer, (cell, cell_type) in enumerate(zip(self.cells, self.cell_types)):
             key, shares = None, None
             if cell_type in mixed:
@@ -433,10 +431,10 @@ class Network(nn.Module):
         weights = weights.masked_fill(F.pad(dropped, (0, len(self.space.extras))), 0)
         return weights if shares is None else weights * shares.unsqueeze(1), best, shares
 
-    def probabilities(self, cell_type):
+    def probabilities(self, cell_type, dtype=None):
         """Softmax of the alphas over the operations that each edge has: (edges, operations)."""
         dropped = getattr(self, f'dropped_{cell_type}')
-        return F.softmax(self.alphas[cell_type].masked_fill(dropped, -math.inf), 1)
+        return F.softmax(self.alphas[cell_type].masked_fill(dropped, -math.inf), 1, dtype=dtype)
 
     def shares(self, cell_type):
         """Each edge's share of a node: softmax of beta over its inputs (PC-DARTS, section 3.3)."""
@@ -451,7 +449,7 @@ class Network(nn.Module):
         return self.weights
 
     def architecture_parameters(self):
-        return list(self.alphas.values()) if hasattr(self, 'alphas') else []
+        return list(self.alphas.values())
 
     @contextmanager
     def frozen_statistics(self):
@@ -473,8 +471,7 @@ class Network(nn.Module):
         """
         rng, out = torch.Generator().manual_seed(seed), []
         for cell_type in self.space.cell_types:
-            dropped = getattr(self, f'dropped_{cell_type}')
-            p = F.softmax(self.alphas[cell_type].double().masked_fill(dropped, -math.inf), 1)
+            p = self.probabilities(cell_type, torch.float64)
             if self.partial > 1:
                 p = p * self.shares(cell_type).unsqueeze(1)
             p = p.cpu()

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -258,8 +259,7 @@ class Run:
         about = self.folder / 'args.json'
         if not about.exists():
             if {path.name for path in self.folder.glob('[!.]*')} - {'scripts'}:     # of a kill
-                raise UserError(f'{self.folder} holds something that is no run: choose another '
-                                '--save')
+                raise UserError(f'{self.folder} holds files of no run: choose another --save')
             return
         if not self.args.resume:
             raise UserError(f'{self.folder} holds a run: --resume it, or choose another --save')
@@ -461,11 +461,9 @@ def git_commit():
 
 def hardware(device):
     """What a measured number was measured on."""
-    cpu, about = platform.processor() or platform.machine(), Path('/proc/cpuinfo')
-    for line in about.read_text().splitlines() if about.exists() else ():
-        if line.startswith('model name'):
-            cpu = line.split(':')[1].strip()
-    return {'cpu': cpu, 'threads': torch.get_num_threads(),
+    about = Path('/proc/cpuinfo')
+    names = re.findall(r'model name\s*: (.*)', about.read_text()) if about.exists() else []
+    return {'cpu': names[-1] if names else platform.machine(), 'threads': torch.get_num_threads(),
             'instructions': torch.backends.cpu.get_cpu_capability(),        # how sums are rounded
             'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}
 
@@ -538,9 +536,8 @@ def check_alike(tensors, what):
 class GraphedStep:
     """A training step that CUDA replays as one graph, if that gives what the eager step gives.
 
-    step(*batch) returns a tensor and changes the tensors in changed(), a dict of lists, in place.
-    After WARM_UP steps it is captured. If a list then differs from the eager step's by more than
-    TOLERANCE of its change, the eager step goes on.
+    step(*batch) returns a tensor and changes those in changed(), {name: list}, in place. After
+    WARM_UP steps a graph is made, and kept if no list is off by more than TOLERANCE of its change.
     """
     WARM_UP, TOLERANCE = 3, 0.05
 
@@ -740,8 +737,7 @@ def main(argv=None):
     genotype, found_by = find_genotype(args.arch)
     stem = stem_for(args.stem, data.image_size, args.init_channels, args.auxiliary)
     if args.label_smoothing and data.multilabel:
-        raise UserError('--label_smoothing: these images have several labels, which are not '
-                        'smoothed: leave it out')
+        raise UserError('--label_smoothing does not go with several labels an image: leave it out')
     rows, held = split_rows(data, args)
     size = batch_of(args, len(rows))
     batches = Batches(data, rows, size, device, args.augment,

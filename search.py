@@ -499,7 +499,7 @@ class NasWot(OneShot):
 
 class Snip(OneShot):
     """SNIP (1810.02340): sum of |weight x gradient of the loss| on a batch, untrained."""
-    recipe, recipe_on = dict(batch_size=128), {'laptop': dict(init_channels=8, repeats=1)}
+    recipe, recipe_on = NasWot.recipe, NasWot.recipe_on
     trains, scores = False, ('snip',)
 
     def prepare(self):
@@ -1048,11 +1048,10 @@ def next_command(folder, args):
         words += ['--auxiliary', '--cutout']
     if target in CIFAR and not Path(args.data_dir, CIFAR[target][0]).is_dir():
         words.append('--download')
-    if target in REAL:
-        words += ['--data_dir', args.data_dir] if args.data_dir != 'data' else []
-    else:
-        words += ['--image_size', str(args.image_size)] if args.image_size else []
-        words += ['--skip_broken'] if args.skip_broken else []
+    for name in ['data_dir'] if target in REAL else ['image_size', 'test_fraction', 'skip_broken']:
+        value = getattr(args, name)
+        if value != INPUT[name].default:
+            words += [f'--{name}'] if value is True else [f'--{name}', str(value)]
     if target == 'chexpert':
         words += ['--uncertain', args.uncertain, '--views', args.views]
     return shlex.join([*words, '--gpu', str(args.gpu)])
