@@ -463,7 +463,7 @@ class Network(nn.Module):
                 norm.track_running_stats = True
 
     @torch.no_grad()
-    def strengths(self, seed=0):
+    def choice_weights(self, seed=0):
         """[float64 (edges, operations)] of the cell types: probabilities times the edges' shares.
 
         Alphas can be so small that float32 knows no differences, and `none` would win every tie.
@@ -480,11 +480,11 @@ class Network(nn.Module):
 
     def genotype(self, seed=0):
         """The strongest architecture in the alphas as they are now, whatever a method adds."""
-        strengths = self.strengths(seed)
+        weights = self.choice_weights(seed)
         if self.space.inputs == 1:
             names = list(self.space.operations)
-            return to_string(names[k] for k in strengths[0].argmax(1).tolist())
-        return derive(*strengths)
+            return to_string(names[k] for k in weights[0].argmax(1).tolist())
+        return derive(*weights)
 
 
 def cell_edges(genotype, cell_type, space=DARTS, kept=None):

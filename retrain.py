@@ -342,16 +342,16 @@ class Run:
             raise KeyboardInterrupt
         self.caught = signum
 
-    def start(self, what, sums, state, **objects):
+    def start(self, what, sums, objects, state):
         """Load the checkpoint into `objects`, networks and optimizers, and torch's generators.
 
         what: said of the run in a line. sums: (n,) zeros, to which the steps of an epoch add.
-        state(): what the checkpoint is to hold beside what a Run knows.
+        state(): what the checkpoint holds besides the objects' states and what a Run knows.
         """
         cpu = self.total and self.device.type == 'cpu'      # whose first step may take a minute
         print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}: {self.folder}'
               + ('; timing the first step' if cpu else ''))
-        self.sums, self.state, saved = sums, state, self.checkpoint
+        self.sums, self.objects, self.state, saved = sums, objects, state, self.checkpoint
         done = min(self.epoch * self.steps + self.step, self.total)
         hint = '; --preset laptop or --quick takes minutes' if cpu else ''
         self.progress = Progress(self.total, 'steps', done, hint)
@@ -429,9 +429,10 @@ class Run:
         self.step, self.saved = step, time.time()
         if world()[1] == 1:                     # a signal may come after the last step as well
             self.stop = self.caught
-        content = {**self.state(), 'epoch': epoch, 'step': step, 'log': self.log,
-                   'seconds': self.seconds, 'sums': torch.stack(gather(self.sums.cpu())),
-                   'random': gather(random_states(self.device))}
+        content = {name: target.state_dict() for name, target in self.objects.items()}
+        content.update(self.state(), epoch=epoch, step=step, log=self.log, seconds=self.seconds,
+                       sums=torch.stack(gather(self.sums.cpu())),
+                       random=gather(random_states(self.device)))
         if is_first():
             write_file(self.folder / 'checkpoint.pt', content)
         self.write_log()
@@ -756,9 +757,7 @@ def main(argv=None):
         run.start(f'{args.arch} (C={args.init_channels}) on {data.name} ({len(rows):,} images of '
                   f'{data.image_size} px, {len(data.classes)} classes)',
                   torch.zeros(2, device=device),            # loss and right answers
-                  lambda: dict(network=network.state_dict(), optimizer=optimizer.state_dict(),
-                               kept=kept),
-                  network=network, optimizer=optimizer)
+                  dict(network=network, optimizer=optimizer), lambda: dict(kept=kept))
         step = GraphedStep(lambda *batch: train_step(parallel, batch, optimizer, args),
                            lambda: tensors_of_a_step(network, optimizer), device,
                            args.graph == 'auto' and world()[1] == 1)

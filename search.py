@@ -176,8 +176,7 @@ class PcDarts(Darts):
 class PDarts(Darts):
     """P-DARTS (1904.12760): three stages, each with more cells and fewer operations per edge.
 
-    Skips have dropout, which falls within a stage. In the end the normal cell keeps two skips at
-    most. Frozen epochs are those of each stage.
+    Skips have dropout, which falls within a stage. The final normal cell has two skips at most.
     """
     recipe = dict(epochs=75, batch_size=96, learning_rate_min=0.0, arch_learning_rate=6e-4,
                   arch_grad_clip=5.0, frozen_epochs=10, layers=5)
@@ -218,7 +217,7 @@ class PDarts(Darts):
 
     def result(self):
         """Strike out the weakest skip of the normal cell and choose again, until two are left."""
-        normal, reduce = self.network.strengths(self.args.seed)
+        normal, reduce = self.network.choice_weights(self.args.seed)
         free = genotype = derive(normal, reduce)
         skip = list(self.network.space.operations).index('skip_connect')
         while sum(op == 'skip_connect' for op, _ in genotype.normal) > 2:
@@ -611,10 +610,9 @@ def gradients(method, batch, wanted, exact=False):
         if method.one_path:
             # Not everything is drawn, or even nothing. The square, since the gradient of a plain
             # sum is one expanded number, which cannot be clipped in place.
-            grads = torch.autograd.grad(loss + 0 * wanted[0].square().sum(), wanted,
-                                        allow_unused=True, materialize_grads=True)
-        else:
-            grads = torch.autograd.grad(loss, wanted)
+            loss = loss + 0 * wanted[0].square().sum()
+        grads = torch.autograd.grad(loss, wanted, allow_unused=method.one_path,
+                                    materialize_grads=method.one_path)
         sums = sums + torch.stack([loss.detach() / len(parts), right])
         total = list(grads) if total is None else torch._foreach_add(total, grads)
         del loss, grads                         # lets go of what the graph held
@@ -722,7 +720,7 @@ def bilevel_step(method, train, valid, sgd, adam, frozen=False, moments=()):
 
 def optimizers(network, args):
     """SGD for the weights, and Adam for the alphas and for nothing else."""
-    cuda = next(network.parameters()).device.type == 'cuda'
+    cuda = next(network.parameters()).is_cuda
     sgd = make_optimizer(network.weight_parameters(), args)
     adam = torch.optim.Adam(network.architecture_parameters(), args.arch_learning_rate,
                             betas=(0.5, 0.999), weight_decay=args.arch_weight_decay,
@@ -778,20 +776,20 @@ def largest_eigenvalue(network, valid, args, iterations=20):
         grads = torch.autograd.grad(loss, alphas, create_graph=True)
         flat = torch.cat([g.flatten() for g in grads])
         v = torch.randn(len(flat), generator=torch.Generator().manual_seed(0)).to(flat)
-        basis, diagonal, beside = [v / v.norm()], [], []
+        basis, diagonal, off_diagonal = [v / v.norm()], [], []
         for _ in range(min(iterations, len(flat))):
             product = torch.autograd.grad(flat @ basis[-1], alphas, retain_graph=True)
             w = torch.cat([p.flatten() for p in average(product)])
             diagonal.append((w @ basis[-1]).item())
             for other in basis * 2:                     # twice, as rounding demands
                 w = w - (w @ other) * other
-            beside.append(w.norm().item())
-            if beside[-1] <= 1e-6 * max(map(abs, diagonal)):
+            off_diagonal.append(w.norm().item())
+            if off_diagonal[-1] <= 1e-6 * max(map(abs, diagonal)):
                 break
-            basis.append(w / beside[-1])
+            basis.append(w / off_diagonal[-1])
     set_tf32(args.tf32)
-    diagonal, beside = torch.tensor([diagonal, beside], dtype=torch.float64)
-    matrix = torch.diag(diagonal) + torch.diag(beside[:-1], -1)         # its lower half is read
+    diagonal, off_diagonal = torch.tensor([diagonal, off_diagonal], dtype=torch.float64)
+    matrix = torch.diag(diagonal) + torch.diag(off_diagonal[:-1], -1)   # its lower half is read
     return torch.linalg.eigvalsh(matrix)[-1].item() + args.arch_weight_decay
 
 
@@ -856,7 +854,7 @@ def parse(argv):
         if getattr(args, name) and args.arch_data == 'none':
             raise UserError(f'--{name} needs a loss of the alphas: leave out --arch_data none')
     share = share_of(args.train_portion, args.num_images)
-    if share >= 1 or share + (args.valid_fraction or 0) > 1 + 1e-9:
+    if share + (args.valid_fraction or 0) > 1 + 1e-9:
         raise UserError('--train_portion and --valid_fraction are more than all images: take less')
     if args.init_channels % args.partial:
         raise UserError(f'--init_channels must be a multiple of --partial {args.partial}')
@@ -934,10 +932,9 @@ def main(argv=None):
         run.start(f'{method_name(vars(args))} on {data.name} ({len(data):,} images of '
                   f'{data.image_size} px, {len(data.classes)} classes)',
                   torch.zeros(4, device=device),        # what bilevel_step returns
-                  lambda: dict(network=network.state_dict(), sgd=sgd.state_dict(),
-                               adam=adam.state_dict(), stage=method.stage, kept=method.kept,
-                               moments=[t.cpu() for t in moments]),
-                  network=network, sgd=sgd, adam=adam)
+                  dict(network=network, sgd=sgd, adam=adam),
+                  lambda: dict(stage=method.stage, kept=method.kept,
+                               moments=[t.cpu() for t in moments]))
 
         def step(is_frozen, *batch):
             # With one stream both are the same batch: alphas on train, or frozen.
@@ -955,6 +952,7 @@ def main(argv=None):
                 method.next_stage()             # P-DARTS: from new weights
                 network = method.build()
                 sgd, adam = optimizers(network, args)
+                run.objects = dict(network=network, sgd=sgd, adam=adam)
             began, ended = stage_starts[method.stage:method.stage + 2]
             past, length = epoch - began, ended - began
             is_frozen = past < min(frozen, length - 1) or bool(method.scores)
@@ -982,17 +980,17 @@ def main(argv=None):
             if run.end_epoch(epoch, line, len(streams) * run.last * size):
                 return 128 + run.stop
         began = time.time()
-        genotype, beside = method.result()
+        genotype, notes = method.result()
         if method.scores:
-            run.log.append({'epoch': run.epochs, 'cells': beside['cells'],
+            run.log.append({'epoch': run.epochs, 'cells': notes['cells'],
                             'seconds': round(time.time() - began, 3),
                             'peak_memory_mib': peak_memory_mib(device)})
             run.write_log()
         stop = before_growth(run.log, run.epochs)
         if stop:
-            beside['early_stop'] = {key: stop[key] for key in ('epoch', 'genotype')}
+            notes['early_stop'] = {key: stop[key] for key in ('epoch', 'genotype')}
             genotype = from_plain(stop['genotype']) if args.early_stop else genotype
-        finish(run, args, genotype, **beside)
+        finish(run, args, genotype, **notes)
 
 
 def rates(sums, steps, batch_size, has_valid):
@@ -1004,7 +1002,7 @@ def rates(sums, steps, batch_size, has_valid):
             'valid_accuracy': valid_right / images if has_valid else None}
 
 
-def finish(run, args, genotype, **beside):
+def finish(run, args, genotype, **notes):
     """Write genotype.svg and genotype.json, and say what came out and what comes next."""
     if not is_first():
         return
@@ -1014,9 +1012,9 @@ def finish(run, args, genotype, **beside):
     write_file(run.folder / 'genotype.svg', draw(genotype, run.folder.name))
     write_file(run.folder / 'genotype.json', to_json(
         genotype, data=data, method=method_name(vars(args)), seed=args.seed, arch_data=arch_data,
-        **beside) + '\n')
-    if 'score' in beside:
-        print(f'the best of {beside["cells"]:,} cells, by {beside["score"]}:')
+        **notes) + '\n')
+    if 'score' in notes:
+        print(f'the best of {notes["cells"]:,} cells, by {notes["score"]}:')
     say(genotype)
     if args.quick:
         print('this was --quick: the pipeline works, the genotype means nothing')
