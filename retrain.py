@@ -135,10 +135,10 @@ def settle(doc, tables, argv, presets, defaults_for):
     defaults_for(typed, chosen, preset): the defaults of a command line, as in parse_flags.
     """
     def merged(typed, chosen):
-        real = chosen['source'] if chosen['data'] == 'random_labels' else chosen['data']
-        preset = real if real in presets else 'cifar'
-        if chosen['preset'] != 'auto':
-            preset = chosen['preset']
+        preset = chosen['preset']
+        if preset == 'auto':
+            real = chosen['source'] if chosen['data'] == 'random_labels' else chosen['data']
+            preset = real if real in presets else 'cifar'
         out, known = defaults_for(typed, chosen, preset), taken(chosen['data'], chosen)
         if Path(chosen['data'], 'meta.json').exists():
             known.discard('image_size')             # a written set has its own
@@ -188,7 +188,6 @@ def batch_of(args, images):
     return max(2 * parts, size - size % parts)
 
 
-
 def run_name(script, first, args, typed, defaults):
     """runs/SCRIPT-first words-seed, and what else was typed that is not the default."""
     def word(value):
@@ -201,12 +200,8 @@ def run_name(script, first, args, typed, defaults):
     words = [script, *map(word, first), f'seed{args.seed}']
     defaults = {**defaults, 'data_seed': args.seed, 'source': DATA['source'].default}
     for name in sorted(typed.keys() - MAY_DIFFER - {'data', 'method', 'arch', 'seed'}):
-        if typed[name] is True and not defaults[name]:
-            words.append(name)
-        elif typed[name] != defaults[name]:
-            words.append(f'{name}={word(typed[name])}')
-    if len('-'.join(words)) > 200:              # file systems end at 255
-        raise UserError('the name of this run would be too long: give it one by --save')
+        if typed[name] != defaults[name]:
+            words.append(name if typed[name] is True else f'{name}={word(typed[name])}')
     return str(Path('runs', '-'.join(words)))
 
 
