@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (DEFAULTS, REAL, Batches, Progress, Setting, UserError, choose_device,
-                           is_image, leave, load_file, names_to_draw, number, one_line_errors,
-                           parse_flags, read, read_chexpert, read_image, readable,
-                           sha256_of_files, taken, world, write_file)
+                           leave, load_file, names_to_draw, number, one_line_errors, parse_flags,
+                           read, read_chexpert, read_image, readable, sha256_of_files, taken,
+                           world, write_file)
 
 import numpy as np
 import torch
@@ -715,10 +715,8 @@ def show_predictions(run, target):
         from torchvision.datasets.folder import IMG_EXTENSIONS
         paths = sorted(path for path in paths[0].rglob('*')
                        if path.suffix.lower() in IMG_EXTENSIONS)
-    broken = [str(path) for path in paths if not is_image(path)]
-    if broken or not paths:
-        raise UserError(f'--predict {target}: no pictures there, or these cannot be read: '
-                        f'{", ".join(broken[:10])}. Mend or remove them.')
+    if not paths:
+        raise UserError(f'--predict {target}: no pictures there. Give another folder.')
     writer = csv.writer(sys.stdout, lineterminator='\n')
     columns = meta['classes'] if meta['multilabel'] else ['class', 'probability']
     writer.writerow(['file', *columns])

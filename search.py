@@ -104,13 +104,13 @@ QUICK = dict(num_images=1000, layers=5, cells_per_stage=1, init_channels=8, batc
 class Darts:
     """DARTS (arXiv 1806.09055): the alphas follow the loss of held-out images; nothing is added.
 
-    recipe: the settings that differ from DARTS's; recipe_on: those by space or preset. stochastic:
-    every loss draws anew what is computed, so that differences of losses mean nothing. one_path:
-    one operation per edge is computed. scores: what ranks cells; then nothing trains alphas.
-    trains: whether weights are trained.
+    recipe: the settings that differ from DARTS's; recipe_on: those by space or preset. operations,
+    extras: changes of the Space. MORE_CELLS: by stage. stochastic: every loss draws anew what is
+    computed, so that differences of losses mean nothing. one_path: one operation per edge is
+    computed. scores: what ranks cells; then nothing trains alphas. trains: whether weights train.
     """
-    recipe, recipe_on = {}, {}
-    spaces, stages = ('darts', 'nb201'), 1
+    recipe, recipe_on, operations, extras = {}, {}, {}, {}
+    spaces, stages, MORE_CELLS = ('darts', 'nb201'), 1, (0,)
     searches, stochastic, one_path, trains, scores = True, False, False, True, ()
 
     def __init__(self, args, num_classes, stem, device, batches=()):
@@ -122,20 +122,17 @@ class Darts:
     def build(self):
         """A new supernet; returns it."""
         args = self.args
-        space, layers = DARTS, args.layers
+        space, layers = DARTS, args.layers + self.MORE_CELLS[self.stage]
         if args.space == 'nb201':
             space, layers = NB201, 3 * args.cells_per_stage + 2
-        space, layers = self.change_space(space, layers)
+        operations = {**space.operations, **self.operations}
+        space = space._replace(operations=operations, extras=self.extras)
         self.network = Network(args.init_channels, self.num_classes, layers, partial=args.partial,
                                stem=self.stem, space=space, kept=self.kept,
                                width=1 if self.one_path else None).to(self.device)
         self.network.mix = self.mix
         start_alike(self.network)
         return self.network
-
-    def change_space(self, space, layers):
-        """(space, number of cells) of the supernet."""
-        return space, layers
 
     def begin_epoch(self, epoch, epochs, frozen):
         """Set and return what changes by epoch; the first `frozen` leave the alphas as they are."""
@@ -181,7 +178,7 @@ class PDarts(Darts):
     recipe = dict(epochs=75, batch_size=96, learning_rate_min=0.0, arch_learning_rate=6e-4,
                   arch_grad_clip=5.0, frozen_epochs=10, layers=5)
     recipe_on = {'imagenet': dict(frozen_epochs=10)}
-    spaces, stages, stochastic = ('darts',), 3, True
+    spaces, stages, stochastic, operations = ('darts',), 3, True, {'skip_connect': dropped_skip}
     # By stage: cells more than in the first, operations that an edge keeps, dropout of skips
     MORE_CELLS, KEEP, DROPOUT = (0, 6, 12), (None, 5, 3), (0.0, 0.4, 0.7)
 
@@ -190,9 +187,6 @@ class PDarts(Darts):
         draw_apart(self.args.seed + self.stage)         # each process drops elements of its own
         return network
 
-    def change_space(self, space, layers):
-        operations = {**space.operations, 'skip_connect': dropped_skip}
-        return space._replace(operations=operations), layers + self.MORE_CELLS[self.stage]
 
     def next_stage(self):
         """Keep the strongest operations of each edge, in the space's order."""
@@ -252,9 +246,7 @@ class Gdas(Darts):
 
 class DartsMinus(Darts):
     """DARTS- (2009.01027): an auxiliary skip on every edge, outside the softmax; it fades."""
-
-    def change_space(self, space, layers):
-        return space._replace(extras={'auxiliary_skip': skip_connect}), layers
+    extras = {'auxiliary_skip': skip_connect}
 
     def begin_epoch(self, epoch, epochs, frozen):
         return self.set_tensors(skip_weight=1 - epoch / epochs)
@@ -350,7 +342,7 @@ class OneShot(Darts):
     scores = 'valid_loss', 'train_loss', 'valid_accuracy', 'angle'
     IMAGES = 128                # on which a cell is scored, of each half
     first_three = memos = None  # operations of the last cell, and maps that go with them, by half
-    cell = operations = None    # {cell type: column of each edge}, [(cell type, edge, operation)]
+    cell = choices = None       # {cell type: column of each edge}, [(cell type, edge, operation)]
 
     def mix(self, cell_type, p):
         return Drawn(None, self.cell[cell_type])
@@ -363,11 +355,11 @@ class OneShot(Darts):
     def take(self, genotype):
         """Compute this cell from now on."""
         space = self.network.space
-        names, self.cell, self.operations = list(space.operations), {}, []
+        names, self.cell, self.choices = list(space.operations), {}, []
         for cell_type in space.cell_types:
             edges, _ = cell_edges(genotype, cell_type, space)
             self.cell[cell_type] = [names.index(*edges.get(edge, ['none'])) for edge in space.edges]
-            self.operations += [(cell_type, edge, name) for edge, (name,) in edges.items()]
+            self.choices += [(cell_type, edge, name) for edge, (name,) in edges.items()]
 
     def fixed_batch(self, batches, count):
         """(x, y): up to `count` images from all over a half, as they are; always the same ones."""
@@ -400,7 +392,7 @@ class OneShot(Darts):
             out[f'{half}_loss'], out[f'{half}_accuracy'] = loss.item(), right.item() / len(batch[1])
         on_paths = expression(genotype)[1] if isinstance(genotype, str) else EDGES
         sums = np.zeros(3)
-        for key in self.operations:
+        for key in self.choices:
             if key[1] in on_paths and key in self.products:
                 sums += self.products[key]
         out['angle'] = math.acos(min(1, sums[0] / math.sqrt(sums[1] * sums[2]))) if sums[1] else 0.
@@ -431,7 +423,7 @@ class OneShot(Darts):
             mine = sorted(range(rank, len(cells), processes), key=cells.__getitem__)
             for done, k in enumerate(mine, 1):
                 self.take(cells[k])
-                size = sum(sizes.get(key, 0) for key in self.operations)
+                size = sum(sizes.get(key, 0) for key in self.choices)
                 row = rows.setdefault(k, {'cell_params': size})
                 for name, value in self.measure(cells[k]).items():
                     row[name] = row.get(name, 0) + value / repeats
