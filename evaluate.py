@@ -87,7 +87,8 @@ def auroc(scores, labels):
     negative = np.sort(scores[labels == 0].astype(np.float64))
     if not len(positive) or not len(negative):
         return None
-    below, upto = (np.searchsorted(negative, positive, side) for side in ('left', 'right'))
+    below = np.searchsorted(negative, positive)
+    upto = np.searchsorted(negative, positive, 'right')
     return float((below + upto).mean() / 2 / len(negative))
 
 
@@ -581,7 +582,8 @@ def plot(rows, path):
     for row in rows:
         group = row.get('method') or row['arch']
         for key, words in (('searched_on', ' on '), ('trained_on', ', trained on ')):
-            group += words + Path(row[key]).name if row.get(key) else ''
+            if row.get(key):
+                group += words + Path(row[key]).name
         row['colour'] = colours.setdefault(group, f'C{len(colours)}')
     for title, start in PANELS.items():
         if any(mean_of(line, start) is not None for row in rows for line in row['log']):
@@ -594,8 +596,7 @@ def plot(rows, path):
     if len(fits) > 2:
         panels.append(('fit and generalization, one dot per network', 2.4, draw_fits, [fits]))
     elif len(rows) == 1 and 'tested' in rows[0]:
-        tested = [*rows[0]['tested'][:3], rows[0].get('test_areas')]
-        panels.append(('test images, after the last epoch', 6, draw_test, tested))
+        panels.append(('test images, after the last epoch', 6, draw_test, rows))
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
     heights = [panel[1] for panel in panels]
@@ -648,9 +649,10 @@ def draw_fits(axis, rows):
     axis.grid(alpha=0.3)
 
 
-def draw_test(axis, scores, labels, classes, test_areas):
+def draw_test(axis, row):
     """The confusion matrix of a test, or the ROC curve of each label."""
     from matplotlib import colormaps, font_manager
+    scores, labels, classes, _ = row['tested']
     if labels.ndim == 1:
         counts = np.zeros((len(classes), len(classes)), int)
         np.add.at(counts, (labels, scores.argmax(1)), 1)
@@ -668,7 +670,7 @@ def draw_test(axis, scores, labels, classes, test_areas):
                           color='white' if count > counts.max() / 2 else 'black')
         return
     axis.set_prop_cycle(color=colormaps['tab20'].colors)
-    for name, (area, low, high, n) in test_areas.items():
+    for name, (area, low, high, n) in row['test_areas'].items():
         k = classes.index(name)
         known = labels[:, k] >= 0
         truth = labels[known, k][np.argsort(-scores[known, k], kind='stable')] == 1

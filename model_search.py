@@ -71,7 +71,7 @@ class MixedOp(nn.Module):
             edges = [k for k, own in enumerate(names) if name in own and build is not None]
             for start, end in spans(edges, width):
                 operation = build(channels, end - start, stride, affine)
-                if operation.shared:
+                if getattr(operation, 'shared', False):
                     self.shared[name] = operation
                     break
                 block = f'edges{start}to{end}'
