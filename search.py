@@ -387,8 +387,7 @@ class OneShot(Darts):
             self.first_three, self.memos = first_three, [{}, {}]
         for half, batch, memo in zip(('train', 'valid'), self.halves, self.memos):
             self.network.memo = memo if self.args.space == 'nb201' else None
-            with self.network.frozen_statistics():
-                loss, right = forward(self.network, batch, self.args.amp)
+            loss, right = forward(self.network, batch, self.args.amp)
             out[f'{half}_loss'], out[f'{half}_accuracy'] = loss.item(), right.item() / len(batch[1])
         on_paths = expression(genotype)[1] if isinstance(genotype, str) else EDGES
         sums = np.zeros(3)
@@ -425,7 +424,9 @@ class OneShot(Darts):
                 self.take(cells[k])
                 size = sum(sizes.get(key, 0) for key in self.choices)
                 row = rows.setdefault(k, {'cell_params': size})
-                for name, value in self.measure(cells[k]).items():
+                with self.network.frozen_statistics():
+                    found = self.measure(cells[k])
+                for name, value in found.items():
                     row[name] = row.get(name, 0) + value / repeats
                 progress.update(repeat * len(cells) + done * processes)
         progress.close()
@@ -483,8 +484,7 @@ class NasWot(OneShot):
     @torch.no_grad()
     def measure(self, genotype):
         self.kernel, self.last = 0, None
-        with self.network.frozen_statistics():
-            self.network(self.x)
+        self.network(self.x)
         return {'naswot': torch.linalg.slogdet(self.kernel.double().cpu())[1].item()}
 
 
@@ -498,8 +498,7 @@ class Snip(OneShot):
         self.weights = [p for p in self.network.weight_parameters() if p.dim() > 1]
 
     def measure(self, genotype):
-        with self.network.frozen_statistics():
-            return {'snip': self.saliency(forward(self.network, self.batch)[0])}
+        return {'snip': self.saliency(forward(self.network, self.batch)[0])}
 
     def saliency(self, loss):
         grads = torch.autograd.grad(loss, self.weights, allow_unused=True)
