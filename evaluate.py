@@ -518,10 +518,8 @@ def table(rows):
                 line[name] = float(np.mean(values))
                 line[f'{name}_std'] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         lines.append(line)
-        values = {}                             # of each setting, in these runs
-        for name in set().union(*[run['settings'] for run in runs]):
-            values[name] = {str(run['settings'].get(name)) for run in runs}
-        names = {name for name in values if len(values[name]) > 1}
+        first = runs[0]['settings'].items()
+        names = {name for run in runs for name, _ in first ^ run['settings'].items()}
         names -= MAY_DIFFER | {'seed', 'data_seed', 'arch'}
         if names:
             print(f'{" ".join(str(word) for word in key if word)}: averaged over runs that differ '
