@@ -236,15 +236,6 @@ def load_weights(path):
     return network.eval(), meta
 
 
-@torch.no_grad()
-def predict(network, meta, path):
-    """Probabilities (classes,) of the classes (or labels) of a picture, prepared as for a test."""
-    mean, std = torch.tensor(meta['mean']) * 255, torch.tensor(meta['std']) * 255
-    pixels = read_image(path, meta['image_size'], meta.get('zoom', 1.0))
-    x = (torch.from_numpy(pixels.copy()).float() - mean) / std
-    logits = network(x.permute(2, 0, 1).unsqueeze(0)).squeeze(0)
-    return logits.sigmoid() if meta['multilabel'] else logits.softmax(0)
-
 
 # ---------------------------------------------------------------------------------------------
 # Reading runs
@@ -705,6 +696,7 @@ COST = {
 }
 
 
+@torch.no_grad()
 def show_predictions(run, target):
     """Print the class of each picture and its probability, or the probability of each label."""
     if not Path(run, 'weights.pt').exists():
@@ -720,12 +712,16 @@ def show_predictions(run, target):
     writer = csv.writer(sys.stdout, lineterminator='\n')
     columns = meta['classes'] if meta['multilabel'] else ['class', 'probability']
     writer.writerow(['file', *columns])
-    for path in paths:
-        row = predict(network, meta, path)
+    mean, std = torch.tensor(meta['mean']) * 255, torch.tensor(meta['std']) * 255
+    for path in paths:                          # prepared as for a test
+        pixels = read_image(path, meta['image_size'], meta.get('zoom', 1.0))
+        x = (torch.from_numpy(pixels.copy()).float() - mean) / std
+        logits = network(x.permute(2, 0, 1).unsqueeze(0)).squeeze(0)
         if meta['multilabel']:
-            writer.writerow([path, *(f'{p:.4f}' for p in row.tolist())])
+            writer.writerow([path, *(f'{p:.4f}' for p in logits.sigmoid().tolist())])
         else:
-            writer.writerow([path, meta['classes'][row.argmax()], f'{row.max():.4f}'])
+            shares = logits.softmax(0)
+            writer.writerow([path, meta['classes'][shares.argmax()], f'{shares.max():.4f}'])
 
 
 def write_probabilities(path, runs):
