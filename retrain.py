@@ -28,6 +28,7 @@ import sys
 import time
 import warnings
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -571,6 +572,7 @@ class GraphedStep:
         before, replayed = copy.deepcopy(changed), {}
         try:
             graph, self.result = self.capture()
+            set_random_states(states, self.device)
             graph.replay()
             replayed = copy.deepcopy(changed)
         except RuntimeError as error:
@@ -578,10 +580,9 @@ class GraphedStep:
             if self.device.type == 'cuda':      # before torch 2.14 it would count as capturing on
                 generator = torch.cuda.default_generators[self.device.index]
                 generator.graphsafe_set_state(generator.clone_state())
-        for name, tensors in changed.items():
-            for t, old in zip(tensors, before[name]):
-                t.data.copy_(old)
-                t.grad = None                   # of a capture that broke off
+        for t, old in zip(chain(*changed.values()), chain(*before.values())):
+            t.data.copy_(old)
+            t.grad = None                       # of a capture that broke off
         set_random_states(states, self.device)
         result = self.step(*batch)
         reason = reason or difference(before, replayed, changed, self.TOLERANCE)
