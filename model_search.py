@@ -251,7 +251,7 @@ class Cell(nn.Module):
             if memo is None:
                 maps = mixed_op(x, factors and factors[state])
             else:
-                maps = self.remembered(memo, state, x, factors)
+                maps = self.recall(memo, state, x, factors)
             for (node, _), names, y in zip(leaving, mixed_op.names, maps):
                 if y is None:
                     continue
@@ -267,7 +267,7 @@ class Cell(nn.Module):
         outputs = [states[node] for node in self.concat]
         return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
-    def remembered(self, memo, state, x, factors):
+    def recall(self, memo, state, x, factors):
         """Maps of the edges that leave a state: from memo, or computed and put there."""
         before, keys, missing = [], [], []          # before: the choices that made this state
         for leaving, own in zip(self.leaving[:state], factors):
