@@ -53,8 +53,7 @@ from model_search import Network
 INPUT = {
     'data': Setting('cifar10', f'{", ".join([*KINDS, *REAL])}, or a folder', name_or_path),
     **DATA,
-    'augment': Setting('auto', 'auto suits the images, with none for noise',
-                       ['auto', *AUGMENTATIONS]),
+    'augment': Setting('auto', 'auto: by the images, none for noise', ['auto', *AUGMENTATIONS]),
     'workers': Setting(2, 'processes that read large data sets', number(int, 0, 1024)),
 }
 SCHEDULE = {

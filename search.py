@@ -50,8 +50,7 @@ from operations import (DilConv, DroppedSkip, FactorizedReduce, ReLUConvBN, SepC
 SEARCH = {
     'space': Setting('darts', 'in nb201 the truth is known', ['darts', 'nb201']),
     'unrolled': Setting(False, 'second-order step'),
-    'arch_data': Setting('valid', 'images of the alphas; valid: held out',
-                         ['valid', 'train', 'none']),
+    'arch_data': Setting('valid', "alphas' images; valid: held out", ['valid', 'train', 'none']),
     'perturb': Setting('random', 'perturbation of sdarts', ['random', 'adversarial']),
     'partial': Setting(1, 'operations see 1/partial of the channels', number(int, 1)),
     'init_channels': Setting(16, 'channels of the first cell', number(int, 1)),
@@ -66,8 +65,7 @@ SEARCH = {
     'frozen_epochs': Setting(0, 'first epochs, of the weights alone', number(int, 0)),
     'hessian': Setting(None, "log the Hessian's largest eigenvalue by N epochs", number(int, 1)),
     'early_stop': Setting(False, 'stop when that eigenvalue grows (RobustDARTS)'),
-    'candidates': Setting(None, 'cells to score; without it all of nb201, 1,000 of darts',
-                          number(int, 1)),
+    'candidates': Setting(None, 'cells to score; else all of nb201, 1000 of darts', number(int, 1)),
     'score': Setting('auto', 'by which oneshot takes a cell; auto: valid_loss, of random labels '
                      'train_loss', ['auto', 'valid_loss', 'train_loss', 'valid_accuracy', 'angle']),
     'repeats': Setting(3, 'untrained networks over which a score is averaged', number(int, 1)),
