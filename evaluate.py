@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CHEXPERT, DEFAULTS, REAL, Batches, Progress, Setting, UserError,
-                           choose_device, is_image, leave, load_file, names_to_draw, number,
-                           one_line_errors, parse_flags, read, read_chexpert, read_image,
+from generate_data import (DEFAULTS, REAL, Batches, Progress, Setting, UserError, choose_device,
+                           is_image, leave, load_file, names_to_draw, number, one_line_errors,
+                           parse_flags, read, read_chexpert, read_image, readable,
                            sha256_of_files, taken, world, write_file)
 
 import numpy as np
@@ -87,7 +87,8 @@ def auroc(scores, labels):
     negative = np.sort(scores[labels == 0].astype(np.float64))
     if not len(positive) or not len(negative):
         return None
-    below, upto = (np.searchsorted(negative, positive, side) for side in ('left', 'right'))
+    below = np.searchsorted(negative, positive)
+    upto = np.searchsorted(negative, positive, 'right')
     return float((below + upto).mean() / 2 / len(negative))
 
 
@@ -121,7 +122,7 @@ METRICS = {
 }
 
 
-def gathered(value):
+def gather(value):
     """[value of each process], of plain types and tensors on the CPU."""
     values = [None] * world()[1]
     if len(values) == 1:
@@ -143,7 +144,7 @@ def predictions(network, batches):
         total += (loss_of(logits, y) * len(y)).item()
         scores.append(logits.float().cpu())
         labels.append(y.cpu())
-    totals, scores, labels, rows = zip(*gathered((total, scores, labels, batches.indices)))
+    totals, scores, labels, rows = zip(*gather((total, scores, labels, batches.indices)))
     scores, labels = torch.cat(sum(scores, [])), torch.cat(sum(labels, []))
     loss = sum(totals) / len(labels)
     studies = batches.data.studies
@@ -200,11 +201,10 @@ def check_layers(genotype, layers):
 def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32, stem='cifar'):
     """Parameters without and with the auxiliary head; multiply-adds of convolutions and linears."""
     with torch.device('meta'):
-        network = Network(init_channels, num_classes, layers, genotype, auxiliary=True,
-                          stem=stem).eval()
+        network = Network(init_channels, num_classes, layers, genotype, auxiliary=True, stem=stem)
         image = torch.empty(1, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(image)
+        network.eval()(image)
     params = sum(p.numel() for p in network.parameters())
     head = sum(p.numel() for p in network.auxiliary_head.parameters())
     return {'params': params - head, 'params_auxiliary': params,
@@ -227,26 +227,14 @@ def stem_for(stem, image_size, init_channels, auxiliary=False):
 def load_weights(path):
     """(network in evaluation mode, meta) from a weights.pt; meta: see retrain.finish."""
     content = load_file(path, 'retrain again')
-    try:
+    with readable(f'{path} is no network of this code', 'Retrain again.'):
         meta = content['meta']
         network = Network(meta['init_channels'], len(meta['classes']), meta['layers'],
                           from_plain(meta['genotype'], str(path)), auxiliary=meta['auxiliary'],
                           stem=meta['stem'])
         network.load_state_dict(content['network'])
-    except (KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f'{path} is no network of this code ({reason}): retrain again') from None
     return network.eval(), meta
 
-
-@torch.no_grad()
-def predict(network, meta, path):
-    """Probabilities (classes,) of the classes (or labels) of a picture, prepared as for a test."""
-    mean, std = torch.tensor(meta['mean']) * 255, torch.tensor(meta['std']) * 255
-    pixels = read_image(path, meta['image_size'], meta.get('zoom', 1.0))
-    x = (torch.from_numpy(pixels.copy()).float() - mean) / std
-    logits = network(x.permute(2, 0, 1).unsqueeze(0)).squeeze(0)
-    return logits.sigmoid() if meta['multilabel'] else logits.softmax(0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -255,27 +243,16 @@ def predict(network, meta, path):
 
 def read_json(path):
     """The object in a JSON file of a run; UserError for a damaged or missing one."""
-    try:
-        content = json.loads(Path(path).read_text())
-        if isinstance(content, dict):
-            return content
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing: give the folder of a run') from None
-    except ValueError:
-        pass
-    raise UserError(f'{path} is damaged: take it from a copy, or run again')
+    with readable(f'{path} is missing or damaged', 'Give the folder of a run, or run again.'):
+        return dict(json.loads(Path(path).read_text()))
 
 
 def read_log(folder):
-    """The lines of log.jsonl, as dictionaries; a line that a kill cut short is left out."""
-    path, lines = Path(folder) / 'log.jsonl', []
+    """The lines of log.jsonl, as dictionaries; one without an end is left out."""
+    path = Path(folder) / 'log.jsonl'
     text = path.read_text() if path.exists() else ''
-    for number_, line in enumerate(text.split('\n')[:-1], 1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            raise UserError(f'{path}: line {number_} is damaged: --resume the run') from None
-    return lines
+    with readable(f'{path} is damaged', '--resume the run.'):
+        return [json.loads(line) for line in text.split('\n')[:-1]]
 
 
 def method_name(settings):
@@ -320,7 +297,7 @@ def read_run(run):
         if (folder / 'genotype.json').exists():
             genotype, found_by = find_genotype(str(folder))
             row.update(finished=True, genotype=plain(genotype), arch_data=found_by['arch_data'],
-                       **known_of(genotype))
+                       **look_up(genotype))
             if found_by['data'] is None:                # a random cell
                 row['searched_on'] = None
             if (folder / 'scores.csv').exists():
@@ -334,24 +311,23 @@ def read_run(run):
     return row
 
 
-def known_of(genotype):
+def look_up(genotype):
     """A cell's skips, parameters and, of NAS-Bench-201, true accuracy and distances in points."""
     if not isinstance(genotype, str):
-        skips = {}
+        found = {}
         for cell in ('normal', 'reduce'):
             names = [op for op, _ in getattr(genotype, cell)]
-            skips[f'skips_{cell}'] = names.count('skip_connect')
-        return {**skips, 'params': cost(genotype)['params']}
+            found[f'skips_{cell}'] = names.count('skip_connect')
+        return {**found, 'params': cost(genotype)['params']}
     table, ordered = nas_bench_201()
-    names, true = from_string(genotype), genotypes.truth(genotype)
+    names, found = from_string(genotype), genotypes.truth(genotype)
     others = {'to_optimum': {name: ordered[name][-1] for name in ACCURACIES},
               'to_median': {name: ordered[name][len(table) // 2] for name in ACCURACIES},
               'to_largest': table[NB201_LARGEST]}
-    distances = {}
     for key, values in others.items():
-        distances[key] = [round(true[name] - values[name], 2) for name in ACCURACIES]
-    return {**true, **distances, 'skips': names.count('skip_connect'),
-            'nones': names.count('none'), 'params': table[genotype]['params']}
+        found[key] = [round(found[name] - values[name], 2) for name in ACCURACIES]
+    return {**found, 'skips': names.count('skip_connect'), 'nones': names.count('none'),
+            'params': table[genotype]['params']}
 
 
 def read_cell_scores(folder):
@@ -387,10 +363,10 @@ def spearman(a, b, given=None):
 
 def kendall(a, b):
     """Kendall's tau-b of two arrays."""
-    sums = np.zeros(3)
+    sums, a, b = np.zeros(3), ranks(a), ranks(b)
     for x, y in zip(a, b):
         one, other = np.sign(x - a), np.sign(y - b)
-        sums += (one * other).sum(), (one ** 2).sum(), (other ** 2).sum()
+        sums += one @ other, one @ one, other @ other
     return float(sums[0] / np.sqrt(sums[1] * sums[2]))
 
 
@@ -413,22 +389,21 @@ def read_test(meta, data_dir=None, table=None):
 
     data_dir: where real data are now; table: a CSV of CheXpert's test set.
     """
+    if not (meta['has_test'] or table):
+        return None
     settings = {**meta['settings'], 'image_size': meta['image_size']}
+    name = meta['data']
     if data_dir:
         settings['data_dir'] = data_dir
+        name = name if name in REAL else data_dir
     if table:
-        if meta['classes'] != list(CHEXPERT):
-            raise UserError('--test_labels is for networks trained on chexpert. Leave it out.')
         data = read_chexpert('chexpert', settings, 'test', table)
-    elif not meta['has_test']:
-        return None
     else:
-        moved = data_dir and meta['data'] not in REAL
-        data = read(data_dir if moved else meta['data'], settings, 'test')
+        data = read(name, settings, 'test')
     if data is None:
-        raise UserError(f'{data_dir or meta["data"]} has no test images any more: bring them back')
-    known = meta.get('test_files')
-    if known and not table and sha256_of_files(data.files) != known:
+        raise UserError(f'{name} has no test images any more: bring them back')
+    files = meta.get('test_files')
+    if files and sha256_of_files(data.files) != files:
         raise UserError(f'{data.name}: files were added, removed or changed since this training: '
                         'the test images are others. Bring them back, or retrain')
     unknown = sorted(set(data.classes) - set(meta['classes']))
@@ -464,11 +439,10 @@ def report(run, device, data_dir=None, test_labels=None):
                tested=(scores.numpy(), labels.numpy(), data.classes, names),
                **{f'test_{name}': value for name, value in values.items()})
     if data.multilabel:
-        intervals = bootstrap(scores.numpy(), labels.numpy(), data.classes)
-        values = areas(scores, labels, data.classes)
-        positives = dict(zip(data.classes, (labels == 1).sum(0).tolist()))
-        row['test_areas'] = {name: [value, *intervals[name], positives[name]]
-                             for name, value in values.items()}
+        intervals, row['test_areas'] = bootstrap(*row['tested'][:3]), {}
+        for name, value in areas(scores, labels, data.classes).items():
+            positives = (labels[:, data.classes.index(name)] == 1).sum().item()
+            row['test_areas'][name] = [value, *intervals[name], positives]
     elif 'fit_error' in row:
         row['gap'] = row['test_error'] - row['fit_error']
     return row
@@ -482,8 +456,6 @@ def show(row):
     """Print one run as a list, with units."""
     print(row['run'])
     for name, value in row.items():
-        if value is None or name in ('run', 'finished', 'log', 'settings', 'tested'):
-            continue
         if name == 'genotype' and isinstance(value, dict):
             for cell in ('normal', 'reduce'):
                 pairs = '  '.join(f'{op}:{state}' for op, state in value[cell])
@@ -495,7 +467,7 @@ def show(row):
             for label in row['tested'][2]:
                 if label not in value:
                     print(f'  {label:<28} no AUROC: all positive, or none')
-        else:
+        elif value is not None and name not in ('run', 'finished', 'log', 'settings', 'tested'):
             print(f'  {name.replace("_", " "):<17} {text_of(name, value)}')
 
 
@@ -545,10 +517,8 @@ def table(rows):
                 line[name] = float(np.mean(values))
                 line[f'{name}_std'] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         lines.append(line)
-        values = {}                             # of each setting, in these runs
-        for name in set().union(*[run['settings'] for run in runs]):
-            values[name] = {str(run['settings'].get(name)) for run in runs}
-        names = {name for name in values if len(values[name]) > 1}
+        first = runs[0]['settings'].items()
+        names = {name for run in runs for name, _ in first ^ run['settings'].items()}
         names -= MAY_DIFFER | {'seed', 'data_seed', 'arch'}
         if names:
             print(f'{" ".join(str(word) for word in key if word)}: averaged over runs that differ '
@@ -558,18 +528,18 @@ def table(rows):
 
 def print_table(lines):
     """Print what `table` returns: mean ± standard deviation over the runs of a group."""
+    formats = {name: (name.replace('_', ' '), '') for name in (*GROUPS, 'n')}
+    for name, (header, digits) in columns().items():
+        formats[name] = header, f',.{digits}f'
     there = {name for line in lines for name in line if line[name] is not None}
-    known = {name: text for name, text in columns().items() if name in there}
-    about = [name for name in (*GROUPS, 'n') if name in there]
-    texts = [[name.replace('_', ' ') for name in about] + [header for header, _ in known.values()]]
+    names = [name for name in formats if name in there]
+    texts = [[formats[name][0] for name in names]]
     for line in lines:
-        cells = ['-' if line.get(name) is None else str(line[name]) for name in about]
-        for name, (_, digits) in known.items():
-            cell = '-' if line.get(name) is None else f'{line[name]:,.{digits}f}'
-            if line.get(f'{name}_std') is not None:
-                cell += f' ± {line[f"{name}_std"]:,.{digits}f}'
-            cells.append(cell)
-        texts.append(cells)
+        texts.append([])
+        for name in names:
+            values = [line.get(name), line.get(f'{name}_std')]
+            parts = [format(value, formats[name][1]) for value in values if value is not None]
+            texts[-1].append(' ± '.join(parts) or '-')
     widths = [max(map(len, column)) for column in zip(*texts)]
     for cells in texts:
         print('  '.join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
@@ -601,23 +571,20 @@ def mean_of(line, start):
 def plot(rows, path):
     """Draw what runs did by epoch, and of retrainings one's test, or the fit of three and more."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
     except ImportError:
         raise UserError('--plot needs matplotlib: pip install matplotlib') from None
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
     panels, colours = [], {}                    # panels: title, inches, function, its arguments
     for row in rows:
         group = row.get('method') or row['arch']
         for key, words in (('searched_on', ' on '), ('trained_on', ', trained on ')):
-            group += words + Path(row[key]).name if row.get(key) else ''
+            if row.get(key):
+                group += words + Path(row[key]).name
         row['colour'] = colours.setdefault(group, f'C{len(colours)}')
     for title, start in PANELS.items():
-        lines = []
-        for row in rows:
-            lines.append((row['colour'], [mean_of(line, start) for line in row['log']]))
-        if any(set(values) - {None} for _, values in lines):
-            panels.append((title, 2.4, draw_curves, [lines]))
+        if any(mean_of(line, start) is not None for row in rows for line in row['log']):
+            panels.append((title, 2.4, draw_curves, [rows, start]))
     for row in rows:
         if row.get('score'):
             title = f'{row["cells"]:,} cells, scored by {row["score"]}: {Path(row["run"]).name}'
@@ -626,33 +593,30 @@ def plot(rows, path):
     if len(fits) > 2:
         panels.append(('fit and generalization, one dot per network', 2.4, draw_fits, [fits]))
     elif len(rows) == 1 and 'tested' in rows[0]:
-        tested = [*rows[0]['tested'][:3], rows[0].get('test_areas')]
-        panels.append(('test images, after the last epoch', 6, draw_test, tested))
+        panels.append(('test images, after the last epoch', 6, draw_test, rows))
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
     heights = [panel[1] for panel in panels]
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(8, sum(heights)), squeeze=False,
-                                   layout='constrained', height_ratios=heights)
-    for axis, (title, _, draw, arguments) in zip(axes[:, 0], panels):
+    figure = Figure((8, sum(heights)), layout='constrained')
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (title, _, draw, arguments) in zip(axes, panels):
         axis.set_title(title, fontsize=10, loc='left')
         draw(axis, *arguments)
-    handles = [pyplot.Line2D([], [], color=c, label=name) for name, c in colours.items()]
+    handles = [Line2D([], [], color=c, label=name) for name, c in colours.items()]
     figure.legend(handles=handles, loc='outside lower center', ncols=2, fontsize=9)
     buffer = io.BytesIO()
     try:
         figure.savefig(buffer, format=Path(path).suffix[1:] or 'png', dpi=120)
     except ValueError:
         raise UserError(f'--plot {path}: name it .png, .svg or .pdf') from None
-    pyplot.close(figure)
     write_file(path, buffer.getvalue())
 
 
-def draw_curves(axis, lines):
-    """lines: (colour, the value of each epoch or None)."""
-    for colour, values in lines:
-        points = [(epoch, value) for epoch, value in enumerate(values, 1) if value is not None]
-        if points:
-            axis.plot(*zip(*points), color=colour, marker='.', alpha=0.8)
+def draw_curves(axis, rows, start):
+    """The mean of the log's entries that begin with `start`, by epoch."""
+    for row in rows:
+        values = np.array([mean_of(line, start) for line in row['log']], float)     # None: a gap
+        axis.plot(np.arange(len(values)) + 1, values, color=row['colour'], marker='.', alpha=0.8)
     axis.set_xlabel('epoch', fontsize=9)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
@@ -682,9 +646,10 @@ def draw_fits(axis, rows):
     axis.grid(alpha=0.3)
 
 
-def draw_test(axis, scores, labels, classes, test_areas):
+def draw_test(axis, row):
     """The confusion matrix of a test, or the ROC curve of each label."""
     from matplotlib import colormaps, font_manager
+    scores, labels, classes, _ = row['tested']
     if labels.ndim == 1:
         counts = np.zeros((len(classes), len(classes)), int)
         np.add.at(counts, (labels, scores.argmax(1)), 1)
@@ -702,7 +667,7 @@ def draw_test(axis, scores, labels, classes, test_areas):
                           color='white' if count > counts.max() / 2 else 'black')
         return
     axis.set_prop_cycle(color=colormaps['tab20'].colors)
-    for name, (area, low, high, n) in test_areas.items():
+    for name, (area, low, high, n) in row['test_areas'].items():
         k = classes.index(name)
         known = labels[:, k] >= 0
         truth = labels[known, k][np.argsort(-scores[known, k], kind='stable')] == 1
@@ -739,6 +704,7 @@ COST = {
 }
 
 
+@torch.no_grad()
 def show_predictions(run, target):
     """Print the class of each picture and its probability, or the probability of each label."""
     if not Path(run, 'weights.pt').exists():
@@ -756,12 +722,16 @@ def show_predictions(run, target):
     writer = csv.writer(sys.stdout, lineterminator='\n')
     columns = meta['classes'] if meta['multilabel'] else ['class', 'probability']
     writer.writerow(['file', *columns])
-    for path in paths:
-        row = predict(network, meta, path)
+    mean, std = torch.tensor(meta['mean']) * 255, torch.tensor(meta['std']) * 255
+    for path in paths:                          # prepared as for a test
+        pixels = read_image(path, meta['image_size'], meta.get('zoom', 1.0))
+        x = (torch.from_numpy(pixels.copy()).float() - mean) / std
+        logits = network(x.permute(2, 0, 1).unsqueeze(0)).squeeze(0)
         if meta['multilabel']:
-            writer.writerow([path, *(f'{p:.4f}' for p in row.tolist())])
+            writer.writerow([path, *(f'{p:.4f}' for p in logits.sigmoid().tolist())])
         else:
-            writer.writerow([path, meta['classes'][row.argmax()], f'{row.max():.4f}'])
+            shares = logits.softmax(0)
+            writer.writerow([path, meta['classes'][shares.argmax()], f'{shares.max():.4f}'])
 
 
 def write_probabilities(path, runs):
@@ -786,8 +756,10 @@ def write_csv(path, rows):
 def show_genotype(run):
     """Print the cell of a search or a retraining in DARTS's words, or its NAS-Bench-201 string."""
     weights = Path(run) / 'weights.pt'
-    found = from_plain(load_weights(weights)[1]['genotype']) if weights.exists() \
-        else find_genotype(run)[0]
+    if weights.exists():
+        found = from_plain(load_weights(weights)[1]['genotype'])
+    else:
+        found, _ = find_genotype(run)
     print(found if isinstance(found, str) else genotypes.Genotype(*map(list, found)))
 
 
@@ -803,8 +775,8 @@ def main(argv=None):
     if unused:
         mend = 'does not go with --cost: leave it out' if s['cost'] else 'needs --cost: add it'
         raise UserError(f'--{min(unused)} {mend}')
-    for name in ('csv', 'plot', 'scores'):
-        if s[name] and (Path(s[name]).is_dir() or not Path(s[name]).resolve().parent.is_dir()):
+    for name in ('csv', 'plot', 'scores'):      # which are written after the tests
+        if s[name] and not Path(s[name]).resolve().parent.is_dir():
             raise UserError(f'--{name} {s[name]}: give a file in a folder that exists')
     if s['cost']:
         if not s['arch']:
@@ -832,8 +804,8 @@ def main(argv=None):
         write_probabilities(s['scores'], rows)
     for row in rows:
         if not row['finished']:
-            epochs = f'{row["epochs"]} of {row["settings"]["epochs"]} epochs'
-            print(f'{row["run"]}: {epochs}, not finished: --resume it', file=sys.stderr)
+            print(f'{row["run"]}: {row["epochs"]} of {row["settings"]["epochs"]} epochs, not '
+                  'finished: --resume it', file=sys.stderr)
     done = [row for row in rows if row['finished']]
     lines = table(done)
     if s['json']:

@@ -49,8 +49,7 @@ def from_plain(value, source='genotype'):
             cells += [pairs, tuple(map(int, value[cell + '_concat']))]
     except (KeyError, TypeError, ValueError):
         raise ValueError(f'{source}: a genotype has "normal" and "reduce", lists of [operation, '
-                         'input state], and lists of nodes, "normal_concat" and '
-                         '"reduce_concat"') from None
+                         'input state], and the nodes "normal_concat", "reduce_concat"') from None
     check_cell(*cells[:2], f'{source}: normal')
     check_cell(*cells[2:], f'{source}: reduce')
     return Genotype(*cells)
@@ -118,9 +117,8 @@ def parse_darts(text):
 def find_genotype(arch):
     """(genotype, found_by) of what `--arch` names; ValueError says in one line what is wrong.
 
-    arch: a published name, a string of NAS-Bench-201, a file (genotype.json, or in DARTS's words),
-    or the folder of a search.
-    found_by: `data`, `method`, and of a search `seed` and `arch_data`.
+    arch: a published name, a string of NAS-Bench-201, a search, its genotype.json, or a file in
+    DARTS's words. found_by: `data`, `method`, and of a search `seed` and `arch_data`.
     """
     if arch in PUBLISHED:
         return PUBLISHED[arch], {'data': 'published', 'method': arch}
@@ -213,8 +211,7 @@ ACCURACIES = ('cifar10', 'cifar100', 'imagenet16')
 def nas_bench_201():
     """({string: row}, {data set: sorted test accuracies}) of tests/nas_bench_201.csv.gz.
 
-    A row: test accuracies in per cent (ACCURACIES), the same on validation images (`..._valid`),
-    and `params`.
+    A row: accuracies in per cent, on test images and on validation ones (`..._valid`), `params`.
     """
     path = Path(__file__).resolve().parent / 'tests' / 'nas_bench_201.csv.gz'
     names, table = list(NB201_OPERATIONS), {}
@@ -232,8 +229,8 @@ def nas_bench_201():
 def truth(arch):
     """Official accuracies of a cell of NAS-Bench-201, in per cent, after 200 epochs, by data set.
 
-    With them its `rank` on CIFAR-10, 1 for the best, and `percentile`: the share of all cells, in
-    per cent, that it beats, ties counted half.
+    With them, on CIFAR-10, its `rank`, 1 for the best, and `percentile`: how many per cent of all
+    cells it beats, ties counted half.
     """
     table, ordered = nas_bench_201()
     row, values = table[arch], ordered['cifar10']
@@ -308,7 +305,7 @@ def draw(genotype, title=''):
     if isinstance(genotype, str):
         edges = [(op, *edge) for op, edge in zip(from_string(genotype), NB201_EDGES)]
         cells, labels = [('cell', edges, ())], ['input', '1', '2', 'output']
-        title += ' (CIFAR-10 {cifar10:.2f}%, known)'.format(**truth(genotype))
+        title += f' (CIFAR-10 {truth(genotype)["cifar10"]:.2f}%, known)'
     else:
         cells, labels = [], ['c_{k-2}', 'c_{k-1}', *map(str, range(NODES))]
         for cell, name in (('normal', 'normal cell'), ('reduce', 'reduction cell')):

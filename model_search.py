@@ -71,7 +71,7 @@ class MixedOp(nn.Module):
             edges = [k for k, own in enumerate(names) if name in own and build is not None]
             for start, end in spans(edges, width):
                 operation = build(channels, end - start, stride, affine)
-                if operation.shared:
+                if getattr(operation, 'shared', False):
                     self.shared[name] = operation
                     break
                 block = f'edges{start}to{end}'
@@ -85,8 +85,7 @@ class MixedOp(nn.Module):
 
         From weights (E, operations): those of the shared operations, (E, n), and for each block a
         list, for each of its operations every channel's factor, (edges * C,). best: each edge's
-        one column (see Drawn); then for each edge (name, its weight, sum of the others), or None
-        for what Drawn has no weights for.
+        one column; then for each edge (name, its weight, sum of the others), None without weights.
         """
         if weights is None:
             return [(self.columns[k], None, None) for k in best]
@@ -190,8 +189,7 @@ class Cell(nn.Module):
     """Inputs, in DARTS brought to one size and width, and nodes that sum their edges.
 
     edges: {(node, input): names of its operations}. concat: the nodes that make the output.
-    partial: operations see the first 1/partial of the channels (PC-DARTS). width: the most edges
-    that one call serves.
+    partial: operations see 1/partial of the channels (PC-DARTS). width: most edges of one call.
     """
     def __init__(self, space, channels_in, channels, reduction, reduction_before, edges, concat,
                  affine, partial=1, width=None):
@@ -253,7 +251,7 @@ class Cell(nn.Module):
             if memo is None:
                 maps = mixed_op(x, factors and factors[state])
             else:
-                maps = self.remembered(memo, state, x, factors)
+                maps = self.recall(memo, state, x, factors)
             for (node, _), names, y in zip(leaving, mixed_op.names, maps):
                 if y is None:
                     continue
@@ -269,7 +267,7 @@ class Cell(nn.Module):
         outputs = [states[node] for node in self.concat]
         return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
-    def remembered(self, memo, state, x, factors):
+    def recall(self, memo, state, x, factors):
         """Maps of the edges that leave a state: from memo, or computed and put there."""
         before, keys, missing = [], [], []          # before: the choices that made this state
         for leaving, own in zip(self.leaving[:state], factors):
@@ -380,8 +378,9 @@ class Network(nn.Module):
         self.last = nn.Sequential(BatchNorm(last), nn.ReLU(inplace=True)) if space.inputs == 1 \
             else nn.Identity()
         self.classifier = nn.Linear(last, num_classes)
+        self.alphas = nn.ParameterDict()                    # stays empty in a derived network
         if genotype is None:
-            self.alphas, names = nn.ParameterDict(), list(space.operations)
+            names = list(space.operations)
             size = len(space.edges), len(names)
             for cell_type in space.cell_types:
                 self.alphas[cell_type] = nn.Parameter(1e-3 * torch.randn(size))
@@ -398,11 +397,10 @@ class Network(nn.Module):
 
     def forward(self, x):
         s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))
-        if self.stem1:
+        if self.stem1 is not None:
             s1 = self.stem1(s0)
-        mixed, factors, auxiliary_logits = {}, {}, None
-        if hasattr(self, 'alphas'):
-            mixed = {name: self.edge_weights(name) for name in self.space.cell_types}
+        factors, auxiliary_logits = {}, None
+        mixed = {name: self.edge_weights(name) for name in self.space.cell_types if self.alphas}
         for layer, (cell, cell_type) in enumerate(zip(self.cells, self.cell_types)):
             key, shares = None, None
             if cell_type in mixed:
@@ -433,10 +431,10 @@ class Network(nn.Module):
         weights = weights.masked_fill(F.pad(dropped, (0, len(self.space.extras))), 0)
         return weights if shares is None else weights * shares.unsqueeze(1), best, shares
 
-    def probabilities(self, cell_type):
+    def probabilities(self, cell_type, dtype=None):
         """Softmax of the alphas over the operations that each edge has: (edges, operations)."""
         dropped = getattr(self, f'dropped_{cell_type}')
-        return F.softmax(self.alphas[cell_type].masked_fill(dropped, -math.inf), 1)
+        return F.softmax(self.alphas[cell_type].masked_fill(dropped, -math.inf), 1, dtype=dtype)
 
     def shares(self, cell_type):
         """Each edge's share of a node: softmax of beta over its inputs (PC-DARTS, section 3.3)."""
@@ -451,7 +449,7 @@ class Network(nn.Module):
         return self.weights
 
     def architecture_parameters(self):
-        return list(self.alphas.values()) if hasattr(self, 'alphas') else []
+        return list(self.alphas.values())
 
     @contextmanager
     def frozen_statistics(self):
@@ -465,7 +463,7 @@ class Network(nn.Module):
                 norm.track_running_stats = True
 
     @torch.no_grad()
-    def strengths(self, seed=0):
+    def choice_weights(self, seed=0):
         """[float64 (edges, operations)] of the cell types: probabilities times the edges' shares.
 
         Alphas can be so small that float32 knows no differences, and `none` would win every tie.
@@ -473,8 +471,7 @@ class Network(nn.Module):
         """
         rng, out = torch.Generator().manual_seed(seed), []
         for cell_type in self.space.cell_types:
-            dropped = getattr(self, f'dropped_{cell_type}')
-            p = F.softmax(self.alphas[cell_type].double().masked_fill(dropped, -math.inf), 1)
+            p = self.probabilities(cell_type, torch.float64)
             if self.partial > 1:
                 p = p * self.shares(cell_type).unsqueeze(1)
             p = p.cpu()
@@ -483,11 +480,11 @@ class Network(nn.Module):
 
     def genotype(self, seed=0):
         """The strongest architecture in the alphas as they are now, whatever a method adds."""
-        strengths = self.strengths(seed)
+        weights = self.choice_weights(seed)
         if self.space.inputs == 1:
             names = list(self.space.operations)
-            return to_string(names[k] for k in strengths[0].argmax(1).tolist())
-        return derive(*strengths)
+            return to_string(names[k] for k in weights[0].argmax(1).tolist())
+        return derive(*weights)
 
 
 def cell_edges(genotype, cell_type, space=DARTS, kept=None):

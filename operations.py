@@ -157,8 +157,6 @@ class DepthwiseConv(nn.Conv2d):
 
 class PerEdge(nn.Module):
     """A module of its own for every edge: written in a minute, but slower than one for all."""
-    shared = False
-
     def __init__(self, build, channels, edges, stride, affine):
         super().__init__()
         self.edges = nn.ModuleList(build(channels, stride, affine) for _ in range(edges))
@@ -196,8 +194,6 @@ class Identity(nn.Module):
 
 class SepConv(nn.Module):
     """Separable convolution, twice: depthwise, pointwise, BatchNorm, with a ReLU between."""
-    shared = False
-
     def __init__(self, channels, edges, stride, affine, size):
         super().__init__()
         c = channels * edges
@@ -217,8 +213,6 @@ class SepConv(nn.Module):
 
 class DilConv(nn.Module):
     """Dilated separable convolution: depthwise of dilation 2, pointwise, BatchNorm."""
-    shared = False
-
     def __init__(self, channels, edges, stride, affine, size):
         super().__init__()
         c = channels * edges
@@ -241,8 +235,6 @@ class DilConv(nn.Module):
 
 class FactorizedReduce(nn.Module):
     """Halves the size: two 1x1 convolutions on the even and on the odd pixels, then BatchNorm."""
-    shared = False
-
     def __init__(self, channels_in, channels, edges, affine):
         super().__init__()
         self.edges = edges
@@ -260,8 +252,6 @@ class FactorizedReduce(nn.Module):
 
 class ReLUConvBN(nn.Module):
     """ReLU, convolution, BatchNorm; as edges see one state, one convolution serves them all."""
-    shared = False
-
     def __init__(self, channels_in, channels, affine, size=1, stride=1, statistics=True):
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels, size, stride, size // 2, bias=False)
@@ -273,8 +263,6 @@ class ReLUConvBN(nn.Module):
 
 class DroppedSkip(nn.Module):
     """Identity whose values are dropped with `probability` in training, by edge (P-DARTS)."""
-    shared = False
-
     def __init__(self, edges):
         super().__init__()
         self.edges = edges
@@ -295,9 +283,7 @@ def drop_path(x, probability):
 
 
 def skip_connect(channels, edges, stride, affine):
-    if stride == 1:
-        return Identity()
-    return FactorizedReduce(channels, channels, edges, affine)
+    return Identity() if stride == 1 else FactorizedReduce(channels, channels, edges, affine)
 
 
 def dropped_skip(channels, edges, stride, affine):

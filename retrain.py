@@ -13,11 +13,13 @@ Recipe: DARTS (arXiv 1806.09055), with cutout (arXiv 1708.04552), an auxiliary h
 1409.4842) and drop-path (arXiv 1605.07648); on ImageNet that of PC-DARTS (arXiv 1907.05737).
 """
 import contextlib
+import copy
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -26,6 +28,7 @@ import sys
 import time
 import warnings
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +38,7 @@ from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, 
                            number, one_line_errors, parse_flags, read, refuse_unused,
                            sha256_of_files, stratified_split, taken, world, write_file)
 from evaluate import (COST, EVALUATION_BATCH, MAY_DIFFER, check_layers, correct, find_genotype,
-                      gathered, loss_of, read_json, read_log, stem_for, test)
+                      gather, loss_of, read_json, read_log, stem_for, test)
 
 import numpy as np
 import torch
@@ -50,8 +53,7 @@ from model_search import Network
 INPUT = {
     'data': Setting('cifar10', f'{", ".join([*KINDS, *REAL])}, or a folder', name_or_path),
     **DATA,
-    'augment': Setting('auto', 'auto suits the images, with none for noise',
-                       ['auto', *AUGMENTATIONS]),
+    'augment': Setting('auto', 'auto: by the images, none for noise', ['auto', *AUGMENTATIONS]),
     'workers': Setting(2, 'processes that read large data sets', number(int, 0, 1024)),
 }
 SCHEDULE = {
@@ -133,10 +135,10 @@ def settle(doc, tables, argv, presets, defaults_for):
     defaults_for(typed, chosen, preset): the defaults of a command line, as in parse_flags.
     """
     def merged(typed, chosen):
-        real = chosen['source'] if chosen['data'] == 'random_labels' else chosen['data']
-        preset = real if real in presets else 'cifar'
-        if chosen['preset'] != 'auto':
-            preset = chosen['preset']
+        preset = chosen['preset']
+        if preset == 'auto':
+            real = chosen['source'] if chosen['data'] == 'random_labels' else chosen['data']
+            preset = real if real in presets else 'cifar'
         out, known = defaults_for(typed, chosen, preset), taken(chosen['data'], chosen)
         if Path(chosen['data'], 'meta.json').exists():
             known.discard('image_size')             # a written set has its own
@@ -170,11 +172,11 @@ def settle(doc, tables, argv, presets, defaults_for):
     return args, typed, defaults
 
 
-def refuse_idle(typed, has_effect, where='beside the other flags'):
-    """UserError for what was typed and has no effect; has_effect: {name: bool}."""
-    for name in sorted(typed.keys() & has_effect.keys()):
-        if not has_effect[name]:
-            raise UserError(f'--{name} means nothing {where}: leave it out')
+def refuse_idle(typed, idle):
+    """UserError for what was typed and has no effect; idle: {name: whether it has none}."""
+    for name in sorted(typed.keys() & idle.keys()):
+        if idle[name]:
+            raise UserError(f'--{name} means nothing beside the other flags: leave it out')
 
 
 def batch_of(args, images):
@@ -184,14 +186,6 @@ def batch_of(args, images):
     parts = args.grad_accum * int(os.environ.get('WORLD_SIZE', 1))
     size = min(args.batch_size, max(8, images // 20))
     return max(2 * parts, size - size % parts)
-
-
-def check_batch(args, share):
-    """UserError if a batch is more than the share of the unreal images that would be made."""
-    images = round(args.num_images * share)
-    if 'num_images' in taken(args.data, vars(args)) and batch_of(args, images) > images:
-        raise UserError(f'--batch_size {args.batch_size} is more than the {images} images of its '
-                        'split (--train_portion): take less, more --num_images, or --preset laptop')
 
 
 def run_name(script, first, args, typed, defaults):
@@ -206,12 +200,8 @@ def run_name(script, first, args, typed, defaults):
     words = [script, *map(word, first), f'seed{args.seed}']
     defaults = {**defaults, 'data_seed': args.seed, 'source': DATA['source'].default}
     for name in sorted(typed.keys() - MAY_DIFFER - {'data', 'method', 'arch', 'seed'}):
-        if typed[name] is True and not defaults[name]:
-            words.append(name)
-        elif typed[name] != defaults[name]:
-            words.append(f'{name}={word(typed[name])}')
-    if len('-'.join(words)) > 200:              # file systems end at 255
-        raise UserError('the name of this run would be too long: give it one by --save')
+        if typed[name] != defaults[name]:
+            words.append(name if typed[name] is True else f'{name}={word(typed[name])}')
     return str(Path('runs', '-'.join(words)))
 
 
@@ -254,21 +244,25 @@ class Run:
         self.checkpoint, self.log = {}, []
         self.epoch = self.step = 0              # where to go on
         self.caught = self.stop = 0             # a signal; one that all processes have agreed on
-        about = self.folder / 'args.json'
-        if world()[0]:
-            return
-        if about.exists():
-            if not args.resume:
-                raise UserError(f'{self.folder} holds a run: --resume it, or choose another --save')
-            before, now = read_json(about)['settings'], vars(args)
-            for name in sorted((now.keys() | before.keys()) - MAY_DIFFER):
-                if now.get(name) != before.get(name):
-                    raise UserError(f'{self.folder} was run with --{name} {before.get(name)}, not '
-                                    f'{now.get(name)}: give the same, or choose another --save')
-        elif {path.name for path in self.folder.glob('[!.]*')} - {'scripts'}:   # of a kill
-            raise UserError(f'{self.folder} holds something that is no run: choose another --save')
+        if is_first():
+            self.check_folder()
         if self.finished:
             print(f'{self.folder} is finished')
+
+    def check_folder(self):
+        """UserError if the folder holds anything but a run of these settings to --resume."""
+        about = self.folder / 'args.json'
+        if not about.exists():
+            if {path.name for path in self.folder.glob('[!.]*')} - {'scripts'}:     # of a kill
+                raise UserError(f'{self.folder} holds files of no run: choose another --save')
+            return
+        if not self.args.resume:
+            raise UserError(f'{self.folder} holds a run: --resume it, or choose another --save')
+        before, now = read_json(about)['settings'], vars(self.args)
+        for name in sorted((now.keys() | before.keys()) - MAY_DIFFER):
+            if now.get(name) != before.get(name):
+                raise UserError(f'{self.folder} was run with --{name} {before.get(name)}, not '
+                                f'{now.get(name)}: give the same, or choose another --save')
 
     def plan(self, full):
         """Set epochs, steps of an epoch and total steps, of data that give `full` steps an epoch.
@@ -292,7 +286,7 @@ class Run:
         """Hold the run's folder, on a Data or None; read its checkpoint, and catch signals."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / '.lock', 'a') as lock:
-            if not world()[0]:
+            if is_first():
                 try:
                     if fcntl:
                         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -307,13 +301,13 @@ class Run:
                 self.log = self.checkpoint['log']
                 self.epoch, self.step = self.checkpoint['epoch'], self.checkpoint['step']
             self.write_log()
-            handlers = {signum: signal.signal(signum, self.catch)
-                        for signum in (signal.SIGINT, signal.SIGTERM)}
+            interrupt = signal.signal(signal.SIGINT, self.catch)
+            terminate = signal.signal(signal.SIGTERM, self.catch)
             try:
                 yield
             finally:
-                for signum, handler in handlers.items():
-                    signal.signal(signum, handler)
+                signal.signal(signal.SIGINT, interrupt)
+                signal.signal(signal.SIGTERM, terminate)
 
     def write_args(self, data):
         """Write args.json and scripts/ of a new run; one that goes on must have the same data."""
@@ -343,16 +337,16 @@ class Run:
             raise KeyboardInterrupt
         self.caught = signum
 
-    def start(self, what, sums, state, **objects):
+    def start(self, what, sums, objects, state):
         """Load the checkpoint into `objects`, networks and optimizers, and torch's generators.
 
         what: said of the run in a line. sums: (n,) zeros, to which the steps of an epoch add.
-        state(): what the checkpoint is to hold beside what a Run knows.
+        state(): what the checkpoint holds besides the objects' states and what a Run knows.
         """
         cpu = self.total and self.device.type == 'cpu'      # whose first step may take a minute
         print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}: {self.folder}'
               + ('; timing the first step' if cpu else ''))
-        self.sums, self.state, saved = sums, state, self.checkpoint
+        self.sums, self.objects, self.state, saved = sums, objects, state, self.checkpoint
         done = min(self.epoch * self.steps + self.step, self.total)
         hint = '; --preset laptop or --quick takes minutes' if cpu else ''
         self.progress = Progress(self.total, 'steps', done, hint)
@@ -406,19 +400,18 @@ class Run:
 
         UserError if `tensors` are not finite; a GPU, which would wait, checks every 50 steps.
         """
-        alone, limit = world()[1] == 1, 60 * self.args.checkpoint_minutes
-        due = alone and (self.caught or time.time() - self.saved > limit)
-        is_last = step + 1 == self.last
-        if not (due or self.device.type == 'cpu' or step % 50 == 49 or is_last):
+        caught, waited, alone = self.caught, time.time() - self.saved, world()[1] == 1
+        limit, is_last = 60 * self.args.checkpoint_minutes, step + 1 == self.last
+        looks = self.device.type == 'cpu' or step % 50 == 49 or is_last
+        if not (looks or alone and (caught or waited > limit)):
             return False
         self.check_finite(tensors, epoch * self.steps + step)
-        self.stop = self.caught
-        if not alone:
-            flags = torch.tensor([self.caught, time.time() - self.saved], device=self.device)
+        if not alone:                           # all save and stop at the same step
+            flags = torch.tensor([caught, waited], device=self.device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-            self.stop = int(flags[0])
-            due = self.stop or flags[1] > limit
-        return bool(due) and not is_last
+            caught, waited = flags.tolist()
+        self.stop = int(caught)
+        return not is_last and (self.stop > 0 or waited > limit)
 
     def check_finite(self, tensors, step):
         """UserError if a loss, a weight or an alpha is not finite."""
@@ -431,10 +424,11 @@ class Run:
         self.step, self.saved = step, time.time()
         if world()[1] == 1:                     # a signal may come after the last step as well
             self.stop = self.caught
-        content = {**self.state(), 'epoch': epoch, 'step': step, 'log': self.log,
-                   'seconds': self.seconds, 'sums': torch.stack(gathered(self.sums.cpu())),
-                   'random': gathered(random_states(self.device))}
-        if not world()[0]:
+        content = {name: target.state_dict() for name, target in self.objects.items()}
+        content.update(self.state(), epoch=epoch, step=step, log=self.log, seconds=self.seconds,
+                       sums=torch.stack(gather(self.sums.cpu())),
+                       random=gather(random_states(self.device)))
+        if is_first():
             write_file(self.folder / 'checkpoint.pt', content)
         self.write_log()
         if not self.stop or epoch == self.epochs:
@@ -443,7 +437,7 @@ class Run:
         return True
 
     def write_log(self):
-        if not world()[0]:
+        if is_first():
             lines = [json.dumps(line) + '\n' for line in self.log]
             write_file(self.folder / 'log.jsonl', ''.join(lines))
 
@@ -463,11 +457,9 @@ def git_commit():
 
 def hardware(device):
     """What a measured number was measured on."""
-    cpu, about = platform.processor() or platform.machine(), Path('/proc/cpuinfo')
-    for line in about.read_text().splitlines() if about.exists() else ():
-        if line.startswith('model name'):
-            cpu = line.split(':')[1].strip()
-    return {'cpu': cpu, 'threads': torch.get_num_threads(),
+    about = Path('/proc/cpuinfo')
+    names = re.findall(r'model name\s*: (.*)', about.read_text()) if about.exists() else []
+    return {'cpu': names[-1] if names else platform.machine(), 'threads': torch.get_num_threads(),
             'instructions': torch.backends.cpu.get_cpu_capability(),        # how sums are rounded
             'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}
 
@@ -497,7 +489,18 @@ def set_random_states(states, device):
 # The processes of torchrun
 
 
-def averaged(tensors):
+def is_first():
+    """Whether this is the first process of the run, which writes its files."""
+    return world()[0] == 0
+
+
+def draw_apart(seed):
+    """From here on each process but the first draws numbers of its own."""
+    if not is_first():
+        torch.manual_seed((seed + world()[0] * 1_000_003) % 2 ** 62)
+
+
+def average(tensors):
     """The mean over all processes of each of some tensors of one type, in one all_reduce."""
     if world()[1] == 1:
         return list(tensors)
@@ -517,7 +520,7 @@ def start_alike(network):
 def check_alike(tensors, what):
     """UserError if processes that do the same sums have come apart."""
     mine = torch.cat([t.detach().double().flatten() for t in tensors]).cpu()
-    for rank, other in enumerate(gathered(mine)):
+    for rank, other in enumerate(gather(mine)):
         if not torch.equal(other, mine):
             raise UserError(f'the {what} of process {rank} are others: use GPUs of one kind')
 
@@ -529,9 +532,8 @@ def check_alike(tensors, what):
 class GraphedStep:
     """A training step that CUDA replays as one graph, if that gives what the eager step gives.
 
-    step(*batch) returns a tensor and changes the tensors in changed(), a dict of lists, in place.
-    After WARM_UP steps it is captured. If a list then differs from the eager step's by more than
-    TOLERANCE of its change, the eager step goes on.
+    step(*batch) returns a tensor and changes those in changed(), {name: list}, in place. After
+    WARM_UP steps a graph is made, and kept if no list is off by more than TOLERANCE of its change.
     """
     WARM_UP, TOLERANCE = 3, 0.05
 
@@ -563,44 +565,39 @@ class GraphedStep:
             return graph, self.step(*self.batch)
 
     def first_replay(self, batch):
-        """Capture, compare, and leave the state one step further."""
+        """Capture and replay the step, take it back, take the eager step, and compare the two."""
         self.on, self.batch, reason = False, [t.clone() for t in batch], None
-        before, result, after = self.state(), self.step(*batch), self.state()
+        changed, states = self.changed(), random_states(self.device)
+        before, replayed = copy.deepcopy(changed), {}
         try:
-            self.set_state(before)
             graph, self.result = self.capture()
-            self.set_state(before)
+            set_random_states(states, self.device)
             graph.replay()
-            for name, part in self.changed().items():
-                start, end = before[0][name], after[0][name]
-                off, moved = distance(part, end), distance(start, end)
-                if not off <= self.TOLERANCE * moved:
-                    reason = f"the {name} differ from the eager step's by {off:.2g} in {moved:.2g}"
+            replayed = copy.deepcopy(changed)
         except RuntimeError as error:
             reason = f'capture failed ({str(error).splitlines()[0][:100]})'
             if self.device.type == 'cuda':      # before torch 2.14 it would count as capturing on
                 generator = torch.cuda.default_generators[self.device.index]
                 generator.graphsafe_set_state(generator.clone_state())
-        if reason is None:
-            self.graph = graph
-        else:
+        for t, old in zip(chain(*changed.values()), chain(*before.values())):
+            t.data.copy_(old)
+            t.grad = None                       # of a capture that broke off
+        set_random_states(states, self.device)
+        result = self.step(*batch)
+        reason = reason or difference(before, replayed, changed, self.TOLERANCE)
+        if reason:
             print(f'no CUDA graph: {reason}; going on without', file=sys.stderr)
-        self.set_state(after)
+        self.graph = None if reason else graph
         return result
 
-    def state(self):
-        copies = {}
-        for name, part in self.changed().items():
-            copies[name] = [t.detach().clone() for t in part]
-        return copies, random_states(self.device)
 
-    @torch.no_grad()
-    def set_state(self, state):
-        for name, part in self.changed().items():
-            torch._foreach_copy_(part, state[0][name])
-            for t in part:
-                t.grad = None                   # of a step that broke off
-        set_random_states(state[1], self.device)
+def difference(before, replayed, eager, tolerance):
+    """Say how a replayed step differs from the eager one, all {name: tensors}; None if alike."""
+    for name, tensors in replayed.items():
+        off, moved = distance(tensors, eager[name]), distance(before[name], eager[name])
+        if not off <= tolerance * moved:        # also if one is not finite
+            return f"the {name} differ from the eager step's by {off:.2g} in {moved:.2g}"
+    return None
 
 
 @torch.no_grad()
@@ -609,7 +606,7 @@ def distance(a, b):
     return math.sqrt(sum((x.double() - y.double()).square().sum().item() for x, y in zip(a, b)))
 
 
-def changed_by_a_step(network, *optimizers):
+def tensors_of_a_step(network, *optimizers):
     """What GraphedStep compares: {name: tensors}."""
     states = []
     for optimizer in optimizers:
@@ -626,7 +623,7 @@ def changed_by_a_step(network, *optimizers):
 
 
 def train_step(network, batch, optimizer, args):
-    """Step the weights on a batch: (loss without the auxiliary head's, right answers)."""
+    """Step the weights; returns loss (without the auxiliary head's) and right answers, (2,)."""
     parts, sums = list(zip(*(t.chunk(args.grad_accum) for t in batch))), 0
     for k, (x, y) in enumerate(parts):
         # DistributedDataParallel averages over the processes after the last part.
@@ -646,7 +643,7 @@ def train_step(network, batch, optimizer, args):
         torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip, foreach=True)
     optimizer.step()
     optimizer.zero_grad()
-    return sums.unbind()
+    return sums
 
 
 def make_optimizer(weights, args, name='sgd'):
@@ -669,11 +666,9 @@ def build(args, genotype, num_classes, stem, device):
     if args.drop_path_prob:
         network.drop_path_prob = torch.zeros((), device=device)
     optimizer = make_optimizer(list(network.parameters()), args, args.optimizer)
-    rank, processes = world()
-    if processes == 1:
+    if world()[1] == 1:
         return network, network, optimizer
-    if rank:                                    # each process draws its own drop-path
-        torch.manual_seed((args.seed + rank * 1_000_003) % 2 ** 62)
+    draw_apart(args.seed)                       # drop-path
     warnings.filterwarnings('ignore', 'Grad strides do not match')      # of 1x1 kernels
     # A node of the cell may lead nowhere: then its operations get no gradient.
     idle = isinstance(genotype, str) or len(genotype.normal_concat + genotype.reduce_concat) < 8
@@ -718,9 +713,8 @@ def parse(argv):
     check_layers(find_genotype(args.arch)[0], args.layers)
     if args.max_steps == 0:
         raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
-    sgd = args.optimizer == 'sgd'
-    refuse_idle(typed, {'cutout_length': args.cutout, 'momentum': sgd, 'nesterov': sgd})
-    check_batch(args, min(1.0, args.train_portion))
+    adam = args.optimizer == 'adam'
+    refuse_idle(typed, {'cutout_length': not args.cutout, 'momentum': adam, 'nesterov': adam})
     args.save = args.save or run_name('retrain', [args.data, args.arch], args, typed, defaults)
     return args
 
@@ -739,34 +733,28 @@ def main(argv=None):
     genotype, found_by = find_genotype(args.arch)
     stem = stem_for(args.stem, data.image_size, args.init_channels, args.auxiliary)
     if args.label_smoothing and data.multilabel:
-        raise UserError('--label_smoothing: these images have several labels, which are not '
-                        'smoothed: leave it out')
+        raise UserError('--label_smoothing does not go with several labels an image: leave it out')
     rows, held = split_rows(data, args)
-    test_data = read(args.data, vars(args), 'test') if data.kind == 'real' else None
-
-    def whole(data, rows):
-        return Batches(data, rows, EVALUATION_BATCH[data.image_size > 64], device, shuffle=False,
-                       workers=args.workers)
-
     size = batch_of(args, len(rows))
     batches = Batches(data, rows, size, device, args.augment,
                       args.cutout_length if args.cutout else 0, 2 * args.seed, True, args.workers)
-    fit_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), FIT_IMAGES)).astype(int)]
     run.plan(len(batches))
+    fit_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), FIT_IMAGES)).astype(int)]
+    test_data = read(args.data, vars(args), 'test') if data.kind == 'real' else None
+
+    def measure(part, data, rows):
+        return test(part, network, Batches(data, rows, EVALUATION_BATCH[data.image_size > 64],
+                                           device, shuffle=False, workers=args.workers))
 
     with run.on(data):
         network, parallel, optimizer = build(args, genotype, len(data.classes), stem, device)
-        best = run.checkpoint.get('best', math.inf)
-        best_held = run.checkpoint.get('best_held', math.inf)
-        kept = run.checkpoint.get('kept', {})               # weights of the best epoch
+        kept = run.checkpoint.get('kept', {})               # weights of the best held-out epoch
         run.start(f'{args.arch} (C={args.init_channels}) on {data.name} ({len(rows):,} images of '
                   f'{data.image_size} px, {len(data.classes)} classes)',
                   torch.zeros(2, device=device),            # loss and right answers
-                  lambda: dict(network=network.state_dict(), optimizer=optimizer.state_dict(),
-                               best=best, best_held=best_held, kept=kept),
-                  network=network, optimizer=optimizer)
-        step = GraphedStep(lambda *batch: torch.stack(train_step(parallel, batch, optimizer, args)),
-                           lambda: changed_by_a_step(network, optimizer), device,
+                  dict(network=network, optimizer=optimizer), lambda: dict(kept=kept))
+        step = GraphedStep(lambda *batch: train_step(parallel, batch, optimizer, args),
+                           lambda: tensors_of_a_step(network, optimizer), device,
                            args.graph == 'auto' and world()[1] == 1)
         for epoch in range(run.epoch, run.epochs):
             learning_rate = learning_rate_at(args, epoch, run.epochs)
@@ -778,35 +766,37 @@ def main(argv=None):
             if run.train(epoch, batches.epoch(epoch, run.step), step, network.parameters()):
                 return 128 + run.stop
             start_alike(network)                # with the running statistics of the first process
-            loss, right = averaged([run.sums])[0].div(run.last).tolist()
+            loss, right = average([run.sums])[0].div(run.last).tolist()
             line = {'learning_rate': learning_rate, 'drop_path_prob': drop_path_prob,
                     'train_loss': loss, 'train_accuracy': right * world()[1] / size}
             is_last = epoch + 1 == run.epochs
             if len(held):
-                line.update(test('holdout', network, whole(data, held)))
-                area = line.get('holdout_auroc_tasks')
-                badness = line['holdout_loss'] if area is None else 1 - area
-                badness = line.get('holdout_error', badness)
-                if badness < best_held:
-                    best_held = badness
+                line.update(measure('holdout', data, held))
+                if badness(line) < min(map(badness, run.log), default=math.inf):
                     kept = {name: t.cpu().clone() for name, t in network.state_dict().items()}
                 if is_last:                     # its line is of the weights that weights.pt holds
                     network.load_state_dict(kept)
-                    line.update(test('holdout', network, whole(data, held)))
+                    line.update(measure('holdout', data, held))
             if test_data:
-                line.update(test('test', network, whole(test_data, range(len(test_data)))))
+                line.update(measure('test', test_data, range(len(test_data))))
             if 'test_error' in line:
-                best = min(best, line['test_error'])
-                line['best_test_error_selected_on_test'] = best
+                errors = [before['test_error'] for before in [*run.log, line]]
+                line['best_test_error_selected_on_test'] = min(errors)
             if is_last:                         # without augmentation, in evaluation mode
-                line.update(test('fit', network, whole(data, fit_rows)))
+                line.update(measure('fit', data, fit_rows))
             measured = [line.get('test_loss', 0.0), line.get('fit_loss', 0.0)]
             run.check_finite([torch.tensor(measured)], epoch * run.steps + run.last)
             if run.end_epoch(epoch, line, run.last * size):
                 return 128 + run.stop
-        if not world()[0]:
+        if is_first():
             finish(run, args, data, test_data, stem, genotype, found_by,
                    kept or network.state_dict())
+
+
+def badness(line):
+    """By what an epoch is chosen on held-out images: the error, or 1 - AUROC, or the loss."""
+    area = line.get('holdout_auroc_tasks')
+    return line.get('holdout_error', line['holdout_loss'] if area is None else 1 - area)
 
 
 def finish(run, args, data, test_data, stem, genotype, found_by, weights):

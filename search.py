@@ -20,17 +20,18 @@ import math
 import shlex
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CIFAR, KINDS, REAL, Batches, Progress, Setting, UserError,
                            choose_device, find_or_make, leave, number, one_line_errors, set_tf32,
                            stratified_split, suited, world, write_file)
-from evaluate import (COST, correct, data_name, find_genotype, gathered, loss_of, method_name,
+from evaluate import (COST, correct, data_name, find_genotype, gather, loss_of, method_name,
                       read_json, stem_for, write_csv)
-from retrain import (INPUT, SCHEDULE, GraphedStep, Run, averaged, batch_of, changed_by_a_step,
-                     check_alike, check_batch, learning_rate_at, make_optimizer, peak_memory_mib,
-                     refuse_idle, run_name, settle, start_alike)
+from retrain import (INPUT, SCHEDULE, GraphedStep, Run, average, batch_of, check_alike, draw_apart,
+                     is_first, learning_rate_at, make_optimizer, peak_memory_mib, refuse_idle,
+                     run_name, settle, start_alike, tensors_of_a_step)
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from genotypes import (agreement, distinct_cells, draw, expression, from_plain, from_string,
-                       nas_bench_201, plain, random_genotype, random_string, to_json, truth)
+                       plain, random_genotype, random_string, to_json, truth)
 from model_search import DARTS, EDGES, NB201, Drawn, Network, cell_edges, derive
 from operations import (DilConv, DroppedSkip, FactorizedReduce, ReLUConvBN, SepConv, dropped_skip,
                         skip_connect)
@@ -49,8 +50,7 @@ from operations import (DilConv, DroppedSkip, FactorizedReduce, ReLUConvBN, SepC
 SEARCH = {
     'space': Setting('darts', 'in nb201 the truth is known', ['darts', 'nb201']),
     'unrolled': Setting(False, 'second-order step'),
-    'arch_data': Setting('valid', 'images of the alphas; valid: held out',
-                         ['valid', 'train', 'none']),
+    'arch_data': Setting('valid', "alphas' images; valid: held out", ['valid', 'train', 'none']),
     'perturb': Setting('random', 'perturbation of sdarts', ['random', 'adversarial']),
     'partial': Setting(1, 'operations see 1/partial of the channels', number(int, 1)),
     'init_channels': Setting(16, 'channels of the first cell', number(int, 1)),
@@ -65,8 +65,7 @@ SEARCH = {
     'frozen_epochs': Setting(0, 'first epochs, of the weights alone', number(int, 0)),
     'hessian': Setting(None, "log the Hessian's largest eigenvalue by N epochs", number(int, 1)),
     'early_stop': Setting(False, 'stop when that eigenvalue grows (RobustDARTS)'),
-    'candidates': Setting(None, 'cells to score; without it all of nb201, 1,000 of darts',
-                          number(int, 1)),
+    'candidates': Setting(None, 'cells to score; else all of nb201, 1000 of darts', number(int, 1)),
     'score': Setting('auto', 'by which oneshot takes a cell; auto: valid_loss, of random labels '
                      'train_loss', ['auto', 'valid_loss', 'train_loss', 'valid_accuracy', 'angle']),
     'repeats': Setting(3, 'untrained networks over which a score is averaged', number(int, 1)),
@@ -103,13 +102,13 @@ QUICK = dict(num_images=1000, layers=5, cells_per_stage=1, init_channels=8, batc
 class Darts:
     """DARTS (arXiv 1806.09055): the alphas follow the loss of held-out images; nothing is added.
 
-    recipe: the settings that differ from DARTS's; recipe_on: those by space or preset. stochastic:
-    every loss draws anew what is computed, so that differences of losses mean nothing. one_path:
-    one operation per edge is computed. scores: what ranks cells; then nothing trains alphas.
-    trains: whether weights are trained.
+    recipe: the settings that differ from DARTS's; recipe_on: those by space or preset. operations,
+    extras: changes of the Space. MORE_CELLS: by stage. stochastic: every loss draws anew what is
+    computed, so that differences of losses mean nothing. one_path: one operation per edge is
+    computed. scores: what ranks cells; then nothing trains alphas. trains: whether weights train.
     """
-    recipe, recipe_on = {}, {}
-    spaces, stages = ('darts', 'nb201'), 1
+    recipe, recipe_on, operations, extras = {}, {}, {}, {}
+    spaces, stages, MORE_CELLS = ('darts', 'nb201'), 1, (0,)
     searches, stochastic, one_path, trains, scores = True, False, False, True, ()
 
     def __init__(self, args, num_classes, stem, device, batches=()):
@@ -121,20 +120,17 @@ class Darts:
     def build(self):
         """A new supernet; returns it."""
         args = self.args
-        space, layers = DARTS, args.layers
+        space, layers = DARTS, args.layers + self.MORE_CELLS[self.stage]
         if args.space == 'nb201':
             space, layers = NB201, 3 * args.cells_per_stage + 2
-        space, layers = self.change_space(space, layers)
+        operations = {**space.operations, **self.operations}
+        space = space._replace(operations=operations, extras=self.extras)
         self.network = Network(args.init_channels, self.num_classes, layers, partial=args.partial,
                                stem=self.stem, space=space, kept=self.kept,
                                width=1 if self.one_path else None).to(self.device)
         self.network.mix = self.mix
         start_alike(self.network)
         return self.network
-
-    def change_space(self, space, layers):
-        """(space, number of cells) of the supernet."""
-        return space, layers
 
     def begin_epoch(self, epoch, epochs, frozen):
         """Set and return what changes by epoch; the first `frozen` leave the alphas as they are."""
@@ -175,25 +171,20 @@ class PcDarts(Darts):
 class PDarts(Darts):
     """P-DARTS (1904.12760): three stages, each with more cells and fewer operations per edge.
 
-    Skips have dropout, which falls within a stage. In the end the normal cell keeps two skips at
-    most. Frozen epochs are those of each stage.
+    Skips have dropout, which falls within a stage. The final normal cell has two skips at most.
     """
     recipe = dict(epochs=75, batch_size=96, learning_rate_min=0.0, arch_learning_rate=6e-4,
                   arch_grad_clip=5.0, frozen_epochs=10, layers=5)
     recipe_on = {'imagenet': dict(frozen_epochs=10)}
-    spaces, stages, stochastic = ('darts',), 3, True
+    spaces, stages, stochastic, operations = ('darts',), 3, True, {'skip_connect': dropped_skip}
     # By stage: cells more than in the first, operations that an edge keeps, dropout of skips
     MORE_CELLS, KEEP, DROPOUT = (0, 6, 12), (None, 5, 3), (0.0, 0.4, 0.7)
 
     def build(self):
         network = super().build()
-        if world()[0]:                          # each process drops other elements of its skips
-            torch.manual_seed((self.args.seed + world()[0] * 1_000_003 + self.stage) % 2 ** 62)
+        draw_apart(self.args.seed + self.stage)         # each process drops elements of its own
         return network
 
-    def change_space(self, space, layers):
-        operations = {**space.operations, 'skip_connect': dropped_skip}
-        return space._replace(operations=operations), layers + self.MORE_CELLS[self.stage]
 
     def next_stage(self):
         """Keep the strongest operations of each edge, in the space's order."""
@@ -202,32 +193,31 @@ class PDarts(Darts):
         for cell_type in self.network.space.cell_types:
             p = self.network.probabilities(cell_type).detach().cpu()
             order = p.argsort(dim=1, descending=True, stable=True)
-            rows = order[:, :self.KEEP[self.stage]].sort(1).values.tolist()
             self.kept[cell_type] = []
-            for row in rows:
+            for row in order[:, :self.KEEP[self.stage]].sort(1).values:
                 self.kept[cell_type].append([names[k] for k in row])
 
     def begin_epoch(self, epoch, epochs, frozen):
         share = (epochs - 1 - epoch) / epochs
         if epoch >= frozen:                     # published for stages of 25 epochs
             share = math.exp(-0.2 * (epoch - frozen) * 25 / epochs)
-        for skip in (m for m in self.network.modules() if isinstance(m, DroppedSkip)):
-            skip.probability.fill_(self.DROPOUT[self.stage] * share)
-        return {'skip_dropout': self.DROPOUT[self.stage] * share}
+        dropout = self.DROPOUT[self.stage] * share
+        for module in self.network.modules():
+            if isinstance(module, DroppedSkip):
+                module.probability.fill_(dropout)
+        return {'skip_dropout': dropout}
 
     def result(self):
         """Strike out the weakest skip of the normal cell and choose again, until two are left."""
-        space = self.network.space
-        p = dict(zip(space.cell_types, self.network.strengths(self.args.seed)))
-        skip = list(space.operations).index('skip_connect')
-        while True:
-            genotype = derive(p['normal'], p['reduce'])
-            skips = [space.edges.index((2 + k // 2, state))
+        normal, reduce = self.network.choice_weights(self.args.seed)
+        free = genotype = derive(normal, reduce)
+        skip = list(self.network.space.operations).index('skip_connect')
+        while sum(op == 'skip_connect' for op, _ in genotype.normal) > 2:
+            edges = [EDGES.index((2 + k // 2, state))
                      for k, (op, state) in enumerate(genotype.normal) if op == 'skip_connect']
-            if len(skips) <= 2:
-                free = self.network.genotype(self.args.seed)
-                return genotype, {'without_restriction': plain(free)}
-            p['normal'][min(skips, key=lambda e: p['normal'][e, skip].item()), skip] = 0
+            normal[min(edges, key=lambda e: normal[e, skip].item()), skip] = 0
+            genotype = derive(normal, reduce)
+        return genotype, {'without_restriction': plain(free)}
 
 
 class Gdas(Darts):
@@ -254,9 +244,7 @@ class Gdas(Darts):
 
 class DartsMinus(Darts):
     """DARTS- (2009.01027): an auxiliary skip on every edge, outside the softmax; it fades."""
-
-    def change_space(self, space, layers):
-        return space._replace(extras={'auxiliary_skip': skip_connect}), layers
+    extras = {'auxiliary_skip': skip_connect}
 
     def begin_epoch(self, epoch, epochs, frozen):
         return self.set_tensors(skip_weight=1 - epoch / epochs)
@@ -289,8 +277,7 @@ class SDarts(Darts):
     in evaluation mode as by the authors; no shift if the loss is lower without.
     """
     recipe_on = {'nb201': dict(epochs=100, nesterov=False, weight_decay=3e-4)}
-
-    near = None             # what perturbed returned, while the weights are trained
+    near = None             # the perturbation, while the weights are trained
 
     def begin_epoch(self, epoch, epochs, frozen):
         return self.set_tensors(radius=0.03 + 0.27 * (epoch / epochs))
@@ -301,12 +288,12 @@ class SDarts(Darts):
     @contextmanager
     def weight_training(self, train):
         try:
-            self.near = self.perturbed(train)
+            self.near = self.perturbation(train)
             yield
         finally:                                # a CUDA graph's capture may have failed
             self.near = None
 
-    def perturbed(self, train):
+    def perturbation(self, train):
         """{cell type: (edges, operations)} to train the weights with."""
         network, radius = self.network, self.radius
         start = {cell: network.probabilities(cell).detach() for cell in network.space.cell_types}
@@ -315,17 +302,14 @@ class SDarts(Darts):
         if self.args.perturb == 'random':
             return near
         network.eval()
-        with trained(network):
+        with require_grads(network):
             before = self.training_loss(train)
             self.near = near                    # whose values change
             for _ in range(7):
-                for value in near.values():
-                    value.requires_grad_()
-                grads, *_ = gradients(self, train, list(near.values()))
-                for (cell, value), grad in zip(list(near.items()), grads):
-                    shift = value.detach() + 2 * radius / 7 * grad.sign() - start[cell]
-                    shift = torch.minimum(torch.maximum(shift, -radius), radius)
-                    near[cell] = simplex(start[cell] + shift)
+                grads, *_ = gradients(self, train, [p.requires_grad_() for p in near.values()])
+                for cell, grad in zip(near, grads):
+                    shift = near[cell].detach() + 2 * radius / 7 * grad.sign() - start[cell]
+                    near[cell] = simplex(start[cell] + shift.clamp(-radius, radius))
             worse = self.training_loss(train) >= before
         self.near = None
         network.train()
@@ -333,7 +317,7 @@ class SDarts(Darts):
 
     @torch.no_grad()
     def training_loss(self, train):
-        return averaged([forward(self.network, train, self.args.amp)[0]])[0]
+        return average([forward(self.network, train, self.args.amp)[0]])[0]
 
 
 class RandomCell(Darts):
@@ -356,7 +340,7 @@ class OneShot(Darts):
     scores = 'valid_loss', 'train_loss', 'valid_accuracy', 'angle'
     IMAGES = 128                # on which a cell is scored, of each half
     first_three = memos = None  # operations of the last cell, and maps that go with them, by half
-    cell = taken = None         # {cell type: column of each edge}, [(cell type, edge, operation)]
+    cell = choices = None       # {cell type: column of each edge}, [(cell type, edge, operation)]
 
     def mix(self, cell_type, p):
         return Drawn(None, self.cell[cell_type])
@@ -369,11 +353,11 @@ class OneShot(Darts):
     def take(self, genotype):
         """Compute this cell from now on."""
         space = self.network.space
-        names, self.cell, self.taken = list(space.operations), {}, []
+        names, self.cell, self.choices = list(space.operations), {}, []
         for cell_type in space.cell_types:
             edges, _ = cell_edges(genotype, cell_type, space)
             self.cell[cell_type] = [names.index(*edges.get(edge, ['none'])) for edge in space.edges]
-            self.taken += [(cell_type, edge, name) for edge, (name,) in edges.items()]
+            self.choices += [(cell_type, edge, name) for edge, (name,) in edges.items()]
 
     def fixed_batch(self, batches, count):
         """(x, y): up to `count` images from all over a half, as they are; always the same ones."""
@@ -401,12 +385,11 @@ class OneShot(Darts):
             self.first_three, self.memos = first_three, [{}, {}]
         for half, batch, memo in zip(('train', 'valid'), self.halves, self.memos):
             self.network.memo = memo if self.args.space == 'nb201' else None
-            with self.network.frozen_statistics():
-                loss, right = forward(self.network, batch, self.args.amp)
+            loss, right = forward(self.network, batch, self.args.amp)
             out[f'{half}_loss'], out[f'{half}_accuracy'] = loss.item(), right.item() / len(batch[1])
         on_paths = expression(genotype)[1] if isinstance(genotype, str) else EDGES
         sums = np.zeros(3)
-        for key in self.taken:
+        for key in self.choices:
             if key[1] in on_paths and key in self.products:
                 sums += self.products[key]
         out['angle'] = math.acos(min(1, sums[0] / math.sqrt(sums[1] * sums[2]))) if sums[1] else 0.
@@ -437,13 +420,15 @@ class OneShot(Darts):
             mine = sorted(range(rank, len(cells), processes), key=cells.__getitem__)
             for done, k in enumerate(mine, 1):
                 self.take(cells[k])
-                size = sum(sizes.get(key, 0) for key in self.taken)
+                size = sum(sizes.get(key, 0) for key in self.choices)
                 row = rows.setdefault(k, {'cell_params': size})
-                for name, value in self.measure(cells[k]).items():
+                with self.network.frozen_statistics():
+                    found = self.measure(cells[k])
+                for name, value in found.items():
                     row[name] = row.get(name, 0) + value / repeats
                 progress.update(repeat * len(cells) + done * processes)
         progress.close()
-        for part in gathered(rows):
+        for part in gather(rows):
             rows.update(part)
         return [rows[k] for k in range(len(cells))]
 
@@ -458,8 +443,13 @@ class OneShot(Darts):
         values = np.array([row[by] for row in rows]) * (-1 if by.endswith('loss') else 1)
         draws = np.random.Generator(np.random.Philox(args.seed)).random(len(cells))
         best = np.lexsort((draws, np.nan_to_num(values, nan=-np.inf)))[-1]
-        if not world()[0]:
-            write_scores(Path(args.save, 'scores.csv'), cells, rows)
+        lines = [['genotype', *rows[0], 'cifar10']]
+        for cell, row in zip(cells, rows):
+            is_known = isinstance(cell, str)
+            accuracy = truth(cell)['cifar10'] if is_known else None
+            lines.append([cell if is_known else to_json(cell), *row.values(), accuracy])
+        if is_first():
+            write_csv(Path(args.save, 'scores.csv'), lines)
         return cells[best], {'score': by, 'cells': len(cells)}
 
 
@@ -492,14 +482,13 @@ class NasWot(OneShot):
     @torch.no_grad()
     def measure(self, genotype):
         self.kernel, self.last = 0, None
-        with self.network.frozen_statistics():
-            self.network(self.x)
+        self.network(self.x)
         return {'naswot': torch.linalg.slogdet(self.kernel.double().cpu())[1].item()}
 
 
 class Snip(OneShot):
     """SNIP (1810.02340): sum of |weight x gradient of the loss| on a batch, untrained."""
-    recipe, recipe_on = dict(batch_size=128), {'laptop': dict(init_channels=8, repeats=1)}
+    recipe, recipe_on = NasWot.recipe, NasWot.recipe_on
     trains, scores = False, ('snip',)
 
     def prepare(self):
@@ -507,8 +496,7 @@ class Snip(OneShot):
         self.weights = [p for p in self.network.weight_parameters() if p.dim() > 1]
 
     def measure(self, genotype):
-        with self.network.frozen_statistics():
-            return {'snip': self.saliency(forward(self.network, self.batch)[0])}
+        return {'snip': self.saliency(forward(self.network, self.batch)[0])}
 
     def saliency(self, loss):
         grads = torch.autograd.grad(loss, self.weights, allow_unused=True)
@@ -548,15 +536,6 @@ def random_cell(space, seed):
     return random_string(seed) if space == 'nb201' else random_genotype(seed)
 
 
-def write_scores(path, cells, rows):
-    """scores.csv: genotype, parameters, scores, and the true accuracy on CIFAR-10 if known."""
-    lines = [['genotype', *rows[0], 'cifar10']]
-    for cell, row in zip(cells, rows):
-        line = [cell, *row.values(), nas_bench_201()[0][cell]['cifar10']] \
-            if isinstance(cell, str) else [to_json(cell), *row.values(), None]
-        lines.append(line)
-    write_csv(path, lines)
-
 
 def weights_by_operation(network):
     """{(cell type, edge, operation): its weights, flat, of all cells} of a one-path supernet."""
@@ -583,18 +562,18 @@ def simplex(p):
 
 
 @contextmanager
-def trained(network, weights=False, alphas=False):
-    """Gradients reach only what is named: no work is done for the others."""
-    parts = (network.weight_parameters(), weights), (network.architecture_parameters(), alphas)
-    for parameters, wanted in parts:
-        for p in parameters:
-            p.requires_grad_(wanted)
+def require_grads(network, wanted=()):
+    """Inside, gradients reach these parameters only: no work is done for the others."""
+    parameters = network.weight_parameters() + network.architecture_parameters()
+    for p in parameters:
+        p.requires_grad_(False)
+    for p in wanted:
+        p.requires_grad_()
     try:
         yield
     finally:
-        for parameters, _ in parts:
-            for p in parameters:
-                p.requires_grad_(True)
+        for p in parameters:
+            p.requires_grad_()
 
 
 def forward(network, batch, amp=False):
@@ -620,23 +599,23 @@ def gradients(method, batch, wanted, exact=False):
         if method.one_path:
             # Not everything is drawn, or even nothing. The square, since the gradient of a plain
             # sum is one expanded number, which cannot be clipped in place.
-            grads = torch.autograd.grad(loss + 0 * wanted[0].square().sum(), wanted,
-                                        allow_unused=True, materialize_grads=True)
-        else:
-            grads = torch.autograd.grad(loss, wanted)
+            loss = loss + 0 * wanted[0].square().sum()
+        grads = torch.autograd.grad(loss, wanted, allow_unused=method.one_path,
+                                    materialize_grads=method.one_path)
         sums = sums + torch.stack([loss.detach() / len(parts), right])
         total = list(grads) if total is None else torch._foreach_add(total, grads)
         del loss, grads                         # lets go of what the graph held
     if len(parts) > 1:
         torch._foreach_div_(total, len(parts))
-    return averaged(total), *sums.unbind()
+    return average(total), *sums.unbind()
 
 
 def first_order(method, valid):
     """(gradients of the alphas, loss, right answers) on valid at these weights (equation 6)."""
     network = method.network
-    with trained(network, alphas=True), network.frozen_statistics():
-        return gradients(method, valid, network.architecture_parameters())
+    alphas = network.architecture_parameters()
+    with require_grads(network, alphas), network.frozen_statistics():
+        return gradients(method, valid, alphas)
 
 
 def second_order(method, train, valid, sgd):
@@ -650,7 +629,7 @@ def second_order(method, train, valid, sgd):
     group = sgd.param_groups[0]
     eta, values = group['lr'], [w.data for w in weights]
     with network.frozen_statistics():
-        with trained(network, weights=True):
+        with require_grads(network, weights):
             step, *_ = gradients(method, train, weights)
         before = [v.clone() for v in values]
         step = torch._foreach_add(step, before, alpha=group['weight_decay'])
@@ -676,7 +655,7 @@ def second_order(method, train, valid, sgd):
         for sign in (1, -1):
             torch._foreach_copy_(values, before)
             torch._foreach_add_(values, dw, alpha=sign)
-            with trained(network, alphas=True):
+            with require_grads(network, alphas):
                 sides.append(gradients(method, train, alphas, exact=True)[0])
         set_tf32(method.args.tf32)
         torch._foreach_copy_(values, before)
@@ -708,7 +687,7 @@ def weight_step(method, train, sgd):
     """Step the weights; returns (loss, right answers) on the training batch before it."""
     network = method.network
     weights = network.weight_parameters()
-    with method.weight_training(train), trained(network, weights=True):
+    with method.weight_training(train), require_grads(network, weights):
         grads, loss, right = gradients(method, train, weights)
     for weight, grad in zip(weights, grads):    # the fused step takes the weights' layout only
         if grad.dim() == 4:
@@ -730,7 +709,7 @@ def bilevel_step(method, train, valid, sgd, adam, frozen=False, moments=()):
 
 def optimizers(network, args):
     """SGD for the weights, and Adam for the alphas and for nothing else."""
-    cuda = next(network.parameters()).device.type == 'cuda'
+    cuda = next(network.parameters()).is_cuda
     sgd = make_optimizer(network.weight_parameters(), args)
     adam = torch.optim.Adam(network.architecture_parameters(), args.arch_learning_rate,
                             betas=(0.5, 0.999), weight_decay=args.arch_weight_decay,
@@ -781,26 +760,25 @@ def largest_eigenvalue(network, valid, args, iterations=20):
     """Of the alphas' Hessian, weight decay added, by Lanczos's method (RobustDARTS)."""
     alphas, valid = network.architecture_parameters(), [t.chunk(args.grad_accum)[0] for t in valid]
     set_tf32(False)
-    with trained(network, alphas=True), network.frozen_statistics():
+    with require_grads(network, alphas), network.frozen_statistics():
         loss, _ = forward(network, valid)
         grads = torch.autograd.grad(loss, alphas, create_graph=True)
         flat = torch.cat([g.flatten() for g in grads])
         v = torch.randn(len(flat), generator=torch.Generator().manual_seed(0)).to(flat)
-        basis, diagonal, beside = [v / v.norm()], [], []
+        basis, diagonal, off_diagonal = [v / v.norm()], [], []
         for _ in range(min(iterations, len(flat))):
             product = torch.autograd.grad(flat @ basis[-1], alphas, retain_graph=True)
-            w = torch.cat([p.flatten() for p in averaged(product)])
+            w = torch.cat([p.flatten() for p in average(product)])
             diagonal.append((w @ basis[-1]).item())
             for other in basis * 2:                     # twice, as rounding demands
                 w = w - (w @ other) * other
-            beside.append(w.norm().item())
-            if beside[-1] <= 1e-6 * max(map(abs, diagonal)):
+            off_diagonal.append(w.norm().item())
+            if off_diagonal[-1] <= 1e-6 * max(map(abs, diagonal)):
                 break
-            basis.append(w / beside[-1])
+            basis.append(w / off_diagonal[-1])
     set_tf32(args.tf32)
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    for k, value in enumerate(beside[:len(diagonal) - 1]):
-        matrix[k, k + 1] = matrix[k + 1, k] = value
+    diagonal, off_diagonal = torch.tensor([diagonal, off_diagonal], dtype=torch.float64)
+    matrix = torch.diag(diagonal) + torch.diag(off_diagonal[:-1], -1)   # its lower half is read
     return torch.linalg.eigvalsh(matrix)[-1].item() + args.arch_weight_decay
 
 
@@ -849,32 +827,27 @@ def parse(argv):
     if args.space not in method.spaces:
         raise UserError(f'--method {args.method} is not for --space {args.space}: take another, or '
                         '--space darts')
-    has_effect = {'perturb': args.method == 'sdarts', 'candidates': method.scores,
-                  'score': len(method.scores) > 1, 'repeats': not method.trains}
+    idle = {'perturb': args.method != 'sdarts', 'candidates': not method.scores,
+            'score': len(method.scores) < 2, 'repeats': method.trains,
+            'valid_fraction': args.arch_data != 'valid'}
     if method.scores:
-        has_effect.update(dict.fromkeys(ALPHAS))
+        idle.update(dict.fromkeys(ALPHAS, True))
     if not method.trains:
-        has_effect.update(dict.fromkeys(SCHEDULE.keys() - {'batch_size'}))
-    refuse_idle(typed, has_effect, f'for --method {args.method}')
+        idle.update(dict.fromkeys(SCHEDULE.keys() - {'batch_size'}, True))
+    refuse_idle(typed, idle)
     if args.epochs <= args.frozen_epochs * method.stages:
         raise UserError(f'--frozen_epochs {args.frozen_epochs} leaves the alphas none: take fewer')
-    flag = 'early_stop' if args.early_stop else 'hessian' if args.hessian else 'unrolled'
-    if args.unrolled or args.hessian:
-        if method.stochastic:
-            raise UserError(f'--{flag}: {args.method} draws anew for every loss: leave it out')
-        if args.arch_data == 'none':
-            raise UserError(f'--{flag} needs a loss of the alphas: leave out --arch_data none')
+    for name in ('unrolled', 'early_stop', 'hessian'):
+        if getattr(args, name) and method.stochastic:
+            raise UserError(f'--{name}: {args.method} draws anew for every loss: leave it out')
+        if getattr(args, name) and args.arch_data == 'none':
+            raise UserError(f'--{name} needs a loss of the alphas: leave out --arch_data none')
     share = share_of(args.train_portion, args.num_images)
-    if share >= 1 or share + (args.valid_fraction or 0) > 1 + 1e-9:
+    if share + (args.valid_fraction or 0) > 1 + 1e-9:
         raise UserError('--train_portion and --valid_fraction are more than all images: take less')
     if args.init_channels % args.partial:
         raise UserError(f'--init_channels must be a multiple of --partial {args.partial}')
-    if args.arch_data == 'valid':
-        share = min(share, args.valid_fraction or 1 - share)
     words = [args.data, args.method] if method.searches else [args.method]
-    if method.searches:
-        check_batch(args, share)
-    refuse_idle(typed, {'valid_fraction': args.arch_data == 'valid'})
     args.save = args.save or run_name('search', words, args, typed, defaults)
     return args
 
@@ -922,21 +895,20 @@ def main(argv=None):
         return
     if not METHODS[args.method].searches:
         with run.on(None):
-            if not world()[0]:
-                finish(run, random_cell(args.space, args.seed), args)
+            finish(run, args, random_cell(args.space, args.seed))
         return
 
     data = find_or_make(args.data, vars(args))
     stem = stem_for(args.stem, data.image_size, args.init_channels)
     batches = make_batches(data, args, device)
-    run.plan(min(map(len, batches)))
+    run.plan(len(batches[0]) if METHODS[args.method].scores else min(map(len, batches)))
     method = METHODS[args.method](args, len(data.classes), stem, device, batches)
     if not method.trains:
         run.epochs = run.total = 0
     if 0 < run.epochs < method.stages:
         raise UserError(f'--epochs and --max_steps: {args.method} needs {method.stages} epochs')
     stage_starts = [k * run.epochs // method.stages for k in range(method.stages + 1)]
-    frozen = round(args.frozen_epochs * run.epochs / args.epochs)
+    frozen = round(args.frozen_epochs * run.epochs / args.epochs)       # epochs of each stage
 
     with run.on(data):
         torch.manual_seed(args.seed)
@@ -949,44 +921,39 @@ def main(argv=None):
         run.start(f'{method_name(vars(args))} on {data.name} ({len(data):,} images of '
                   f'{data.image_size} px, {len(data.classes)} classes)',
                   torch.zeros(4, device=device),        # what bilevel_step returns
-                  lambda: dict(network=network.state_dict(), sgd=sgd.state_dict(),
-                               adam=adam.state_dict(), stage=method.stage, kept=method.kept,
-                               moments=[t.cpu() for t in moments]),
-                  network=network, sgd=sgd, adam=adam)
+                  dict(network=network, sgd=sgd, adam=adam),
+                  lambda: dict(stage=method.stage, kept=method.kept,
+                               moments=[t.cpu() for t in moments]))
 
-        def graphed(is_frozen):
-            def step(*batch):
-                # With one stream both are the same batch: alphas on train, or frozen.
-                return bilevel_step(method, batch[:2], batch[-2:], sgd, adam, is_frozen, moments)
+        def step(is_frozen, *batch):
+            # With one stream both are the same batch: alphas on train, or frozen.
+            return bilevel_step(method, batch[:2], batch[-2:], sgd, adam, is_frozen, moments)
 
-            def changed():
-                return {**changed_by_a_step(network, sgd, adam), 'moments': moments}
+        def changed():
+            return {**tensors_of_a_step(network, sgd, adam), 'moments': moments}
 
-            on = args.graph == 'auto' and world()[1] == 1 and not method.one_path
-            return GraphedStep(step, changed, device, on)
-
-        network.train()
-        steps = {True: graphed(True), False: graphed(False)}
-        stop = before_growth(run.log, run.epochs)
+        use_graph = args.graph == 'auto' and world()[1] == 1 and not method.one_path
+        steps = {}                              # {(stage, whether the alphas are frozen): step}
         for epoch in range(run.epoch, run.epochs):
-            if args.early_stop and stop:
+            if args.early_stop and before_growth(run.log, run.epochs):
                 break
             if epoch == stage_starts[method.stage + 1]:
                 method.next_stage()             # P-DARTS: from new weights
-                network = method.build().train()
+                network = method.build()
                 sgd, adam = optimizers(network, args)
-                steps = {True: graphed(True), False: graphed(False)}
+                run.objects = dict(network=network, sgd=sgd, adam=adam)
             began, ended = stage_starts[method.stage:method.stage + 2]
             past, length = epoch - began, ended - began
             is_frozen = past < min(frozen, length - 1) or bool(method.scores)
-            if not is_frozen:
-                steps.pop(True, None)           # its CUDA graph holds the memory of a step
+            key = method.stage, is_frozen
+            if key not in steps:                # a CUDA graph holds the memory of a step: keep one
+                steps = {key: GraphedStep(partial(step, is_frozen), changed, device, use_graph)}
             learning_rate = learning_rate_at(args, past, length)
             sgd.param_groups[0]['lr'].fill_(learning_rate)
             numbers = method.begin_epoch(past, length, frozen)
             streams = [b.epoch(epoch, run.step) for b in batches[:1 if is_frozen else 2]]
             draws = (sum(pair, ()) for pair in zip(*streams))   # images and labels of each stream
-            if run.train(epoch, draws, steps[is_frozen], network.parameters()):
+            if run.train(epoch, draws, steps[key], network.parameters()):
                 return 128 + run.stop
             check_alike(network.architecture_parameters(), 'alphas')
             has_valid, size = not is_frozen and args.arch_data != 'none', batches[0].batch_size
@@ -1001,47 +968,42 @@ def main(argv=None):
             torch._foreach_zero_(moments)
             if run.end_epoch(epoch, line, len(streams) * run.last * size):
                 return 128 + run.stop
-            stop = before_growth(run.log, run.epochs)
-        genotype, beside = result_of(method, run)
+        began = time.time()
+        genotype, notes = method.result()
+        if method.scores:
+            run.log.append({'epoch': run.epochs, 'cells': notes['cells'],
+                            'seconds': round(time.time() - began, 3),
+                            'peak_memory_mib': peak_memory_mib(device)})
+            run.write_log()
+        stop = before_growth(run.log, run.epochs)
         if stop:
-            beside['early_stop'] = {key: stop[key] for key in ('epoch', 'genotype')}
+            notes['early_stop'] = {key: stop[key] for key in ('epoch', 'genotype')}
             genotype = from_plain(stop['genotype']) if args.early_stop else genotype
-        if not world()[0]:
-            finish(run, genotype, args, **beside)
-
-
-def result_of(method, run):
-    """method.result(); scoring cells gets a line of the log."""
-    began = time.time()
-    genotype, beside = method.result()
-    if method.scores:
-        run.log.append({'epoch': run.epochs, 'cells': beside['cells'],
-                        'seconds': round(time.time() - began, 3),
-                        'peak_memory_mib': peak_memory_mib(run.device)})
-        run.write_log()
-    return genotype, beside
+        finish(run, args, genotype, **notes)
 
 
 def rates(sums, steps, batch_size, has_valid):
     """Mean losses and accuracies of an epoch, for the log; of the alphas' images if has_valid."""
-    train_loss, train_right, valid_loss, valid_right = averaged([sums])[0].div(steps).tolist()
+    train_loss, train_right, valid_loss, valid_right = average([sums])[0].div(steps).tolist()
     images = batch_size / world()[1]
     return {'train_loss': train_loss, 'train_accuracy': train_right / images,
             'valid_loss': valid_loss if has_valid else None,
             'valid_accuracy': valid_right / images if has_valid else None}
 
 
-def finish(run, genotype, args, **beside):
+def finish(run, args, genotype, **notes):
     """Write genotype.svg and genotype.json, and say what came out and what comes next."""
+    if not is_first():
+        return
     method = METHODS[args.method]
     data = data_name(vars(args)) if method.searches else None
     arch_data = args.arch_data if method.searches and not method.scores else None
     write_file(run.folder / 'genotype.svg', draw(genotype, run.folder.name))
     write_file(run.folder / 'genotype.json', to_json(
         genotype, data=data, method=method_name(vars(args)), seed=args.seed, arch_data=arch_data,
-        **beside) + '\n')
-    if 'score' in beside:
-        print(f'the best of {beside["cells"]:,} cells, by {beside["score"]}:')
+        **notes) + '\n')
+    if 'score' in notes:
+        print(f'the best of {notes["cells"]:,} cells, by {notes["score"]}:')
     say(genotype)
     if args.quick:
         print('this was --quick: the pipeline works, the genotype means nothing')
@@ -1073,11 +1035,10 @@ def next_command(folder, args):
         words += ['--auxiliary', '--cutout']
     if target in CIFAR and not Path(args.data_dir, CIFAR[target][0]).is_dir():
         words.append('--download')
-    if target in REAL:
-        words += ['--data_dir', args.data_dir] if args.data_dir != 'data' else []
-    else:
-        words += ['--image_size', str(args.image_size)] if args.image_size else []
-        words += ['--skip_broken'] if args.skip_broken else []
+    for name in ['data_dir'] if target in REAL else ['image_size', 'test_fraction', 'skip_broken']:
+        value = getattr(args, name)
+        if value != INPUT[name].default:
+            words += [f'--{name}'] if value is True else [f'--{name}', str(value)]
     if target == 'chexpert':
         words += ['--uncertain', args.uncertain, '--views', args.views]
     return shlex.join([*words, '--gpu', str(args.gpu)])

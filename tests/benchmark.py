@@ -108,14 +108,14 @@ def search_step(network, unrolled, flags=()):
     method.network = network
     sgd, adam = search.optimizers(network, args)
     return (lambda a, b, c, d: search.bilevel_step(method, (a, b), (c, d), sgd, adam),
-            lambda: retrain.changed_by_a_step(network, sgd, adam))
+            lambda: retrain.tensors_of_a_step(network, sgd, adam))
 
 
 def retrain_step(network, flags=()):
     args = retrain.parse(['--arch', 'DARTS_V2', '--auxiliary', *flags])
     sgd = retrain.make_optimizer(list(network.parameters()), args)
-    return (lambda *batch: torch.stack(retrain.train_step(network, batch, sgd, args)),
-            lambda: retrain.changed_by_a_step(network, sgd))
+    return (lambda *batch: retrain.train_step(network, batch, sgd, args),
+            lambda: retrain.tensors_of_a_step(network, sgd))
 
 
 def seconds(functions, n):

@@ -74,7 +74,7 @@ TABLE = [
     ('own', 'folder own/train/empty', 'search', '--data own --image_size 8', 'empty'),
     ('own', 'folder own/val/cow', 'retrain', '--arch DARTS_V2 --data own --image_size 8', 'cow'),
     ('', 'folder own', 'search', '--data own', 'own'),
-    ('', '', 'search', '--batch_size 40', 'the 32 images of its split (--train_portion)'),
+    ('', '', 'search', '--batch_size 40', 'images of its split of data/noise'),
     ('own', '', 'search', '--data own --image_size 8', 'the 4 images of its split of own'),
     ('', '', 'search', '--momentum 0', '--no-nesterov'),
     ('', '', 'search', '--epochs 1' + 400 * '0', '--epochs'),

@@ -51,7 +51,7 @@ def steps(*flags):
         for k in range(3):
             train, valid = ((x[k, n, part], y[k, n, part]) for n in (0, 1))
             sums = search.bilevel_step(method, train, valid, sgd, adam)
-        out[f'losses {order}'] = retrain.averaged([sums])[0][[0, 2]]
+        out[f'losses {order}'] = retrain.average([sums])[0][[0, 2]]
         out[f'weights {order}'] = vector(method.network)
     args = retrain.parse([*RETRAIN, *flags])
     ours = network(4, 4, 3, DARTS_V2)

@@ -176,7 +176,7 @@ def test_sdarts_trains_the_weights_with_perturbed_edges(float64, space, perturb,
         assert loss_at(moved) > loss_at(near)
         book.train()
     statistics = {k: v.clone() for k, v in ours.state_dict().items() if 'running' in k}
-    for found, wanted in zip(method.perturbed(train).values(), moved, strict=True):
+    for found, wanted in zip(method.perturbation(train).values(), moved, strict=True):
         close(found, wanted)
     assert all(torch.equal(v, ours.state_dict()[k]) for k, v in statistics.items())
     assert all(w.requires_grad for w in ours.parameters())
@@ -193,7 +193,7 @@ def test_an_adversarial_perturbation_that_does_no_harm_is_undone(monkeypatch):
     losses, forward = iter([2.0, *[1.0] * 8]), search.forward
     monkeypatch.setattr(search, 'forward', lambda *given: (
         forward(*given)[0] * 0 + next(losses), torch.zeros(())))
-    assert torch.equal(method.perturbed(batch())['cell'], ours.probabilities('cell'))
+    assert torch.equal(method.perturbation(batch())['cell'], ours.probabilities('cell'))
 
 
 def test_pdarts_keeps_the_strongest_operations_and_goes_deeper(float64):

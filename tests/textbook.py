@@ -354,7 +354,7 @@ def pairs_of_cell(ours, book):
                 for e in range(start, end):
                     if name in mixed_op.names[e] and operation.state_dict():
                         # Pools are one for all edges.
-                        place = (0, 1) if operation.shared else (e - start, end - start)
+                        place = (0, 1) if hasattr(operation, 'shared') else (e - start, end - start)
                         pairs += pairs_of_operation(operation, book.operation(leaving[e], name),
                                                     *place)
     return pairs
