@@ -488,6 +488,12 @@ def test_draws_are_uniform_over_operations():
     assert set(counts) == set(range(5)) and max(counts.values()) < 1.3 * min(counts.values())
 
 
+def test_an_epoch_of_oneshot_sees_all_training_images_however_few_are_held_out():
+    lines = run(search.main, 'run', *ONESHOT, '--train_portion', '0.75', '--valid_fraction',
+                '0.2', '--steps_per_epoch', '6')
+    assert lines[0]['steps'] == 48 // 8         # where 12 held-out ones make one batch
+
+
 def test_equal_cells_of_nb201_are_scored_once():
     cells = distinct_cells()
     assert len(cells) == len({expression(cell)[0] for cell in cells}) == 6466
