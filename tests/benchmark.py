@@ -225,7 +225,7 @@ def methods(n=5):
 
 def data_costs(steps_taken=20):
     """Share of a step of PC-DARTS, batch 64, that resident data take; images/s of a folder."""
-    images = generate_data.noise_images(0, 0, 4096, 32)
+    images = generate_data.noise_images(0, range(4096), 32)
     data = generate_data.Data('noise', 'noise', images, np.arange(4096) % 10, list('0123456789'),
                               [.5] * 3, [.125] * 3, 32)
     taken = seconds(steps(Case(4, False, 64, 3), ('ours',)), 3)['ours']
@@ -238,7 +238,7 @@ def data_costs(steps_taken=20):
         rows[f'{name}, resident'] = {'ms_a_step': 1000 * cost, 'share_of_a_step': cost / taken}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, 'a').mkdir()
-        image = Image.fromarray(generate_data.noise_images(0, 0, 1, 256)[0])
+        image = Image.fromarray(generate_data.noise_images(0, [0], 256)[0])
         for k in range(512):
             image.save(f'{folder}/a/{k}.jpg')
         data = generate_data.read(folder, {'image_size': 224, 'test_fraction': 0.0})
