@@ -37,7 +37,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -152,7 +152,6 @@ def one_line_errors(main):
         except (torch.OutOfMemoryError, MemoryError):
             message = 'out of memory: take a smaller --batch_size, or fewer or smaller images'
         except BrokenPipeError:                 # the reader of a pipe has gone, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except OSError as error:
             message = f'{error.filename or "a file"}: {error.strerror or error}. Check the path, ' \
@@ -285,9 +284,8 @@ def choose_device(gpu, tf32=False):
         mallopt(-3, 1 << 30)                        # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)                  # M_TRIM_THRESHOLD
     set_tf32(tf32)
-    shared = int(os.environ.get('WORLD_SIZE', 1)) > 1 and world()[1] == 1
     cuda = gpu >= 0 and torch.cuda.is_available()
-    if shared:
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and world()[1] == 1:
         gpu = int(os.environ['LOCAL_RANK']) if cuda else gpu
         # torchrun keeps its store when it starts the processes again: without a prefix they would
         # find the addresses of those that died.
@@ -350,7 +348,7 @@ class Kind(NamedTuple):
     make: object            # make(settings, device) -> Made
     settings: str           # names of the DATA that it takes, beside image_size and data_seed
     augment: bool = False   # whether Batches' augment='auto' augments it
-    draw: object = None     # draw(settings, labels) -> function of places, for --fresh
+    endless: bool = False   # whether Made has `draw`, for --fresh
 
 
 class Made(NamedTuple):
@@ -358,6 +356,7 @@ class Made(NamedTuple):
     labels: np.ndarray      # int64 (N,), or with several labels uint8 (N, classes) of 0 and 1
     classes: list           # names
     chunks: object          # the images in order: an iterator of uint8 (n, H, W, 3)
+    draw: object = None     # draw(places) -> uint8 (n, H, W, 3), of places beyond the N, too
     meta: dict = {}         # more for meta.json; mean and std are computed if they are not in it
     source: object = None   # the Data that has the images, instead of chunks
 
@@ -367,7 +366,7 @@ def taken(name, s):
     names = {'data_dir', 'download', 'image_size'}
     if name in KINDS:
         names |= {'data_seed', *kind_of(name, s).settings.split()}
-    if name in KINDS and kind_of(name, s).draw or Path(name, 'meta.json').exists():
+    if name in KINDS and kind_of(name, s).endless or Path(name, 'meta.json').exists():
         names.add('fresh')
     real = s['source'] if 'source' in names else name
     if real == 'chexpert':
@@ -400,7 +399,7 @@ PIXELS, LABELS, CHOICE = 0, 1, 2          # independent streams of one seed
 def philox(seed, stream, places, n):
     """uint64 (len(places), n): n integers for each place. Philox makes four at a time."""
     blocks, raw = -(-n // 4), []
-    for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):      # without a gap
+    for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):  # places in a row
         bits = np.random.Philox(np.random.SeedSequence([seed, stream]))
         raw.append(bits.advance(int(run[0]) * blocks).random_raw(len(run) * blocks * 4))
     return np.concatenate(raw).reshape(len(places), -1)[:, :n]
@@ -414,8 +413,7 @@ NORMAL = np.searchsorted(EDGES, np.arange(65536), side='right').astype(np.uint8)
 
 def uint16s(seed, stream, places, n):
     """uint16 (len(places), n): n numbers for each place."""
-    raw = philox(seed, stream, places, -(-n // 4)).astype('<u8', copy=False)
-    return raw.view('<u2')[:, :n]
+    return philox(seed, stream, places, -(-n // 4)).view(np.uint16)[:, :n]
 
 
 def uniforms(seed, stream, places, n):
@@ -429,9 +427,7 @@ def noise_images(seed, places, size):
     return NORMAL[draws].reshape(-1, size, size, 3)
 
 
-def noise_of(s, labels):
-    """Function of places that draws noise."""
-    return functools.partial(noise_images, s['data_seed'], size=s['image_size'])
+
 
 
 def draw_labels(seed, num_images, num_classes, mode='uniform', true=None, multilabel=False):
@@ -468,6 +464,7 @@ def noise(s, device):
     step = max(1, (32 << 20) // (size * size * 3))
     chunks = (noise_images(seed, range(k, min(k + step, n)), size) for k in range(0, n, step))
     return Made(labels, [str(k) for k in range(s['num_classes'])], chunks,
+                functools.partial(noise_images, seed, size=size),
                 {'mean': [0.5] * 3, 'std': [32 / 255] * 3})
 
 
@@ -478,7 +475,7 @@ def random_labels(s, device):
                            s['label_noise'])
     own = own_settings('random_labels', s)
     origin = {**own, 'name': own['source'], 'data_dir': os.path.abspath(s['data_dir'])}
-    return Made(labels, source.classes, None, {'source': origin}, source)
+    return Made(labels, source.classes, None, meta={'source': origin}, source=source)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -505,13 +502,8 @@ def formula_images(s, device):
         shares = np.resize(list(CHEXPERT.values()), classes)
         labels = (uniforms(seed, LABELS, range(n), classes) < shares).astype(np.uint8)
         names = list(CHEXPERT) if classes == len(CHEXPERT) else names
-    return Made(labels, names, formula_of(s, labels).chunks())
-
-
-def formula_of(s, labels):
-    """The Formula of a set, which is a function of places."""
-    return Formula(s['generator'], labels, s['num_classes'], s['image_size'], s['data_seed'],
-                   s['difficulty'])
+    formula = Formula(s['generator'], labels, classes, s['image_size'], seed, s['difficulty'])
+    return Made(labels, names, formula.chunks(), formula)
 
 
 class Formula:
@@ -541,11 +533,11 @@ class Formula:
             yield self.draw_parts(parts[k:k + threads])
 
     def __call__(self, places):
-        """Images at any places. 64 at a time: one does not depend on what is drawn with it."""
+        """Images at any places, filled up to 64, so that none depends on what is drawn with it."""
         return self.draw_parts([np.resize(places, -len(places) // 64 * -64)])[:len(places)]
 
     def draw_parts(self, parts):
-        """Images of lists of places. One thread draws a list: more of them change last digits."""
+        """Images at lists of places. One thread draws a list: more would change last digits."""
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
             images = list(pool.map(self.draw, parts))
@@ -572,9 +564,12 @@ class Formula:
         rolls = uint16s(self.seed, ROLLS + stream, places, n).astype(np.int32)
         return u.clamp(max=1 - 2 ** -24), torch.from_numpy(rolls)   # 1: the largest, rounded
 
-    def fractal(self, labels, u, rolls, noise, x=None, centre=0.5, reach=0.45):
-        """A fractal of each label over x, or over a background of its own."""
-        x = background(u, noise, self.contrast) if x is None else x
+    def fractal(self, labels, u, rolls, noise):
+        """A fractal of each label over a background."""
+        return self.add_fractal(background(u, noise, self.contrast), labels, u, rolls, 0.5, 0.45)
+
+    def add_fractal(self, x, labels, u, rolls, centre, reach):
+        """The images x with a fractal of each label in front: see fractal_opacity."""
         system = labels * self.systems + (u[:, 0] * self.systems).long()
         opacity = fractal_opacity(self.maps[system], self.table[system], u, rolls, self.size,
                                   self.jitter, centre, reach)
@@ -589,7 +584,8 @@ class Formula:
             label = (labels[rows].cumsum(1) <= j).sum(1)
             u, rolls = self.random(places[rows.numpy()], 10 * (j + 1))
             u[:, 9] = -0.2 / 0.7                        # no saturation: white
-            x[rows] = self.fractal(label, u, rolls, None, x[rows], 0.2 + 0.6 * u[:, 11:13], 0.18)
+            centre = 0.2 + 0.6 * u[:, 11:13]
+            x[rows] = self.add_fractal(x[rows], label, u, rolls, centre, 0.18)
         return x
 
     def spectrum(self, labels, u, rolls, noise):
@@ -829,13 +825,12 @@ def train_flow(source, path, steps, seed, device):
     step, saved = 0, 0.0
     if path.exists():
         state = load_file(path, 'remove it')
-        if state['about'] != about:
-            raise UserError(f'{path} is of other images, labels or another seed. Remove it, or '
-                            'choose another --out.')
-        step = state['step']
-        with readable(f'{path} is of another network', 'Remove it.'):
+        with readable(f'{path} does not fit', 'Remove it, or choose another --out.'):
+            if state['about'] != about:
+                raise ValueError('other images, labels or seed')
             for name, part in parts.items():
                 part.load_state_dict(state[name])
+        step = state['step']
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
     progress, text = Progress(steps, 'steps', step, ''), ''
     while step < steps:
@@ -903,13 +898,13 @@ def flow_images(s, device):
 
 FORMULA = 'num_images generator num_classes difficulty'
 GENERATORS = {
-    'fractal': Kind(formula_images, f'{FORMULA} multilabel', True, formula_of),
-    'spectrum': Kind(formula_images, FORMULA, True, formula_of),
-    'deadleaves': Kind(formula_images, FORMULA, True, formula_of),
+    'fractal': Kind(formula_images, f'{FORMULA} multilabel', True, True),
+    'spectrum': Kind(formula_images, FORMULA, True, True),
+    'deadleaves': Kind(formula_images, FORMULA, True, True),
     'train': Kind(flow_images, 'num_images generator source generator_steps', True)}
 KINDS = {
-    'noise': Kind(noise, 'num_images num_classes multilabel label_mode', False, noise_of),
-    'random_labels': Kind(random_labels, 'source label_mode label_noise', True),
+    'noise': Kind(noise, 'num_images num_classes multilabel label_mode', endless=True),
+    'random_labels': Kind(random_labels, 'source label_mode label_noise', augment=True),
     'generated': GENERATORS['fractal']}         # or another one: see kind_of
 
 
@@ -1031,12 +1026,13 @@ def mean_and_std(images):
 
 
 def sheet_rows(labels):
-    """Up to 100 images, in their order: the first of each class, then the first of all."""
+    """Up to 100 images: the first of each class, then the first of all; sorted by class if any."""
     rows, classes = np.arange(len(labels)), labels
     if labels.ndim == 2:
         rows, classes = np.nonzero(labels == 1)
-    first = rows[np.unique(classes, return_index=True)[1]][:100].tolist()
-    return sorted([*dict.fromkeys([*first, *range(min(100, len(labels)))])][:100])
+    first = rows[np.unique(classes, return_index=True)[1]].tolist()
+    chosen = np.sort([*dict.fromkeys([*first, *range(min(100, len(labels)))])][:100])
+    return chosen if labels.ndim == 2 else chosen[np.argsort(labels[chosen], kind='stable')]
 
 
 def names_to_draw(classes, fits, where):
@@ -1054,26 +1050,24 @@ def font_has(name):
 
 
 def contact_sheet(images, labels, meta):
-    """A labelled PIL image of up to 100 images, in ten columns, sorted by class if possible."""
-    from torchvision.utils import make_grid
-    size, gap = 72, 18
-    order = np.argsort(labels, kind='stable') if labels.ndim == 1 else np.arange(len(labels))
-    x = torch.from_numpy(images[order]).permute(0, 3, 1, 2).float()
-    x = F.interpolate(x, (size, size), mode='nearest' if x.shape[-1] < size else 'area')
-    grid = make_grid(x, 10, gap, pad_value=255)
-    sheet = Image.fromarray(grid.byte().permute(1, 2, 0).numpy())
+    """A labelled PIL image of up to 100 images, in ten columns."""
+    side, step = 72, 90
+    gap, rows = step - side, math.ceil(len(images) / 10)
+    sheet = Image.new('RGB', (gap + 10 * step, gap + rows * step), 'white')
     pen = ImageDraw.Draw(sheet)
     present = [[k] if labels.ndim == 1 else np.flatnonzero(k == 1) for k in labels]
     shown = {int(c): meta['classes'][c] for c in np.unique(np.concatenate(present)).astype(int)}
     names = names_to_draw(shown, font_has, 'sheet')
     pen.text((gap, 2), f'{meta["kind"]}: {meta["num_images"]:,} images of {meta["image_size"]} px, '
              f'{len(shown):,} of {len(meta["classes"]):,} classes, seed {meta["seed"]}', 'black')
-    for place, k in enumerate(order):
-        row, column = divmod(place, 10)
-        name = ' '.join(names[c] for c in present[k])
-        while pen.textlength(name) > size + gap - 4:
+    for place, (image, classes) in enumerate(zip(images, present)):
+        x, y = gap + place % 10 * step, gap + place // 10 * step
+        how = Image.NEAREST if len(image) < side else Image.BOX
+        sheet.paste(Image.fromarray(image).resize((side, side), how), (x, y))
+        name = ' '.join(names[c] for c in classes)
+        while pen.textlength(name) > step - 4:
             name = name.removesuffix('…')[:-1] + '…'
-        pen.text((gap + column * (size + gap), (row + 1) * (size + gap) + 2), name, 'dimgray')
+        pen.text((x, y + side + 2), name, 'dimgray')
     return sheet
 
 
@@ -1095,7 +1089,7 @@ class Data:
     studies: np.ndarray = None  # of chest X-rays: 'patient00001/study1' of each image
     files: list = None          # paths, if each image has its own file
     zoom: float = 1.0           # shorter side of a file to the side that is cut out of it
-    on_device: dict = field(default_factory=dict, repr=False)
+    on_device: torch.Tensor = None      # the images, put there by Batches
     fresh: int = 0              # after so many epochs the images are drawn anew, by
     draw: object = None         # draw(places) -> uint8 (n, H, W, 3); N places a turn
 
@@ -1106,8 +1100,6 @@ class Data:
     @property
     def small(self):
         return len(self.labels) * self.image_size ** 2 * 3 <= RESIDENT
-
-
 
     def __len__(self):
         return len(self.labels)
@@ -1193,25 +1185,25 @@ def read_written(folder, s):
             raise ValueError('other labels')
         made = {**DEFAULTS, **meta['settings']}
         if s['fresh']:
-            draw = kind_of(data.kind, made).draw
-            if draw is None or not data.small:
-                raise UserError(f'{folder}: --fresh is for noise and images that a formula draws, '
-                                'in sets below 2 GB. Leave it out.')
-            data.fresh, data.draw = s['fresh'], draw(made, data.labels)
+            kind = kind_of(data.kind, made)
+            if not kind.endless:
+                raise UserError(f'{folder}: --fresh is for noise and images that a formula draws. '
+                                'Leave it out.')
+            data.fresh, data.draw = s['fresh'], kind.make(made, None).draw
         if 'source' not in meta:
             data.images = np.load(folder / 'images.npy', 'r')
             if data.small and data.sha256() != meta['sha256']['images']:
                 raise ValueError('other images')
             return data
         origin = {**meta['source'], 'image_size': data.image_size, 'download': False}
-    for place in (s['data_dir'], origin.get('data_dir', '.')):
+    for place in (s['data_dir'], origin['data_dir']):
         with contextlib.suppress(UserError):
             source = read(origin['name'], {**s, **origin, 'data_dir': place})
             if source.sha256() == meta['sha256']['images']:
                 return replace(data, images=source.images, studies=source.studies,
                                files=source.files, zoom=source.zoom)
-    raise UserError(f'{folder}: its images, {origin["name"]} {origin.get("data_dir", "")}, are '
-                    'not as they were. Give their --data_dir, or generate it again.')
+    raise UserError(f'{folder}: its images, {origin["name"]} {origin["data_dir"]}, are not as they '
+                    'were. Give their --data_dir, or generate it again.')
 
 
 # CIFAR: folder, means and standard deviations of the training images (those that DARTS's code
@@ -1243,6 +1235,7 @@ def read_arrays(path, *keys):
 def read_cifar(name, s, split):
     """CIFAR-10 or -100 in the layout of its python archive, in data_dir or data_dir itself."""
     from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
     official, folder = getattr(datasets, name.upper()), Path(s['data_dir'])
     inner, mean, std = CIFAR[name]
     if folder.name != inner:
@@ -1250,24 +1243,22 @@ def read_cifar(name, s, split):
     if s['download']:                       # torchvision fetches what is not whole
         with readable(f'{name}: no download', f'Put {inner}/ into {folder.parent}.'):
             official(folder.parent, download=True)
-    images, labels, unusual, size = [], [], [], s['image_size'] or 32
-    for file, md5 in official.train_list if split == 'train' else official.test_list:
-        pixels, numbers = read_arrays(folder / file, 'data',
-                                       'labels' if name == 'cifar10' else 'fine_labels')
-        images.append(pixels)
-        labels.extend(numbers)
-        if not datasets.utils.check_integrity(folder / file, md5):
-            unusual.append(file)
+    files = official.train_list if split == 'train' else official.test_list
+    key = 'labels' if name == 'cifar10' else 'fine_labels'
+    content = [read_arrays(folder / file, 'data', key) for file, md5 in files]
+    unusual = [file for file, md5 in files if not check_integrity(folder / file, md5)]
     if unusual:
         print(f'warning: {folder}: not as officially published, but used: {", ".join(unusual)}',
               file=sys.stderr)
+    images = np.concatenate([pixels for pixels, _ in content]).reshape(-1, 3, 32, 32)
+    images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    labels = np.concatenate([numbers for _, numbers in content])
     classes, = read_arrays(folder / official.meta['filename'], official.meta['key'])
-    images = np.concatenate(images).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    images = np.ascontiguousarray(images)
+    size = s['image_size'] or 32
     if size != 32:
         progress = Progress(len(images), 'images').over(images)
         images = np.stack([resize(Image.fromarray(x), size) for x in progress])
-    return Data(name, 'real', images, np.array(labels), classes, mean, std, size)
+    return Data(name, 'real', images, labels, classes, mean, std, size)
 
 
 def read_imagenet(name, s, split):
@@ -1343,39 +1334,36 @@ def read_folder(root, split, s):
     Without val/ a share test_fraction of each class, always the same, is the test split. With
     skip_broken pictures that cannot be read are left out; else they are named, all at once.
     """
-    train, test = root, None
+    trees = [root]
     if (root / 'train').is_dir():
-        train = root / 'train'
-        test = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
-    classes, files, labels = list_images(train)
-    is_test = np.zeros(len(files), bool)
-    if test:
-        others, more_files, more_labels = list_images(test)
-        differ = sorted({*classes} ^ {*others})
-        if differ:
-            raise UserError(f'{test} and {train} differ in their classes: '
-                            f'{", ".join(differ[:5])}. Give both the same folders.')
-        is_test = np.append(is_test, np.ones(len(more_files), bool))
-        files, labels = np.append(files, more_files), np.append(labels, more_labels)
+        tests = [root / name for name in ('val', 'test') if (root / name).is_dir()]
+        trees = [root / 'train', *tests[:1]]
+    classes, files, labels = zip(*map(list_images, trees))
+    differ = sorted({*classes[0]} ^ {*classes[-1]})
+    if differ:
+        raise UserError(f'{trees[1]} and {trees[0]} differ in their classes: '
+                        f'{", ".join(differ[:5])}. Give both the same folders.')
+    is_test = np.arange(sum(map(len, files))) >= len(files[0])
+    files, labels = np.concatenate(files), np.concatenate(labels)
     # The test split is read after the training split, which has tried its pictures too.
     if len(files) <= 20000 and (split == 'train' or s['skip_broken']):
-        fine = try_pictures(files, [train, test] if test else [train])
-        if not all(fine) and not s['skip_broken']:
+        fine = try_pictures(files, trees)
+        if not fine.all() and not s['skip_broken']:
             broken = ', '.join(map(str, files[~fine][:10]))
             raise UserError(f'{(~fine).sum()} pictures cannot be read: {broken}. Mend or remove '
                             'them, or add --skip_broken.')
         files, labels, is_test = files[fine], labels[fine], is_test[fine]
-    if not test:
+    if len(trees) == 1:
         is_test[stratified_split(labels, 1 - s['test_fraction'], 0)[1]] = True
     if split == 'test' and not is_test.any():
         if s['test_fraction']:
             print(f'{root}: no class has pictures enough to hold out: no test', file=sys.stderr)
         return None
-    size, first = s['image_size'] or 32, files[~is_test]        # of at most 2,000
-    some = np.linspace(0, len(first) - 1, min(len(first), 2000)).astype(int)
-    mean, std = mean_and_std(decode(first[some], size))
+    size, train = s['image_size'] or 32, files[~is_test]
+    some = np.linspace(0, len(train) - 1, min(len(train), 2000)).astype(int)
+    mean, std = mean_and_std(decode(train[some], size))
     mine = is_test == (split == 'test')
-    return listed_data(str(root), split, classes, files[mine], labels[mine], mean, std, size)
+    return listed_data(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
 
 
 def listed_data(name, split, classes, files, labels, mean, std, size):
@@ -1392,29 +1380,25 @@ def listed_data(name, split, classes, files, labels, mean, std, size):
 
 
 def list_images(folder):
-    """(classes, paths, int64 labels) of a tree with a folder of images for each class: arrays."""
+    """(classes, array of paths, int64 labels) of a tree with a folder of images for each class."""
     from torchvision.datasets import ImageFolder
-    try:
+    with readable(f'{folder} is no folder of images', 'Give each class its own, or another path.'):
         found = ImageFolder(folder)
-    except FileNotFoundError as error:
-        raise UserError(f'{folder}: {error} Give each class a folder of images, or another path.'
-                        ) from None
-    return found.classes, np.array([Path(file) for file, _ in found.samples]), \
-        np.array(found.targets)
+    files = np.array([Path(file) for file, _ in found.samples])
+    return found.classes, files, np.array(found.targets)
 
 
 def try_pictures(files, folders):
     """Whether each file can be read, bool (N,); says how many other files the folders have."""
-    known = set(files)
     for folder in folders:
-        others = collections.Counter(path.suffix or 'no ending' for path in folder.rglob('*')
-                                     if path.is_file() and path not in known)
+        others = {path for path in folder.rglob('*') if path.is_file()}.difference(files)
         if others:
-            ends = ', '.join(f'{count} {end}' for end, count in others.items())
+            ends = collections.Counter(path.suffix or 'no ending' for path in others)
+            ends = ', '.join(f'{count} {end}' for end, count in ends.items())
             print(f'{folder}: files that are no pictures are left out: {ends}', file=sys.stderr)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         fine = Progress(len(files), 'pictures tried').over(pool.map(is_image, files))
-        return np.array(list(fine))
+        return np.fromiter(fine, bool)
 
 
 def is_image(path):
@@ -1427,12 +1411,10 @@ def is_image(path):
 
 def decode(files, image_size, zoom=1):
     """All files as uint8 (N, H, W, 3), several at a time."""
-    images = np.empty((len(files), image_size, image_size, 3), np.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        read_all = pool.map(lambda f: read_image(f, image_size, zoom), files)
-        for k, pixels in enumerate(Progress(len(files), 'images').over(read_all)):
-            images[k] = pixels
-    return images
+        images = pool.map(lambda file: read_image(file, image_size, zoom), files)
+        shape = np.dtype((np.uint8, (image_size, image_size, 3)))
+        return np.fromiter(Progress(len(files), 'images').over(images), shape, len(files))
 
 
 def read_image(path, image_size, zoom=1, crop=False):
@@ -1482,9 +1464,9 @@ def find_or_make(name, s):
     if name not in KINDS:
         return read(name, s)
     own = own_settings(name, s)
-    usual = {**DEFAULTS, 'data_seed': own['data_seed'],
-             'image_size': None if 'source' in own else 32}
-    parts = [f'{k}={Path(str(v)).name}' for k, v in own.items() if v != usual[k]]
+    usual = {**DEFAULTS, 'image_size': None if 'source' in own else 32}
+    parts = [f'{key}={Path(str(value)).name}' for key, value in own.items()
+             if value != usual[key] and key != 'data_seed']
     folder = Path('data', '-'.join([name, *parts, f'seed{own["data_seed"]}']))
     if not folder.exists():
         if not world()[0]:
@@ -1495,7 +1477,7 @@ def find_or_make(name, s):
             if not folder.exists():             # else another process has just made it
                 raise
     data = read(str(folder), s)
-    made = json.loads((folder / 'meta.json').read_text()).get('settings', {})
+    made = json.loads((folder / 'meta.json').read_text())['settings']
     differ = [key for key in own if made.get(key) != own[key]]
     if differ:
         raise UserError(f'{folder} was made with another {differ[0]}. Rename or remove it.')
@@ -1523,6 +1505,7 @@ def stratified_split(labels, fraction, seed, patients=None):
 
 
 IN_WORKERS = ('crop', 'imagenet', 'affine')     # done by the processes that read images
+AUGMENTATIONS = ['none', 'standard', *IN_WORKERS]
 
 
 def transforms_of(augment):
@@ -1535,9 +1518,6 @@ def transforms_of(augment):
                                 interpolation=v2.InterpolationMode.BILINEAR)]
     colours = [v2.ColorJitter(0.4, 0.4, 0.4, 0.2)] if augment == 'imagenet' else []
     return [v2.RandomHorizontalFlip(), *colours]
-
-
-AUGMENTATIONS = ['none', 'standard', *IN_WORKERS]
 
 
 def suited(data):
@@ -1583,11 +1563,9 @@ class Batches:
         transforms_of(self.augment)             # so that the workers find torchvision loaded
         self.images = None                      # on the device, if it holds them
         if data.small and data.images is not None and self.augment not in IN_WORKERS:
-            if str(device) not in data.on_device:
-                data.on_device[str(device)] = torch.from_numpy(np.array(data.images)).to(device)
-            self.images = data.on_device[str(device)]
-        if data.fresh and self.images is not None:
-            self.images = self.images.clone()
+            if data.on_device is None:
+                data.on_device = torch.from_numpy(np.array(data.images)).to(device)
+            self.images = data.on_device.clone() if data.fresh else data.on_device
         self.turns = np.zeros(len(data), int)   # of --fresh, in which each of them was drawn
 
     def __len__(self):
