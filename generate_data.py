@@ -318,22 +318,17 @@ DIFFICULTY = {'easy': (0.5, 0.08), 'medium': (1.0, 0.15), 'hard': (1.3, 0.17)}
 DATA = {
     'data_dir': Setting('data', 'folder of the real data sets'),
     'download': Setting(False, 'let torchvision fetch CIFAR'),
-    'image_size': Setting(None, 'pixels; without it 32, or the size that the data have',
-                          number(int, 8, 4096)),
+    'image_size': Setting(None, 'pixels; else 32, or the size of the data', number(int, 8, 4096)),
     'data_seed': Setting(None, "of unreal data; without it the run's seed", number(int, 0)),
     'num_images': Setting(50000, 'of an unreal set', number(int, 1, 10 ** 9)),
     'num_classes': Setting(10, 'of an unreal set', number(int, 1, 10 ** 6)),
     'multilabel': Setting(False, 'labels of 0 or 1: of noise and fractals'),
-    'source': Setting('cifar10', 'whose images get random labels, or train a generator',
-                      name_or_path),
-    'label_mode': Setting('uniform', 'how random labels are drawn',
-                          ['uniform', 'balanced', 'permute']),
-    'label_noise': Setting(1.0, 'share of the true labels that is drawn anew',
-                           number(float, 0, 1)),
+    'source': Setting('cifar10', 'of images for random labels, and for train', name_or_path),
+    'label_mode': Setting('uniform', 'how labels are drawn', ['uniform', 'balanced', 'permute']),
+    'label_noise': Setting(1.0, 'share of true labels that is drawn anew', number(float, 0, 1)),
     'generator': Setting('fractal', 'what draws generated images',
                          ['fractal', 'spectrum', 'deadleaves', 'train']),
-    'fresh': Setting(0, 'draw noise or generated images anew after so many epochs; 0: never',
-                     number(int, 0), 1),
+    'fresh': Setting(0, 'draw the images anew after so many epochs; 0: never', number(int, 0), 1),
     'difficulty': Setting('medium', 'of generated images', list(DIFFICULTY)),
     'uncertain': Setting('mixed', 'what -1.0 of CheXpert becomes; mixed: ones for Atelectasis and '
                          'Edema, else zeros', ['mixed', 'ones', 'zeros', 'ignore']),
@@ -874,8 +869,7 @@ def sample_flow(network, x, y, guidance=1.5, steps=30):
 def flow_images(s, device):
     """Made: images of a network that is trained on a source, for labels as the source has them."""
     if 'generator_steps' not in s:
-        raise UserError('--generator train: make this set with generate_data.py, and give its '
-                        'folder as --data')
+        raise UserError('--generator train: use generate_data.py, and give its folder as --data')
     source, n, seed = read(s['source'], s), s['num_images'], s['data_seed']
     size, classes = source.image_size, len(source.classes)
     path = Path(f'{s["out"]}.generator', 'checkpoint.pt')
@@ -973,8 +967,7 @@ def make_set(out, name, s, device, force=False):
     """Write a set into the folder `out`: images.npy (not of a source), labels, meta.json, sheet."""
     own = own_settings(name, s)
     if 'num_classes' in own and not own.get('multilabel') and s['num_images'] < s['num_classes']:
-        raise UserError(f'--num_images {s["num_images"]} cannot hold {s["num_classes"]} classes. '
-                        'Raise it.')
+        raise UserError(f'--num_images {s["num_images"]} is less than --num_classes. Raise it.')
     with new_folder(out, force) as folder:
         made = kind_of(name, s).make({**s, 'out': out, 'image_size': own['image_size']}, device)
         labels, source = np.ascontiguousarray(made.labels), made.source
@@ -1187,8 +1180,7 @@ def read_written(folder, s):
         if s['fresh']:
             kind = kind_of(data.kind, made)
             if not kind.endless:
-                raise UserError(f'{folder}: --fresh is for noise and images that a formula draws. '
-                                'Leave it out.')
+                raise UserError(f'{folder}: --fresh cannot draw such images. Leave it out.')
             data.fresh, data.draw = s['fresh'], kind.make(made, None).draw
         if 'source' not in meta:
             data.images = np.load(folder / 'images.npy', 'r')
@@ -1644,8 +1636,7 @@ def main(argv=None):
     refuse_unused(kind, s, typed)
     both = [os.path.realpath(out), os.path.realpath(s['source'])]
     if 'source' in taken(kind, s) and os.path.commonpath(both) in both:
-        raise UserError(f'--out {out} and --source {s["source"]}: one lies in the other. Write '
-                        'elsewhere.')
+        raise UserError(f'--out {out}: it or --source lies in the other. Write elsewhere.')
     make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']), s['force'])
     print(f'wrote {out}: look at {Path(out, "sheet.png")}')
     print(f'next: python search.py --data {shlex.quote(out)}')
