@@ -202,8 +202,9 @@ def write_file(path, content):
 
 def load_file(path, mend):
     """The dictionary that write_file wrote; UserError, with the mend, if one bit has changed."""
-    with readable(f'{path} is missing or damaged', f'To go on: {mend}.'):
-        if zipfile.ZipFile(path).testzip():         # torch.load checks no checksum
+    with readable(f'{path} is missing or damaged', f'To go on: {mend}.'), \
+            zipfile.ZipFile(path) as file:
+        if file.testzip():                          # torch.load looks at no checksum
             raise ValueError('other checksum')
         return torch.load(path, map_location='cpu', weights_only=True)
 
@@ -976,7 +977,6 @@ def make_set(out, name, s, device, force=False):
             source = Data(out, name, images, labels, made.classes, *mean_and_std(images),
                           images.shape[1])
         rows = sheet_rows(labels)
-        images = source.get(rows)
         np.save(folder / 'labels.npy', labels)
         meta = {'kind': name, 'seed': s['data_seed'], 'settings': own, 'classes': made.classes,
                 'num_images': len(labels), 'image_size': source.image_size, 'mean': source.mean,
@@ -985,7 +985,7 @@ def make_set(out, name, s, device, force=False):
                            'labels': hashlib.sha256(labels).hexdigest()},
                 'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
                 'versions': {'numpy': np.__version__, 'torch': torch.__version__}}
-        contact_sheet(images, labels[rows], meta).save(folder / 'sheet.png')
+        contact_sheet(source.get(rows), labels[rows], meta).save(folder / 'sheet.png')
         write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
 
 
@@ -1553,12 +1553,12 @@ class Batches:
         self.labels = (labels.float() if data.multilabel else labels).to(device)
         self.waited = 0.0                       # for the workers in this epoch, in seconds
         transforms_of(self.augment)             # so that the workers find torchvision loaded
-        self.images = None                      # on the device, if it holds them
+        self.images = None                      # if they live on the device
         if data.small and data.images is not None and self.augment not in IN_WORKERS:
             if data.on_device is None:
                 data.on_device = torch.from_numpy(np.array(data.images)).to(device)
             self.images = data.on_device.clone() if data.fresh else data.on_device
-        self.turns = np.zeros(len(data), int)   # of --fresh, in which each of them was drawn
+        self.turns = np.zeros(len(data), int)   # the turn of --fresh that each of them is of
 
     def __len__(self):
         n = len(self.indices)
@@ -1575,7 +1575,7 @@ class Batches:
                  for k in range(start, len(self))]
         turn = epoch // self.data.fresh if self.data.fresh else 0
         to_load = [indices[part] for part in parts]
-        if self.images is not None:             # the device lacks those of another turn
+        if self.images is not None:             # they are here, but perhaps of another turn
             to_load = [rows[self.turns[rows] != turn] for rows in to_load]
         loaded, self.waited = self.load(to_load, epoch, turn), 0.0
         for part, rows in zip(parts, to_load):
