@@ -211,7 +211,7 @@ def load_file(path, mend):
 
 @contextlib.contextmanager
 def readable(what, mend):
-    """UserError, `what` (why): `mend`, for whatever fails in the block."""
+    """Turn whatever fails in the block into the UserError `what` (why). `mend`"""
     try:
         yield
     except (UserError, MemoryError):
@@ -229,9 +229,9 @@ def world():
 
 
 class Progress:
-    """A line with what is done, the rate and the time left; in a log file before 10 s of silence.
+    """A line with what is done, the rate and the time left; in a log file a new one every 8 s.
 
-    With a `hint`, even an empty one, a line that stays says after 3 s when it will end, if more
+    With a `hint`, even an empty one, it also says once, after 3 s, when the work will end, if more
     than a minute is left. Above an hour the hint follows: how to make it shorter.
     """
     last = time.monotonic()                     # when one of them wrote a line
@@ -344,7 +344,6 @@ class Kind(NamedTuple):
     make: object            # make(settings, device) -> Made
     settings: str           # names of the DATA that it takes, beside image_size and data_seed
     augment: bool = False   # whether Batches' augment='auto' augments it
-    endless: bool = False   # whether Made has `draw`, for --fresh
 
 
 class Made(NamedTuple):
@@ -352,7 +351,7 @@ class Made(NamedTuple):
     labels: np.ndarray      # int64 (N,), or with several labels uint8 (N, classes) of 0 and 1
     classes: list           # names
     chunks: object          # the images in order: an iterator of uint8 (n, H, W, 3)
-    draw: object = None     # draw(places) -> uint8 (n, H, W, 3), of places beyond the N, too
+    draw: object = None     # for --fresh: draw(places) -> uint8 (n, H, W, 3), also beyond the N
     meta: dict = {}         # more for meta.json; mean and std are computed if they are not in it
     source: object = None   # the Data that has the images, instead of chunks
 
@@ -362,7 +361,7 @@ def taken(name, s):
     names = {'data_dir', 'download', 'image_size'}
     if name in KINDS:
         names |= {'data_seed', *kind_of(name, s).settings.split()}
-    if name in KINDS and kind_of(name, s).endless or Path(name, 'meta.json').exists():
+    if Path(name, 'meta.json').exists():
         names.add('fresh')
     real = s['source'] if 'source' in names else name
     if real == 'chexpert':
@@ -891,14 +890,14 @@ def flow_images(s, device):
     return Made(labels, source.classes, map(images, range(0, n, 64)))
 
 
-FORMULA = 'num_images generator num_classes difficulty'
+FORMULA = 'num_images generator num_classes difficulty fresh'
 GENERATORS = {
-    'fractal': Kind(formula_images, f'{FORMULA} multilabel', True, True),
-    'spectrum': Kind(formula_images, FORMULA, True, True),
-    'deadleaves': Kind(formula_images, FORMULA, True, True),
-    'train': Kind(flow_images, 'num_images generator source generator_steps', True)}
+    'fractal': Kind(formula_images, f'{FORMULA} multilabel', augment=True),
+    'spectrum': Kind(formula_images, FORMULA, augment=True),
+    'deadleaves': Kind(formula_images, FORMULA, augment=True),
+    'train': Kind(flow_images, 'num_images generator source generator_steps', augment=True)}
 KINDS = {
-    'noise': Kind(noise, 'num_images num_classes multilabel label_mode', endless=True),
+    'noise': Kind(noise, 'num_images num_classes multilabel label_mode fresh'),
     'random_labels': Kind(random_labels, 'source label_mode label_noise', augment=True),
     'generated': GENERATORS['fractal']}         # or another one: see kind_of
 
@@ -1155,16 +1154,14 @@ def read(name, s, split='train'):
     folder = Path(name)
     put_back(folder)
     if not folder.is_dir():
-        raise UserError(f'{name}: neither a folder nor one of {", ".join([*REAL, *KINDS])}. Check '
-                        'the path.')
+        raise UserError(f'{name}: no folder, nor {", ".join([*REAL, *KINDS])}. Check the path.')
     if not (folder / 'meta.json').exists():
         return read_folder(folder, split, s)
     if split != 'train':                                # unreal data have no test split
         return None
     data = read_written(folder, s)
     if s['image_size'] not in (None, data.image_size):
-        raise UserError(f'{name}: its images have {data.image_size} px, not {s["image_size"]}. Use '
-                        f'--image_size {data.image_size}, or generate it at that size.')
+        raise UserError(f'{name}: its images need --image_size {data.image_size}. Or make others.')
     return data
 
 
@@ -1179,7 +1176,7 @@ def read_written(folder, s):
         made = {**DEFAULTS, **meta['settings']}
         if s['fresh']:
             kind = kind_of(data.kind, made)
-            if not kind.endless:
+            if 'fresh' not in kind.settings.split():
                 raise UserError(f'{folder}: --fresh cannot draw such images. Leave it out.')
             data.fresh, data.draw = s['fresh'], kind.make(made, None).draw
         if 'source' not in meta:
@@ -1491,7 +1488,8 @@ def stratified_split(labels, fraction, seed, patients=None):
     order = np.lexsort((rng.random(len(labels)), groups))
     grouped = groups[order]
     rank = np.arange(len(labels)) - np.searchsorted(grouped, grouped)
-    # 0.025 * 5000 is a little more than 125 in floating point.
+    # In each class those come first at whose rank ceil(rank * fraction) grows. (0.025 * 5000 is a
+    # little more than 125 in floating point.)
     first = np.ceil((rank + 1) * fraction - 1e-8) > np.ceil(rank * fraction - 1e-8)
     return np.sort(order[first]), np.sort(order[~first])
 
