@@ -468,8 +468,7 @@ def random_labels(s, device):
     source = read(s['source'], s)
     labels = redraw_labels(source.labels, len(source.classes), s['data_seed'], s['label_mode'],
                            s['label_noise'])
-    own = own_settings('random_labels', s)
-    origin = {**own, 'name': own['source'], 'data_dir': os.path.abspath(s['data_dir'])}
+    origin = {'data_dir': os.path.abspath(s['data_dir'])}
     return Made(labels, source.classes, None, meta={'source': origin}, source=source)
 
 
@@ -1173,26 +1172,25 @@ def read_written(folder, s):
                     meta['classes'], meta['mean'], meta['std'], meta['image_size'])
         if hashlib.sha256(data.labels).hexdigest() != meta['sha256']['labels']:
             raise ValueError('other labels')
-        made = {**DEFAULTS, **meta['settings']}
+        own = {**DEFAULTS, **meta['settings'], 'image_size': data.image_size}
         if s['fresh']:
-            kind = kind_of(data.kind, made)
+            kind = kind_of(data.kind, own)
             if 'fresh' not in kind.settings.split():
                 raise UserError(f'{folder}: --fresh cannot draw such images. Leave it out.')
-            data.fresh, data.draw = s['fresh'], kind.make(made, None).draw
+            data.fresh, data.draw = s['fresh'], kind.make(own, None).draw
         if 'source' not in meta:
             data.images = np.load(folder / 'images.npy', 'r')
             if data.small and data.sha256() != meta['sha256']['images']:
                 raise ValueError('other images')
             return data
-        origin = {**meta['source'], 'image_size': data.image_size, 'download': False}
-    for place in (s['data_dir'], origin['data_dir']):
+    for data_dir in (s['data_dir'], meta['source']['data_dir']):
         with contextlib.suppress(UserError):
-            source = read(origin['name'], {**s, **origin, 'data_dir': place})
+            source = read(own['source'], {**own, 'data_dir': data_dir})
             if source.sha256() == meta['sha256']['images']:
                 return replace(data, images=source.images, studies=source.studies,
                                files=source.files, zoom=source.zoom)
-    raise UserError(f'{folder}: its images, {origin["name"]} {origin["data_dir"]}, are not as they '
-                    'were. Give their --data_dir, or generate it again.')
+    raise UserError(f'{folder}: the images of {own["source"]} in {data_dir} are not as they were. '
+                    'Give their --data_dir, or make it again.')
 
 
 # CIFAR: folder, means and standard deviations of the training images (those that DARTS's code
@@ -1256,7 +1254,7 @@ def read_imagenet(name, s, split):
     if not (root / 'train').is_dir():
         root /= name
     listed = list_images(root / ('train' if split == 'train' else 'val'))
-    return listed_data(name, split, *listed, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225],
+    return data_of_files(name, split, *listed, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225],
                        s['image_size'] or 224)
 
 
@@ -1352,10 +1350,10 @@ def read_folder(root, split, s):
     some = np.linspace(0, len(train) - 1, min(len(train), 2000)).astype(int)
     mean, std = mean_and_std(decode(train[some], size))
     mine = is_test == (split == 'test')
-    return listed_data(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
+    return data_of_files(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
 
 
-def listed_data(name, split, classes, files, labels, mean, std, size):
+def data_of_files(name, split, classes, files, labels, mean, std, size):
     """A Data of what list_images returns.
 
     Above 64 px images are resized to 8/7 of the size and their middle is cut out, as 256 and 224
