@@ -524,22 +524,21 @@ class Formula:
         threads, n = torch.get_num_threads(), len(self.labels)
         parts = [range(k, min(k + self.chunk, n)) for k in range(0, n, self.chunk)]
         for k in range(0, len(parts), threads):
-            yield self.draw_parts(parts[k:k + threads])
+            with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
+                images = list(pool.map(self.draw, parts[k:k + threads]))
+            torch.set_num_threads(threads)
+            yield np.concatenate(images)
 
     def __call__(self, places):
         """Images at any places, filled up to 64, so that none depends on what is drawn with it."""
-        return self.draw_parts([np.resize(places, -len(places) // 64 * -64)])[:len(places)]
-
-    def draw_parts(self, parts):
-        """Images at lists of places. One thread draws a list: more would change last digits."""
         threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
-            images = list(pool.map(self.draw, parts))
+        torch.set_num_threads(1)                # no pool: in a worker MKL may hang in a new thread
+        images = self.draw(np.resize(places, -len(places) // 64 * -64))
         torch.set_num_threads(threads)
-        return np.concatenate(images)
+        return images[:len(places)]
 
     def draw(self, places):
-        """uint8 (len(places), size, size, 3)."""
+        """uint8 (len(places), size, size, 3), by one thread: more would change last digits."""
         s, places = self.size, np.asarray(places)
         labels = torch.from_numpy(self.labels[places % len(self.labels)])
         u, rolls = self.random(places)
