@@ -35,8 +35,9 @@ import signal
 import statistics
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -107,24 +108,23 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
         group = parser.add_argument_group(title)
         for name, (default, text, values, alone) in table.items():
             defaults[name] = default
+            flag, how = f'--{name}', {'type': values, 'metavar': 'X'}
             if default == []:
-                group.add_argument(name, nargs='*', help=text)
+                flag, how = name, {'nargs': '*'}
             elif isinstance(default, bool):
-                group.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, help=text)
+                how = {'action': argparse.BooleanOptionalAction}
             elif isinstance(values, list):
-                group.add_argument(f'--{name}', choices=values, metavar='X',
-                                   help=f'{", ".join(values)}: {text}')
-            else:
-                nargs = None if alone is None else '?'
-                group.add_argument(f'--{name}', type=values, nargs=nargs, const=alone, metavar='X',
-                                   help=text)
+                text, how = f'{", ".join(values)}: {text}', {'choices': values, 'metavar': 'X'}
+            elif alone is not None:
+                how.update(nargs='?', const=alone)
+            group.add_argument(flag, help=text, **how)
     typed = vars(parser.parse_args(argv))
     wants_help = typed.pop('help', False)
     defaults.update(defaults_for(typed, {**defaults, **typed}))
     if wants_help:
         for action in parser._actions:
-            value = defaults.get(action.dest)
-            if value is not None and value is not False and value != []:
+            value = str(defaults.get(action.dest))
+            if value not in ('None', 'False', '[]'):
                 action.help = f'{action.help} ({value})'
         parser.print_help()
         raise SystemExit(0)
@@ -152,7 +152,6 @@ def one_line_errors(main):
         except (torch.OutOfMemoryError, MemoryError):
             message = 'out of memory: take a smaller --batch_size, or fewer or smaller images'
         except BrokenPipeError:                 # the reader of a pipe has gone, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except OSError as error:
             message = f'{error.filename or "a file"}: {error.strerror or error}. Check the path, ' \
@@ -188,7 +187,6 @@ def write_file(path, content):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         content = buffer.getvalue()
-        content += hashlib.sha256(content).digest()     # torch.load passes over it
     try:
         with open(temporary, 'wb') as file:
             file.write(content)
@@ -204,17 +202,16 @@ def write_file(path, content):
 
 def load_file(path, mend):
     """The dictionary that write_file wrote; UserError, with the mend, if one bit has changed."""
-    with readable(f'{path} is missing or damaged', f'To go on: {mend}.'):
-        content = Path(path).read_bytes()
-        is_old = b'PK\5\6' in content[-32:]         # without a checksum
-        if hashlib.sha256(content[:-32]).digest() != content[-32:] and not is_old:
+    with readable(f'{path} is missing or damaged', f'To go on: {mend}.'), \
+            zipfile.ZipFile(path) as file:
+        if file.testzip():                          # torch.load looks at no checksum
             raise ValueError('other checksum')
-        return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True)
 
 
 @contextlib.contextmanager
 def readable(what, mend):
-    """UserError, `what` (why): `mend`, for whatever fails in the block."""
+    """Turn whatever fails in the block into the UserError `what` (why). `mend`"""
     try:
         yield
     except (UserError, MemoryError):
@@ -232,32 +229,33 @@ def world():
 
 
 class Progress:
-    """A line with what is done, the rate and the time left; in a log file before 10 s of silence.
+    """A line with what is done, the rate and the time left; in a log file a new one every 8 s.
 
-    With a `hint`, even an empty one, a line that stays says after 3 s when it will end, if more
+    With a `hint`, even an empty one, it also says once, after 3 s, when the work will end, if more
     than a minute is left. Above an hour the hint follows: how to make it shorter.
     """
     last = time.monotonic()                     # when one of them wrote a line
 
     def __init__(self, total, unit, done=0, hint=None):
         self.total, self.unit, self.first, self.hint = total, unit, done, hint
-        self.start = time.monotonic()
-        self.terminal, self.told = sys.stderr.isatty(), hint is None
+        self.start, self.terminal = time.monotonic(), sys.stderr.isatty()
 
     def update(self, done, text=''):
         """done: units in all, counted from the very start; text: shown at the end of the line."""
         now, count = time.monotonic(), done - self.first
-        each = max(now - self.start, 1e-9) / max(count, 1)
-        wait, tells = 0.2 if self.terminal else 8 - each, not self.told and now - self.start > 3
-        is_early = now - self.start < 1 or now - self.last < wait       # of what is short, no line
-        if world()[0] or not count or is_early and not tells:
+        spent = now - self.start
+        if world()[0] or not count or spent < 1:        # what is short gets no line
             return
-        Progress.last, left = now, timedelta(seconds=round(each * (self.total - done)))
-        if tells:
-            self.told = True
+        each = spent / count
+        left = timedelta(seconds=round(each * (self.total - done)))
+        if self.hint is not None and spent > 3:
             if left.total_seconds() > 60:
                 print(f'about {left} left, until {datetime.now() + left:%a %d %b, %H:%M}'
                       + (self.hint if left.total_seconds() > 3600 else ''))
+            self.hint = None
+        if now - self.last < (0.2 if self.terminal else 8 - each):
+            return
+        Progress.last = now
         rate = f'{1 / each:,.1f}/s' if each < 1 else f'{each:.1f} s each'
         line = f'{done:,}/{self.total:,} {self.unit}  {rate}  {left} left'
         print(f'{line}  {text}'.ljust(78)[:118], end='\r' if self.terminal else '\n',
@@ -287,9 +285,8 @@ def choose_device(gpu, tf32=False):
         mallopt(-3, 1 << 30)                        # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)                  # M_TRIM_THRESHOLD
     set_tf32(tf32)
-    shared = int(os.environ.get('WORLD_SIZE', 1)) > 1 and world()[1] == 1
     cuda = gpu >= 0 and torch.cuda.is_available()
-    if shared:
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and world()[1] == 1:
         gpu = int(os.environ['LOCAL_RANK']) if cuda else gpu
         # torchrun keeps its store when it starts the processes again: without a prefix they would
         # find the addresses of those that died.
@@ -322,22 +319,17 @@ DIFFICULTY = {'easy': (0.5, 0.08), 'medium': (1.0, 0.15), 'hard': (1.3, 0.17)}
 DATA = {
     'data_dir': Setting('data', 'folder of the real data sets'),
     'download': Setting(False, 'let torchvision fetch CIFAR'),
-    'image_size': Setting(None, 'pixels; without it 32, or the size that the data have',
-                          number(int, 8, 4096)),
+    'image_size': Setting(None, 'pixels; else 32, or the size of the data', number(int, 8, 4096)),
     'data_seed': Setting(None, "of unreal data; without it the run's seed", number(int, 0)),
     'num_images': Setting(50000, 'of an unreal set', number(int, 1, 10 ** 9)),
     'num_classes': Setting(10, 'of an unreal set', number(int, 1, 10 ** 6)),
     'multilabel': Setting(False, 'labels of 0 or 1: of noise and fractals'),
-    'source': Setting('cifar10', 'whose images get random labels, or train a generator',
-                      name_or_path),
-    'label_mode': Setting('uniform', 'how random labels are drawn',
-                          ['uniform', 'balanced', 'permute']),
-    'label_noise': Setting(1.0, 'share of the true labels that is drawn anew',
-                           number(float, 0, 1)),
+    'source': Setting('cifar10', 'of images for random labels, and for train', name_or_path),
+    'label_mode': Setting('uniform', 'how labels are drawn', ['uniform', 'balanced', 'permute']),
+    'label_noise': Setting(1.0, 'share of true labels that is drawn anew', number(float, 0, 1)),
     'generator': Setting('fractal', 'what draws generated images',
                          ['fractal', 'spectrum', 'deadleaves', 'train']),
-    'fresh': Setting(0, 'draw noise or generated images anew after so many epochs; 0: never',
-                     number(int, 0), 1),
+    'fresh': Setting(0, 'draw the images anew after so many epochs; 0: never', number(int, 0), 1),
     'difficulty': Setting('medium', 'of generated images', list(DIFFICULTY)),
     'uncertain': Setting('mixed', 'what -1.0 of CheXpert becomes; mixed: ones for Atelectasis and '
                          'Edema, else zeros', ['mixed', 'ones', 'zeros', 'ignore']),
@@ -352,7 +344,6 @@ class Kind(NamedTuple):
     make: object            # make(settings, device) -> Made
     settings: str           # names of the DATA that it takes, beside image_size and data_seed
     augment: bool = False   # whether Batches' augment='auto' augments it
-    draw: object = None     # draw(settings, labels, places) -> their images, for --fresh
 
 
 class Made(NamedTuple):
@@ -360,6 +351,7 @@ class Made(NamedTuple):
     labels: np.ndarray      # int64 (N,), or with several labels uint8 (N, classes) of 0 and 1
     classes: list           # names
     chunks: object          # the images in order: an iterator of uint8 (n, H, W, 3)
+    draw: object = None     # for --fresh: draw(places) -> uint8 (n, H, W, 3), also beyond the N
     meta: dict = {}         # more for meta.json; mean and std are computed if they are not in it
     source: object = None   # the Data that has the images, instead of chunks
 
@@ -368,9 +360,8 @@ def taken(name, s):
     """The set of settings that `--data name` makes something of."""
     names = {'data_dir', 'download', 'image_size'}
     if name in KINDS:
-        names |= {'data_seed', *KINDS[name].settings.split()}
-        names |= set(kind_of(name, s).settings.split())
-    if name in KINDS and kind_of(name, s).draw or Path(name, 'meta.json').exists():
+        names |= {'data_seed', *kind_of(name, s).settings.split()}
+    if Path(name, 'meta.json').exists():
         names.add('fresh')
     real = s['source'] if 'source' in names else name
     if real == 'chexpert':
@@ -400,11 +391,13 @@ def refuse_unused(name, s, typed):
 PIXELS, LABELS, CHOICE = 0, 1, 2          # independent streams of one seed
 
 
-def philox(seed, stream, start, count, n):
-    """uint64 (count, n): n integers for each image from `start` on. Philox makes four at a time."""
-    blocks = -(-n // 4)
-    bits = np.random.Philox(np.random.SeedSequence([seed, stream])).advance(start * blocks)
-    return bits.random_raw(count * blocks * 4).reshape(count, -1)[:, :n]
+def philox(seed, stream, places, n):
+    """uint64 (len(places), n): n integers for each place. Philox makes four at a time."""
+    blocks, raw = -(-n // 4), []
+    for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):  # places in a row
+        bits = np.random.Philox(np.random.SeedSequence([seed, stream]))
+        raw.append(bits.advance(int(run[0]) * blocks).random_raw(len(run) * blocks * 4))
+    return np.concatenate(raw).reshape(len(places), -1)[:, :n]
 
 
 # A uniform 16-bit number -> a pixel of N(127.5, 32), clipped at 0 and 255, 3.98 deviations away
@@ -413,27 +406,23 @@ EDGES = [round(65536 * GAUSS.cdf(pixel + 0.5)) for pixel in range(255)]
 NORMAL = np.searchsorted(EDGES, np.arange(65536), side='right').astype(np.uint8)
 
 
-def uint16s(seed, stream, start, count, n):
-    """uint16 (count, n): n numbers for each image from `start` on."""
-    raw = philox(seed, stream, start, count, -(-n // 4)).astype('<u8', copy=False)
-    return raw.view('<u2')[:, :n]
+def uint16s(seed, stream, places, n):
+    """uint16 (len(places), n): n numbers for each place."""
+    return philox(seed, stream, places, -(-n // 4)).view(np.uint16)[:, :n]
 
 
-def uniforms(seed, stream, start, count, n):
-    """float64 (count, n) between 0 and 1: n numbers for each image from `start` on."""
-    return ((philox(seed, stream, start, count, n) >> np.uint64(40)) + 0.5) / 2 ** 24
+def uniforms(seed, stream, places, n):
+    """float64 (len(places), n) between 0 and 1: n numbers for each place."""
+    return ((philox(seed, stream, places, n) >> np.uint64(40)) + 0.5) / 2 ** 24
 
 
-def noise_images(seed, start, count, size):
-    """Images start to start+count of the noise of a seed: uint8 (count, size, size, 3)."""
-    draws = uint16s(seed, PIXELS, start, count, size * size * 3)
-    return NORMAL[draws].reshape(count, size, size, 3)
+def noise_images(seed, places, size):
+    """uint8 (len(places), size, size, 3): images of the endless noise of a seed."""
+    draws = uint16s(seed, PIXELS, places, size * size * 3)
+    return NORMAL[draws].reshape(-1, size, size, 3)
 
 
-def noise_at(s, labels, places):
-    """uint8 (n, size, size, 3): the noise at any places of a set."""
-    return np.concatenate([noise_images(s['data_seed'], place, 1, s['image_size'])
-                           for place in places])
+
 
 
 def draw_labels(seed, num_images, num_classes, mode='uniform', true=None, multilabel=False):
@@ -443,9 +432,9 @@ def draw_labels(seed, num_images, num_classes, mode='uniform', true=None, multil
     labels, or rows of labels, in random order.
     """
     if mode == 'permute':
-        return true[np.argsort(philox(seed, LABELS, 0, 1, num_images)[0], kind='stable')]
+        return true[np.argsort(philox(seed, LABELS, [0], num_images)[0], kind='stable')]
     columns, values = (num_classes, 2) if multilabel else (1, num_classes)
-    raw = philox(seed, LABELS, 0, 1, num_images * columns).reshape(num_images, columns)
+    raw = philox(seed, LABELS, [0], num_images * columns).reshape(num_images, columns)
     if mode == 'balanced':
         raw = np.argsort(np.argsort(raw, 0, kind='stable'), 0, kind='stable').astype(np.uint64)
     labels = raw % np.uint64(values)
@@ -455,7 +444,7 @@ def draw_labels(seed, num_images, num_classes, mode='uniform', true=None, multil
 def redraw_labels(true, num_classes, seed, mode, label_noise):
     """The true labels with a share `label_noise` of them, chosen by seed, drawn anew."""
     count = round(label_noise * len(true))
-    chosen = np.sort(np.argsort(philox(seed, CHOICE, 0, 1, len(true))[0], kind='stable')[:count])
+    chosen = np.sort(np.argsort(philox(seed, CHOICE, [0], len(true))[0], kind='stable')[:count])
     labels = true.copy()
     labels[chosen] = draw_labels(seed, count, num_classes, mode, true[chosen], true.ndim == 2)
     return labels
@@ -468,8 +457,9 @@ def noise(s, device):
     size, seed, n = s['image_size'], s['data_seed'], s['num_images']
     labels = draw_labels(seed, n, s['num_classes'], s['label_mode'], multilabel=s['multilabel'])
     step = max(1, (32 << 20) // (size * size * 3))
-    chunks = (noise_images(seed, start, min(step, n - start), size) for start in range(0, n, step))
+    chunks = (noise_images(seed, range(k, min(k + step, n)), size) for k in range(0, n, step))
     return Made(labels, [str(k) for k in range(s['num_classes'])], chunks,
+                functools.partial(noise_images, seed, size=size),
                 {'mean': [0.5] * 3, 'std': [32 / 255] * 3})
 
 
@@ -478,9 +468,8 @@ def random_labels(s, device):
     source = read(s['source'], s)
     labels = redraw_labels(source.labels, len(source.classes), s['data_seed'], s['label_mode'],
                            s['label_noise'])
-    own = own_settings('random_labels', s)
-    origin = {**own, 'name': own['source'], 'data_dir': os.path.abspath(s['data_dir'])}
-    return Made(labels, source.classes, None, {'source': origin}, source)
+    origin = {'data_dir': os.path.abspath(s['data_dir'])}
+    return Made(labels, source.classes, None, meta={'source': origin}, source=source)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -505,45 +494,33 @@ def formula_images(s, device):
     labels, names = draw_labels(seed, n, classes, 'balanced'), [str(k) for k in range(classes)]
     if s['multilabel']:
         shares = np.resize(list(CHEXPERT.values()), classes)
-        labels = (uniforms(seed, LABELS, 0, n, classes) < shares).astype(np.uint8)
+        labels = (uniforms(seed, LABELS, range(n), classes) < shares).astype(np.uint8)
         names = list(CHEXPERT) if classes == len(CHEXPERT) else names
     formula = Formula(s['generator'], labels, classes, s['image_size'], seed, s['difficulty'])
-    return Made(labels, names, formula.chunks())
-
-
-def formula_at(s, labels, places):
-    """uint8 (n, size, size, 3): what a formula draws for labels at any places of a set.
-
-    By one thread and 64 at a time: so an image does not depend on what is drawn with it.
-    """
-    formula = Formula(s['generator'], labels, s['num_classes'], s['image_size'], s['data_seed'],
-                      s['difficulty'])
-    rows = np.resize(np.arange(len(places)), 64 * math.ceil(len(places) / 64))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    images = formula.draw([places[row] for row in rows], formula.labels[rows])
-    torch.set_num_threads(threads)
-    return images[:len(places)]
+    return Made(labels, names, formula.chunks(), formula)
 
 
 class Formula:
     """Draws images: `name` is fractal, spectrum or deadleaves, as its method.
 
-    labels: int64 (N,); or uint8 (N, classes): then each that is present adds a grey fractal. The
-    methods draw float (B, 3, size, size), from about 0 to 1, of labels (B,), u (B, 32) uniform
-    numbers, rolls (B, n) numbers of 16 bits and noise (B, 2, size, size) normal.
+    labels: int64 (N,); or uint8 (N, classes): then each that is present adds a grey fractal. Beyond
+    the N places of the set they repeat. The methods draw float (B, 3, size, size), from about 0 to
+    1, of labels (B,), u (B, 32) uniform numbers, rolls (B, n) numbers of 16 bits and noise (B, 2,
+    size, size) normal.
     """
     def __init__(self, name, labels, num_classes, size, seed, difficulty='medium'):
-        self.labels, self.size, self.seed = torch.from_numpy(labels), size, seed
+        self.labels, self.size, self.seed = labels, size, seed
         self.draw_one_label = getattr(self, name)
         self.jitter, self.contrast = DIFFICULTY[difficulty]
         self.chunk = max(8, 2 ** 15 // size ** 2)
         self.systems = 8 if num_classes < 1000 else 1           # fractals of a class
         self.maps, self.table = fractal_bank(seed, num_classes * self.systems)
-        self.places = torch.from_numpy(spread(seed, num_classes, 8)).float()
+        self.points = torch.from_numpy(spread(seed, num_classes, 8)).float()    # of the classes
+        normal = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
+        self.normal = normal.float().numpy()                    # of a number of 16 bits
 
     def chunks(self):
-        """uint8 (n, size, size, 3) at a time. One thread draws a chunk: more change last digits."""
+        """The images of the set, uint8 (n, size, size, 3) at a time."""
         threads, n = torch.get_num_threads(), len(self.labels)
         parts = [range(k, min(k + self.chunk, n)) for k in range(0, n, self.chunk)]
         for k in range(0, len(parts), threads):
@@ -552,39 +529,40 @@ class Formula:
             torch.set_num_threads(threads)
             yield np.concatenate(images)
 
-    def draw(self, places, labels=None):
-        """uint8 (B, size, size, 3): images at places of the set, which may lie apart.
+    def __call__(self, places):
+        """Images at any places, filled up to 64, so that none depends on what is drawn with it."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)                # no pool: in a worker MKL may hang in a new thread
+        images = self.draw(np.resize(places, -len(places) // 64 * -64))
+        torch.set_num_threads(threads)
+        return images[:len(places)]
 
-        labels: for places beyond the end of the set.
-        """
-        s = self.size
-        labels = self.labels[places.start:places.stop] if labels is None else labels
+    def draw(self, places):
+        """uint8 (len(places), size, size, 3), by one thread: more would change last digits."""
+        s, places = self.size, np.asarray(places)
+        labels = torch.from_numpy(self.labels[places % len(self.labels)])
         u, rolls = self.random(places)
-        normal = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
-        noise = self.numbers(uint16s, FIELD, places, 2 * s * s)
-        noise = torch.from_numpy(normal.float().numpy()[noise]).view(-1, 2, s, s)
+        noise = torch.from_numpy(self.normal[uint16s(self.seed, FIELD, places, 2 * s * s)])
+        noise = noise.view(-1, 2, s, s)
         if labels.ndim == 2:
             x = self.glyphs(labels, background(u, noise, self.contrast), places)
         else:
             x = self.draw_one_label(labels, u, rolls, noise)
         return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
-    def numbers(self, function, stream, places, n):
-        """(B, n): what uniforms or uint16s gives for each place."""
-        if isinstance(places, range):
-            return function(self.seed, stream, places.start, len(places), n)
-        return np.concatenate([function(self.seed, stream, place, 1, n) for place in places])
-
     def random(self, places, stream=0):
         """(B, 32) numbers between 0 and 1, never 1 itself, and (B, n) of 16 bits."""
-        u = torch.from_numpy(self.numbers(uniforms, DRAWS + stream, places, 32)).float()
-        rolls = self.numbers(uint16s, ROLLS + stream, places,
-                             max(8 * LEAVES, ROUNDS * 8 * self.size)).astype(np.int32)
+        u = torch.from_numpy(uniforms(self.seed, DRAWS + stream, places, 32)).float()
+        n = max(8 * LEAVES, ROUNDS * 8 * self.size)
+        rolls = uint16s(self.seed, ROLLS + stream, places, n).astype(np.int32)
         return u.clamp(max=1 - 2 ** -24), torch.from_numpy(rolls)   # 1: the largest, rounded
 
-    def fractal(self, labels, u, rolls, noise, x=None, centre=0.5, reach=0.45):
-        """A fractal of each label over x, or over a background of its own."""
-        x = background(u, noise, self.contrast) if x is None else x
+    def fractal(self, labels, u, rolls, noise):
+        """A fractal of each label over a background."""
+        return self.add_fractal(background(u, noise, self.contrast), labels, u, rolls, 0.5, 0.45)
+
+    def add_fractal(self, x, labels, u, rolls, centre, reach):
+        """The images x with a fractal of each label in front: see fractal_opacity."""
         system = labels * self.systems + (u[:, 0] * self.systems).long()
         opacity = fractal_opacity(self.maps[system], self.table[system], u, rolls, self.size,
                                   self.jitter, centre, reach)
@@ -595,18 +573,18 @@ class Formula:
         """Small fractals of all labels that are present over the grey background x."""
         x = x.mean(1, keepdim=True).expand(-1, 3, -1, -1).clone()
         for j in range(labels.sum(1).max()):            # the j-th label of those that have it
-            u, rolls = self.random(places, 10 * (j + 1))
             rows = (labels.sum(1) > j).nonzero()[:, 0]
             label = (labels[rows].cumsum(1) <= j).sum(1)
-            u, rolls = u[rows], rolls[rows]
+            u, rolls = self.random(places[rows.numpy()], 10 * (j + 1))
             u[:, 9] = -0.2 / 0.7                        # no saturation: white
-            x[rows] = self.fractal(label, u, rolls, None, x[rows], 0.2 + 0.6 * u[:, 11:13], 0.18)
+            centre = 0.2 + 0.6 * u[:, 11:13]
+            x[rows] = self.add_fractal(x[rows], label, u, rolls, centre, 0.18)
         return x
 
     def spectrum(self, labels, u, rolls, noise):
         """Gaussian fields with power 1/f^slope, stretched along an angle, between two colours."""
         strays = torch.tensor([0.17, 0.17, 0.085]) * self.jitter
-        slope, stretch, turn = (self.places[labels, :3] + strays * (2 * u[:, :3] - 1)).unbind(1)
+        slope, stretch, turn = (self.points[labels, :3] + strays * (2 * u[:, :3] - 1)).unbind(1)
         angle = math.pi / 2 * turn * (1 - 2 * (u[:, 10] < 0.5).float())     # flips keep the class
         x = smooth_field(noise[:, :1], 0.8 + 2.7 * slope, 8 ** (0.1 + stretch), angle)
         x = x + 4 * self.contrast * smooth_field(noise[:, 1:], 2 + u[:, 3])
@@ -617,9 +595,9 @@ class Formula:
 
     def deadleaves(self, labels, u, rolls, noise):
         """Shapes that cover one another (arXiv 2106.05963), more small ones than large ones."""
-        exponent = 8 * self.places[labels, 3] + 0.2 * self.jitter * (2 * u[:, 0] - 1)
+        exponent = 8 * self.points[labels, 3] + 0.2 * self.jitter * (2 * u[:, 0] - 1)
         exponent = torch.where((exponent - 1).abs() < 0.01, 1.01, exponent)     # published: 3
-        shares = self.places[labels, 4:].log().abs() ** 3       # one or two shapes prevail
+        shares = self.points[labels, 4:].log().abs() ** 3       # one or two shapes prevail
         edges = (shares / shares.sum(1, keepdim=True)).cumsum(1)[:, None, :3]
         draws = ((rolls[:, :8 * LEAVES].view(-1, 8, LEAVES) + 0.5) / 65536).unbind(1)
         shape = (draws[1][..., None] > edges).sum(-1)
@@ -661,7 +639,7 @@ def fractal_bank(seed, n):
     Returns maps (n, 4, 7): a row of the matrix and its translation, twice, and s1; and table
     (n, 256): the map that a random byte picks, more often the larger its determinant.
     """
-    u = uniforms(seed, BANK, 0, n, 32 + 8 * 256)
+    u = uniforms(seed, BANK, range(n), 32 + 8 * 256)
     count = 2 + (3 * u[:, :1]).astype(int)
     live = np.arange(4) < count
     tries = np.sort(u[:, 32:].reshape(n, 256, 4, 2))[..., ::-1]     # the first try that fits
@@ -723,7 +701,7 @@ def spread(seed, n, k):
     for _ in range(64):
         phi = (1 + phi) ** (1 / (k + 1))
     steps = np.outer(np.arange(1, n + 1), phi ** -np.arange(1.0, k + 1))
-    return (uniforms(seed, BANK, 0, 1, k) + steps) % 1
+    return (uniforms(seed, BANK, [0], k) + steps) % 1
 
 
 def smooth_field(noise, slope, stretch=None, angle=None):
@@ -840,13 +818,12 @@ def train_flow(source, path, steps, seed, device):
     step, saved = 0, 0.0
     if path.exists():
         state = load_file(path, 'remove it')
-        if state['about'] != about:
-            raise UserError(f'{path} is of other images, labels or another seed. Remove it, or '
-                            'choose another --out.')
-        step = state['step']
-        with readable(f'{path} is of another network', 'Remove it.'):
+        with readable(f'{path} does not fit', 'Remove it, or choose another --out.'):
+            if state['about'] != about:
+                raise ValueError('other images, labels or seed')
             for name, part in parts.items():
                 part.load_state_dict(state[name])
+        step = state['step']
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
     progress, text = Progress(steps, 'steps', step, ''), ''
     while step < steps:
@@ -890,8 +867,7 @@ def sample_flow(network, x, y, guidance=1.5, steps=30):
 def flow_images(s, device):
     """Made: images of a network that is trained on a source, for labels as the source has them."""
     if 'generator_steps' not in s:
-        raise UserError('--generator train: make this set with generate_data.py, and give its '
-                        'folder as --data')
+        raise UserError('--generator train: use generate_data.py, and give its folder as --data')
     source, n, seed = read(s['source'], s), s['num_images'], s['data_seed']
     size, classes = source.image_size, len(source.classes)
     path = Path(f'{s["out"]}.generator', 'checkpoint.pt')
@@ -904,7 +880,7 @@ def flow_images(s, device):
 
     def images(start):
         y = conditions(torch.from_numpy(labels[start:start + 64]), classes)
-        z = uniforms(seed, DRAWS, start, len(y), 3 * size * size)
+        z = uniforms(seed, DRAWS, range(start, start + len(y)), 3 * size * size)
         z = torch.special.ndtri(torch.from_numpy(z)).float().view(-1, 3, size, size)
         x = sample_flow(network, z.to(device), y.to(device)).permute(0, 2, 3, 1) * std + mean
         return (x.clamp(0, 1) * 255).round().byte().cpu().numpy()
@@ -912,16 +888,16 @@ def flow_images(s, device):
     return Made(labels, source.classes, map(images, range(0, n, 64)))
 
 
+FORMULA = 'num_images generator num_classes difficulty fresh'
 GENERATORS = {
-    'fractal': Kind(formula_images, 'num_classes difficulty multilabel', draw=formula_at),
-    'spectrum': Kind(formula_images, 'num_classes difficulty', draw=formula_at),
-    'deadleaves': Kind(formula_images, 'num_classes difficulty', draw=formula_at),
-    'train': Kind(flow_images, 'source generator_steps')}
+    'fractal': Kind(formula_images, f'{FORMULA} multilabel', augment=True),
+    'spectrum': Kind(formula_images, FORMULA, augment=True),
+    'deadleaves': Kind(formula_images, FORMULA, augment=True),
+    'train': Kind(flow_images, 'num_images generator source generator_steps', augment=True)}
 KINDS = {
-    'noise': Kind(noise, 'num_images num_classes multilabel label_mode', draw=noise_at),
+    'noise': Kind(noise, 'num_images num_classes multilabel label_mode fresh'),
     'random_labels': Kind(random_labels, 'source label_mode label_noise', augment=True),
-    'generated': Kind(lambda s, device: GENERATORS[s['generator']].make(s, device),
-                      'num_images generator', augment=True)}
+    'generated': GENERATORS['fractal']}         # or another one: see kind_of
 
 
 # ---------------------------------------------------------------------------------------------
@@ -989,17 +965,15 @@ def make_set(out, name, s, device, force=False):
     """Write a set into the folder `out`: images.npy (not of a source), labels, meta.json, sheet."""
     own = own_settings(name, s)
     if 'num_classes' in own and not own.get('multilabel') and s['num_images'] < s['num_classes']:
-        raise UserError(f'--num_images {s["num_images"]} cannot hold {s["num_classes"]} classes. '
-                        'Raise it.')
+        raise UserError(f'--num_images {s["num_images"]} is less than --num_classes. Raise it.')
     with new_folder(out, force) as folder:
-        made = KINDS[name].make({**s, 'out': out, 'image_size': own['image_size']}, device)
+        made = kind_of(name, s).make({**s, 'out': out, 'image_size': own['image_size']}, device)
         labels, source = np.ascontiguousarray(made.labels), made.source
         if source is None:
             images = write_images(folder / 'images.npy', len(labels), made.chunks)
             source = Data(out, name, images, labels, made.classes, *mean_and_std(images),
                           images.shape[1])
         rows = sheet_rows(labels)
-        images = source.get(rows)
         np.save(folder / 'labels.npy', labels)
         meta = {'kind': name, 'seed': s['data_seed'], 'settings': own, 'classes': made.classes,
                 'num_images': len(labels), 'image_size': source.image_size, 'mean': source.mean,
@@ -1008,7 +982,7 @@ def make_set(out, name, s, device, force=False):
                            'labels': hashlib.sha256(labels).hexdigest()},
                 'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
                 'versions': {'numpy': np.__version__, 'torch': torch.__version__}}
-        contact_sheet(images, labels[rows], meta).save(folder / 'sheet.png')
+        contact_sheet(source.get(rows), labels[rows], meta).save(folder / 'sheet.png')
         write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
 
 
@@ -1042,12 +1016,13 @@ def mean_and_std(images):
 
 
 def sheet_rows(labels):
-    """Up to 100 images, in their order: the first of each class, then the first of all."""
+    """Up to 100 images: the first of each class, then the first of all; sorted by class if any."""
     rows, classes = np.arange(len(labels)), labels
     if labels.ndim == 2:
         rows, classes = np.nonzero(labels == 1)
-    first = rows[np.unique(classes, return_index=True)[1]][:100].tolist()
-    return sorted([*dict.fromkeys([*first, *range(min(100, len(labels)))])][:100])
+    first = rows[np.unique(classes, return_index=True)[1]].tolist()
+    chosen = np.sort([*dict.fromkeys([*first, *range(min(100, len(labels)))])][:100])
+    return chosen if labels.ndim == 2 else chosen[np.argsort(labels[chosen], kind='stable')]
 
 
 def names_to_draw(classes, fits, where):
@@ -1065,26 +1040,24 @@ def font_has(name):
 
 
 def contact_sheet(images, labels, meta):
-    """A labelled PIL image of up to 100 images, in ten columns, sorted by class if possible."""
-    from torchvision.utils import make_grid
-    size, gap = 72, 18
-    order = np.argsort(labels, kind='stable') if labels.ndim == 1 else np.arange(len(labels))
-    x = torch.from_numpy(images[order]).permute(0, 3, 1, 2).float()
-    x = F.interpolate(x, (size, size), mode='nearest' if x.shape[-1] < size else 'area')
-    grid = make_grid(x, 10, gap, pad_value=255)
-    sheet = Image.fromarray(grid.byte().permute(1, 2, 0).numpy())
+    """A labelled PIL image of up to 100 images, in ten columns."""
+    side, step = 72, 90
+    gap, rows = step - side, math.ceil(len(images) / 10)
+    sheet = Image.new('RGB', (gap + 10 * step, gap + rows * step), 'white')
     pen = ImageDraw.Draw(sheet)
     present = [[k] if labels.ndim == 1 else np.flatnonzero(k == 1) for k in labels]
     shown = {int(c): meta['classes'][c] for c in np.unique(np.concatenate(present)).astype(int)}
     names = names_to_draw(shown, font_has, 'sheet')
     pen.text((gap, 2), f'{meta["kind"]}: {meta["num_images"]:,} images of {meta["image_size"]} px, '
              f'{len(shown):,} of {len(meta["classes"]):,} classes, seed {meta["seed"]}', 'black')
-    for place, k in enumerate(order):
-        row, column = divmod(place, 10)
-        name = ' '.join(names[c] for c in present[k])
-        while pen.textlength(name) > size + gap - 4:
+    for place, (image, classes) in enumerate(zip(images, present)):
+        x, y = gap + place % 10 * step, gap + place // 10 * step
+        how = Image.NEAREST if len(image) < side else Image.BOX
+        sheet.paste(Image.fromarray(image).resize((side, side), how), (x, y))
+        name = ' '.join(names[c] for c in classes)
+        while pen.textlength(name) > step - 4:
             name = name.removesuffix('…')[:-1] + '…'
-        pen.text((gap + column * (size + gap), (row + 1) * (size + gap) + 2), name, 'dimgray')
+        pen.text((x, y + side + 2), name, 'dimgray')
     return sheet
 
 
@@ -1097,18 +1070,18 @@ class Data:
     """One split of a data set. Images are uint8 arrays (N, H, W, 3), or files read when needed."""
     name: str                   # what the user called it
     kind: str                   # 'real', or one of KINDS
-    images: object              # array, or list of paths
+    images: np.ndarray          # or None: they are read from their files
     labels: np.ndarray          # int64 (N,), or (N, classes) of 0, 1, -1 (not known)
     classes: list
     mean: list                  # of pixels / 255, per channel
     std: list
     image_size: int
     studies: np.ndarray = None  # of chest X-rays: 'patient00001/study1' of each image
-    files: list = None          # of its images, if each has its own
+    files: list = None          # paths, if each image has its own file
     zoom: float = 1.0           # shorter side of a file to the side that is cut out of it
-    on_device: dict = field(default_factory=dict, repr=False)
+    on_device: torch.Tensor = None      # the images, put there by Batches
     fresh: int = 0              # after so many epochs the images are drawn anew, by
-    draw: object = None         # draw(rows, turn) -> uint8 (n, H, W, 3)
+    draw: object = None         # draw(places) -> uint8 (n, H, W, 3); N places a turn
 
     @property
     def multilabel(self):
@@ -1117,10 +1090,6 @@ class Data:
     @property
     def small(self):
         return len(self.labels) * self.image_size ** 2 * 3 <= RESIDENT
-
-    @property
-    def resident(self):                 # whether its images live on the device
-        return self.small and isinstance(self.images, np.ndarray)
 
     def __len__(self):
         return len(self.labels)
@@ -1132,41 +1101,38 @@ class Data:
 
     def image(self, k, crop=False):
         """uint8 (H, W, 3) of the k-th image; crop: a part of it, drawn by torch's generator."""
-        if not isinstance(self.images, list):
-            return resize(Image.fromarray(self.images[k]), self.image_size, 1, crop)
-        return read_image(self.images[k], self.image_size, self.zoom, crop)
+        if self.images is None:
+            return read_image(self.files[k], self.image_size, self.zoom, crop)
+        return resize(Image.fromarray(self.images[k]), self.image_size, 1, crop)
 
     def get(self, indices):
         """uint8 (len(indices), H, W, 3)."""
         return np.stack([self.image(k) for k in indices])
 
-    def __getitem__(self, item):
-        """uint8 (H, W, 3), by a worker; item: (index, augment, seed, epoch).
+    def __getitem__(self, batch):
+        """uint8 (n, H, W, 3), by a worker; batch: (rows, augment, seed, epoch, turn of --fresh).
 
-        What `augment` draws depends on these alone: torch's own generator stays as it is.
+        What `augment` draws for a row depends on these alone: torch's own generator stays as it is.
         """
-        index, augment, seed, epoch = item
-        sequence = np.random.SeedSequence([seed, epoch, index])
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-            image = Image.fromarray(self.image(index, augment in ('crop', 'imagenet')))
-            for transform in transforms_of(augment):
-                image = transform(image)
-            return torch.from_numpy(np.array(image))
-
-    def __getitems__(self, items):
-        """A batch for a worker; from the first turn of --fresh on newly drawn."""
-        turn, data = items[0][3] // self.fresh if self.fresh else 0, self
+        (rows, augment, seed, epoch, turn), data, images = batch, self, []
         if turn:
-            rows = [index for index, *_ in items]
-            data = replace(self, images=dict(zip(rows, self.draw(rows, turn))), fresh=0)
-        return [data[item] for item in items]
+            drawn = self.draw([turn * len(self) + row for row in rows])
+            data = replace(self, images=dict(zip(rows, drawn)))
+        with torch.random.fork_rng(devices=[]):
+            for row in rows:
+                sequence = np.random.SeedSequence([seed, epoch, row])
+                torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+                image = Image.fromarray(data.image(row, augment in ('crop', 'imagenet')))
+                for transform in transforms_of(augment):
+                    image = transform(image)
+                images.append(np.asarray(image))
+        return torch.from_numpy(np.stack(images))
 
     def sha256(self):
         """Of the images, or of the names and sizes of their files if they are not in memory."""
-        if isinstance(self.images, np.ndarray):
-            return hashlib.sha256(self.images).hexdigest()
-        return sha256_of_files(self.images)
+        if self.images is None:
+            return sha256_of_files(self.files)
+        return hashlib.sha256(self.images).hexdigest()
 
 
 def sha256_of_files(paths):
@@ -1186,16 +1152,14 @@ def read(name, s, split='train'):
     folder = Path(name)
     put_back(folder)
     if not folder.is_dir():
-        raise UserError(f'{name}: neither a folder nor one of {", ".join([*REAL, *KINDS])}. Check '
-                        'the path.')
+        raise UserError(f'{name}: no folder, nor {", ".join([*REAL, *KINDS])}. Check the path.')
     if not (folder / 'meta.json').exists():
         return read_folder(folder, split, s)
     if split != 'train':                                # unreal data have no test split
         return None
     data = read_written(folder, s)
     if s['image_size'] not in (None, data.image_size):
-        raise UserError(f'{name}: its images have {data.image_size} px, not {s["image_size"]}. Use '
-                        f'--image_size {data.image_size}, or generate it at that size.')
+        raise UserError(f'{name}: its images need --image_size {data.image_size}. Or make others.')
     return data
 
 
@@ -1207,29 +1171,25 @@ def read_written(folder, s):
                     meta['classes'], meta['mean'], meta['std'], meta['image_size'])
         if hashlib.sha256(data.labels).hexdigest() != meta['sha256']['labels']:
             raise ValueError('other labels')
-        made = {**DEFAULTS, **meta['settings']}
+        own = {**DEFAULTS, **meta['settings'], 'image_size': data.image_size}
         if s['fresh']:
-            draw, n = kind_of(data.kind, made).draw, len(data)
-            if draw is None or not data.small:
-                raise UserError(f'{folder}: --fresh is for noise and images that a formula draws, '
-                                'in sets below 2 GB. Leave it out.')
-            data.fresh = s['fresh']
-            data.draw = lambda rows, turn: draw(made, data.labels[rows],
-                                                [turn * n + row for row in rows])
+            kind = kind_of(data.kind, own)
+            if 'fresh' not in kind.settings.split():
+                raise UserError(f'{folder}: --fresh cannot draw such images. Leave it out.')
+            data.fresh, data.draw = s['fresh'], kind.make(own, None).draw
         if 'source' not in meta:
             data.images = np.load(folder / 'images.npy', 'r')
             if data.small and data.sha256() != meta['sha256']['images']:
                 raise ValueError('other images')
             return data
-        origin = {**meta['source'], 'image_size': data.image_size, 'download': False}
-    for place in (s['data_dir'], origin.get('data_dir', '.')):
+    for data_dir in (s['data_dir'], meta['source']['data_dir']):
         with contextlib.suppress(UserError):
-            source = read(origin['name'], {**s, **origin, 'data_dir': place})
+            source = read(own['source'], {**own, 'data_dir': data_dir})
             if source.sha256() == meta['sha256']['images']:
                 return replace(data, images=source.images, studies=source.studies,
-                               zoom=source.zoom)
-    raise UserError(f'{folder}: its images, {origin["name"]} {origin.get("data_dir", "")}, are '
-                    'not as they were. Give their --data_dir, or generate it again.')
+                               files=source.files, zoom=source.zoom)
+    raise UserError(f'{folder}: the images of {own["source"]} in {data_dir} are not as they were. '
+                    'Give their --data_dir, or make it again.')
 
 
 # CIFAR: folder, means and standard deviations of the training images (those that DARTS's code
@@ -1261,6 +1221,7 @@ def read_arrays(path, *keys):
 def read_cifar(name, s, split):
     """CIFAR-10 or -100 in the layout of its python archive, in data_dir or data_dir itself."""
     from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
     official, folder = getattr(datasets, name.upper()), Path(s['data_dir'])
     inner, mean, std = CIFAR[name]
     if folder.name != inner:
@@ -1268,24 +1229,22 @@ def read_cifar(name, s, split):
     if s['download']:                       # torchvision fetches what is not whole
         with readable(f'{name}: no download', f'Put {inner}/ into {folder.parent}.'):
             official(folder.parent, download=True)
-    images, labels, unusual, size = [], [], [], s['image_size'] or 32
-    for file, md5 in official.train_list if split == 'train' else official.test_list:
-        pixels, numbers = read_arrays(folder / file, 'data',
-                                       'labels' if name == 'cifar10' else 'fine_labels')
-        images.append(pixels)
-        labels.extend(numbers)
-        if not datasets.utils.check_integrity(folder / file, md5):
-            unusual.append(file)
+    files = official.train_list if split == 'train' else official.test_list
+    key = 'labels' if name == 'cifar10' else 'fine_labels'
+    content = [read_arrays(folder / file, 'data', key) for file, md5 in files]
+    unusual = [file for file, md5 in files if not check_integrity(folder / file, md5)]
     if unusual:
         print(f'warning: {folder}: not as officially published, but used: {", ".join(unusual)}',
               file=sys.stderr)
+    images = np.concatenate([pixels for pixels, _ in content]).reshape(-1, 3, 32, 32)
+    images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    labels = np.concatenate([numbers for _, numbers in content])
     classes, = read_arrays(folder / official.meta['filename'], official.meta['key'])
-    images = np.concatenate(images).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    images = np.ascontiguousarray(images)
+    size = s['image_size'] or 32
     if size != 32:
         progress = Progress(len(images), 'images').over(images)
         images = np.stack([resize(Image.fromarray(x), size) for x in progress])
-    return Data(name, 'real', images, np.array(labels), classes, mean, std, size)
+    return Data(name, 'real', images, labels, classes, mean, std, size)
 
 
 def read_imagenet(name, s, split):
@@ -1294,7 +1253,7 @@ def read_imagenet(name, s, split):
     if not (root / 'train').is_dir():
         root /= name
     listed = list_images(root / ('train' if split == 'train' else 'val'))
-    return listed_data(name, split, listed, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225],
+    return data_of_files(name, split, *listed, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225],
                        s['image_size'] or 224)
 
 
@@ -1321,7 +1280,7 @@ def read_chexpert(name, s, split, table=None):
     if not files:
         raise UserError(f'{path}: no {s["views"]} view in it. Use --views all.')
     studies = np.array(['/'.join(file.parts[-3:-1]) for file in files])
-    data = Data(name, 'real', files, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
+    data = Data(name, 'real', None, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
                 s['image_size'] or 320, studies, files)
     if data.small:
         data.images = decode(files, data.image_size)
@@ -1361,76 +1320,71 @@ def read_folder(root, split, s):
     Without val/ a share test_fraction of each class, always the same, is the test split. With
     skip_broken pictures that cannot be read are left out; else they are named, all at once.
     """
-    train, test = root, None
+    trees = [root]
     if (root / 'train').is_dir():
-        train = root / 'train'
-        test = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
-    if split == 'test' and not test and not s['test_fraction']:
+        tests = [root / name for name in ('val', 'test') if (root / name).is_dir()]
+        trees = [root / 'train', *tests[:1]]
+    classes, files, labels = zip(*map(list_images, trees))
+    differ = sorted({*classes[0]} ^ {*classes[-1]})
+    if differ:
+        raise UserError(f'{trees[1]} and {trees[0]} differ in their classes: '
+                        f'{", ".join(differ[:5])}. Give both the same folders.')
+    is_test = np.arange(sum(map(len, files))) >= len(files[0])
+    files, labels = np.concatenate(files), np.concatenate(labels)
+    # The test split is read after the training split, which has tried its pictures too.
+    if len(files) <= 20000 and (split == 'train' or s['skip_broken']):
+        fine = try_pictures(files, trees)
+        if not fine.all() and not s['skip_broken']:
+            broken = ', '.join(map(str, files[~fine][:10]))
+            raise UserError(f'{(~fine).sum()} pictures cannot be read: {broken}. Mend or remove '
+                            'them, or add --skip_broken.')
+        files, labels, is_test = files[fine], labels[fine], is_test[fine]
+    if len(trees) == 1:
+        is_test[stratified_split(labels, 1 - s['test_fraction'], 0)[1]] = True
+    if split == 'test' and not is_test.any():
+        if s['test_fraction']:
+            print(f'{root}: no class has pictures enough to hold out: no test', file=sys.stderr)
         return None
-    check = split == 'train' or s['skip_broken']        # the test split is read after it
-    classes, files, labels, broken = listed = list_images(train, check)
-    if test:
-        held_out = list_images(test, check)
-        broken = broken + held_out[3]
-        differ = sorted({*classes} ^ {*held_out[0]})
-        if differ:
-            raise UserError(f'{test} and {train} differ in their classes: '
-                            f'{", ".join(differ[:5])}. Give both the same folders.')
-    elif s['test_fraction']:
-        kept, held = stratified_split(labels, 1 - s['test_fraction'], 0)
-        listed = classes, [files[k] for k in kept], labels[kept], []
-        held_out = classes, [files[k] for k in held], labels[held], []
-    if split == 'test' and not len(held_out[1]):
-        print(f'{root}: no class has pictures enough to hold out: no test', file=sys.stderr)
-        return None
-    if broken and not s['skip_broken']:
-        raise UserError(f'{len(broken)} pictures cannot be read: {", ".join(broken[:10])}. Mend or '
-                        'remove them, or add --skip_broken.')
-    size = s['image_size'] or 32
-    files = listed[1]                                   # of at most 2,000 training images
-    some = np.linspace(0, len(files) - 1, min(len(files), 2000)).astype(int)
-    mean, std = mean_and_std(decode([files[k] for k in some], size))
-    return listed_data(str(root), split, listed if split == 'train' else held_out, mean, std, size)
+    size, train = s['image_size'] or 32, files[~is_test]
+    some = np.linspace(0, len(train) - 1, min(len(train), 2000)).astype(int)
+    mean, std = mean_and_std(decode(train[some], size))
+    mine = is_test == (split == 'test')
+    return data_of_files(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
 
 
-def listed_data(name, split, listed, mean, std, size):
+def data_of_files(name, split, classes, files, labels, mean, std, size):
     """A Data of what list_images returns.
 
     Above 64 px images are resized to 8/7 of the size and their middle is cut out, as 256 and 224
     px of ImageNet. Small sets are decoded at once.
     """
-    classes, files, labels, _ = listed
-    data = Data(name, 'real', files, labels, classes, mean, std, size, files=files,
+    data = Data(name, 'real', None, labels, classes, mean, std, size, files=files.tolist(),
                 zoom=8 / 7 if size > 64 else 1)
     if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
         data.images = decode(files, size, data.zoom)
     return data
 
 
-def list_images(folder, check=False):
-    """(classes, paths, int64 labels, broken paths) of a tree with a folder of images per class.
-
-    check: try up to 20,000 pictures. Those that cannot be read are in the last list only.
-    """
+def list_images(folder):
+    """(classes, array of paths, int64 labels) of a tree with a folder of images for each class."""
     from torchvision.datasets import ImageFolder
-    try:
+    with readable(f'{folder} is no folder of images', 'Give each class its own, or another path.'):
         found = ImageFolder(folder)
-    except FileNotFoundError as error:
-        raise UserError(f'{folder}: {error} Give each class a folder of images, or another path.'
-                        ) from None
-    files, labels = [Path(file) for file, _ in found.samples], np.array(found.targets)
-    if not check or len(files) > 20000:
-        return found.classes, files, labels, []
-    others = collections.Counter(path.suffix for path in folder.rglob('*') if path.is_file())
-    others -= collections.Counter(path.suffix for path in files)
-    if others:
-        ends = ', '.join(f'{count} {end or "no ending"}' for end, count in others.items())
-        print(f'{folder}: files that are no pictures are left out: {ends}', file=sys.stderr)
+    files = np.array([Path(file) for file, _ in found.samples])
+    return found.classes, files, np.array(found.targets)
+
+
+def try_pictures(files, folders):
+    """Whether each file can be read, bool (N,); says how many other files the folders have."""
+    for folder in folders:
+        others = {path for path in folder.rglob('*') if path.is_file()}.difference(files)
+        if others:
+            ends = collections.Counter(path.suffix or 'no ending' for path in others)
+            ends = ', '.join(f'{count} {end}' for end, count in ends.items())
+            print(f'{folder}: files that are no pictures are left out: {ends}', file=sys.stderr)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         fine = Progress(len(files), 'pictures tried').over(pool.map(is_image, files))
-        fine = np.array(list(fine))
-    return (found.classes, [files[k] for k in np.flatnonzero(fine)], labels[fine],
-            [str(files[k]) for k in np.flatnonzero(~fine)])
+        return np.fromiter(fine, bool)
 
 
 def is_image(path):
@@ -1443,12 +1397,10 @@ def is_image(path):
 
 def decode(files, image_size, zoom=1):
     """All files as uint8 (N, H, W, 3), several at a time."""
-    images = np.empty((len(files), image_size, image_size, 3), np.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        read_all = pool.map(lambda f: read_image(f, image_size, zoom), files)
-        for k, pixels in enumerate(Progress(len(files), 'images').over(read_all)):
-            images[k] = pixels
-    return images
+        images = pool.map(lambda file: read_image(file, image_size, zoom), files)
+        shape = np.dtype((np.uint8, (image_size, image_size, 3)))
+        return np.fromiter(Progress(len(files), 'images').over(images), shape, len(files))
 
 
 def read_image(path, image_size, zoom=1, crop=False):
@@ -1498,9 +1450,9 @@ def find_or_make(name, s):
     if name not in KINDS:
         return read(name, s)
     own = own_settings(name, s)
-    usual = {**DEFAULTS, 'data_seed': own['data_seed'],
-             'image_size': None if 'source' in own else 32}
-    parts = [f'{k}={Path(str(v)).name}' for k, v in own.items() if v != usual[k]]
+    usual = {**DEFAULTS, 'image_size': None if 'source' in own else 32}
+    parts = [f'{key}={Path(str(value)).name}' for key, value in own.items()
+             if value != usual[key] and key != 'data_seed']
     folder = Path('data', '-'.join([name, *parts, f'seed{own["data_seed"]}']))
     if not folder.exists():
         if not world()[0]:
@@ -1511,7 +1463,7 @@ def find_or_make(name, s):
             if not folder.exists():             # else another process has just made it
                 raise
     data = read(str(folder), s)
-    made = json.loads((folder / 'meta.json').read_text()).get('settings', {})
+    made = json.loads((folder / 'meta.json').read_text())['settings']
     differ = [key for key in own if made.get(key) != own[key]]
     if differ:
         raise UserError(f'{folder} was made with another {differ[0]}. Rename or remove it.')
@@ -1533,12 +1485,14 @@ def stratified_split(labels, fraction, seed, patients=None):
     order = np.lexsort((rng.random(len(labels)), groups))
     grouped = groups[order]
     rank = np.arange(len(labels)) - np.searchsorted(grouped, grouped)
-    # 0.025 * 5000 is a little more than 125 in floating point.
+    # In each class those come first at whose rank ceil(rank * fraction) grows. (0.025 * 5000 is a
+    # little more than 125 in floating point.)
     first = np.ceil((rank + 1) * fraction - 1e-8) > np.ceil(rank * fraction - 1e-8)
     return np.sort(order[first]), np.sort(order[~first])
 
 
 IN_WORKERS = ('crop', 'imagenet', 'affine')     # done by the processes that read images
+AUGMENTATIONS = ['none', 'standard', *IN_WORKERS]
 
 
 def transforms_of(augment):
@@ -1551,9 +1505,6 @@ def transforms_of(augment):
                                 interpolation=v2.InterpolationMode.BILINEAR)]
     colours = [v2.ColorJitter(0.4, 0.4, 0.4, 0.2)] if augment == 'imagenet' else []
     return [v2.RandomHorizontalFlip(), *colours]
-
-
-AUGMENTATIONS = ['none', 'standard', *IN_WORKERS]
 
 
 def suited(data):
@@ -1595,12 +1546,14 @@ class Batches:
         self.scale = 1 / (torch.tensor(data.std, device=device) * 255)
         labels = torch.from_numpy(np.ascontiguousarray(data.labels))
         self.labels = (labels.float() if data.multilabel else labels).to(device)
-        self.resident = data.resident and self.augment not in IN_WORKERS
-        self.turn = self.drawn = None           # of --fresh, and what was drawn in it
-        self.waited = 0.0                       # for that, in seconds
+        self.waited = 0.0                       # for the workers in this epoch, in seconds
         transforms_of(self.augment)             # so that the workers find torchvision loaded
-        if self.resident and str(device) not in data.on_device:
-            data.on_device[str(device)] = torch.from_numpy(np.array(data.images)).to(device)
+        self.images = None                      # if they live on the device
+        if data.small and data.images is not None and self.augment not in IN_WORKERS:
+            if data.on_device is None:
+                data.on_device = torch.from_numpy(np.array(data.images)).to(device)
+            self.images = data.on_device.clone() if data.fresh else data.on_device
+        self.turns = np.zeros(len(data), int)   # the turn of --fresh that each of them is of
 
     def __len__(self):
         n = len(self.indices)
@@ -1616,42 +1569,32 @@ class Batches:
         parts = [slice(k * step + self.part.start, k * step + self.part.stop)
                  for k in range(start, len(self))]
         turn = epoch // self.data.fresh if self.data.fresh else 0
-        if self.resident and turn:
-            batches = self.drawn_anew([indices[part] for part in parts], turn, epoch)
-        elif self.resident:
-            images = self.data.on_device[str(self.device)]
-            batches = (images[order[part]] for part in parts)
-        else:
-            batches = self.loaded([indices[part] for part in parts], epoch)
+        to_load = [indices[part] for part in parts]
+        if self.images is not None:             # they are here, but perhaps of another turn
+            to_load = [rows[self.turns[rows] != turn] for rows in to_load]
+        loaded, self.waited = self.load(to_load, epoch, turn), 0.0
+        for part, rows in zip(parts, to_load):
+            if len(rows):
+                began = time.monotonic()
+                x = next(loaded).to(self.device, non_blocking=True)
+                self.waited += time.monotonic() - began
+            if self.images is not None:
+                if len(rows):
+                    self.images[torch.from_numpy(rows)] = x
+                    self.turns[rows] = turn
+                x = self.images[order[part]]
+            yield self.prepare(x, draws[part]), self.labels[order[part]]
+
+    def load(self, batches, epoch, turn):
+        """Yield uint8 (B, S, S, 3) of each array of rows that is not empty, from the workers."""
+        items = [(rows.tolist(), self.augment, self.seed, epoch, turn)
+                 for rows in batches if len(rows)]
         try:
-            for part, x in zip(parts, batches):
-                x = self.prepare(x.to(self.device, non_blocking=True), draws[part])
-                yield x, self.labels[order[part]]
+            yield from torch.utils.data.DataLoader(
+                self.data, batch_size=None, sampler=items, num_workers=self.workers,
+                pin_memory=self.device.type == 'cuda', generator=torch.Generator())
         except UserError as error:              # a worker's traceback stands before its message
             raise UserError(str(error).split('UserError: ')[-1].strip()) from None
-
-    def loaded(self, batches, epoch):
-        """uint8 (B, S, S, 3) of arrays of rows, from the workers."""
-        items = []
-        for rows in batches:
-            items.append([(row, self.augment, self.seed, epoch) for row in rows.tolist()])
-        return torch.utils.data.DataLoader(
-            self.data, batch_sampler=items, num_workers=self.workers,
-            pin_memory=self.device.type == 'cuda', generator=torch.Generator())
-
-    def drawn_anew(self, batches, turn, epoch):
-        """The same of --fresh: each row is drawn once in a turn, and kept."""
-        self.waited = 0.0
-        if self.turn != turn:
-            self.turn, self.drawn = turn, {}
-        missing = [np.setdiff1d(rows, list(self.drawn)) for rows in batches]
-        loaded = iter(self.loaded([rows for rows in missing if len(rows)], epoch))
-        for rows, new in zip(batches, missing):
-            began = time.monotonic()
-            if len(new):
-                self.drawn.update(zip(new.tolist(), next(loaded)))
-            self.waited += time.monotonic() - began
-            yield torch.stack([self.drawn[row] for row in rows.tolist()])
 
     def prepare(self, x, u):
         """(B, 3, S, S) of uint8 (B, S, S, 3). u (B, 11), 0 to 1: flip, place of cutout, shift."""
@@ -1688,8 +1631,7 @@ def main(argv=None):
     refuse_unused(kind, s, typed)
     both = [os.path.realpath(out), os.path.realpath(s['source'])]
     if 'source' in taken(kind, s) and os.path.commonpath(both) in both:
-        raise UserError(f'--out {out} and --source {s["source"]}: one lies in the other. Write '
-                        'elsewhere.')
+        raise UserError(f'--out {out}: it or --source lies in the other. Write elsewhere.')
     make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']), s['force'])
     print(f'wrote {out}: look at {Path(out, "sheet.png")}')
     print(f'next: python search.py --data {shlex.quote(out)}')

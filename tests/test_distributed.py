@@ -60,7 +60,7 @@ def steps(*flags):
     for k in range(3):
         retrain.train_step(shared, (x[k, 0, part], y[k, 0, part]), sgd, args)
     out['retrained'] = vector(ours)
-    data = generate_data.Data('x', 'noise', generate_data.noise_images(0, 0, 7, 8),
+    data = generate_data.Data('x', 'noise', generate_data.noise_images(0, range(7), 8),
                               y[0, 0, :7].numpy(), list('abcd'), [.5] * 3, [.2] * 3, 8)
     batches = generate_data.Batches(data, range(7), 2, torch.device('cpu'), shuffle=False)
     found = evaluate.test('test', ours.float(), batches)
