@@ -97,9 +97,12 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
     method, the preset and so on, where `chosen` is what was typed over the tables. --help shows
     them.
     """
-    layout = functools.partial(argparse.HelpFormatter, max_help_position=30, width=100)
+    layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30,
+                               width=100)
+    examples = [line for line in doc.split('\n') if line.startswith('    ')]
     parser = argparse.ArgumentParser(
         description=doc.split('\n')[0], usage='%(prog)s [flags]', add_help=False,
+        epilog='\n'.join(['examples:', *examples]),
         argument_default=argparse.SUPPRESS, allow_abbrev=False, formatter_class=layout)
     parser.error = refuse_flags
     parser.add_argument('-h', '--help', action='store_true', help='show this and end')
@@ -324,7 +327,7 @@ DATA = {
     'num_images': Setting(50000, 'of an unreal set', number(int, 1, 10 ** 9)),
     'num_classes': Setting(10, 'of an unreal set', number(int, 1, 10 ** 6)),
     'multilabel': Setting(False, 'labels of 0 or 1: of noise and fractals'),
-    'source': Setting('cifar10', 'of images for random labels, and for train', name_or_path),
+    'source': Setting('cifar10', 'its images get new labels, or train a generator', name_or_path),
     'label_mode': Setting('uniform', 'how labels are drawn', ['uniform', 'balanced', 'permute']),
     'label_noise': Setting(1.0, 'share of true labels that is drawn anew', number(float, 0, 1)),
     'generator': Setting('fractal', 'what draws generated images',
@@ -420,9 +423,6 @@ def noise_images(seed, places, size):
     """uint8 (len(places), size, size, 3): images of the endless noise of a seed."""
     draws = uint16s(seed, PIXELS, places, size * size * 3)
     return NORMAL[draws].reshape(-1, size, size, 3)
-
-
-
 
 
 def draw_labels(seed, num_images, num_classes, mode='uniform', true=None, multilabel=False):

@@ -70,6 +70,9 @@ SCHEDULE = {
     'weight_decay': Setting(3e-4, 'of the weights', number(float, 0)),
     'grad_clip': Setting(5.0, "largest norm of the gradient; 0: no limit", number(float, 0)),
 }
+# --help shows these first.
+FIRST = ('data', 'method', 'arch', 'space', 'epochs', 'preset', 'quick', 'gpu', 'seed', 'save',
+         'resume')
 RUN = {
     'gpu': Setting(0, 'CUDA device, -1: the CPU', number(int, -1)),
     'seed': Setting(0, 'of everything that is drawn', number(int, 0)),
@@ -145,7 +148,10 @@ def settle(doc, tables, argv, presets, defaults_for):
         return {name: out[name] for name in out if name not in DATA or name in known}
 
     preset = Setting('auto', 'defaults; auto: by the data and the cell', ['auto', *presets])
-    tables = {**tables, 'run': {'preset': preset, **RUN}}
+    tables = {'most used': {}, **tables, 'run': {'preset': preset, **RUN}}
+    for title, table in list(tables.items())[1:]:
+        tables['most used'].update({name: table[name] for name in FIRST if name in table})
+        tables[title] = {name: table[name] for name in table if name not in FIRST}
     s, typed, defaults = parse_flags(doc, tables, argv, merged)
     refuse_unused(s['data'], s, typed)
     if s['data_seed'] is None:

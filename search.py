@@ -185,7 +185,6 @@ class PDarts(Darts):
         draw_apart(self.args.seed + self.stage)         # each process drops elements of its own
         return network
 
-
     def next_stage(self):
         """Keep the strongest operations of each edge, in the space's order."""
         self.stage += 1
@@ -534,7 +533,6 @@ METHODS = {'darts': Darts, 'pcdarts': PcDarts, 'pdarts': PDarts, 'gdas': Gdas, '
 def random_cell(space, seed):
     """A uniformly random genotype."""
     return random_string(seed) if space == 'nb201' else random_genotype(seed)
-
 
 
 def weights_by_operation(network):
