@@ -533,7 +533,7 @@ class Formula:
         """Images at any places, filled up to 64, so that none depends on what is drawn with it."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)                # no pool: in a worker MKL may hang in a new thread
-        images = self.draw(np.resize(places, -len(places) // 64 * -64))
+        images = self.draw(np.resize(places, 64 * math.ceil(len(places) / 64)))
         torch.set_num_threads(threads)
         return images[:len(places)]
 
