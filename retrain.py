@@ -732,6 +732,7 @@ def main(argv=None):
     run = Run(args, device, 'weights.pt')
     if run.finished:                            # a loop goes on without reading the data
         print('result:', summary(read_log(run.folder)[-1]))
+        print(f'next: python evaluate.py {shlex.quote(str(run.folder))}')
         return
 
     # Data: images to train on, to choose the epoch on, to measure the fit on, and to test on.

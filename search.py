@@ -890,6 +890,7 @@ def main(argv=None):
     run = Run(args, device, 'genotype.json')
     if run.finished:                            # a loop goes on without reading the data
         say(find_genotype(str(run.folder))[0])
+        print('next:', next_command(run.folder, args))
         return
     if not METHODS[args.method].searches:
         with run.on(None):

@@ -175,8 +175,10 @@ def test_a_lost_log_is_written_again_a_lost_checkpoint_starts_again_and_the_end_
             path.write_text(lines[0] + '{"epoch": 1, "tor')
         assert run(main, 'r', *flags, '--resume') == whole
     shutil.rmtree('data')
+    capsys.readouterr()
     assert run(main, 'r', *flags, '--resume') == whole and not Path('data').exists()
-    assert 'r is finished' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'r is finished' in said and 'next: python' in said
 
 
 def test_resume_with_other_images_is_refused(capsys):
