@@ -37,7 +37,7 @@ def commands():
 
 def parsed(script, words):
     """Parse a command as its script would, before it touches any data."""
-    value = {'m': 'darts', 'd': 'noise', 't': 'cifar10', 'k': 'k', 'FLAGS': ''}
+    value = {'m': 'darts', 'd': 'noise', 't': 'cifar10', 'k': 'k', 'e': '65', 'FLAGS': ''}
     words = re.sub(r'\$\{?(\w+)(%% \*\})?', lambda found: value.get(found[1], '0'), words)
     for folder in re.findall(r'runs/[\w.=-]+', words):
         Path(folder).mkdir(parents=True, exist_ok=True)
