@@ -460,14 +460,20 @@ def show(row):
                 pairs = '  '.join(f'{op}:{state}' for op, state in value[cell])
                 print(f'  {cell:<17} {pairs}')
         elif name == 'test_areas':
-            for label, (area, low, high, n) in value.items():
-                print(f'  {label:<28} AUROC {area:.3f} (95%: {low:.3f} to {high:.3f}), '
-                      f'{n} positive')
+            for label, area in value.items():
+                print(f'  {label:<28} AUROC {area_text(*area)}')
             for label in row['tested'][2]:
                 if label not in value:
                     print(f'  {label:<28} no AUROC: all positive, or none')
         elif value is not None and name not in ('run', 'finished', 'log', 'settings', 'tested'):
-            print(f'  {name.replace("_", " "):<17} {text_of(name, value)}')
+            header, _ = columns().get(name, (name.replace('_', ' '), 0))
+            print(f'  {header:<17} {text_of(name, value)}')
+
+
+def area_text(area, low, high, positives):
+    """An area under a ROC curve with its interval, which few positives do not allow."""
+    interval = f' (95%: {low:.3f} to {high:.3f})' if positives >= 10 else ''
+    return f'{area:.3f}{interval}, {positives} positive'
 
 
 def text_of(name, value):
@@ -553,7 +559,7 @@ PANELS = {
     'training loss': 'train_loss', 'training accuracy, %': 'train_accuracy',
     'held-out loss': 'valid_loss', 'held-out accuracy, %': 'valid_accuracy',
     'entropy of the alphas, nats': 'entropy_', 'skips in a cell': 'skips_',
-    'true CIFAR-10 accuracy, %': 'truth_', 'held-out error, %': 'holdout_error',
+    'true CIFAR-10 accuracy, % (above 80)': 'truth_', 'held-out error, %': 'holdout_error',
     'held-out AUROC': 'holdout_auroc_tasks', 'test error, %': 'test_error',
     'test AUROC': 'test_auroc_tasks',
 }
@@ -618,6 +624,8 @@ def draw_curves(axis, rows, start):
         axis.plot(np.arange(len(values)) + 1, values, color=row['colour'], marker='.', alpha=0.8)
     axis.set_xlabel('epoch', fontsize=9)
     axis.xaxis.get_major_locator().set_params(integer=True)
+    if start == 'truth_':
+        axis.set_ylim(80, 95)                   # cells without convolutions are far below
     axis.grid(alpha=0.3)
 
 
@@ -666,14 +674,14 @@ def draw_test(axis, row):
                           color='white' if count > counts.max() / 2 else 'black')
         return
     axis.set_prop_cycle(color=colormaps['tab20'].colors)
-    for name, (area, low, high, n) in row['test_areas'].items():
+    for name, area in row['test_areas'].items():
         k = classes.index(name)
         known = labels[:, k] >= 0
         truth = labels[known, k][np.argsort(-scores[known, k], kind='stable')] == 1
         axis.plot(np.cumsum(~truth) / (~truth).sum(), np.cumsum(truth) / truth.sum(),
-                  label=f'{name} {area:.2f} ({low:.2f} to {high:.2f}), {n}')
+                  label=f'{name} {area_text(*area)}')
     axis.plot([0, 1], [0, 1], '--', color='gray', lw=1)
-    axis.legend(fontsize=7, title='area (95% interval), positives', title_fontsize=8)
+    axis.legend(fontsize=7, title='area under the curve', title_fontsize=8)
     axis.set(xlabel='false positive rate', ylabel='true positive rate')
 
 
@@ -715,14 +723,15 @@ def show_predictions(run, target):
         paths = sorted(path for path in paths[0].rglob('*')
                        if path.suffix.lower() in IMG_EXTENSIONS)
     broken = [str(path) for path in paths if not is_image(path)]
-    if broken or not paths:
-        raise UserError(f'--predict {target}: no pictures there, or these cannot be read: '
-                        f'{", ".join(broken[:10])}. Mend or remove them.')
+    if len(broken) == len(paths):
+        raise UserError(f'--predict {target}: no picture that can be read. Give others.')
+    if broken:
+        print(f'left out, since they cannot be read: {", ".join(broken)}', file=sys.stderr)
     writer = csv.writer(sys.stdout, lineterminator='\n')
     columns = meta['classes'] if meta['multilabel'] else ['class', 'probability']
     writer.writerow(['file', *columns])
     mean, std = torch.tensor(meta['mean']) * 255, torch.tensor(meta['std']) * 255
-    for path in paths:                          # prepared as for a test
+    for path in (path for path in paths if str(path) not in broken):    # prepared as for a test
         pixels = read_image(path, meta['image_size'], meta.get('zoom', 1.0))
         x = (torch.from_numpy(pixels.copy()).float() - mean) / std
         logits = network(x.permute(2, 0, 1).unsqueeze(0)).squeeze(0)
@@ -822,6 +831,9 @@ def main(argv=None):
         for line in lines:
             cells.append([line.get(name) for name in names])
         write_csv(s['csv'], cells)
+    for name in ('csv', 'plot', 'scores'):
+        if s[name]:
+            print(f'wrote {s[name]}', file=sys.stderr)
 
 
 if __name__ == '__main__':

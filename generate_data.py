@@ -1029,7 +1029,7 @@ def names_to_draw(classes, fits, where):
     """{class: text} of {class: name}: a name, or its number if the font lacks a letter of it."""
     for k, name in classes.items():
         if not fits(name):
-            print(f'class {k} of the {where}: {name}')
+            print(f'class {k} of the {where}, whose font lacks the letters: {name}')
     return {k: name if fits(name) else str(k) for k, name in classes.items()}
 
 
@@ -1338,9 +1338,14 @@ def read_folder(root, split, s):
             broken = ', '.join(map(str, files[~fine][:10]))
             raise UserError(f'{(~fine).sum()} pictures cannot be read: {broken}. Mend or remove '
                             'them, or add --skip_broken.')
+        if not fine.all() and split == 'train':
+            print(f'{root}: {(~fine).sum()} broken pictures are left out', file=sys.stderr)
         files, labels, is_test = files[fine], labels[fine], is_test[fine]
     if len(trees) == 1:
         is_test[stratified_split(labels, 1 - s['test_fraction'], 0)[1]] = True
+        if split == 'train' and is_test.any():
+            print(f'{root}: {is_test.sum()} of {len(files)} pictures are held out as a test',
+                  file=sys.stderr)
     if split == 'test' and not is_test.any():
         if s['test_fraction']:
             print(f'{root}: no class has pictures enough to hold out: no test', file=sys.stderr)

@@ -126,7 +126,7 @@ FIT_IMAGES = 10000          # training images on which the fit is measured at th
 SAID = {'train_loss': 'loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}',
         'valid_loss': 'held-out loss {:.3f}', 'valid_accuracy': 'held-out accuracy {:.1%}',
         'skips_normal': '{} skips in the normal cell', 'skips_reduce': '{} in the reduction cell',
-        'skips_cell': '{} skips', 'truth_for_analysis_only': 'NAS-Bench-201: {[cifar10]:.2f}%',
+        'skips_cell': '{} skips', 'truth_for_analysis_only': 'CIFAR-10, known: {[cifar10]:.2f}%',
         'holdout_error': 'held-out error {:.2f}%', 'holdout_auroc_tasks': 'held-out AUROC {:.3f}',
         'test_error': 'test error {:.2f}%', 'test_auroc_tasks': 'test AUROC {:.3f}',
         'fit_error': 'training error {:.2f}%', 'fit_auroc_tasks': 'training AUROC {:.3f}'}

@@ -145,6 +145,11 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
         assert reports(capsys, size)[0]['test_error'] == pytest.approx(100 * np.mean(wrong))
     alone = printed(capsys, size, '--predict', rows[3]['file']).splitlines()
     assert alone[1] == ','.join(rows[3].values())
+    Path('photos/val/cat/bad.png').write_bytes(b'no picture')
+    assert evaluate.main([size, '--predict', 'photos/val']) == 0
+    said = capsys.readouterr()
+    assert said.out.count('photos/') == 24 and 'bad.png' not in said.out and 'bad.png' in said.err
+    Path('photos/val/cat/bad.png').unlink()
     assert evaluate.main([size, '--scores', 's.csv']) == 0
     lines = read_rows('s.csv')
     assert list(lines[0]) == ['image', 'label', 'score'] and len(lines) == 24 * 3
@@ -187,3 +192,8 @@ def test_a_test_split_that_is_drawn_anew_is_refused_and_too_few_pictures_have_no
     folder_of_images('few')
     run(retrain.main, 'r', *flags, '--data', 'few')
     assert 'no test' in capsys.readouterr().err and 'test_n' not in reports(capsys, 'r')[0]
+
+
+def test_an_area_of_few_positives_has_no_interval():
+    assert evaluate.area_text(0.9, 0.8, 1.0, 9) == '0.900, 9 positive'
+    assert evaluate.area_text(0.9, 0.8, 1.0, 10) == '0.900 (95%: 0.800 to 1.000), 10 positive'

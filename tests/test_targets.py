@@ -188,7 +188,7 @@ def test_chexpert_that_is_damaged_is_one_line():
         assert needle in refused()
 
 
-def test_pictures_without_val_hold_out_the_same_share_of_each_class():
+def test_pictures_without_val_hold_out_the_same_share_of_each_class(capsys):
     folder_of_images('own', n=8)
     train, test = (g.read('own', {'image_size': 8}, split) for split in ('train', 'test'))
     assert np.bincount(train.labels).tolist() == [7, 7]
@@ -199,6 +199,7 @@ def test_pictures_without_val_hold_out_the_same_share_of_each_class():
     assert np.array_equal(again.images, test.images)
     whole = {'image_size': 8, 'test_fraction': 0.0}
     assert len(g.read('own', whole)) == 16 and g.read('own', whole, 'test') is None
+    assert 'pictures are held out as a test' in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
@@ -211,7 +212,8 @@ def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
         g.read('own', {})
     assert len(g.read('own', {'skip_broken': True})) == 8
     assert len(g.read('own', {'skip_broken': True}, 'test')) == 8
-    assert 'no pictures are left out: 1 .txt' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert 'no pictures are left out: 1 .txt' in said and '4 broken pictures are left out' in said
 
 
 def test_search_retrain_and_evaluate_on_imagenet(capsys):
