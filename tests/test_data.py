@@ -80,7 +80,7 @@ def test_a_sheet_shows_every_class_and_names_that_fit(capsys, monkeypatch):
     monkeypatch.setattr(g.ImageDraw.ImageDraw, 'text', lambda pen, at, text, *_: texts.append(text))
     folder_of_images('own', ('cat', '\u732b', 'long ' * 9))
     make_set('r', '--source', 'own', kind='random_labels')
-    assert 'class 2 of the sheet: \u732b\n' in capsys.readouterr().out
+    assert 'class 2 of the sheet, whose font lacks the letters: \u732b\n' in capsys.readouterr().out
     assert ' 3 of 3 classes' in texts[0] and {'cat', '2'} < {*texts}
     assert any(text[:9] == 'long long' and text[-1] == '\u2026' for text in texts)
 
