@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (DEFAULTS, REAL, Batches, Progress, Setting, UserError, choose_device,
-                           is_image, leave, load_file, names_to_draw, number, one_line_errors,
-                           parse_flags, read, read_chexpert, read_image, readable,
-                           sha256_of_files, taken, world, write_file)
+                           is_image, leave, load_file, number, one_line_errors, parse_flags,
+                           read, read_chexpert, read_image, readable, sha256_of_files, taken, world,
+                           write_file)
 
 import numpy as np
 import torch
@@ -46,8 +46,7 @@ DRAWS = 1000                    # of the bootstrap
 MAY_DIFFER = {'save', 'resume', 'gpu', 'graph', 'workers', 'checkpoint_minutes', 'data_dir',
               'download'}
 
-# ---------------------------------------------------------------------------------------------
-# Loss and metrics
+# ---- Loss and metrics -----------------------------------------------------------------------
 
 
 def loss_of(logits, y, smoothing=0.0):
@@ -180,8 +179,7 @@ def bootstrap(scores, labels, classes):
     return {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in drawn.items()}
 
 
-# ---------------------------------------------------------------------------------------------
-# Architectures and networks
+# ---- Architectures and networks -------------------------------------------------------------
 
 
 def find_genotype(arch):
@@ -236,8 +234,7 @@ def load_weights(path):
     return network.eval(), meta
 
 
-# ---------------------------------------------------------------------------------------------
-# Reading runs
+# ---- Reading runs ---------------------------------------------------------------------------
 
 
 def read_json(path):
@@ -311,20 +308,17 @@ def read_run(run):
 
 
 def look_up(genotype):
-    """A cell's skips, parameters and, of NAS-Bench-201, true accuracy and distances in points."""
+    """A cell's skips, parameters and, of NAS-Bench-201, what is known: also less the largest's."""
     if not isinstance(genotype, str):
         found = {}
         for cell in ('normal', 'reduce'):
             names = [op for op, _ in getattr(genotype, cell)]
             found[f'skips_{cell}'] = names.count('skip_connect')
         return {**found, 'params': cost(genotype)['params']}
-    table, ordered = nas_bench_201()
+    table, _ = nas_bench_201()
     names, found = from_string(genotype), genotypes.truth(genotype)
-    others = {'to_optimum': {name: ordered[name][-1] for name in ACCURACIES},
-              'to_median': {name: ordered[name][len(table) // 2] for name in ACCURACIES},
-              'to_largest': table[NB201_LARGEST]}
-    for key, values in others.items():
-        found[key] = [round(found[name] - values[name], 2) for name in ACCURACIES]
+    largest = table[NB201_LARGEST]
+    found['to_largest'] = [round(found[name] - largest[name], 2) for name in ACCURACIES]
     return {**found, 'skips': names.count('skip_connect'), 'nones': names.count('none'),
             'params': table[genotype]['params']}
 
@@ -447,8 +441,7 @@ def report(run, device, data_dir=None, test_labels=None):
     return row
 
 
-# ---------------------------------------------------------------------------------------------
-# One run, and the table of several
+# ---- One run, and the table of several ------------------------------------------------------
 
 
 def show(row):
@@ -550,8 +543,7 @@ def print_table(lines):
         print('  '.join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
 
 
-# ---------------------------------------------------------------------------------------------
-# Plots
+# ---- Plots ----------------------------------------------------------------------------------
 
 
 # Panels: a title, and how the entries of the log begin whose mean is drawn
@@ -655,7 +647,7 @@ def draw_fits(axis, rows):
 
 def draw_test(axis, row):
     """The confusion matrix of a test, or the ROC curve of each label."""
-    from matplotlib import colormaps, font_manager
+    from matplotlib import colormaps
     scores, labels, classes, _ = row['tested']
     if labels.ndim == 1:
         counts = np.zeros((len(classes), len(classes)), int)
@@ -663,12 +655,8 @@ def draw_test(axis, row):
         axis.imshow(counts, cmap='Blues')
         axis.set(xlabel='predicted class', ylabel='true class')
         if len(classes) <= 20:
-            font = font_manager.findfont(font_manager.FontProperties())
-            known = font_manager.get_font(font).get_charmap()
-            names = names_to_draw(dict(enumerate(classes)),
-                                  lambda name: known.keys() >= {*map(ord, name)}, 'plot').values()
-            axis.set_xticks(range(len(classes)), names, rotation=90)
-            axis.set_yticks(range(len(classes)), names)
+            axis.set_xticks(range(len(classes)), classes, rotation=90)
+            axis.set_yticks(range(len(classes)), classes)
             for (row, column), count in np.ndenumerate(counts):
                 axis.text(column, row, count, ha='center', va='center', fontsize=8,
                           color='white' if count > counts.max() / 2 else 'black')
@@ -685,7 +673,7 @@ def draw_test(axis, row):
     axis.set(xlabel='false positive rate', ylabel='true positive rate')
 
 
-# ---------------------------------------------------------------------------------------------
+# ---- Flags, predictions and files -----------------------------------------------------------
 
 RUNS = {
     'runs': Setting([], 'folders of runs'),

@@ -15,7 +15,6 @@ A set appears when it is complete, so you can simply repeat a run that was stopp
 `--generator train` keeps its training in OUT.generator/ and goes on from there.
 """
 import argparse
-import collections
 import contextlib
 import csv
 import ctypes
@@ -47,7 +46,7 @@ from typing import NamedTuple
 os.environ.setdefault('GOMP_SPINCOUNT', '300')
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
+from PIL import Image, ImageDraw, ImageOps  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
@@ -55,8 +54,7 @@ from torch.optim.swa_utils import AveragedModel  # noqa: E402
 RESIDENT = 2 << 30              # bytes: smaller sets live on the device, larger ones are streamed
 
 
-# ---------------------------------------------------------------------------------------------
-# Settings: tables of defaults, from which every script makes its flags
+# ---- Settings: tables of defaults, from which every script makes its flags ------------------
 
 
 class Setting(NamedTuple):
@@ -134,8 +132,7 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
     return {**defaults, **typed}, typed, defaults
 
 
-# ---------------------------------------------------------------------------------------------
-# User errors, files, progress, device: the ground of every script
+# ---- User errors, files, progress, device: the ground of every script -----------------------
 
 
 class UserError(Exception):
@@ -314,8 +311,7 @@ def set_tf32(on):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
-# ---------------------------------------------------------------------------------------------
-# Settings of data
+# ---- Settings of data -----------------------------------------------------------------------
 
 # How far images stray from their class (1: as published) and their background's deviation
 DIFFICULTY = {'easy': (0.5, 0.08), 'medium': (1.0, 0.15), 'hard': (1.3, 0.17)}
@@ -387,9 +383,9 @@ def refuse_unused(name, s, typed):
         raise UserError(f'--{setting} means nothing for {what}. Leave it out.')
 
 
-# ---------------------------------------------------------------------------------------------
-# Noise and random labels. Only integers of Philox (Salmon et al., SC 2011) and a fixed table are
-# used, so that a seed gives the same bytes on every machine and with every chunk size.
+# ---- Noise and random labels ----------------------------------------------------------------
+# Only integers of Philox (Salmon et al., SC 2011) and a fixed table are used, so that a seed gives
+# the same bytes on every machine and with every chunk size.
 
 PIXELS, LABELS, CHOICE = 0, 1, 2          # independent streams of one seed
 
@@ -472,10 +468,10 @@ def random_labels(s, device):
     return Made(labels, source.classes, None, meta={'source': origin}, source=source)
 
 
-# ---------------------------------------------------------------------------------------------
-# Images drawn by formulas. All that is drawn at random comes from Philox, by the place of an
-# image in the set; torch does the drawing, always in the same chunks, so that any slice can be
-# made by itself: the same bytes on machines of one type with one version of torch.
+# ---- Images drawn by formulas ---------------------------------------------------------------
+# All that is drawn at random comes from Philox, by the place of an image in the set; torch does the
+# drawing, always in the same chunks, so that any slice can be made by itself: the same bytes on
+# machines of one type with one version of torch.
 
 BANK, DRAWS, FIELD, ROLLS = 3, 4, 5, 6      # more streams of a seed; glyph j adds 10 (j + 1)
 SETTLE, ROUNDS = 16, 48                     # moves of a point before it counts, and in all
@@ -737,8 +733,7 @@ def background(u, noise, contrast):
         + contrast / 2 * other * smooth_field(noise[:, 1:], slope)
 
 
-# ---------------------------------------------------------------------------------------------
-# Images from a network that is trained on a source: a rectified flow (arXiv 2209.03003)
+# ---- Images from a network that is trained on a source: a rectified flow (arXiv 2209.03003) -
 
 
 class ResBlock(nn.Module):
@@ -900,8 +895,7 @@ KINDS = {
     'generated': GENERATORS['fractal']}         # or another one: see kind_of
 
 
-# ---------------------------------------------------------------------------------------------
-# Writing a data set
+# ---- Writing a data set ---------------------------------------------------------------------
 
 
 def put_back(out):
@@ -920,7 +914,6 @@ def new_folder(out, force=False):
     """
     out = Path(os.path.realpath(out))
     old, new = out.with_name(f'.{out.name}.old'), out.with_name(f'.{out.name}.new')
-    lock, held = out.with_name(f'.{out.name}.lock'), False
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def tidy():                             # also what killed runs left
@@ -928,13 +921,8 @@ def new_folder(out, force=False):
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-    while not held:
-        file = open(lock, 'w')  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX)
-        # Who held it before may have removed it: then another file of that name is the lock.
-        with contextlib.suppress(FileNotFoundError):
-            held = os.path.samefile(file.fileno(), lock)
-    with file:
+    with open(out.with_name(f'.{out.name}.lock'), 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             tidy()
             if out.exists() and not (force and (out / 'meta.json').exists()):
@@ -947,7 +935,6 @@ def new_folder(out, force=False):
             os.replace(new, out)
         finally:
             tidy()
-            lock.unlink()
 
 
 def own_settings(name, s):
@@ -1025,20 +1012,6 @@ def sheet_rows(labels):
     return chosen if labels.ndim == 2 else chosen[np.argsort(labels[chosen], kind='stable')]
 
 
-def names_to_draw(classes, fits, where):
-    """{class: text} of {class: name}: a name, or its number if the font lacks a letter of it."""
-    for k, name in classes.items():
-        if not fits(name):
-            print(f'class {k} of the {where}, whose font lacks the letters: {name}')
-    return {k: name if fits(name) else str(k) for k, name in classes.items()}
-
-
-def font_has(name):
-    """Whether Pillow's font has the letters of a name: it draws others as it draws U+FFFF."""
-    mask = ImageFont.load_default().getmask
-    return name.isprintable() and all(bytes(mask(c)) != bytes(mask('\uffff')) for c in name)
-
-
 def contact_sheet(images, labels, meta):
     """A labelled PIL image of up to 100 images, in ten columns."""
     side, step = 72, 90
@@ -1046,8 +1019,9 @@ def contact_sheet(images, labels, meta):
     sheet = Image.new('RGB', (gap + 10 * step, gap + rows * step), 'white')
     pen = ImageDraw.Draw(sheet)
     present = [[k] if labels.ndim == 1 else np.flatnonzero(k == 1) for k in labels]
-    shown = {int(c): meta['classes'][c] for c in np.unique(np.concatenate(present)).astype(int)}
-    names = names_to_draw(shown, font_has, 'sheet')
+    shown = np.unique(np.concatenate(present)).astype(int)
+    # A name that is not ASCII, which Pillow's font lacks, is its number.
+    names = {c: meta['classes'][c] if meta['classes'][c].isascii() else str(c) for c in shown}
     pen.text((gap, 2), f'{meta["kind"]}: {meta["num_images"]:,} images of {meta["image_size"]} px, '
              f'{len(shown):,} of {len(meta["classes"]):,} classes, seed {meta["seed"]}', 'black')
     for place, (image, classes) in enumerate(zip(images, present)):
@@ -1061,8 +1035,7 @@ def contact_sheet(images, labels, meta):
     return sheet
 
 
-# ---------------------------------------------------------------------------------------------
-# Reading a data set
+# ---- Reading a data set ---------------------------------------------------------------------
 
 
 @dataclass
@@ -1380,13 +1353,12 @@ def list_images(folder):
 
 
 def try_pictures(files, folders):
-    """Whether each file can be read, bool (N,); says how many other files the folders have."""
+    """Whether each file can be read, bool (N,); names the other files that the folders have."""
     for folder in folders:
         others = {path for path in folder.rglob('*') if path.is_file()}.difference(files)
         if others:
-            ends = collections.Counter(path.suffix or 'no ending' for path in others)
-            ends = ', '.join(f'{count} {end}' for end, count in ends.items())
-            print(f'{folder}: files that are no pictures are left out: {ends}', file=sys.stderr)
+            print(f'{folder}: {len(others)} files that are no pictures are left out, as '
+                  f'{min(others).name}', file=sys.stderr)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         fine = Progress(len(files), 'pictures tried').over(pool.map(is_image, files))
         return np.fromiter(fine, bool)
@@ -1443,8 +1415,7 @@ def resize(image, size, zoom=1, crop=False):
     return np.asarray(image.convert('RGB').resize((size, size), how, box))
 
 
-# ---------------------------------------------------------------------------------------------
-# From a data set to batches
+# ---- From a data set to batches -------------------------------------------------------------
 
 
 def find_or_make(name, s):

@@ -90,19 +90,7 @@ def random_genotype(seed):
     return Genotype(*cells)
 
 
-def agreement(a, b):
-    """Share of the operations that two genotypes of one space have in common, edge by edge."""
-    if isinstance(a, str):
-        pairs = list(zip(from_string(a), from_string(b)))
-        return sum(x == y for x, y in pairs) / len(pairs)
-    same = 0
-    for x, y in ((a.normal, b.normal), (a.reduce, b.reduce)):
-        same += sum(len({*x[k:k + 2]} & {*y[k:k + 2]}) for k in range(0, 2 * NODES, 2))
-    return same / (4 * NODES)
-
-
-# ---------------------------------------------------------------------------------------------
-# What --arch names
+# ---- What --arch names ----------------------------------------------------------------------
 
 
 def parse_darts(text):
@@ -145,8 +133,7 @@ def short_name(arch):
     return 'nb201-' + ''.join(str(names.index(name)) for name in from_string(arch))
 
 
-# ---------------------------------------------------------------------------------------------
-# NAS-Bench-201: strings, and what is known of them
+# ---- NAS-Bench-201: strings, and what is known of them --------------------------------------
 
 NB201_EDGES = [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]      # (node, input state)
 
@@ -240,8 +227,7 @@ def truth(arch):
             'percentile': 50 * (below + upto) / len(values)}
 
 
-# ---------------------------------------------------------------------------------------------
-# Published cells
+# ---- Published cells ------------------------------------------------------------------------
 
 
 def parse_cells(normal, reduce):
@@ -286,8 +272,7 @@ PUBLISHED = {'DARTS_V1': DARTS_V1, 'DARTS_V2': DARTS_V2, 'PDARTS': PDARTS,
              'PC_DARTS_cifar': PC_DARTS_cifar, 'PC_DARTS_image': PC_DARTS_image}
 
 
-# ---------------------------------------------------------------------------------------------
-# Drawing
+# ---- Drawing --------------------------------------------------------------------------------
 
 COLOURS = {'max_pool_3x3': '#b7791f', 'avg_pool_3x3': '#d69e2e', 'skip_connect': '#718096',
            'sep_conv_3x3': '#2b6cb0', 'sep_conv_5x5': '#1a365d', 'dil_conv_3x3': '#2f855a',

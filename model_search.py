@@ -52,8 +52,7 @@ NB201 = Space(NB201_OPERATIONS, ('cell',), 1, 3)
 EDGES = DARTS.edges
 
 
-# ---------------------------------------------------------------------------------------------
-# The mixed operation
+# ---- The mixed operation --------------------------------------------------------------------
 
 
 class MixedOp(nn.Module):
@@ -181,8 +180,7 @@ def add_map(total, y, factor=None):
     return total + y if factor is None else torch.addcmul(total, y, factor)
 
 
-# ---------------------------------------------------------------------------------------------
-# The cell
+# ---- The cell -------------------------------------------------------------------------------
 
 
 class Cell(nn.Module):
@@ -290,8 +288,7 @@ class Cell(nn.Module):
         return F.channel_shuffle(torch.cat([totals[node], rest], 1), self.partial)
 
 
-# ---------------------------------------------------------------------------------------------
-# The network
+# ---- The network ----------------------------------------------------------------------------
 
 
 class AuxiliaryHead(nn.Module):

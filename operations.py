@@ -22,8 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# ---------------------------------------------------------------------------------------------
-# What leaves a state
+# ---- What leaves a state --------------------------------------------------------------------
 
 
 def sub_grids(x):
@@ -70,8 +69,7 @@ class Inputs:
         return self.form(k, edges, lambda: self.grids().chunk(4)[k])
 
 
-# ---------------------------------------------------------------------------------------------
-# BatchNorm and convolutions
+# ---- BatchNorm and convolutions -------------------------------------------------------------
 
 
 class Unnormalised(NamedTuple):
@@ -151,8 +149,7 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x)
 
 
-# ---------------------------------------------------------------------------------------------
-# Operations
+# ---- Operations -----------------------------------------------------------------------------
 
 
 class PerEdge(nn.Module):

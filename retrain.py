@@ -14,6 +14,7 @@ Recipe: DARTS (arXiv 1806.09055), with cutout (arXiv 1708.04552), an auxiliary h
 """
 import contextlib
 import copy
+import fcntl
 import hashlib
 import json
 import math
@@ -34,7 +35,7 @@ from types import SimpleNamespace
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, Setting, UserError,
-                           choose_device, fcntl, find_or_make, leave, load_file, name_or_path,
+                           choose_device, find_or_make, leave, load_file, name_or_path,
                            number, one_line_errors, parse_flags, read, refuse_unused,
                            sha256_of_files, stratified_split, taken, world, write_file)
 from evaluate import (COST, EVALUATION_BATCH, MAY_DIFFER, check_layers, correct, find_genotype,
@@ -47,8 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 from genotypes import plain, short_name
 from model_search import Network
 
-# ---------------------------------------------------------------------------------------------
-# Settings: those that a search shares, then those of this script. Defaults are DARTS's.
+# ---- Settings: those that a search shares, then those of this script. Defaults are DARTS's. -
 
 INPUT = {
     'data': Setting('cifar10', f'{", ".join([*KINDS, *REAL])}, or a folder', name_or_path),
@@ -227,8 +227,7 @@ def learning_rate_at(args, epoch, epochs):
     return rate * min(1.0, (epoch + 1) / rise) if rise else rate
 
 
-# ---------------------------------------------------------------------------------------------
-# The folder of a run
+# ---- The folder of a run --------------------------------------------------------------------
 
 
 class Run:
@@ -294,8 +293,7 @@ class Run:
         with open(self.folder / '.lock', 'a') as lock:
             if is_first():
                 try:
-                    if fcntl:
-                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
                     raise UserError(f'{self.folder}: wait for another process there') from None
                 self.write_args(data)
@@ -491,8 +489,7 @@ def set_random_states(states, device):
         torch.cuda.set_rng_state(states[1], device)
 
 
-# ---------------------------------------------------------------------------------------------
-# The processes of torchrun
+# ---- The processes of torchrun --------------------------------------------------------------
 
 
 def is_first():
@@ -523,16 +520,7 @@ def start_alike(network):
             torch.distributed.broadcast(t, 0)
 
 
-def check_alike(tensors, what):
-    """UserError if processes that do the same sums have come apart."""
-    mine = torch.cat([t.detach().double().flatten() for t in tensors]).cpu()
-    for rank, other in enumerate(gather(mine)):
-        if not torch.equal(other, mine):
-            raise UserError(f'the {what} of process {rank} are others: use GPUs of one kind')
-
-
-# ---------------------------------------------------------------------------------------------
-# The CUDA graph
+# ---- The CUDA graph -------------------------------------------------------------------------
 
 
 class GraphedStep:
@@ -624,8 +612,7 @@ def tensors_of_a_step(network, *optimizers):
     return {name: part for name, part in lists.items() if part}
 
 
-# ---------------------------------------------------------------------------------------------
-# Training the network of a genotype
+# ---- Training the network of a genotype -----------------------------------------------------
 
 
 def train_step(network, batch, optimizer, args):
@@ -786,9 +773,6 @@ def main(argv=None):
                     line.update(measure('holdout', data, held))
             if test_data:
                 line.update(measure('test', test_data, range(len(test_data))))
-            if 'test_error' in line:
-                errors = [before['test_error'] for before in [*run.log, line]]
-                line['best_test_error_selected_on_test'] = min(errors)
             if is_last:                         # without augmentation, in evaluation mode
                 line.update(measure('fit', data, fit_rows))
             measured = [line.get('test_loss', 0.0), line.get('fit_loss', 0.0)]

@@ -29,23 +29,22 @@ from generate_data import (CIFAR, KINDS, REAL, Batches, Progress, Setting, UserE
                            stratified_split, suited, world, write_file)
 from evaluate import (COST, correct, data_name, find_genotype, gather, loss_of, method_name,
                       read_json, stem_for, write_csv)
-from retrain import (INPUT, SCHEDULE, GraphedStep, Run, average, batch_of, check_alike, draw_apart,
-                     is_first, learning_rate_at, make_optimizer, peak_memory_mib, refuse_idle,
-                     run_name, settle, start_alike, tensors_of_a_step)
+from retrain import (INPUT, SCHEDULE, GraphedStep, Run, average, batch_of, draw_apart, is_first,
+                     learning_rate_at, make_optimizer, peak_memory_mib, refuse_idle, run_name,
+                     settle, start_alike, tensors_of_a_step)
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from genotypes import (agreement, distinct_cells, draw, expression, from_plain, from_string,
-                       plain, random_genotype, random_string, to_json, truth)
+from genotypes import (distinct_cells, draw, expression, from_plain, from_string, plain,
+                       random_genotype, random_string, to_json, truth)
 from model_search import DARTS, EDGES, NB201, Drawn, Network, cell_edges, derive
 from operations import (DilConv, DroppedSkip, FactorizedReduce, ReLUConvBN, SepConv, dropped_skip,
                         skip_connect)
 
-# ---------------------------------------------------------------------------------------------
-# Settings. Defaults are DARTS's; a method's own are in its class.
+# ---- Settings. Defaults are DARTS's; a method's own are in its class. -----------------------
 
 SEARCH = {
     'space': Setting('darts', 'in nb201 the truth is known', ['darts', 'nb201']),
@@ -95,8 +94,7 @@ QUICK = dict(num_images=1000, layers=5, cells_per_stage=1, init_channels=8, batc
              repeats=1)
 
 
-# ---------------------------------------------------------------------------------------------
-# Methods
+# ---- Methods --------------------------------------------------------------------------------
 
 
 class Darts:
@@ -209,14 +207,14 @@ class PDarts(Darts):
     def result(self):
         """Strike out the weakest skip of the normal cell and choose again, until two are left."""
         normal, reduce = self.network.choice_weights(self.args.seed)
-        free = genotype = derive(normal, reduce)
+        genotype = derive(normal, reduce)
         skip = list(self.network.space.operations).index('skip_connect')
         while sum(op == 'skip_connect' for op, _ in genotype.normal) > 2:
             edges = [EDGES.index((2 + k // 2, state))
                      for k, (op, state) in enumerate(genotype.normal) if op == 'skip_connect']
             normal[min(edges, key=lambda e: normal[e, skip].item()), skip] = 0
             genotype = derive(normal, reduce)
-        return genotype, {'without_restriction': plain(free)}
+        return genotype, {}
 
 
 class Gdas(Darts):
@@ -555,8 +553,7 @@ def simplex(p):
     return torch.where(total > 0, kept / total.clamp_min(1e-30), best)
 
 
-# ---------------------------------------------------------------------------------------------
-# The bilevel step
+# ---- The bilevel step -----------------------------------------------------------------------
 
 
 @contextmanager
@@ -715,12 +712,11 @@ def optimizers(network, args):
     return sgd, adam
 
 
-# ---------------------------------------------------------------------------------------------
-# What the log says of the alphas
+# ---- What the log says of the alphas --------------------------------------------------------
 
 
-def describe(network, moments, steps, log, seed):
-    """What log.jsonl says of the alphas after an epoch; log: the lines before.
+def describe(network, moments, steps, seed):
+    """What log.jsonl says of the alphas after an epoch of so many steps.
 
     By cell type: entropy in nats and margin of the first operation, means over edges; skips of the
     genotype; edges whose strongest operation is none; signal: the norm of the mean architecture
@@ -741,8 +737,6 @@ def describe(network, moments, steps, log, seed):
             f'skips_{cell_type}': names.count('skip_connect'),
             f'none_{cell_type}': (p.argmax(1) == none).sum().item(),
             f'signal_{cell_type}': (mean.norm() / deviation).item() if deviation else None})
-    if log:
-        line['agreement'] = agreement(genotype, from_plain(log[-1]['genotype']))
     if isinstance(genotype, str):
         line['truth_for_analysis_only'] = truth(genotype)
     alphas = {}
@@ -796,8 +790,7 @@ def before_growth(log, epochs):
     return None
 
 
-# ---------------------------------------------------------------------------------------------
-# The search
+# ---- The search -----------------------------------------------------------------------------
 
 
 def parse(argv):
@@ -954,14 +947,14 @@ def main(argv=None):
             draws = (sum(pair, ()) for pair in zip(*streams))   # images and labels of each stream
             if run.train(epoch, draws, steps[key], network.parameters()):
                 return 128 + run.stop
-            check_alike(network.architecture_parameters(), 'alphas')
+            start_alike(network)                # also if processes have GPUs of other kinds
             has_valid, size = not is_frozen and args.arch_data != 'none', batches[0].batch_size
             line = {'steps': run.last, 'learning_rate': learning_rate, **numbers,
                     **rates(run.sums, run.last, size, has_valid)}
             if data.fresh:                      # that training waited for new images
                 line['seconds_drawing'] = round(sum(b.waited for b in batches), 3)
             if not method.scores:
-                line.update(describe(network, moments, run.last, run.log, args.seed))
+                line.update(describe(network, moments, run.last, args.seed))
             if args.hessian and epoch % args.hessian == 0:
                 line['eigenvalue'] = largest_eigenvalue(network, run.batch[-2:], args)
             torch._foreach_zero_(moments)

@@ -115,7 +115,8 @@ def test_bad_input_under_torchrun_ends_all_processes_with_the_one_line():
 if __name__ == '__main__':
     generate_data.choose_device(-1)
     results = steps()
-    retrain.check_alike([results['weights []'], results['retrained']], 'weights')
+    mine = torch.cat([results['weights []'].flatten(), results['retrained'].flatten()])
+    assert all(torch.equal(mine, other) for other in evaluate.gather(mine))
     if not generate_data.world()[0]:
         torch.save(results, 'steps.pt')
     generate_data.leave(0)

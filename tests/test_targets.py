@@ -213,7 +213,8 @@ def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
     assert len(g.read('own', {'skip_broken': True})) == 8
     assert len(g.read('own', {'skip_broken': True}, 'test')) == 8
     said = capsys.readouterr().err
-    assert 'no pictures are left out: 1 .txt' in said and '4 broken pictures are left out' in said
+    assert '1 files that are no pictures are left out, as notes.txt' in said
+    assert '4 broken pictures are left out' in said
 
 
 def test_search_retrain_and_evaluate_on_imagenet(capsys):
