@@ -10,7 +10,8 @@
     python evaluate.py --arch DARTS_V2 --cost           # parameters and multiply-adds
 
 A retrained network is tested anew from its weights.pt. The true accuracy of a cell of
-NAS-Bench-201 is looked up. A metric is a row of METRICS.
+NAS-Bench-201 is looked up. `params` of a search are those of the network that retrain.py makes of
+its cell by default. A metric is a row of METRICS.
 """
 import csv
 import io
@@ -568,24 +569,28 @@ def mean_of(line, start):
 def plot(rows, path):
     """Draw what runs did by epoch, and of retrainings one's test, or the fit of three and more."""
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
     except ImportError:
         raise UserError('--plot needs matplotlib: pip install matplotlib') from None
     panels, colours = [], {}                    # panels: title, inches, function, its arguments
+    palette = colormaps['tab20'].colors[::2] + colormaps['tab20'].colors[1::2]
     for row in rows:
         group = row.get('method') or row['arch']
         for key, words in (('searched_on', ' on '), ('trained_on', ', trained on ')):
             if row.get(key):
                 group += words + Path(row[key]).name
-        row['colour'] = colours.setdefault(group, f'C{len(colours)}')
+        row['colour'] = colours.setdefault(group, palette[len(colours) % 20])
     for title, start in PANELS.items():
         if any(mean_of(line, start) is not None for row in rows for line in row['log']):
             panels.append((title, 2.4, draw_curves, [rows, start]))
+    scored = {}                                 # {(space, score): runs}
     for row in rows:
         if row.get('score'):
-            title = f'{row["cells"]:,} cells, scored by {row["score"]}: {Path(row["run"]).name}'
-            panels.append((title, 4, draw_scores, [row]))
+            scored.setdefault((row['space'], row['score']), []).append(row)
+    for (space, by), runs in scored.items():
+        panels.append((f'cells of {space}, scored by {by}', 4, draw_scores, [runs]))
     fits = [row for row in rows if row.get('gap') is not None]
     if len(fits) > 2:
         panels.append(('fit and generalization, one dot per network', 2.4, draw_fits, [fits]))
@@ -621,17 +626,18 @@ def draw_curves(axis, rows, start):
     axis.grid(alpha=0.3)
 
 
-def draw_scores(axis, row):
+def draw_scores(axis, rows):
     """One dot per cell, over the true accuracy of those above 80%, or over parameters."""
-    scores, by = read_cell_scores(row['run'])
-    x, label = scores['cell_params'] / 1e3, 'parameters of the operations, thousands'
-    kept = scores[by] > -np.inf
-    if 'cifar10' in scores:
-        x, label = scores['cifar10'], 'true CIFAR-10 accuracy, % (of cells above 80%)'
-        kept &= x > 80
-    y = np.abs(scores[by][kept])
-    axis.plot(x[kept], y, '.', color=row['colour'], ms=2, alpha=0.5)
-    axis.set_yscale('log' if y.max() > 1000 * y.min() > 0 else 'linear')
+    for row in rows:
+        scores, by = read_cell_scores(row['run'])
+        x, label = scores['cell_params'] / 1e3, 'parameters of the operations, thousands'
+        kept = scores[by] > -np.inf
+        if 'cifar10' in scores:
+            x, label = scores['cifar10'], 'true CIFAR-10 accuracy, % (of cells above 80%)'
+            kept &= x > 80
+        axis.plot(x[kept], np.abs(scores[by][kept]), '.', color=row['colour'], ms=2, alpha=0.5)
+    low, high = axis.dataLim.intervaly
+    axis.set_yscale('log' if high > 1000 * low > 0 else 'linear')
     better = 'lower' if by.endswith('loss') else 'higher'
     axis.set(xlabel=label, ylabel=f'{by.replace("_", " ")} ({better} is better)')
     axis.grid(alpha=0.3)
@@ -800,8 +806,8 @@ def main(argv=None):
         write_probabilities(s['scores'], rows)
     for row in rows:
         if not row['finished']:
-            print(f'{row["run"]}: {row["epochs"]} of {row["settings"]["epochs"]} epochs, not '
-                  'finished: --resume it', file=sys.stderr)
+            print(f'{row["run"]}: not finished after {row["epochs"]} epochs: --resume it',
+                  file=sys.stderr)
     done = [row for row in rows if row['finished']]
     lines = table(done)
     if s['json']:
