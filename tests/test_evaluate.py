@@ -91,7 +91,7 @@ def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
     Path('u/log.jsonl').write_text(text.splitlines(keepends=True)[0] + '{"torn')
     assert evaluate.main(['s0', 'u', 's1']) == 0
     said = capsys.readouterr()
-    assert ' 2 ' in said.out and 'u: 1 of 2 epochs' in said.err
+    assert ' 2 ' in said.out and 'u: not finished after 1 epochs' in said.err
     run(retrain.main, 'net', *RETRAIN)
     for name, start in (('p.png', b'\x89PNG'), ('p.pdf', b'%PDF'), ('p.svg', b'<?xml')):
         assert evaluate.main(['s0', 'u', 'net', '--plot', name, '--gpu', '-1']) == 0
