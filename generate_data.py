@@ -914,6 +914,7 @@ def new_folder(out, force=False):
     """
     out = Path(os.path.realpath(out))
     old, new = out.with_name(f'.{out.name}.old'), out.with_name(f'.{out.name}.new')
+    lock, held = out.with_name(f'.{out.name}.lock'), False
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def tidy():                             # also what killed runs left
@@ -921,8 +922,13 @@ def new_folder(out, force=False):
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-    with open(out.with_name(f'.{out.name}.lock'), 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    while not held:
+        file = open(lock, 'w')  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Who held it before may have removed it: then another file of that name is the lock.
+        with contextlib.suppress(FileNotFoundError):
+            held = os.path.samefile(file.fileno(), lock)
+    with file:
         try:
             tidy()
             if out.exists() and not (force and (out / 'meta.json').exists()):
@@ -935,6 +941,7 @@ def new_folder(out, force=False):
             os.replace(new, out)
         finally:
             tidy()
+            lock.unlink()
 
 
 def own_settings(name, s):
