@@ -29,7 +29,8 @@ except ImportError:
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))             # the scripts of the repository
-from genotypes import NB201_LARGEST, from_string, nas_bench_201, truth  # noqa: E402
+from genotypes import (NB201_LARGEST, distinct_cells, from_string, nas_bench_201,  # noqa: E402
+                       truth)
 from operations import NB201_OPERATIONS  # noqa: E402
 
 REAL, UNREAL = 'cifar10', ['random_labels', 'generated', 'noise']
@@ -38,7 +39,7 @@ METHODS = ['darts', 'pcdarts', 'betadarts']     # that beat a random cell in the
 SCORES = ['train_loss', 'valid_loss', 'valid_accuracy', 'angle']       # of oneshot; primary first
 LEVEL = 0.05                    # of every test
 MARGIN_B = 0.05                 # of rank correlations
-MARGINS_A = {4.5: '5', 9.0: '10'}       # of E2, and how many percentile points they are
+MARGINS_A = 4.5, 7.0            # of E2; 7 of E2 are about 10 percentile points
 PLACEMENT = 10.0                # points within which placements are equal
 
 
@@ -47,8 +48,8 @@ PLACEMENT = 10.0                # points within which placements are equal
 # of images, if it is not that of the part.
 
 SMALL = '--space nb201 --cells_per_stage 1 --image_size 16 --init_channels 8'    # for one-shot
-ALPHAS = '--preset laptop --init_channels 8 --batch_size 32'
-FEW = ' --augment none --train_portion 640'
+FIRST = '--preset laptop --init_channels 8 --batch_size 32'                       # first study
+ALPHAS = f'{FIRST} --augment none'
 
 
 def data_flags(kind, images=None):
@@ -57,52 +58,62 @@ def data_flags(kind, images=None):
     return f'--data {kind}' + (f' --num_images {2 * images}' if drawn else '')
 
 
-def oneshot(kind, images, more=''):
+def oneshot(kind, images, more='', score='train_loss'):
     """Flags of a one-shot search of about 8,000 steps of 64 on so many images."""
     epochs = math.ceil(8000 / (images // 64))
     return f'{data_flags(kind, images)} {SMALL} --learning_rate 0.1 --augment none --score ' \
-           f'train_loss --train_portion {images} --epochs {epochs}{more}'
+           f'{score} --train_portion {images} --epochs {epochs}{more}'
 
 
 def parts():
     """{part: [(arm, methods, seeds, flags)]}, in the order of the work."""
-    dose = [(f'{kind}@{n}', ['oneshot'], range(8), oneshot(kind, n))
-            for n in (250, 4000, 16000) for kind in KINDS]
-    held_out = ' --valid_fraction 0.0128'               # 640 of 50,000
+    dose = []
+    for n in (250, 4000, 16000):                # a set of random labels may have 256 images
+        more = f' --steps_per_epoch {n // 64}'
+        dose += [(f'{kind}@{n}', ['oneshot'], range(8), oneshot(kind, n, more)) for kind in KINDS]
+    frozen = '--learning_rate 0 --learning_rate_min 0'
+    few = f'{ALPHAS} --train_portion 640'
+    training_free = ['naswot', 'snip']
     return {
-        'C': [*[(kind, ['naswot', 'snip'], range(3), f'{data_flags(kind, 1000)} --preset laptop')
+        'C': [*[(kind, training_free, range(3), f'{data_flags(kind, 1000)} --preset laptop')
                 for kind in (REAL, 'cifar100', 'generated', 'noise')],
               ('random_labels', ['snip'], range(3), '--data random_labels --preset laptop'),
               ('ones', ['synflow'], range(3), f'{data_flags("noise", 1000)} --preset laptop')],
         'B': [(kind, ['oneshot'], range(24), oneshot(kind, 1000)) for kind in KINDS],
         'Bdose': [*dose, ('half_random', ['oneshot'], range(8),
                           oneshot('random_labels', 1000, ' --label_noise 0.5'))],
-        'Bbest': [('cifar10@25000', ['oneshot'], range(24), oneshot(REAL, 25000)),
+        'Bbest': [('cifar10@25000', ['oneshot'], range(24),
+                   oneshot(REAL, 25000, score='valid_accuracy')),
                   ('cifar100@5000', ['oneshot'], range(12), oneshot('cifar100', 5000)),
                   ('generated_fresh', ['oneshot'], range(12),
                    oneshot('generated', 2000, ' --fresh 4')),
                   ('noise_fresh', ['oneshot'], range(8), oneshot('noise', 2000, ' --fresh'))],
-        'A1': [(kind, METHODS, range(16, 80), f'{data_flags(kind)} {ALPHAS}') for kind in KINDS],
-        'A3': [(kind, METHODS, range(80, 104), f'{data_flags(kind)} {ALPHAS} --learning_rate 0 '
-                '--learning_rate_min 0') for kind in (REAL, 'noise')],
-        'A2': [(kind, METHODS, range(104, 128),
-                f'{data_flags(kind, 640)} {ALPHAS}{FEW} --arch_data train') for kind in KINDS],
-        'A2b': [(kind, METHODS, range(104, 120), f'{data_flags(kind, 640)} {ALPHAS}{FEW}'
-                 + held_out * (kind == REAL)) for kind in (REAL, 'noise')],
-        'A4': [(kind, ['darts'], range(80, 96), f'{data_flags(kind)} {ALPHAS} '
-                '--steps_per_epoch 100') for kind in (REAL, 'noise')]}
+        'A0': [(REAL, ['darts'], range(16), f'--data {REAL} {FIRST}')],
+        'A1': [(kind, METHODS, range(16, 80), f'--data {kind} {ALPHAS}') for kind in KINDS],
+        'A3': [(kind, METHODS, range(80, 104), f'--data {kind} {ALPHAS} {frozen}')
+               for kind in (REAL, 'noise')],
+        'A2': [(kind, METHODS, range(104, 128), f'{data_flags(kind, 640)} {few} --arch_data train')
+               for kind in KINDS],
+        'A2b': [(kind, METHODS, range(104, 120), f'--data {kind} {few} --valid_fraction 0.0128')
+                for kind in (REAL, 'noise')],                           # 640 of 50,000
+        'A4': [(kind, ['darts'], range(80, 96), f'--data {kind} {ALPHAS} --steps_per_epoch 100')
+               for kind in (REAL, 'noise')]}
+
+
+def runs(part):
+    """[(seed, arm, method, flags)] of a part, seed by seed."""
+    out = []
+    for arm, methods, seeds, flags in parts()[part]:
+        for method in methods:
+            out += [(seed, arm, method, flags) for seed in seeds]
+    return sorted(out, key=itemgetter(0))
 
 
 def commands(part):
-    """The commands of a part, seed by seed."""
-    lines = []
-    for arm, methods, seeds, flags in parts()[part]:
-        for method in methods:
-            for seed in seeds:
-                name = f'study-{part}-{arm}-{method}-{seed}'
-                lines.append((seed, 'OMP_NUM_THREADS=1 python search.py --gpu -1 --resume --method '
-                              f'{method} --seed {seed} {flags} --save runs/{name}'))
-    return [line for _, line in sorted(lines, key=lambda pair: pair[0])]
+    """The commands of a part."""
+    return [f'OMP_NUM_THREADS=1 python search.py --gpu -1 --resume --method {method} --seed {seed} '
+            f'{flags} --save runs/study-{part}-{arm}-{method}-{seed}'
+            for seed, arm, method, flags in runs(part)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -189,23 +200,35 @@ def rows_of(run):
 
 
 def ranking(folder, score):
-    """What a run's scores are worth: rank correlations, and percentiles of the best cells."""
+    """What a run's scores are worth, as texts for its row."""
     from evaluate import read_cell_scores, spearman
     columns, _ = read_cell_scores(folder)
     value, true, params = columns[score], columns['cifar10'], columns['cell_params']
-    ordered = np.array(nas_bench_201()[1]['cifar10'])
-    percentile = 50 * (np.searchsorted(ordered, true) + np.searchsorted(ordered, true, 'right')) \
-        / len(ordered)
-    better, ten = true >= np.median(true), np.argsort(-value, kind='stable')[:10]
     rng, draws = np.random.Generator(np.random.Philox(0)), []
     for _ in range(200):
         rows = rng.integers(0, len(true), len(true))
         draws.append(spearman(value[rows], true[rows]))
-    numbers = {'rho': spearman(value, true), 'rho_error': np.std(draws, ddof=1),
-               'given_params': spearman(value, true, params),
-               'better_half': spearman(value[better], true[better]),
-               'best': percentile[value == value.max()].mean(), 'ten_best': percentile[ten].mean()}
+    rho, better_half, best, ten_best = worth(value, true)
+    numbers = {'rho': rho, 'rho_error': np.std(draws, ddof=1),
+               'given_params': spearman(value, true, params), 'better_half': better_half,
+               'best': best, 'ten_best': ten_best}
     return {name: f'{number:.4f}' for name, number in numbers.items()}
+
+
+def worth(value, true):
+    """(rank correlation, within the better half; percentiles of the best cell, of the ten best).
+
+    Of equal cells it is the mean.
+    """
+    from evaluate import spearman
+    ordered = np.array(nas_bench_201()[1]['cifar10'])
+    percentile = 50 * (np.searchsorted(ordered, true) + np.searchsorted(ordered, true, 'right')) \
+        / len(ordered)
+    better, tenth = true >= np.median(true), np.sort(value)[-10]
+    above, equal = percentile[value > tenth], percentile[value == tenth]
+    ten_best = (above.sum() + (10 - len(above)) * equal.mean()) / 10
+    return spearman(value, true), spearman(value[better], true[better]), \
+        percentile[value == value.max()].mean(), ten_best
 
 
 def add_runs(folders):
@@ -236,8 +259,8 @@ def sample(rows, outcome, part, arm, method=None, score=None):
 
 def complete(rows, part):
     """Whether all runs of a part are in the rows."""
-    known = {(row['arm'], row['method'], row['seed']) for row in rows if row['part'] == part}
-    return len(known) == len(commands(part))
+    known = {(row['seed'], row['arm'], row['method']) for row in rows if row['part'] == part}
+    return known == {run[:3] for run in runs(part)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -254,6 +277,8 @@ def contrast(*pairs):
                 part = np.var(values, ddof=1) / len(values) / len(pairs) ** 2
                 variance += part
                 square += part ** 2 / (len(values) - 1)
+    if not math.isfinite(estimate):
+        raise ValueError('a sample is empty, or a value is not known')
     return estimate, math.sqrt(variance), variance ** 2 / square if square else math.inf
 
 
@@ -330,25 +355,46 @@ def answers_a(e2, placement):
             p[kind] = p_equivalent(*c, margin)
     worse = holm({kind: p_different(*c) if c[0] < 0 else 1.0 for kind, c in found.items()})
     equal = {margin: holm(p) for margin, p in equal.items()}
-    places = p_greater(*contrast(*[(placement[m, REAL], [50.0]) for m in METHODS])) < LEVEL
+    placed = [m for m in METHODS if len(placement[m, REAL]) > 1]
+    places = placed and p_greater(*contrast(*[(placement[m, REAL], [50.0]) for m in placed]))
     out = {}
     for kind, c in found.items():
         margin = next((m for m in MARGINS_A if equal[m][kind] < LEVEL), None)
         single = {m: contrast((e2[m, kind], e2[m, REAL])) for m in METHODS}
         losers = holm({m: p_different(*s) if s[0] < 0 else 1.0 for m, s in single.items()})
         losers = [m for m in METHODS if losers[m] < LEVEL]
-        moved = contrast(*[(placement[m, kind], placement[m, REAL]) for m in METHODS])
+        both = [m for m in placed if len(placement[m, kind]) > 1]
+        moved = both and contrast(*[(placement[m, kind], placement[m, REAL]) for m in both])
         if margin is None:
             answer = 'needed' if worse[kind] < LEVEL else 'undecided'
-        elif losers:
+        elif losers and heterogeneity(list(single.values())) < LEVEL:
             answer = f'depends: {" and ".join(losers)} worse'
-        elif not places:                        # real data do not say where operations belong
-            answer = 'no data teach much at this length'
-        elif p_equivalent(*moved, PLACEMENT) < LEVEL:
-            answer = f'not needed, within {MARGINS_A[margin]} points'
+        elif not placed or places >= LEVEL:     # real data do not say where operations belong
+            answer = 'not shown that data teach where operations belong'
+        elif both and p_equivalent(*moved, PLACEMENT) < LEVEL:
+            lower = ', but lower' if worse[kind] < LEVEL else ''
+            answer = f'not needed, within {margin} of E2{lower}'
         else:
             answer = 'undecided'
         out[kind] = answer, c
+    return out
+
+
+def gates(rows, part, largest):
+    """{what real data are compared with: contrast} of the searches on CIFAR-10 in a part of A."""
+    methods = [m for m in METHODS if len(sample(rows, 'e2', part, REAL, m))]
+
+    def real(name):
+        return [sample(rows, name, part, REAL, m) for m in methods]
+
+    pairs = zip(real('percentile'), real('shuffled'))
+    out = {'a random cell, E2': contrast(*[(values, [50.0]) for values in real('e2')]),
+           'shuffled edges, percentile': contrast(*[(a - b, [0.0]) for a, b in pairs]),
+           'the largest network, percentile': contrast(*[(values, [largest])
+                                                         for values in real('percentile')])}
+    if part == 'A1' and complete(rows, 'A3'):
+        frozen = [sample(rows, 'e2', 'A3', REAL, m) for m in methods]
+        out['frozen weights, E2'] = contrast(*zip(real('e2'), frozen))
     return out
 
 
@@ -391,6 +437,18 @@ def print_scoring(rows, part):
         n = len(sample(rows, 'rho', part, arm, method, score))
         table.append([arm, method, score, str(n), *cells])
     print_table(table)
+    if part == 'Bdose':
+        dots = [row for row in rows if row['part'] in ('B', part) and row['score'] == SCORES[0]]
+        r = stats.spearmanr([row['fit'] for row in dots], [row['rho'] for row in dots]).statistic
+        print(f'Rank correlation of fit and rho over {len(dots)} supernets of B and Bdose: {r:.2f}')
+    if part == 'Bbest' and complete(rows, 'B'):
+        real = sample(rows, 'rho', part, 'cifar10@25000', score='valid_accuracy')
+        others = {kind: sample(rows, 'rho', 'B', kind, score=SCORES[0]) for kind in UNREAL}
+        others['generated_fresh'] = sample(rows, 'rho', part, 'generated_fresh', score=SCORES[0])
+        found = {kind: contrast((values, real)) for kind, values in others.items()}
+        p = holm({kind: p_different(*c) for kind, c in found.items()})
+        for kind, c in found.items():
+            print(f'{kind} less real data at their best: {difference(c)}, p {p[kind]:.3f}')
     if part == 'B':
         rho, given_params = {}, {}
         for kind in KINDS:
@@ -420,11 +478,17 @@ def print_gradient(rows, part):
         p = heterogeneity([contrast(pair) for pair in single['e2']]) if len(methods) > 1 else 1
         table.append([*line, '-' if arm == REAL else f'{p:.3f}'])
     print_table(table)
+    if part == 'A0':
+        before = sample(first_study(), 'e2', 'held out', REAL, 'darts')
+        c = contrast((sample(rows, 'e2', part, REAL), before))
+        print(f'E2 less that of the first study: {difference(c, 1)}')
+    for name, c in gates(rows, part, truth(NB201_LARGEST)['percentile']).items():
+        print(f'{REAL} less {name}: {difference(c, 1)}')
     if set(KINDS) <= set(arms):
         both = by_method(rows, part)
-        for kind, (answer, _) in answers_a(*both).items():
-            print(f'{kind}: {answer}')
-        print()
+        for kind, (answer, c) in answers_a(*both).items():
+            print(f'{kind}: {answer}; E2 from real {difference(c, 1)}')
+    print()
 
 
 def by_method(rows, part):
@@ -458,16 +522,12 @@ def print_no_search():
     best = rank[draws[np.arange(10000), params[draws].argmax(1)]].mean()
     print(f'largest network: percentile {truth(NB201_LARGEST)["percentile"]:.1f}, '
           f'{truth(NB201_LARGEST)["cifar10"]:.2f}%; best of 100 cells by parameters: {best:.1f}; '
-          f'random cell: {percentile.mean():.1f}, E2 '
-          f'{soft_percentile_of_random():.1f}; optimum: {accuracy.max():.2f}%\n')
+          f'random cell: percentile and E2 {percentile.mean():.1f}; optimum: {accuracy.max():.2f}%')
+    cells = [nas_bench_201()[0][cell] for cell in distinct_cells()]
+    numbers = worth(*np.array([[row['params'], row['cifar10']] for row in cells], float).T)
+    print('{} distinct cells by parameters: rank correlation {:.3f}, better half {:.3f}, best cell '
+          '{:.1f}, ten best {:.1f}\n'.format(len(cells), *numbers))
     return best
-
-
-@cache
-def soft_percentile_of_random():
-    """E2 of random alphas, which is not exactly 50."""
-    rng = np.random.Generator(np.random.Philox(0))
-    return float(np.mean([soft_percentile(rng.standard_normal((6, 5))) for _ in range(2000)]))
 
 
 def print_expressivity():
@@ -518,7 +578,7 @@ def print_power(repeats=2000):
     """Chances of each answer: A from the first study's rows, B from a deviation of supernets."""
     rng = np.random.Generator(np.random.Philox(0))
     e2, placement = by_method(first_study(), 'held out')
-    words = 'not needed', 'no data teach', 'depends', 'needed', 'undecided'
+    words = 'not needed', 'not shown', 'depends', 'needed', 'undecided'
     table = [['part', 'when real data are worth', *words, 'half-width']]
 
     def line(part, worth, answers, widths):
@@ -528,20 +588,21 @@ def print_power(repeats=2000):
         table.append([part, worth, *(f'{n / len(answers):.2f}' for n in counts.values()),
                       f'{np.mean(widths):.3f}'])
 
-    for loss, points in ((0.0, '0'), (4.5, '5'), (9.0, '10')):
+    for loss in (0.0, *MARGINS_A):
         answers, widths = [], []
         for _ in range(repeats):
-            drawn = {}
+            drawn, places = {}, {}
             for method, kind in e2:             # every kind has the spread of its own rows
-                values = e2[method, kind] - e2[method, kind].mean() + e2[method, REAL].mean()
-                drawn[method, kind] = rng.choice(values, 64) - loss * (kind != REAL)
-            places = {(method, kind): rng.choice(placement[method, REAL], 64)
-                      for method, kind in e2}
+                values = e2[method, kind]
+                spread = (values - values.mean()) * math.sqrt(len(values) / (len(values) - 1))
+                drawn[method, kind] = rng.choice(spread, 64) + e2[method, REAL].mean() \
+                    - loss * (kind != REAL)
+                places[method, kind] = rng.choice(placement[method, kind], 64)
             for answer, c in answers_a(drawn, places).values():
                 answers.append(answer)
                 widths.append(interval(*c)[1] - c[0])
-        line('A1', f'{points} percentile points', answers, widths)
-    for deviation in (0.03, 0.04, 0.05):
+        line('A1', f'{loss} of E2', answers, widths)
+    for deviation in (0.03, 0.04, 0.055):
         for loss in (0.0, 0.05, 0.1):
             answers, widths = [], []
             for _ in range(repeats):
@@ -551,7 +612,7 @@ def print_power(repeats=2000):
                 for answer, c, _ in answers_b(rho, given).values():
                     answers.append(answer)
                     widths.append(interval(*c)[1] - c[0])
-            line('B', f'{loss:.2f}, deviation {deviation:.2f}', answers, widths)
+            line('B', f'{loss:.2f}, deviation {deviation:.3f}', answers, widths)
     print_table(table)
 
 
@@ -572,7 +633,7 @@ def draw_study(path):
     groups += [(title, gradient, part) for part, title in
                (('A1', 'by gradient'), ('A2', 'by gradient, alphas on train'))]
     groups.append(('by gradient, first study', first_study(), 'held out'))
-    lines = []                                  # label, colour, percentiles, shuffled, by method
+    lines = []                                  # label, colour, shuffled, percentiles by method
     for title, rows, part in groups:
         if part in parts() and not complete(rows, part):
             continue
@@ -585,17 +646,17 @@ def draw_study(path):
                 by.setdefault(row['method'], []).append(row['percentile'])
             colour = f'C{KINDS.index(arm)}' if arm in KINDS else 'dimgray'
             lines.append((f'{title}: {method + " " if method else ""}{arm} ({len(mine)})', colour,
-                          [row['percentile'] for row in mine], [row['shuffled'] for row in mine],
-                          by))
+                          [row['shuffled'] for row in mine], list(by.values())))
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.25 * len(lines)), layout='constrained')
-    for y, (_, colour, found, shuffled, by) in enumerate(lines):
-        low, high = interval(*contrast((found, [0.0]))) if len(found) > 1 else (found * 2)
-        axis.plot([low, high], [y, y], '-', color=colour)
-        axis.plot(np.mean(found), y, 'o', color=colour)
+    for y, (_, colour, shuffled, found) in enumerate(lines):
+        means = [np.mean(values) for values in found]
+        axis.plot(np.mean(means), y, 'o', color=colour)
         axis.plot(np.mean(shuffled), y, 'o', color=colour, mfc='none')
-        if len(by) > 1:
-            axis.plot([np.mean(values) for values in by.values()], [y + 0.25] * len(by), '|',
-                      color=colour, ms=5)
+        if len(shuffled) > 3:
+            axis.plot(interval(*contrast(*[(values, [0.0]) for values in found])), [y, y], '-',
+                      color=colour)
+        ticks = found[0] if len(shuffled) <= 3 else means if len(found) > 1 else []
+        axis.plot(ticks, [y + 0.25] * len(ticks), '|', color=colour, ms=5)
     for value, style, label in ((50, '--', 'random cell'), (print_no_search(), '-.',
                                 'best of 100 by parameters'),
                                 (truth(NB201_LARGEST)['percentile'], ':', 'largest network'),
@@ -603,12 +664,26 @@ def draw_study(path):
         axis.axvline(value, color='gray', ls=style, lw=1, label=label, zorder=0)
     axis.plot([], [], 'ko', label='found cells, mean and 95% interval')
     axis.plot([], [], 'ko', mfc='none', label='same operations on shuffled edges')
-    axis.plot([], [], 'k|', label='a method')
+    axis.plot([], [], 'k|', label='a method, or a seed of three')
     axis.set(yticks=range(len(lines)), yticklabels=[line[0] for line in lines],
              ylim=(len(lines) - 0.5, -0.5), xlim=(20, 101),
              xlabel='percentile of the cell among all of NAS-Bench-201')
     figure.legend(loc='outside lower center', ncols=3, fontsize=8)
-    figure.savefig(path, dpi=120, metadata={'Date': None} if str(path).endswith('.svg') else None)
+    save(figure, path)
+    dots = [row for row in scoring if row['part'] in ('B', 'Bdose') and row['score'] == SCORES[0]]
+    if not complete(scoring, 'Bdose'):
+        return
+    figure, axis = plt.subplots(figsize=(6, 4), layout='constrained')
+    for kind in dict.fromkeys(row['arm'].split('@')[0] for row in dots):
+        mine = [row for row in dots if row['arm'].split('@')[0] == kind]
+        axis.plot([row['fit'] for row in mine], [row['rho'] for row in mine], '.', label=kind)
+    axis.set(xlabel='accuracy on the training images', ylabel='rank correlation with the truth')
+    axis.legend()
+    save(figure, Path(path).with_stem(Path(path).stem + '-dose'))
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=120, metadata={'Date': None} if Path(path).suffix == '.svg' else None)
 
 
 def main():
