@@ -819,6 +819,8 @@ def train_flow(source, path, steps, seed, device):
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         step = state['step']
+        if step > steps:
+            raise UserError(f'{path} has had {step} steps. Remove it, or give as many.')
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
     progress, text = Progress(steps, 'steps', step, ''), ''
     while step < steps:
@@ -898,19 +900,11 @@ KINDS = {
 # ---- Writing a data set ---------------------------------------------------------------------
 
 
-def put_back(out):
-    """Give a set its name again if a run was killed while --force replaced it."""
-    if not out.exists():
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(out.with_name(f'.{out.name}.old'), out)
-
-
 @contextlib.contextmanager
 def new_folder(out, force=False):
     """Yield a hidden folder that takes the name `out` when the block ends well.
 
-    One process at a time. Whatever kills a run, `out` is the old set or the new one: if it is
-    missing for a moment, put_back finds it.
+    One process at a time. If a run is killed while it replaces a set, the next one puts that back.
     """
     out = Path(os.path.realpath(out))
     old, new = out.with_name(f'.{out.name}.old'), out.with_name(f'.{out.name}.new')
@@ -918,7 +912,8 @@ def new_folder(out, force=False):
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def tidy():                             # also what killed runs left
-        put_back(out)
+        if old.exists() and not out.exists():
+            os.replace(old, out)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
@@ -1000,9 +995,10 @@ def write_images(path, n, chunks):
 def mean_and_std(images):
     """Two lists by channel, of pixels / 255; no deviation is below 1 / 255."""
     counts, values = np.zeros((3, 256), np.int64), np.arange(256)
-    starts = range(0, len(images), 1000)
-    for start in Progress(len(starts), 'thousands of images counted').over(starts):
-        for channel, pixels in enumerate(images[start:start + 1000].reshape(-1, 3).T):
+    step = math.ceil(2 ** 24 / images[0].size)
+    starts = range(0, len(images), step)
+    for start in Progress(len(starts), f'x {step} images counted').over(starts):
+        for channel, pixels in enumerate(images[start:start + step].reshape(-1, 3).T):
             counts[channel] += np.bincount(pixels, minlength=256)
     mean = counts @ values / counts.sum(1)
     variance = counts @ values ** 2 / counts.sum(1) - mean ** 2
@@ -1035,7 +1031,7 @@ def contact_sheet(images, labels, meta):
         x, y = gap + place % 10 * step, gap + place // 10 * step
         how = Image.NEAREST if len(image) < side else Image.BOX
         sheet.paste(Image.fromarray(image).resize((side, side), how), (x, y))
-        name = ' '.join(names[c] for c in classes)
+        name = ' '.join(names[c] for c in classes)[:40]
         while pen.textlength(name) > step - 4:
             name = name.removesuffix('…')[:-1] + '…'
         pen.text((x, y + side + 2), name, 'dimgray')
@@ -1118,7 +1114,7 @@ class Data:
 def sha256_of_files(paths):
     """Of their names and sizes."""
     names = [f'{path.parent.name}/{path.name} {path.stat().st_size}' for path in paths]
-    return hashlib.sha256('\n'.join(names).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode('\n'.join(names))).hexdigest()
 
 
 def read(name, s, split='train'):
@@ -1130,7 +1126,6 @@ def read(name, s, split='train'):
     if name in REAL:
         return REAL[name](name, s, split)
     folder = Path(name)
-    put_back(folder)
     if not folder.is_dir():
         raise UserError(f'{name}: no folder, nor {", ".join([*REAL, *KINDS])}. Check the path.')
     if not (folder / 'meta.json').exists():
@@ -1162,14 +1157,20 @@ def read_written(folder, s):
             if data.small and data.sha256() != meta['sha256']['images']:
                 raise ValueError('other images')
             return data
-    for data_dir in (s['data_dir'], meta['source']['data_dir']):
-        with contextlib.suppress(UserError):
+    places, why = [s['data_dir']], ''
+    if places == [DEFAULTS['data_dir']]:            # none was given: also where they were
+        places.append(meta['source']['data_dir'])
+    for data_dir in places:
+        try:
             source = read(own['source'], {**own, 'data_dir': data_dir})
-            if source.sha256() == meta['sha256']['images']:
-                return replace(data, images=source.images, studies=source.studies,
-                               files=source.files, zoom=source.zoom)
-    raise UserError(f'{folder}: the images of {own["source"]} in {data_dir} are not as they were. '
-                    'Give their --data_dir, or make it again.')
+        except UserError as error:
+            why = f' ({error})'
+            continue
+        if source.sha256() == meta['sha256']['images']:
+            return replace(data, images=source.images, studies=source.studies,
+                           files=source.files, zoom=source.zoom)
+    raise UserError(f'{folder}: the images of {own["source"]} in {data_dir} are not as they were'
+                    f'{why}. Give their --data_dir, or make it again.')
 
 
 # CIFAR: folder, means and standard deviations of the training images (those that DARTS's code
@@ -1233,6 +1234,8 @@ def read_imagenet(name, s, split):
     if not (root / 'train').is_dir():
         root /= name
     listed = list_images(root / ('train' if split == 'train' else 'val'))
+    if split == 'test':
+        check_classes(class_folders(root / 'train'), listed[0], root / 'val')
     return data_of_files(name, split, *listed, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225],
                        s['image_size'] or 224)
 
@@ -1253,7 +1256,10 @@ def read_chexpert(name, s, split, table=None):
     files, rows = [], []
     for row, inside in enumerate(paths):
         file = root / inside
-        for view in [file] if file.suffix else sorted(file.glob('view*')):
+        views = [file] if file.suffix else sorted(file.glob('view*'))
+        if not views:
+            raise UserError(f'{path}: {file} has no views. Bring it back.')
+        for view in views:
             if s['views'] == 'all' or 'frontal' in view.name:
                 files.append(view)
                 rows.append(row)
@@ -1302,17 +1308,14 @@ def read_folder(root, split, s):
     """
     trees = [root]
     if (root / 'train').is_dir():
-        tests = [root / name for name in ('val', 'test') if (root / name).is_dir()]
+        tests = [root / name for name in ('val', 'valid', 'test') if (root / name).is_dir()]
         trees = [root / 'train', *tests[:1]]
     classes, files, labels = zip(*map(list_images, trees))
-    differ = sorted({*classes[0]} ^ {*classes[-1]})
-    if differ:
-        raise UserError(f'{trees[1]} and {trees[0]} differ in their classes: '
-                        f'{", ".join(differ[:5])}. Give both the same folders.')
+    check_classes(classes[0], classes[-1], trees[-1])
     is_test = np.arange(sum(map(len, files))) >= len(files[0])
     files, labels = np.concatenate(files), np.concatenate(labels)
     # The test split is read after the training split, which has tried its pictures too.
-    if len(files) <= 20000 and (split == 'train' or s['skip_broken']):
+    if s['skip_broken'] or len(files) <= 20000 and split == 'train':
         fine = try_pictures(files, trees)
         if not fine.all() and not s['skip_broken']:
             broken = ', '.join(map(str, files[~fine][:10]))
@@ -1321,6 +1324,8 @@ def read_folder(root, split, s):
         if not fine.all() and split == 'train':
             print(f'{root}: {(~fine).sum()} broken pictures are left out', file=sys.stderr)
         files, labels, is_test = files[fine], labels[fine], is_test[fine]
+        if len({*labels[~is_test]}) < len(classes[0]):
+            raise UserError(f'{root}: a class has no pictures that can be read. Remove its folder.')
     if len(trees) == 1:
         is_test[stratified_split(labels, 1 - s['test_fraction'], 0)[1]] = True
         if split == 'train' and is_test.any():
@@ -1350,13 +1355,28 @@ def data_of_files(name, split, classes, files, labels, mean, std, size):
     return data
 
 
+def class_folders(folder):
+    """Names of the folders in a folder, without hidden ones."""
+    return sorted(path.name for path in folder.iterdir()
+                  if path.is_dir() and not path.name.startswith('.'))
+
+
+def check_classes(train, test, folder):
+    """UserError if the test split, in `folder`, has other classes than the training split."""
+    differ = sorted({*train} ^ {*test})
+    if differ:
+        raise UserError(f'{folder} and the training images differ in their classes: '
+                        f'{", ".join(differ[:5])}. Give both the same folders.')
+
+
 def list_images(folder):
     """(classes, array of paths, int64 labels) of a tree with a folder of images for each class."""
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
     with readable(f'{folder} is no folder of images', 'Give each class its own, or another path.'):
-        found = ImageFolder(folder)
-    files = np.array([Path(file) for file, _ in found.samples])
-    return found.classes, files, np.array(found.targets)
+        classes = class_folders(folder)
+        numbers = {name: k for k, name in enumerate(classes)}
+        files, labels = zip(*make_dataset(folder, numbers, IMG_EXTENSIONS))
+    return classes, np.array([Path(file) for file in files]), np.array(labels)
 
 
 def try_pictures(files, folders):
@@ -1400,7 +1420,8 @@ def resize(image, size, zoom=1, crop=False):
 
     crop: instead RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator.
     """
-    turned = image.getexif().get(274, 1) > 4        # lies on its side until it is turned
+    # It lies on its side until it is turned; of a TIFF Pillow gives the size of the turned one.
+    turned = image.format != 'TIFF' and image.getexif().get(274, 1) > 4
     w, h = image.size[::-1] if turned else image.size
     if crop:
         from torchvision.transforms import RandomResizedCrop
@@ -1575,6 +1596,7 @@ class Batches:
         try:
             yield from torch.utils.data.DataLoader(
                 self.data, batch_size=None, sampler=items, num_workers=self.workers,
+                multiprocessing_context='fork' if self.workers else None,   # shares the images
                 pin_memory=self.device.type == 'cuda', generator=torch.Generator())
         except UserError as error:              # a worker's traceback stands before its message
             raise UserError(str(error).split('UserError: ')[-1].strip()) from None

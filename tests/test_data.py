@@ -137,10 +137,12 @@ def test_folders_are_named_by_settings_and_never_mixed_up():
         'random_labels-label_noise=0.5-seed4', 'random_labels-source=own-seed0']
     with pytest.raises(g.UserError, match='was made with another source'):
         find_or_make('random_labels', source='b/own')
-    folder = Path('data/cifar-10-batches-py')
-    shutil.copy(folder / 'test_batch', folder / 'data_batch_1')
+    folder = Path('cifar-10-batches-py')
+    shutil.copytree('data' / folder, 'other' / folder)
+    shutil.copy('data' / folder / 'test_batch', 'other' / folder / 'data_batch_1')
+    find_or_make('random_labels', label_noise=0.5, data_seed=4)         # found again
     with pytest.raises(g.UserError, match='not as they were'):
-        find_or_make('random_labels', label_noise=0.5, data_seed=4)
+        find_or_make('random_labels', label_noise=0.5, data_seed=4, data_dir='other')
 
 
 def make_or_wait(folder):
@@ -172,6 +174,7 @@ def test_a_killed_replacement_leaves_the_old_set_or_the_new_one(moment):
         make_set('n', '--num_images', '20', '--force')
         os._exit(0)
     os.wait()
+    assert generate('n') == 2                           # it exists: if need be it is put back
     assert len(g.read('n', {})) in (40, 20)
     assert len(make_set('n', '--num_images', '30', '--force')) == 30 and names() == ['n']
 
@@ -354,6 +357,7 @@ def test_trained_generator_stops_and_goes_on(capsys, monkeypatch):
     left.touch()                                        # of a run that was killed while saving
     assert generate('part/', *common, '--generator_steps', '22', '--force') == 0
     assert not left.exists()
+    one_line(capsys, generate('part', *common, '--generator_steps', '9', '--force'), '22 steps')
     assert (np.load('whole/images.npy') == np.load('part/images.npy')).all()
     data = g.read('whole', {})
     assert data.classes == ['cat', 'dog'] and (np.bincount(data.labels) == 4).all()

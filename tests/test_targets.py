@@ -71,8 +71,9 @@ def test_image_folders_of_any_depth_of_colour_and_turned_images():
     upright.save('upright.png')
     exif = upright.getexif()
     exif[274] = 6                                       # lies on its side, by a quarter of a turn
-    upright.transpose(Image.ROTATE_90).save('side.png', exif=exif)
-    assert (g.read_image('side.png', 16) == g.read_image('upright.png', 16)).all()
+    for name in ('side.png', 'side.tiff'):
+        upright.transpose(Image.ROTATE_90).save(name, exif=exif)
+        assert (g.read_image(name, 16) == g.read_image('upright.png', 16)).all()
 
 
 @pytest.mark.parametrize('name, needle', [
@@ -208,6 +209,7 @@ def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
         for name in ('one', 'two'):
             Path(f'own/{split}/cat/{name}.jpg').write_bytes(b'no picture')
     Path('own/train/cat/notes.txt').touch()
+    Path('own/train/.ipynb_checkpoints').mkdir()
     with pytest.raises(g.UserError, match='4 pictures cannot be read: .*one.jpg, .*val.*one.jpg'):
         g.read('own', {})
     assert len(g.read('own', {'skip_broken': True})) == 8
@@ -215,6 +217,10 @@ def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
     said = capsys.readouterr().err
     assert '1 files that are no pictures are left out, as notes.txt' in said
     assert '4 broken pictures are left out' in said
+    for path in Path('own/train/cat').glob('*.png'):
+        path.write_bytes(b'no picture')
+    with pytest.raises(g.UserError, match='a class has no pictures'):
+        g.read('own', {'skip_broken': True})
 
 
 def test_search_retrain_and_evaluate_on_imagenet(capsys):
@@ -234,6 +240,9 @@ def test_search_retrain_and_evaluate_on_imagenet(capsys):
                   '--valid_fraction', '0.5'],
                  ['noise', '--preset', 'imagenet', '--num_classes', '3', '--num_images', '60']):
         run(search.main, more[0], *flags, '--max_steps', '1', '--data', *more)
+    Path('in/val/n03').rename('in/val/n04')
+    with pytest.raises(g.UserError, match='differ in their classes: n03, n04'):
+        g.read('imagenet', {'data_dir': 'in'}, 'test')
 
 
 def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
@@ -267,6 +276,8 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
         mine = np.array([scores['/'.join(study.split('/')[-2:]), name] for study in rows])
         truth = np.array([float(r[name] or 0) for r in rows.values()])
         assert evaluate.auroc(mine, truth) == pytest.approx(area)
+    next(Path('d/test').glob('*/*')).rename('d/moved')
+    one_line(capsys, evaluate.main(['n', '--test_labels', 'd/labels.csv']), 'has no views')
     one_line(capsys, retrain.main([*flags, '--data', 'chexpert', '--arch', 'r', '--save', 's',
                                    '--label_smoothing', '0.1']), 'several labels')
 
