@@ -389,7 +389,10 @@ def read_test(meta, data_dir=None, table=None):
     name = meta['data']
     if data_dir:
         settings['data_dir'] = data_dir
-        name = name if name in REAL else data_dir
+    if name not in REAL and not Path(name).exists():
+        if not data_dir:
+            raise UserError(f'{name}: the training data are gone. Say where with --data_dir.')
+        name = data_dir
     if table:
         data = read_chexpert('chexpert', settings, 'test', table)
     else:
@@ -419,6 +422,7 @@ def report(run, device, data_dir=None, test_labels=None):
     found_by = meta['found_by']
     row.update(searched_on=found_by['data'], method=found_by['method'],
                arch_data=found_by.get('arch_data'), genotype=meta['genotype'],
+               space='nb201' if isinstance(meta['genotype'], str) else 'darts',
                **cost(from_plain(meta['genotype']), meta['init_channels'], meta['layers'],
                       len(meta['classes']), meta['image_size'], meta['stem']))
     data = read_test(meta, data_dir, test_labels)
@@ -518,7 +522,7 @@ def table(rows):
         lines.append(line)
         first = runs[0]['settings'].items()
         names = {name for run in runs for name, _ in first ^ run['settings'].items()}
-        names -= MAY_DIFFER | {'seed', 'data_seed', 'arch'}
+        names -= MAY_DIFFER | {'seed', 'data_seed', 'arch', 'genotype'}
         if names:
             print(f'{" ".join(str(word) for word in key if word)}: averaged over runs that differ '
                   f'in {", ".join(sorted(names))}', file=sys.stderr)
@@ -595,7 +599,7 @@ def plot(rows, path):
     if len(fits) > 2:
         panels.append(('fit and generalization, one dot per network', 2.4, draw_fits, [fits]))
     elif len(rows) == 1 and 'tested' in rows[0]:
-        panels.append(('test images, after the last epoch', 6, draw_test, rows))
+        panels.append(('test images', 6, draw_test, rows))
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
     heights = [panel[1] for panel in panels]

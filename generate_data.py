@@ -72,9 +72,9 @@ def number(kind, low=-2 ** 62, high=2 ** 62, above=-math.inf, below=math.inf):
             value = kind(text)
             if low <= value <= high and above < value < below:
                 return value
-        end = '' if min(high, below) == 2 ** 62 else f' to {min(high, below)}'
-        raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {kind.__name__} from '
-                                         f'{max(low, above)}{end}')
+        start = f'above {above}' if above > low else f'from {low}'
+        end = f' and below {below}' if below < high else f' to {high}' if high < 2 ** 62 else ''
+        raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {kind.__name__} {start}{end}')
     return parse
 
 
@@ -1430,7 +1430,8 @@ def resize(image, size, zoom=1, crop=False):
         how, shares = Image.BILINEAR, (left / w, top / h, (left + wide) / w, (top + high) / h)
         part = min(high, wide) / min(w, h)
     else:                                           # whole pixels, as if the resized had been cut
-        scale, how, part = round(size * zoom) / min(w, h), Image.BICUBIC, 1 / zoom
+        scale, part = round(size * zoom) / min(w, h), 1 / zoom
+        how = Image.BILINEAR if zoom > 1 else Image.BICUBIC         # the first as for ImageNet
         wide, high = max(size, round(w * scale)), max(size, round(h * scale))
         left, top = (wide - size) // 2, (high - size) // 2
         shares = left / wide, top / high, (left + size) / wide, (top + size) / high
@@ -1520,6 +1521,12 @@ def suited(data):
     return 'imagenet' if data.image_size > 64 else 'standard'
 
 
+def ignore_signals(worker):
+    """Let only the run itself stop a worker: a signal to all would kill it before the run saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Batches:
     """Normalised batches of some images of a Data, every epoch in an order of its own.
 
@@ -1597,7 +1604,8 @@ class Batches:
             yield from torch.utils.data.DataLoader(
                 self.data, batch_size=None, sampler=items, num_workers=self.workers,
                 multiprocessing_context='fork' if self.workers else None,   # shares the images
-                pin_memory=self.device.type == 'cuda', generator=torch.Generator())
+                pin_memory=self.device.type == 'cuda', generator=torch.Generator(),
+                worker_init_fn=ignore_signals)
         except UserError as error:              # a worker's traceback stands before its message
             raise UserError(str(error).split('UserError: ')[-1].strip()) from None
 

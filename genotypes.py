@@ -183,7 +183,7 @@ def expression(arch):
 
 @cache
 def distinct_cells():
-    """The 6,466 cells that compute different things: the first of each in the benchmark."""
+    """The 6,466 cells that NAS-Bench-201 counts as different: the first of each."""
     cells = {}
     for arch in nas_bench_201()[0]:
         cells.setdefault(expression(arch)[0], arch)

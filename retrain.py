@@ -43,9 +43,8 @@ from evaluate import (COST, EVALUATION_BATCH, MAY_DIFFER, check_layers, correct,
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-from genotypes import plain, short_name
+from genotypes import plain, short_name, to_json
 from model_search import Network
 
 # ---- Settings: those that a search shares, then those of this script. Defaults are DARTS's. -
@@ -100,8 +99,9 @@ RECIPE = {
     'holdout_patients': Setting(0.0, 'share that chooses the epoch', number(float, 0, below=1)),
     'train_portion': Setting(1.0, 'share of the images, or their number', number(float, above=0)),
 }
-# A preset's, and no flags: the schedule, cosine or linear, and the weight of the auxiliary loss
-FIXED = dict(schedule='cosine', auxiliary_weight=0.4)
+# A preset's, and no flags: the schedule, cosine or linear, the weight of the auxiliary loss, and
+# whether batches are smaller if there are few images
+FIXED = dict(schedule='cosine', auxiliary_weight=0.4, fit_batch=False)
 # nb201: the benchmark's recipe, by default for its cells. ImageNet: that of PC-DARTS and P-DARTS,
 # with the learning rate for 1,024 images. CheXpert and laptop: our own choice.
 PRESETS = {
@@ -110,7 +110,7 @@ PRESETS = {
                   grad_clip=0.0, drop_path_prob=0.0, init_channels=16, layers=17),
     'laptop': dict(epochs=20, batch_size=64, learning_rate=0.1, nesterov=True, weight_decay=5e-4,
                    drop_path_prob=0.0, init_channels=16, layers=5, image_size=16,
-                   train_portion=2000, augment='none'),
+                   train_portion=2000, augment='none', fit_batch=True),
     'imagenet': dict(epochs=250, batch_size=1024, rate_for=1024, learning_rate=0.5,
                      schedule='linear', warmup_epochs=5, weight_decay=3e-5, label_smoothing=0.1,
                      drop_path_prob=0.0, init_channels=48, layers=14, image_size=224,
@@ -159,6 +159,7 @@ def settle(doc, tables, argv, presets, defaults_for):
     for name in {'warmup_epochs', 'frozen_epochs'} & s.keys() - typed.keys():
         share = defaults[name] / defaults['epochs']             # is kept, but not all epochs
         s[name] = min(round(share * s['epochs']), s['epochs'] - 1)
+    s['fit_batch'] = s['fit_batch'] and 'batch_size' not in typed
     rate_for = s.pop('rate_for', None)
     if rate_for and 'learning_rate' not in typed:
         s['learning_rate'] *= s['batch_size'] / rate_for
@@ -186,8 +187,8 @@ def refuse_idle(typed, idle):
 
 
 def batch_of(args, images):
-    """--batch_size, with --preset laptop less for few images: for about 20 steps an epoch."""
-    if args.preset != 'laptop':
+    """--batch_size, by default with --preset laptop less for few images: 20 steps an epoch."""
+    if not args.fit_batch:
         return args.batch_size
     parts = args.grad_accum * int(os.environ.get('WORLD_SIZE', 1))
     size = min(args.batch_size, max(8, images // 20))
@@ -247,7 +248,7 @@ class Run:
         self.args, self.device, self.folder = args, device, Path(args.save)
         self.finished = (self.folder / result).exists()
         self.checkpoint, self.log = {}, []
-        self.epoch = self.step = 0              # where to go on
+        self.epoch = self.step = self.epochs = 0        # where to go on, and where it ends
         self.caught = self.stop = 0             # a signal; one that all processes have agreed on
         if is_first():
             self.check_folder()
@@ -266,13 +267,13 @@ class Run:
         before, now = read_json(about)['settings'], vars(self.args)
         for name in sorted((now.keys() | before.keys()) - MAY_DIFFER):
             if now.get(name) != before.get(name):
-                raise UserError(f'{self.folder} was run with --{name} {before.get(name)}, not '
-                                f'{now.get(name)}: give the same, or choose another --save')
+                raise UserError(f'{self.folder} was run with --{name} {before.get(name)!s:.60}, '
+                                f'not {now.get(name)!s:.60}: give the same, or another --save')
 
     def plan(self, full):
         """Set epochs, steps of an epoch and total steps, of data that give `full` steps an epoch.
 
-        Without --steps_per_epoch, --max_steps shortens the epochs and not their number, so that
+        Without --steps_per_epoch, --max_steps shortens the epochs rather than their number, so that
         everything that goes by epochs keeps its shape.
         """
         args = self.args
@@ -293,7 +294,7 @@ class Run:
         with open(self.folder / '.lock', 'a') as lock:
             if is_first():
                 try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # no worker inherits it
                 except OSError:
                     raise UserError(f'{self.folder}: wait for another process there') from None
                 self.write_args(data)
@@ -337,7 +338,7 @@ class Run:
         }, indent=1) + '\n')
 
     def catch(self, signum, _frame):
-        if self.caught:                         # the second one ends the run at once
+        if self.caught or self.epoch >= self.epochs:    # the second one, or one with no step left
             raise KeyboardInterrupt
         self.caught = signum
 
@@ -425,7 +426,7 @@ class Run:
 
     def save(self, epoch, step):
         """Write checkpoint and log, `step` steps into `epoch`; True if a signal stops the run."""
-        self.step, self.saved = step, time.time()
+        self.epoch, self.step, self.saved = epoch, step, time.time()
         if world()[1] == 1:                     # a signal may come after the last step as well
             self.stop = self.caught
         content = {name: target.state_dict() for name, target in self.objects.items()}
@@ -435,7 +436,7 @@ class Run:
         if is_first():
             write_file(self.folder / 'checkpoint.pt', content)
         self.write_log()
-        if not self.stop or epoch == self.epochs:
+        if not self.stop:
             return False
         print(f'stopped and saved in {self.folder}: run the same with --resume')
         return True
@@ -616,22 +617,24 @@ def tensors_of_a_step(network, *optimizers):
 
 
 def train_step(network, batch, optimizer, args):
-    """Step the weights; returns loss (without the auxiliary head's) and right answers, (2,)."""
+    """Step the weights; returns loss (without the auxiliary head's) and right answers, (2,).
+
+    The loss and right answers are of this process, the gradients of all of them.
+    """
     parts, sums = list(zip(*(t.chunk(args.grad_accum) for t in batch))), 0
-    for k, (x, y) in enumerate(parts):
-        # DistributedDataParallel averages over the processes after the last part.
-        waits = k + 1 < len(parts) and hasattr(network, 'no_sync')
-        with network.no_sync() if waits else contextlib.nullcontext():
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp,
-                                cache_enabled=False):
-                logits = network(x)
-            logits, auxiliary_logits = logits if args.auxiliary else (logits, None)
-            loss = total = loss_of(logits.float(), y, args.label_smoothing)
-            if args.auxiliary:
-                more = loss_of(auxiliary_logits.float(), y, args.label_smoothing)
-                total = loss + args.auxiliary_weight * more
-            (total / len(parts)).backward()
+    for x, y in parts:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
+            logits = network(x)
+        logits, auxiliary_logits = logits if args.auxiliary else (logits, None)
+        loss = total = loss_of(logits.float(), y, args.label_smoothing)
+        if args.auxiliary:
+            more = loss_of(auxiliary_logits.float(), y, args.label_smoothing)
+            total = loss + args.auxiliary_weight * more
+        (total / len(parts)).backward()
         sums = sums + torch.stack([loss.detach() / len(parts), correct(logits.detach(), y)])
+    if world()[1] > 1:                          # a node that leads nowhere gets no gradient
+        grads = [p.grad for p in network.parameters() if p.grad is not None]
+        torch._foreach_copy_(grads, average(grads))
     if args.grad_clip:
         torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip, foreach=True)
     optimizer.step()
@@ -651,7 +654,7 @@ def make_optimizer(weights, args, name='sgd'):
 
 
 def build(args, genotype, num_classes, stem, device):
-    """(network, the same with gradients averaged over the processes, its optimizer)."""
+    """(network, its optimizer)."""
     torch.manual_seed(args.seed)
     network = Network(args.init_channels, num_classes, args.layers, genotype,
                       auxiliary=args.auxiliary, stem=stem).to(device)
@@ -659,15 +662,8 @@ def build(args, genotype, num_classes, stem, device):
     if args.drop_path_prob:
         network.drop_path_prob = torch.zeros((), device=device)
     optimizer = make_optimizer(list(network.parameters()), args, args.optimizer)
-    if world()[1] == 1:
-        return network, network, optimizer
     draw_apart(args.seed)                       # drop-path
-    warnings.filterwarnings('ignore', 'Grad strides do not match')      # of 1x1 kernels
-    # A node of the cell may lead nowhere: then its operations get no gradient.
-    idle = isinstance(genotype, str) or len(genotype.normal_concat + genotype.reduce_concat) < 8
-    devices = [device] if device.type == 'cuda' else None
-    parallel = DistributedDataParallel(network, devices, find_unused_parameters=idle)
-    return network, parallel, optimizer
+    return network, optimizer
 
 
 def split_rows(data, args):
@@ -703,7 +699,9 @@ def parse(argv):
     args, typed, defaults = settle(__doc__, tables, argv, PRESETS, defaults_for)
     if not args.arch:
         raise UserError('give --arch: a published name, a genotype.json or a search')
-    check_layers(find_genotype(args.arch)[0], args.layers)
+    genotype, _ = find_genotype(args.arch)
+    check_layers(genotype, args.layers)
+    args.genotype = to_json(genotype)           # a resumed run has the same
     if args.max_steps == 0:
         raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
     adam = args.optimizer == 'adam'
@@ -727,7 +725,7 @@ def main(argv=None):
     genotype, found_by = find_genotype(args.arch)
     stem = stem_for(args.stem, data.image_size, args.init_channels, args.auxiliary)
     if args.label_smoothing and data.multilabel:
-        raise UserError('--label_smoothing does not go with several labels an image: leave it out')
+        raise UserError('--label_smoothing does not go with several labels an image: give 0')
     rows, held = split_rows(data, args)
     size = batch_of(args, len(rows))
     batches = Batches(data, rows, size, device, args.augment,
@@ -741,13 +739,13 @@ def main(argv=None):
                                            device, shuffle=False, workers=args.workers))
 
     with run.on(data):
-        network, parallel, optimizer = build(args, genotype, len(data.classes), stem, device)
+        network, optimizer = build(args, genotype, len(data.classes), stem, device)
         kept = run.checkpoint.get('kept', {})               # weights of the best held-out epoch
         run.start(f'{args.arch} (C={args.init_channels}) on {data.name} ({len(rows):,} images of '
                   f'{data.image_size} px, {len(data.classes)} classes)',
                   torch.zeros(2, device=device),            # loss and right answers
                   dict(network=network, optimizer=optimizer), lambda: dict(kept=kept))
-        step = GraphedStep(lambda *batch: train_step(parallel, batch, optimizer, args),
+        step = GraphedStep(lambda *batch: train_step(network, batch, optimizer, args),
                            lambda: tensors_of_a_step(network, optimizer), device,
                            args.graph == 'auto' and world()[1] == 1)
         for epoch in range(run.epoch, run.epochs):

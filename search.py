@@ -74,7 +74,7 @@ ALPHAS = ('unrolled', 'arch_data', 'partial', 'arch_learning_rate', 'arch_weight
           'frozen_epochs', 'hessian', 'early_stop')
 # arch_grad_clip, the largest norm of the alphas' gradient, is a method's, and no flag; 0: no limit.
 DEFAULTS = dict(epochs=50, batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
-                arch_grad_clip=0.0, schedule='cosine')
+                arch_grad_clip=0.0, schedule='cosine', fit_batch=False)
 SPACES = {'darts': {}, 'nb201': dict(nesterov=True, weight_decay=5e-4)}     # of its own searches
 # ImageNet: as PC-DARTS searched on it (section 4.3), with the learning rate for 1,024 images.
 # CheXpert: our own choice. laptop: our own, minutes on two cores, for which the alphas move faster.
@@ -87,7 +87,7 @@ PRESETS = {
     'chexpert': dict(image_size=224, num_classes=14, num_images=20000, multilabel=True,
                      source='chexpert', train_portion=0.1, valid_fraction=0.1),
     'laptop': dict(space='nb201', cells_per_stage=1, image_size=16, epochs=50, steps_per_epoch=20,
-                   batch_size=64, arch_learning_rate=3e-3)}
+                   batch_size=64, arch_learning_rate=3e-3, fit_batch=True)}
 QUICK = dict(num_images=1000, layers=5, cells_per_stage=1, init_channels=8, batch_size=32,
              epochs=3, warmup_epochs=0, steps_per_epoch=4, frozen_epochs=0,
              arch_learning_rate=3e-3, train_portion=0.5, valid_fraction=None, candidates=100,
@@ -289,6 +289,7 @@ class SDarts(Darts):
             yield
         finally:                                # a CUDA graph's capture may have failed
             self.near = None
+            self.network.train()
 
     def perturbation(self, train):
         """{cell type: (edges, operations)} to train the weights with."""
@@ -298,6 +299,7 @@ class SDarts(Darts):
                 for cell, p in start.items()}
         if self.args.perturb == 'random':
             return near
+        start_alike(network)                    # running statistics, which the first process saves
         network.eval()
         with require_grads(network):
             before = self.training_loss(train)
@@ -326,8 +328,8 @@ class OneShot(Darts):
     """One-shot (SPOS, 1904.00420): each step trains one random cell, then all cells are scored.
 
     Scores use the supernet's weights: loss and accuracy on a fixed batch of held-out and one of
-    training images, with the batch's statistics, and the angle by which training turned the
-    operations on the cell's paths (after RLNAS, 2101.11834).
+    training images (with --fresh of the first epoch), with the batch's statistics, and the angle
+    by which training turned the operations on the cell's paths (after RLNAS, 2101.11834).
     """
     # Chosen on real labels: few images, seen often, whose losses rank cells better than held-out
     # ones do until a supernet has been trained for much longer.
@@ -542,7 +544,7 @@ def weights_by_operation(network):
                 for name, operation in block.items():
                     flat = [p.detach().flatten() for p in operation.parameters()]
                     parts.setdefault((cell_type, leaving[edge], name), []).extend(flat)
-    return {key: torch.cat(flat) for key, flat in parts.items()}
+    return {key: torch.cat(flat) for key, flat in parts.items() if flat}
 
 
 def simplex(p):
@@ -731,12 +733,13 @@ def describe(network, moments, steps, seed):
             else [op for op, _ in getattr(genotype, cell_type)]
         mean = total.double() / max(1, steps)
         deviation = (squares.double() / max(1, steps) - mean.square()).clamp(min=0).sqrt().norm()
+        known = steps > 1 and deviation         # of one step rounding is left
         line.update({
             f'entropy_{cell_type}': -torch.xlogy(p, p).sum(1).mean().item(),
             f'margin_{cell_type}': (first - second).mean().item(),
             f'skips_{cell_type}': names.count('skip_connect'),
             f'none_{cell_type}': (p.argmax(1) == none).sum().item(),
-            f'signal_{cell_type}': (mean.norm() / deviation).item() if deviation else None})
+            f'signal_{cell_type}': (mean.norm() / deviation).item() if known else None})
     if isinstance(genotype, str):
         line['truth_for_analysis_only'] = truth(genotype)
     alphas = {}
@@ -818,13 +821,15 @@ def parse(argv):
     if args.space not in method.spaces:
         raise UserError(f'--method {args.method} is not for --space {args.space}: take another, or '
                         '--space darts')
+    trains = method.trains and method.searches
     idle = {'perturb': args.method != 'sdarts', 'candidates': not method.scores,
             'score': len(method.scores) < 2, 'repeats': method.trains,
-            'valid_fraction': args.arch_data != 'valid'}
-    if method.scores:
+            'layers': args.space == 'nb201',
+            'valid_fraction': args.arch_data != 'valid' or not trains}
+    if method.scores or not trains:
         idle.update(dict.fromkeys(ALPHAS, True))
-    if not method.trains:
-        idle.update(dict.fromkeys(SCHEDULE.keys() - {'batch_size'}, True))
+    if not trains:
+        idle.update(dict.fromkeys(SCHEDULE.keys() - {'batch_size'} | {'augment', 'amp'}, True))
     refuse_idle(typed, idle)
     if args.epochs <= args.frozen_epochs * method.stages:
         raise UserError(f'--frozen_epochs {args.frozen_epochs} leaves the alphas none: take fewer')
@@ -833,9 +838,9 @@ def parse(argv):
             raise UserError(f'--{name}: {args.method} draws anew for every loss: leave it out')
         if getattr(args, name) and args.arch_data == 'none':
             raise UserError(f'--{name} needs a loss of the alphas: leave out --arch_data none')
-    share = share_of(args.train_portion, args.num_images)
-    if share + (args.valid_fraction or 0) > 1 + 1e-9:
-        raise UserError('--train_portion and --valid_fraction are more than all images: take less')
+    if args.early_stop and (args.epochs - args.frozen_epochs - 1) // args.hessian < 8:
+        raise UserError('--early_stop needs nine eigenvalues: give more --epochs, or --hessian 1')
+    check_shares(args.train_portion if args.train_portion < 1 else 0, args)
     if args.init_channels % args.partial:
         raise UserError(f'--init_channels must be a multiple of --partial {args.partial}')
     words = [args.data, args.method] if method.searches else [args.method]
@@ -850,14 +855,18 @@ def has_own_images(name):
     return name in KINDS and 'source' not in KINDS[name].settings.split()
 
 
-def share_of(portion, n):
-    """--train_portion as a share of n images: from 1 on it is their number, up to a half."""
-    return portion if portion < 1 else min(0.5, portion / n)
+def check_shares(portion, args):
+    """UserError if a share of the images and that of the alphas are more than all images."""
+    if portion + (args.valid_fraction or 0) > 1 + 1e-9:
+        raise UserError('--train_portion and --valid_fraction are more than all images: take less')
 
 
 def two_parts(data, args):
     """Disjoint images for the weights, int (n,), and the alphas, (m,); no patient is in both."""
-    portion = share_of(args.train_portion, len(data))
+    portion = args.train_portion                # from 1 on it is their number, up to a half
+    if portion >= 1:
+        portion = min(0.5, portion / len(data))
+    check_shares(portion, args)
     first, rest = stratified_split(data.labels, portion, args.seed, data.patients)
     share = (args.valid_fraction or 1) / (1 - portion)
     if share > 1 - 1e-9:
@@ -955,7 +964,7 @@ def main(argv=None):
                 line['seconds_drawing'] = round(sum(b.waited for b in batches), 3)
             if not method.scores:
                 line.update(describe(network, moments, run.last, args.seed))
-            if args.hessian and epoch % args.hessian == 0:
+            if args.hessian and not is_frozen and epoch % args.hessian == 0:
                 line['eigenvalue'] = largest_eigenvalue(network, run.batch[-2:], args)
             torch._foreach_zero_(moments)
             if run.end_epoch(epoch, line, len(streams) * run.last * size):

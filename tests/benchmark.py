@@ -178,8 +178,9 @@ def methods(n=5):
     for setting, (space, cells, size, pixels) in SETTINGS.items():
         data, functions = (batch(size, pixels), batch(size, pixels)), {}
         for name, flags in METHODS.items():
-            args = search.parse(['--space', space, '--method', name.split()[0], '--layers',
-                                 str(max(3, cells)), '--cells_per_stage', str(cells), *flags])
+            length = '--layers' if space == 'darts' else '--cells_per_stage'
+            args = search.parse(['--space', space, '--method', name.split()[0], length, str(cells),
+                                 *flags])
             method = search.METHODS[args.method](args, 10, 'cifar', CPU)
             network = method.build()
             method.begin_epoch(10, 50, 0)

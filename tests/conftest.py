@@ -26,8 +26,8 @@ import torch  # noqa: E402
 SIZES = ['--layers', '3', '--init_channels', '4', '--batch_size', '8', '--epochs', '2',
          '--steps_per_epoch', '2', '--gpu', '-1']
 NOISE = ['--data', 'noise', '--num_images', '64', '--image_size', '8']
-TINY = [*NOISE, *SIZES, '--cells_per_stage', '1', '--space', 'nb201']    # the cheaper space
-DARTS = [*TINY[:-1], 'darts']
+TINY = [*NOISE, *SIZES[2:], '--cells_per_stage', '1', '--space', 'nb201']      # the cheaper space
+DARTS = [*NOISE, *SIZES, '--space', 'darts']
 ONESHOT = [*TINY, '--method', 'oneshot', '--candidates', '12']
 UNTRAINED = [*NOISE, '--space', 'nb201', '--init_channels', '4', '--cells_per_stage', '1',
              '--batch_size', '8', '--candidates', '6', '--gpu', '-1']       # of naswot, say
@@ -150,7 +150,8 @@ def batch(size=8, n=6):
 
 def searching(*flags):
     """(method, its network) for four classes, whose alphas are far from uniform."""
-    args = search.parse(['--init_channels', '4', '--layers', '3', '--cells_per_stage', '1', *flags])
+    length = ['--cells_per_stage', '1'] if 'nb201' in flags else ['--layers', '3']
+    args = search.parse(['--init_channels', '4', *length, *flags])
     method = search.METHODS[args.method](args, 4, 'cifar', torch.device('cpu'))
     network = method.build()
     with torch.no_grad():

@@ -1,9 +1,11 @@
 """Bad input: one clear line that names the thing, exit status 2, nothing left behind."""
 import errno
-import fcntl
 import json
 import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,7 +85,10 @@ TABLE = [
     ('', '', 'search', '--space darts --method pdarts --frozen_epochs 0', '--epochs'),
     ('', '', 'search', '--method synflow', '--epochs'),
     ('run', '', 'search', '--save run', '--resume'),
-    ('run', 'drop run/genotype.json', 'search', '--save run --resume --layers 4', '--layers'),
+    ('run', 'drop run/genotype.json', 'search', '--save run --resume --init_channels 8',
+     '--init_channels'),
+    ('', '', 'search', '--layers 5', '--layers'),
+    ('', '', 'search', '--early_stop', 'nine'),
     ('', '', 'retrain', '', '--arch'),
     ('', '', 'retrain', '--arch DARTS_V3', 'DARTS_V3'),
     ('', '', 'retrain', '--arch |x~0|', "unknown operation 'x'"),
@@ -181,8 +186,10 @@ def test_a_run_that_another_process_holds_is_refused(capsys):
     flags = [*TINY, '--max_steps', '1', '--resume']
     run(search.main, 'run', *flags)
     Path('run/genotype.json').unlink()
-    with open('run/.lock', 'a') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    code = 'import fcntl; f = open("run/.lock", "a"); fcntl.lockf(f, fcntl.LOCK_EX); input()'
+    with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE) as holder:
+        while not Path('/proc/locks').read_text().count(f' {holder.pid} '):
+            time.sleep(0.01)
         one_line(capsys, search.main([*flags, '--save', 'run']), 'another process')
     run(search.main, 'run', *flags)
 

@@ -16,7 +16,6 @@ import search
 import torch
 from genotypes import DARTS_V2
 from model_search import Network
-from torch.nn.parallel import DistributedDataParallel
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2',
             '--rdzv_backend', 'c10d', '--rdzv_endpoint', 'localhost:0']
@@ -55,10 +54,9 @@ def steps(*flags):
         out[f'weights {order}'] = vector(method.network)
     args = retrain.parse([*RETRAIN, *flags])
     ours = network(4, 4, 3, DARTS_V2)
-    shared = DistributedDataParallel(ours) if processes > 1 else ours
     sgd = retrain.make_optimizer(list(ours.parameters()), args)
     for k in range(3):
-        retrain.train_step(shared, (x[k, 0, part], y[k, 0, part]), sgd, args)
+        retrain.train_step(ours, (x[k, 0, part], y[k, 0, part]), sgd, args)
     out['retrained'] = vector(ours)
     data = generate_data.Data('x', 'noise', generate_data.noise_images(0, range(7), 8),
                               y[0, 0, :7].numpy(), list('abcd'), [.5] * 3, [.2] * 3, 8)

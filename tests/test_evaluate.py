@@ -122,7 +122,8 @@ def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(cap
     assert row['test_error'] == lines[-1]['test_error'] and row['test_n'] == 20
     assert row['test_loss'] == pytest.approx(lines[-1]['test_loss'], rel=1e-5)
     assert row['gap'] == pytest.approx(row['test_error'] - row['fit_error'])
-    assert (row['searched_on'], row['method'], row['trained_on']) == ('noise', 'darts', 'cifar10')
+    assert [row[name] for name in ('searched_on', 'method', 'trained_on', 'space')] == \
+        ['noise', 'darts', 'cifar10', 'darts']
     run(retrain.main, 'n', *flags, '--data', 'random_labels', '--label_noise', '0.5')
     run(retrain.main, 'd', *flags, '--data', 'cifar10', '--seed', '1')
     out = printed(capsys, 'c', 'd', 'n')
@@ -166,6 +167,9 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     for split in ('train', 'val'):
         shutil.move(f'{split}-cat', f'photos/{split}/zebra')
     one_line(capsys, evaluate.main([size, '--gpu', '-1']), 'zebra')
+    shutil.move('photos', 'elsewhere')
+    one_line(capsys, evaluate.main([size, '--gpu', '-1']), '--data_dir')
+    one_line(capsys, evaluate.main([size, '--data_dir', 'elsewhere', '--gpu', '-1']), 'zebra')
 
 
 def test_a_cell_goes_to_darts_and_comes_back(capsys):

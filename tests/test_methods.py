@@ -308,12 +308,14 @@ def test_early_stop_takes_the_genotype_of_then_and_resumes(monkeypatch):
     Path('r/genotype.json').unlink()                # killed before the end was written
     assert run(search.main, 'r', *flags, '--early_stop', '--resume') == logs['r']
     assert json.loads(Path('r/genotype.json').read_text()) == found['r']
+    lines = run(search.main, 'frozen', *TINY, '--hessian', '1', '--frozen_epochs', '1')
+    assert ['eigenvalue' in line for line in lines] == [False, True]    # of alphas that are trained
 
 
 def test_what_the_log_says_of_the_alphas(monkeypatch, capsys):
     grads = []
     watch(monkeypatch, 'first_order', lambda given, out: grads.append(out[0][0].double()))
-    lines = run(search.main, 'r', *TINY, '--epochs', '3', '--early_stop', '--arch_learning_rate',
+    lines = run(search.main, 'r', *TINY, '--epochs', '3', '--hessian', '2', '--arch_learning_rate',
                 '0.05')
     assert [line.get('eigenvalue') is not None for line in lines] == [True, False, True]
     for k, line in enumerate(lines):
@@ -500,8 +502,9 @@ def test_equal_cells_of_nb201_are_scored_once():
 @pytest.mark.parametrize('name', ['oneshot', 'naswot', 'snip', 'synflow'])
 @pytest.mark.parametrize('space', ['darts', 'nb201'])
 def test_every_scoring_method_takes_the_best_of_its_scores(name, space, capsys):
-    some = ['--max_steps', '2', *SIZES] if name == 'oneshot' else ['--repeats', '2']
-    flags = [*UNTRAINED, '--space', space, '--layers', '3', *some]
+    some = ['--max_steps', '2', *SIZES[2:]] if name == 'oneshot' else ['--repeats', '2']
+    some += SIZES[:2] if space == 'darts' else []
+    flags = [*UNTRAINED, '--space', space, *some]
     lines = run(search.main, 'run', *flags, '--method', name, '--candidates', '6')
     assert lines[-1]['cells'] == 6
     rows = read_rows('run/scores.csv')

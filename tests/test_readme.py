@@ -148,7 +148,7 @@ def test_an_optimiser_of_the_alphas(scripts, capsys):
     run(modules['search'].main, 'found', *TINY)
     state = torch.load('found/checkpoint.pt', weights_only=True)['adam']['state'][0]
     assert 'square_avg' in state and report(modules, capsys)['method'] == 'darts'
-    assert stop_in_every_step(modules['search'].main, 'parts', *TINY) == 4
+    assert stop_in_every_step(modules['search'].main, 'parts', *TINY) == 5
     same_run('parts', 'found')
 
 

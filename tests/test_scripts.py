@@ -126,7 +126,7 @@ def test_stopped_in_every_step_equals_never_stopped(name, monkeypatch):
     flags, more = COMMANDS[name]
     main, flags = (retrain if flags is RETRAIN else search).main, [*flags, *more.split()]
     run(main, 'whole', *flags)
-    assert stop_in_every_step(main, 'parts', *flags) == 4
+    assert stop_in_every_step(main, 'parts', *flags) == 5
     same_run('parts', 'whole')
 
 
@@ -153,13 +153,32 @@ def test_kill_9_at_random_moments():
 
 
 def test_a_stopped_run_saves_and_dies_of_its_signal_so_that_a_shell_loop_stops():
-    command = [sys.executable, ROOT / 'search.py', *TINY, '--epochs', '300', '--save', 'r']
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, ROOT / 'search.py', *TINY, '--epochs', '300', '--augment', 'crop',
+               '--workers', '1', '--save', 'r']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
+                          start_new_session=True) as process:
         while not Path('r/checkpoint.pt').exists() and process.poll() is None:
             time.sleep(0.05)
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)          # the worker gets it too, as from Slurm
         said = process.stdout.read()
     assert process.returncode == -signal.SIGTERM and 'stopped and saved in r' in said
+
+
+def test_a_signal_while_cells_are_scored_ends_the_run_at_once(monkeypatch):
+    original = search.OneShot.score
+    monkeypatch.setattr(search.OneShot, 'score', lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert search.main([*ONESHOT, '--save', 'r']) == 130
+    monkeypatch.setattr(search.OneShot, 'score', original)
+    assert run(search.main, 'r', *ONESHOT, '--resume') == run(search.main, 'whole', *ONESHOT)
+
+
+def test_a_resumed_training_of_another_cell_is_refused(capsys):
+    Path('cell.json').write_text(to_json(random_genotype(0)))
+    flags = ['--arch', 'cell.json', *RETRAIN[2:], '--save', 'r']
+    assert retrain.main(flags) == 0
+    Path('r/weights.pt').unlink()
+    Path('cell.json').write_text(to_json(random_genotype(1)))
+    one_line(capsys, retrain.main([*flags, '--resume']), '--genotype')
 
 
 @pytest.mark.parametrize('main, flags', [(search.main, TINY), (retrain.main, RETRAIN)])
@@ -217,7 +236,7 @@ init_channels 8, seed 9, amp, quick"""
 SEARCH_FLAGS = table(SHARED + """
 method gdas, unrolled, arch_data train, partial 2, cells_per_stage 2, train_portion 0.6
 valid_fraction 0.3, arch_learning_rate 0.01, arch_weight_decay 0.5, frozen_epochs 1, hessian 1
-early_stop
+early_stop: --epochs 17 --steps_per_epoch 1
 perturb adversarial: --method sdarts
 space darts: --epochs 1
 layers 4: --space darts --epochs 1
@@ -298,8 +317,8 @@ def test_help_shows_the_defaults_of_what_stands_beside_it(script, flags, capsys)
     text = capsys.readouterr().out
     assert 'None' not in text and len(text.splitlines()) <= 100
     words = ' '.join(text.split('examples:')[0].split())
-    unsaid = {'save', 'data_seed', 'arch_grad_clip', 'schedule', 'auxiliary_weight',
-              *re.findall(r'--(\w+)', flags)}
+    unsaid = {'save', 'data_seed', 'arch_grad_clip', 'schedule', 'auxiliary_weight', 'fit_batch',
+              'genotype', *re.findall(r'--(\w+)', flags)}
     for name, value in vars(module.parse(flags.split())).items():
         if value not in (None, False) and name not in unsaid:
             flag = f'--{"no-" if value is True else ""}{name} '
@@ -393,7 +412,8 @@ def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):
     folder_of_images('own', n=16)
     chexpert('d', patients=20)
     noise = ['--num_images', '64'] if 'noise' in flags else []
-    run(search.main, 'my run', '--image_size', '8', *SIZES, '--batch_size', '4', '--max_steps', '0',
+    sizes = SIZES[2:] if 'laptop' in flags else SIZES
+    run(search.main, 'my run', '--image_size', '8', *sizes, '--batch_size', '4', '--max_steps', '0',
         *noise, *flags.split())
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == f"next: python retrain.py --arch 'my run' {expected}"
