@@ -432,7 +432,9 @@ def report(run, device, data_dir=None, test_labels=None):
                       shuffle=False)
     loss, scores, labels = predictions(network.to(device), batches)
     values = measure(scores, labels, data.classes)
-    names = data.files or range(len(data)) if data.studies is None else np.unique(data.studies)
+    names = data.files or range(len(data))
+    if data.studies is not None:
+        names = np.unique(data.studies)
     row.update(test_loss=loss, test_n=len(labels),
                tested=(scores.numpy(), labels.numpy(), data.classes, names),
                **{f'test_{name}': value for name, value in values.items()})
@@ -777,7 +779,7 @@ def main(argv=None):
 
     s, typed, _ = parse_flags(__doc__, {'runs': RUNS, 'cost without training': COST}, argv,
                               defaults_for)
-    unused = (RUNS if s['cost'] else COST).keys() & typed.keys() - {'json', 'gpu'}
+    unused = (RUNS if s['cost'] else COST).keys() & (typed.keys() - {'json', 'gpu'})
     if unused:
         mend = 'does not go with --cost: leave it out' if s['cost'] else 'needs --cost: add it'
         raise UserError(f'--{min(unused)} {mend}')

@@ -378,7 +378,7 @@ def kind_of(name, s):
 def refuse_unused(name, s, typed):
     """UserError for a setting among `typed` that `--data name` would pass over in silence."""
     used = taken(name, s)
-    for setting in sorted(set(typed) & {*DATA, 'generator_steps'} - used):
+    for setting in sorted(set(typed) & ({*DATA, 'generator_steps'} - used)):
         what = f'{name} (--generator {s["generator"]})' if 'generator' in used else name
         raise UserError(f'--{setting} means nothing for {what}. Leave it out.')
 

@@ -156,8 +156,8 @@ def settle(doc, tables, argv, presets, defaults_for):
     refuse_unused(s['data'], s, typed)
     if s['data_seed'] is None:
         s['data_seed'] = s['seed']
-    for name in {'warmup_epochs', 'frozen_epochs'} & s.keys() - typed.keys():
-        share = defaults[name] / defaults['epochs']             # is kept, but not all epochs
+    for name in {'warmup_epochs', 'frozen_epochs'} & (s.keys() - typed.keys()):
+        share = defaults[name] / defaults['epochs']     # stays as it is, but never all epochs
         s[name] = min(round(share * s['epochs']), s['epochs'] - 1)
     s['fit_batch'] = s['fit_batch'] and 'batch_size' not in typed
     rate_for = s.pop('rate_for', None)

@@ -355,7 +355,8 @@ class OneShot(Darts):
         names, self.cell, self.choices = list(space.operations), {}, []
         for cell_type in space.cell_types:
             edges, _ = cell_edges(genotype, cell_type, space)
-            self.cell[cell_type] = [names.index(*edges.get(edge, ['none'])) for edge in space.edges]
+            chosen = [edges.get(edge, ('none',)) for edge in space.edges]
+            self.cell[cell_type] = [names.index(name) for name, in chosen]
             self.choices += [(cell_type, edge, name) for edge, (name,) in edges.items()]
 
     def fixed_batch(self, batches, count):
