@@ -1208,7 +1208,10 @@ def read_cifar(name, s, split):
     if folder.name != inner:
         folder /= inner
     if s['download']:                       # torchvision fetches what is not whole
-        with readable(f'{name}: no download', f'Put {inner}/ into {folder.parent}.'):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with readable(f'{name}: no download', f'Put {inner}/ into {folder.parent}.'), \
+                open(folder.parent / '.download.lock', 'w') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)    # one process fetches, the others wait
             official(folder.parent, download=True)
     files = official.train_list if split == 'train' else official.test_list
     key = 'labels' if name == 'cifar10' else 'fine_labels'
