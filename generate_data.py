@@ -1237,7 +1237,7 @@ def read_imagenet(name, s, split):
     if not (root / 'train').is_dir():
         root /= name
     listed = list_images(root / ('train' if split == 'train' else 'val'))
-    if split == 'test':
+    if split == 'test' and (root / 'train').is_dir():
         check_classes(class_folders(root / 'train'), listed[0], root / 'val')
     return data_of_files(name, split, *listed, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225],
                        s['image_size'] or 224)
