@@ -1423,6 +1423,8 @@ def resize(image, size, zoom=1, crop=False):
 
     crop: instead RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator.
     """
+    if image.mode == 'F':
+        raise UserError(f'{image.filename}: its pixels are fractions. Save it with 8 or 16 bits.')
     # It lies on its side until it is turned; of a TIFF Pillow gives the size of the turned one.
     turned = image.format != 'TIFF' and image.getexif().get(274, 1) > 4
     w, h = image.size[::-1] if turned else image.size

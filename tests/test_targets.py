@@ -65,6 +65,9 @@ def test_image_folders_of_any_depth_of_colour_and_turned_images():
     Image.fromarray(ramp).save('tree/train/cat/deep.png')           # 16 bits, grey
     Image.fromarray((ramp // 256).astype(np.uint8)).save('tree/train/cat/grey.jpg')
     Image.fromarray(np.zeros((9, 9, 4), np.uint8)).save('tree/train/cat/rgba.png')
+    Image.fromarray(ramp / np.float32(65535)).save('fractions.tiff')
+    with pytest.raises(g.UserError, match='fractions.tiff: its pixels are fractions'):
+        g.read_image('fractions.tiff', 8)
     deep = g.read_image('tree/train/cat/deep.png', 64)
     assert len(np.unique(deep)) == 256 and len(g.read('tree', {'image_size': 16})) == 11
     upright = Image.fromarray(np.arange(40 * 30 * 3).reshape(40, 30, 3).astype(np.uint8))
