@@ -558,7 +558,7 @@ PANELS = {
     'training loss': 'train_loss', 'training accuracy, %': 'train_accuracy',
     'held-out loss': 'valid_loss', 'held-out accuracy, %': 'valid_accuracy',
     'entropy of the alphas, nats': 'entropy_', 'skips in a cell': 'skips_',
-    'true CIFAR-10 accuracy, % (above 80)': 'truth_', 'held-out error, %': 'holdout_error',
+    'true CIFAR-10 accuracy, % (80: or less)': 'truth_', 'held-out error, %': 'holdout_error',
     'held-out AUROC': 'holdout_auroc_tasks', 'test error, %': 'test_error',
     'test AUROC': 'test_auroc_tasks',
 }
@@ -624,11 +624,11 @@ def draw_curves(axis, rows, start):
     """The mean of the log's entries that begin with `start`, by epoch."""
     for row in rows:
         values = np.array([mean_of(line, start) for line in row['log']], float)     # None: a gap
+        if start == 'truth_':                   # cells without convolutions are far below
+            values = values.clip(80)
         axis.plot(np.arange(len(values)) + 1, values, color=row['colour'], marker='.', alpha=0.8)
     axis.set_xlabel('epoch', fontsize=9)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    if start == 'truth_':
-        axis.set_ylim(80, 95)                   # cells without convolutions are far below
     axis.grid(alpha=0.3)
 
 
@@ -659,7 +659,7 @@ def draw_fits(axis, rows):
 
 def draw_test(axis, row):
     """The confusion matrix of a test, or the ROC curve of each label."""
-    from matplotlib import colormaps
+    from matplotlib import colormaps, font_manager
     scores, labels, classes, _ = row['tested']
     if labels.ndim == 1:
         counts = np.zeros((len(classes), len(classes)), int)
@@ -667,8 +667,14 @@ def draw_test(axis, row):
         axis.imshow(counts, cmap='Blues')
         axis.set(xlabel='predicted class', ylabel='true class')
         if len(classes) <= 20:
-            axis.set_xticks(range(len(classes)), classes, rotation=90)
-            axis.set_yticks(range(len(classes)), classes)
+            font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+            known, names = font.get_charmap().keys(), list(classes)
+            for k, name in enumerate(classes):
+                if not known >= {*map(ord, name)}:
+                    print(f'class {k} of the plot, whose font lacks the letters: {name}')
+                    names[k] = str(k)
+            axis.set_xticks(range(len(names)), names, rotation=90)
+            axis.set_yticks(range(len(names)), names)
             for (row, column), count in np.ndenumerate(counts):
                 axis.text(column, row, count, ha='center', va='center', fontsize=8,
                           color='white' if count > counts.max() / 2 else 'black')
@@ -693,7 +699,7 @@ RUNS = {
     'csv': Setting(None, 'write the table to this file'),
     'plot': Setting(None, 'draw what the runs did by epoch: .png, .svg or .pdf'),
     'predict': Setting(None, 'a picture, or a folder of pictures, for one retrained network'),
-    'scores': Setting(None, 'write CSV of one retraining: image, label, probability'),
+    'scores': Setting(None, 'write CSV of one retraining: image, label, probability, true'),
     'genotype': Setting(False, "print the cell of one run in DARTS's words"),
     'data_dir': Setting(None, 'where the real data are now'),
     'gpu': Setting(0, 'CUDA device, -1: the CPU', number(int, -1)),
@@ -749,9 +755,11 @@ def write_probabilities(path, runs):
     scores, labels, classes, names = runs[0]['tested']
     scores = torch.from_numpy(scores)
     scores = scores.sigmoid() if labels.ndim == 2 else scores.softmax(1)
-    rows = [('image', 'label', 'score')]
-    for name, values in zip(names, scores.tolist()):
-        rows += [(name, label, f'{value:.6g}') for label, value in zip(classes, values)]
+    truth = labels if labels.ndim == 2 else np.eye(len(classes))[labels]
+    rows = [('image', 'label', 'score', 'true')]
+    for name, *columns in zip(names, scores.tolist(), truth.astype(int).tolist()):
+        for label, value, is_true in zip(classes, *columns):
+            rows.append((name, label, f'{value:.6g}', is_true))
     write_csv(path, rows)
 
 

@@ -1014,6 +1014,8 @@ def finish(run, args, genotype, **notes):
 
 def say(genotype):
     """Print the cells that were found, or the one of NAS-Bench-201 and what it is worth."""
+    if 'conv' not in str(genotype if isinstance(genotype, str) else genotype.normal):
+        print('this cell has no convolution, the search has collapsed: better retrain another one')
     if isinstance(genotype, str):
         print(genotype)
         print('known accuracy: CIFAR-10 {cifar10:.2f}%, CIFAR-100 {cifar100:.2f}%, ImageNet16-120 '

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import (DARTS, RETRAIN, SIZES, TINY, fake_cifar, folder_of_images, one_line, printed,
                       read_rows, reports, run)
+from matplotlib.figure import Figure
 
 import evaluate
 import retrain
@@ -65,6 +66,8 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     assert (row['skips'], row['nones'], row['searched_on']) == (6, 0, 'noise')
     assert row['params'] == nas_bench_201()[0][SKIPS]['params'] and 'log' not in row
     out = printed(capsys, 's0')
+    search.say(SKIPS)
+    assert 'collapsed' in capsys.readouterr().out
     assert '54.30%' in out and '15,231' in out and '-39.46' in out
     values = [truth(arch)['cifar10'] for arch in (SKIPS, CONVS, POINTS)]
     mean, deviation = np.mean(values), np.std(values, ddof=1)
@@ -152,11 +155,17 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     Path('photos/val/cat/bad.png').unlink()
     assert evaluate.main([size, '--scores', 's.csv']) == 0
     lines = read_rows('s.csv')
-    assert list(lines[0]) == ['image', 'label', 'score'] and len(lines) == 24 * 3
+    assert list(lines[0]) == ['image', 'label', 'score', 'true'] and len(lines) == 24 * 3
+    assert all((line['true'] == '1') == (Path(line['image']).parent.name == line['label'])
+               for line in lines)
     scores = {(os.path.relpath(line['image']), line['label']): line['score'] for line in lines}
     for row in rows:
         assert f'{float(scores[row["file"], row["class"]]):.4f}' == row['probability']
     one_line(capsys, evaluate.main([size, '16', '--scores', 's.csv']), '--scores')
+    axis, row = Figure().subplots(), {'tested': (np.eye(2), np.arange(2), ['cat', '\u732b'], [])}
+    evaluate.draw_test(axis, row)
+    assert [text.get_text() for text in axis.get_xticklabels()] == ['cat', '1']
+    assert 'class 1 of the plot' in capsys.readouterr().out
     # Classes are matched by name: dog and emu keep their numbers.
     loss = reports(capsys, size)[0]['test_loss']
     Path('photos/train/cat/0.png').unlink()             # other mean and deviation
