@@ -1526,12 +1526,6 @@ def suited(data):
     return 'imagenet' if data.image_size > 64 else 'standard'
 
 
-def ignore_signals(worker):
-    """Let only the run itself stop a worker: a signal to all would kill it before the run saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 class Batches:
     """Normalised batches of some images of a Data, every epoch in an order of its own.
 
@@ -1605,12 +1599,19 @@ class Batches:
         """Yield uint8 (B, S, S, 3) of each array of rows that is not empty, from the workers."""
         items = [(rows.tolist(), self.augment, self.seed, epoch, turn)
                  for rows in batches if len(rows)]
+        loader = torch.utils.data.DataLoader(
+            self.data, batch_size=None, sampler=items, num_workers=self.workers,
+            multiprocessing_context='fork' if self.workers else None,       # shares the images
+            pin_memory=self.device.type == 'cuda', generator=torch.Generator())
+        # Workers get no signal that is sent to all: it would end them before the run has saved.
+        signals = signal.SIGINT, signal.SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         try:
-            yield from torch.utils.data.DataLoader(
-                self.data, batch_size=None, sampler=items, num_workers=self.workers,
-                multiprocessing_context='fork' if self.workers else None,   # shares the images
-                pin_memory=self.device.type == 'cuda', generator=torch.Generator(),
-                worker_init_fn=ignore_signals)
+            loaded = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        try:
+            yield from loaded
         except UserError as error:              # a worker's traceback stands before its message
             raise UserError(str(error).split('UserError: ')[-1].strip()) from None
 
