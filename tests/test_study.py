@@ -129,3 +129,26 @@ def test_the_tables_and_the_figure(capsys, monkeypatch, tmp_path):
         assert text in out
     study.draw_study(tmp_path / 'f.png')
     assert (tmp_path / 'f.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_every_part_has_its_table_when_its_rows_are_there(capsys, monkeypatch, tmp_path):
+    made, original = {'scoring.csv': [], 'gradient.csv': []}, study.read_rows
+    for part in study.parts():
+        name = 'gradient.csv' if part.startswith('A') else 'scoring.csv'
+        for seed, arm, method, _ in study.runs(part):
+            row = {'part': part, 'arm': arm, 'method': method, 'seed': seed, 'genotype': 'some'}
+            for key in ('rho', 'given_params', 'better_half', 'fit'):
+                row[key] = rng.uniform(0.69, 0.71)
+            for key in ('percentile', 'shuffled', 'placement', 'e2', 'best', 'ten_best'):
+                row[key] = rng.uniform(60, 90)
+            for score in study.SCORES if method == 'oneshot' else [method]:
+                made[name].append({**row, 'score': score})
+    monkeypatch.setattr(study, 'read_rows', lambda name: made.get(name) or original(name))
+    study.print_study()
+    out = capsys.readouterr().out
+    assert 'not run' not in out and 'frozen weights, E2: ' in out
+    for text in ('over 200 supernets of B and Bdose', 'E2 less that of the first study',
+                 'generated_fresh less real data at their best', 'noise: not needed; rank'):
+        assert text in out
+    study.draw_study(tmp_path / 'f.svg')
+    assert (tmp_path / 'f-dose.svg').read_text().count('half_random') == 1
