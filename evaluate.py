@@ -393,6 +393,8 @@ def read_test(meta, data_dir=None, table=None):
         if not data_dir:
             raise UserError(f'{name}: the training data are gone. Say where with --data_dir.')
         name = data_dir
+    elif name not in REAL and data_dir:         # it is that of other runs, if several are tested
+        print(f'{name} is still there: its pictures are tested, not --data_dir', file=sys.stderr)
     if table:
         data = read_chexpert('chexpert', settings, 'test', table)
     else:

@@ -176,6 +176,8 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     for split in ('train', 'val'):
         shutil.move(f'{split}-cat', f'photos/{split}/zebra')
     one_line(capsys, evaluate.main([size, '--gpu', '-1']), 'zebra')
+    evaluate.main([size, '--data_dir', 'other', '--gpu', '-1'])
+    assert 'photos is still there' in capsys.readouterr().err
     shutil.move('photos', 'elsewhere')
     one_line(capsys, evaluate.main([size, '--gpu', '-1']), '--data_dir')
     one_line(capsys, evaluate.main([size, '--data_dir', 'elsewhere', '--gpu', '-1']), 'zebra')
