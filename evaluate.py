@@ -511,31 +511,36 @@ GROUPS = 'type', 'space', 'searched_on', 'method', 'arch_data', 'trained_on'
 
 
 def table(rows):
-    """Runs that differ only in their seeds, in one line: [{group, n, measure, measure_std}]."""
+    """Runs that differ only in their seeds, in one line: [{group, n, measure, measure_std}].
+
+    `settings` of a line are the first three that differ from others of the same data and method.
+    """
     groups = {}
     for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in GROUPS), []).append(row)
+        own = {name: value for name, value in row['settings'].items()
+               if name not in MAY_DIFFER | {'seed', 'data_seed', 'arch', 'genotype'}}
+        variants = groups.setdefault(tuple(row.get(name) for name in GROUPS), {})
+        variants.setdefault(frozenset(own.items()), []).append(row)
     lines = []
-    for key, runs in groups.items():
-        line = {**dict(zip(GROUPS, key)), 'n': len(runs)}
-        for name in columns():
-            values = [row[name] for row in runs if row.get(name) is not None]
-            if values:
-                line[name] = float(np.mean(values))
-                line[f'{name}_std'] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        lines.append(line)
-        first = runs[0]['settings'].items()
-        names = {name for run in runs for name, _ in first ^ run['settings'].items()}
-        names -= MAY_DIFFER | {'seed', 'data_seed', 'arch', 'genotype'}
-        if names:
-            print(f'{" ".join(str(word) for word in key if word)}: averaged over runs that differ '
-                  f'in {", ".join(sorted(names))}', file=sys.stderr)
+    for key, variants in groups.items():
+        common = frozenset.intersection(*variants)
+        for own, runs in variants.items():
+            differ = sorted(own - common)               # a preset changes others: it comes first
+            differ.sort(key=lambda setting: setting[0] not in ('quick', 'preset'))
+            words = ' '.join(f'{name}={value}' for name, value in differ[:3])
+            line = {**dict(zip(GROUPS, key)), 'n': len(runs), 'settings': words or None}
+            for name in columns():
+                values = [row[name] for row in runs if row.get(name) is not None]
+                if values:
+                    line[name] = float(np.mean(values))
+                    line[f'{name}_std'] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            lines.append(line)
     return lines
 
 
 def print_table(lines):
     """Print what `table` returns: mean ± standard deviation over the runs of a group."""
-    formats = {name: (name.replace('_', ' '), '') for name in (*GROUPS, 'n')}
+    formats = {name: (name.replace('_', ' '), '') for name in (*GROUPS, 'settings', 'n')}
     for name, (header, digits) in columns().items():
         formats[name] = header, f',.{digits}f'
     there = {name for line in lines for name in line if line[name] is not None}
@@ -732,7 +737,7 @@ def show_predictions(run, target):
                        if path.suffix.lower() in IMG_EXTENSIONS)
     broken = [str(path) for path in paths if not is_image(path)]
     if len(broken) == len(paths):
-        raise UserError(f'--predict {target}: no picture that can be read. Give others.')
+        raise UserError(f'--predict {target}: no picture that can be read. Check the path.')
     if broken:
         print(f'left out, since they cannot be read: {", ".join(broken)}', file=sys.stderr)
     writer = csv.writer(sys.stdout, lineterminator='\n')

@@ -74,7 +74,8 @@ def number(kind, low=-2 ** 62, high=2 ** 62, above=-math.inf, below=math.inf):
                 return value
         start = f'above {above}' if above > low else f'from {low}'
         end = f' and below {below}' if below < high else f' to {high}' if high < 2 ** 62 else ''
-        raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {kind.__name__} {start}{end}')
+        what = 'whole number' if kind is int else 'number'
+        raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {what} {start}{end}')
     return parse
 
 
@@ -1319,7 +1320,7 @@ def read_folder(root, split, s):
     files, labels = np.concatenate(files), np.concatenate(labels)
     # The test split is read after the training split, which has tried its pictures too.
     if s['skip_broken'] or len(files) <= 20000 and split == 'train':
-        fine = try_pictures(files, trees)
+        fine = try_pictures(files, trees if split == 'train' else [])
         if not fine.all() and not s['skip_broken']:
             broken = ', '.join(map(str, files[~fine][:10]))
             raise UserError(f'{(~fine).sum()} pictures cannot be read: {broken}. Mend or remove '
@@ -1377,17 +1378,19 @@ def list_images(folder):
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
     with readable(f'{folder} is no folder of images', 'Give each class its own, or another path.'):
         classes = class_folders(folder)
+        if not classes:
+            raise ValueError('it has no folders')
         numbers = {name: k for k, name in enumerate(classes)}
         files, labels = zip(*make_dataset(folder, numbers, IMG_EXTENSIONS))
     return classes, np.array([Path(file) for file in files]), np.array(labels)
 
 
 def try_pictures(files, folders):
-    """Whether each file can be read, bool (N,); names the other files that the folders have."""
+    """Whether each file can be read, bool (N,); says which others lie in the folders."""
     for folder in folders:
         others = {path for path in folder.rglob('*') if path.is_file()}.difference(files)
         if others:
-            print(f'{folder}: {len(others)} files that are no pictures are left out, as '
+            print(f'{folder}: files left out, which are no pictures: {len(others)}, as '
                   f'{min(others).name}', file=sys.stderr)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         fine = Progress(len(files), 'pictures tried').over(pool.map(is_image, files))

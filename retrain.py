@@ -348,12 +348,13 @@ class Run:
         what: said of the run in a line. sums: (n,) zeros, to which the steps of an epoch add.
         state(): what the checkpoint holds besides the objects' states and what a Run knows.
         """
-        cpu = self.total and self.device.type == 'cpu'      # whose first step may take a minute
+        # Of a CPU the first step may take a minute.
+        slow = self.total and self.device.type == 'cpu' and self.args.preset != 'laptop'
         print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}: {self.folder}'
-              + ('; timing the first step' if cpu else ''))
+              + ('; timing the first step' if slow else ''))
         self.sums, self.objects, self.state, saved = sums, objects, state, self.checkpoint
         done = min(self.epoch * self.steps + self.step, self.total)
-        hint = '; --preset laptop or --quick takes minutes' if cpu else ''
+        hint = '; --preset laptop or --quick takes minutes' if slow else ''
         self.progress = Progress(self.total, 'steps', done, hint)
         if not saved:
             return

@@ -29,9 +29,9 @@ from generate_data import (CIFAR, KINDS, REAL, Batches, Progress, Setting, UserE
                            stratified_split, suited, world, write_file)
 from evaluate import (COST, correct, data_name, find_genotype, gather, loss_of, method_name,
                       read_json, stem_for, write_csv)
-from retrain import (INPUT, SCHEDULE, GraphedStep, Run, average, batch_of, draw_apart, is_first,
-                     learning_rate_at, make_optimizer, peak_memory_mib, refuse_idle, run_name,
-                     settle, start_alike, tensors_of_a_step)
+from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, average, batch_of, draw_apart,
+                     is_first, learning_rate_at, make_optimizer, peak_memory_mib, refuse_idle,
+                     run_name, settle, start_alike, tensors_of_a_step)
 
 import numpy as np
 import torch
@@ -1045,7 +1045,9 @@ def next_command(folder, args):
             words += [f'--{name}'] if value is True else [f'--{name}', str(value)]
     if target == 'chexpert':
         words += ['--uncertain', args.uncertain, '--views', args.views]
-    return shlex.join([*words, '--gpu', str(args.gpu)])
+    if args.gpu != RUN['gpu'].default:
+        words += ['--gpu', str(args.gpu)]
+    return shlex.join(words)
 
 
 if __name__ == '__main__':

@@ -418,3 +418,4 @@ def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == f"next: python retrain.py --arch 'my run' {expected}"
     retrain.parse(shlex.split(said)[3:])
+    assert '--gpu' not in search.next_command('r', search.parse(['--gpu', '0']))    # the default
