@@ -10,8 +10,7 @@
     python evaluate.py --arch DARTS_V2 --cost           # parameters and multiply-adds
 
 A retrained network is tested anew from its weights.pt. The true accuracy of a cell of
-NAS-Bench-201 is looked up. `params` of a search are those of the network that retrain.py makes of
-its cell by default. A metric is a row of METRICS.
+NAS-Bench-201 is looked up. A metric is a row of METRICS.
 """
 import csv
 import io
@@ -20,7 +19,6 @@ import math
 import os
 import sys
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -132,14 +130,14 @@ def gather(value):
 
 
 @torch.no_grad()
-def predictions(network, batches):
+def predictions(network, batches, part='test'):
     """(loss, scores (N, classes), labels) of a network in evaluation mode, on the CPU.
 
     Every process tests a share of the images. The views of a study become one, by the maximum.
     """
     network.eval()
     total, scores, labels = 0.0, [], []
-    for x, y in Progress(len(batches), 'batches tested').over(batches.epoch()):
+    for x, y in Progress(len(batches), f'batches, {part}').over(batches.epoch()):
         logits = network(x)
         total += (loss_of(logits, y) * len(y)).item()
         scores.append(logits.float().cpu())
@@ -165,7 +163,7 @@ def measure(scores, labels, classes):
 
 def test(part, network, batches):
     """{part_loss, part_n, part_METRIC, ...} of a network on some images, in evaluation mode."""
-    loss, scores, labels = predictions(network, batches)
+    loss, scores, labels = predictions(network, batches, part)
     values = {'loss': loss, 'n': len(labels), **measure(scores, labels, batches.data.classes)}
     return {f'{part}_{name}': value for name, value in values.items()}
 
@@ -315,13 +313,13 @@ def look_up(genotype):
         for cell in ('normal', 'reduce'):
             names = [op for op, _ in getattr(genotype, cell)]
             found[f'skips_{cell}'] = names.count('skip_connect')
-        return {**found, 'params': cost(genotype)['params']}
+        return {**found, 'params_full_size': cost(genotype)['params']}
     table, _ = nas_bench_201()
     names, found = from_string(genotype), genotypes.truth(genotype)
     largest = table[NB201_LARGEST]
     found['to_largest'] = [round(found[name] - largest[name], 2) for name in ACCURACIES]
     return {**found, 'skips': names.count('skip_connect'), 'nones': names.count('none'),
-            'params': table[genotype]['params']}
+            'params_full_size': table[genotype]['params']}
 
 
 def read_cell_scores(folder):
@@ -397,6 +395,7 @@ def read_test(meta, data_dir=None, table=None):
         print(f'{name} is still there: its pictures are tested, not --data_dir', file=sys.stderr)
     if table:
         data = read_chexpert('chexpert', settings, 'test', table)
+        print(f'tested on the {len(np.unique(data.studies))} studies of {table}', file=sys.stderr)
     else:
         data = read(name, settings, 'test')
     if data is None:
@@ -422,11 +421,12 @@ def report(run, device, data_dir=None, test_labels=None):
         return row
     network, meta = load_weights(Path(run) / 'weights.pt')
     found_by = meta['found_by']
+    counts = cost(from_plain(meta['genotype']), meta['init_channels'], meta['layers'],
+                  len(meta['classes']), meta['image_size'], meta['stem'])
     row.update(searched_on=found_by['data'], method=found_by['method'],
                arch_data=found_by.get('arch_data'), genotype=meta['genotype'],
                space='nb201' if isinstance(meta['genotype'], str) else 'darts',
-               **cost(from_plain(meta['genotype']), meta['init_channels'], meta['layers'],
-                      len(meta['classes']), meta['image_size'], meta['stem']))
+               params=counts['params'], multiply_adds=counts['multiply_adds'])
     data = read_test(meta, data_dir, test_labels)
     if data is None:
         return row
@@ -460,7 +460,7 @@ def show(row):
         if name == 'genotype' and isinstance(value, dict):
             for cell in ('normal', 'reduce'):
                 pairs = '  '.join(f'{op}:{state}' for op, state in value[cell])
-                print(f'  {cell:<17} {pairs}')
+                print(f'  {cell:<25} {pairs}')
         elif name == 'test_areas':
             for label, area in value.items():
                 print(f'  {label:<28} AUROC {area_text(*area)}')
@@ -468,24 +468,22 @@ def show(row):
                 if label not in value:
                     print(f'  {label:<28} no AUROC: all positive, or none')
         elif value is not None and name not in ('run', 'finished', 'log', 'settings', 'tested'):
-            header, _ = columns().get(name, (name.replace('_', ' '), 0))
-            print(f'  {header:<17} {text_of(name, value)}')
+            header, digits = columns().get(name, (name.replace('_', ' '), None))
+            print(f'  {header:<25} {text_of(name, value, digits)}')
 
 
 def area_text(area, low, high, positives):
     """An area under a ROC curve with its interval, which few positives do not allow."""
-    interval = f' (95%: {low:.3f} to {high:.3f})' if positives >= 10 else ''
-    return f'{area:.3f}{interval}, {positives} positive'
+    interval = f'95%: {low:.3f} to {high:.3f}' if positives >= 10 else 'too few for an interval'
+    return f'{area:.3f} ({interval}), {positives} positive'
 
 
-def text_of(name, value):
-    """A number of a report with its unit."""
-    if name in (*ACCURACIES, 'best_of_top_10') or name.endswith('error'):
-        return f'{value:.2f}%'
-    if name == 'gap' or name.startswith('to_'):
-        return '  '.join(f'{points:+.2f}' for points in np.atleast_1d(value)) + ' points'
-    if name == 'seconds':
-        return f'{timedelta(seconds=round(value))} (h:mm:ss)'
+def text_of(name, value, digits=None):
+    """A value of a report; digits: after the point, of one that the table has too."""
+    if digits is not None:
+        return f'{value:,.{digits}f}'
+    if name == 'to_largest':
+        return '  '.join(f'{points:+.2f}' for points in value) + ' points'
     if isinstance(value, dict):
         return ', '.join(f'{key} {number:.3f}' for key, number in value.items())
     if isinstance(value, float):
@@ -496,39 +494,48 @@ def text_of(name, value):
 def columns():
     """{measure: (header, digits)} of the table, in its order."""
     out = {}
-    for part in ('test', 'fit', 'holdout'):
+    for part, word in (('test', 'test'), ('fit', 'training'), ('holdout', 'held-out')):
         for name, metric in METRICS.items():
-            out[f'{part}_{name}'] = (f'{part} {metric.header}', metric.digits)
-    return {**out, 'gap': ('test - fit, points', 2), 'fit_loss': ('fit loss', 3),
+            out[f'{part}_{name}'] = (f'{word} {metric.header}', metric.digits)
+    return {**out, 'gap': ('test - training, points', 2), 'fit_loss': ('training loss', 3),
             'cifar10': ('CIFAR-10 %', 2), 'cifar100': ('CIFAR-100 %', 2),
             'imagenet16': ('ImageNet16 %', 2), 'percentile': ('percentile', 1),
             'spearman': ('rank correlation', 3), 'spearman_given_params': ('given params', 3),
             'skips': ('skips', 1), 'nones': ('nones', 1), 'skips_normal': ('skips (normal)', 1),
-            'params': ('params', 0), 'seconds': ('seconds', 0)}
+            'params': ('params', 0), 'params_full_size': ('params, full size', 0),
+            'seconds': ('seconds', 0)}
 
 
 GROUPS = 'type', 'space', 'searched_on', 'method', 'arch_data', 'trained_on'
+REPEATS = 'seed', 'data_seed', 'arch', 'genotype'       # settings in which runs of a line differ
 
 
 def table(rows):
     """Runs that differ only in their seeds, in one line: [{group, n, measure, measure_std}].
 
-    `settings` of a line are the first three that differ from others of the same data and method.
+    `settings` of a line: how it was shortened, and what else differs within its data and method.
     """
-    groups = {}
+    groups, shown = {}, {'quick', 'preset', 'max_steps'}
     for row in rows:
-        own = {name: value for name, value in row['settings'].items()
-               if name not in MAY_DIFFER | {'seed', 'data_seed', 'arch', 'genotype'}}
+        settings = row['settings']
+        own = settings.keys() - MAY_DIFFER - set(REPEATS)
         variants = groups.setdefault(tuple(row.get(name) for name in GROUPS), {})
-        variants.setdefault(frozenset(own.items()), []).append(row)
-    lines = []
-    for key, variants in groups.items():
+        runs = variants.setdefault(frozenset((name, settings[name]) for name in own), {})
+        same = runs.setdefault(tuple(settings.get(name) for name in REPEATS), row)
+        if same is not row:
+            print(f'{row["run"]} is left out, since it repeats {same["run"]}', file=sys.stderr)
+    for variants in groups.values():
         common = frozenset.intersection(*variants)
+        shown.update(name for own in variants for name, _ in own - common)
+    shown, lines = sorted(shown, key=lambda name: (name not in ('quick', 'preset'), name)), []
+    for key, variants in groups.items():
         for own, runs in variants.items():
-            differ = sorted(own - common)               # a preset changes others: it comes first
-            differ.sort(key=lambda setting: setting[0] not in ('quick', 'preset'))
-            words = ' '.join(f'{name}={value}' for name, value in differ[:3])
-            line = {**dict(zip(GROUPS, key)), 'n': len(runs), 'settings': words or None}
+            own, runs, words = dict(own), runs.values(), []
+            for name in shown:
+                if own.get(name) not in (None, False, 'auto'):
+                    words.append(name if own[name] is True else f'{name}={own[name]}')
+            line = {**dict(zip(GROUPS, key)), 'settings': ' '.join(words[:3]) or None,
+                    'n': len(runs)}
             for name in columns():
                 values = [row[name] for row in runs if row.get(name) is not None]
                 if values:
@@ -564,7 +571,7 @@ def print_table(lines):
 PANELS = {
     'training loss': 'train_loss', 'training accuracy, %': 'train_accuracy',
     'held-out loss': 'valid_loss', 'held-out accuracy, %': 'valid_accuracy',
-    'entropy of the alphas, nats': 'entropy_', 'skips in a cell': 'skips_',
+    'entropy of the alphas, nats': 'entropy_', 'skips, mean over the cells': 'skips_',
     'true CIFAR-10 accuracy, % (80: or less)': 'truth_', 'held-out error, %': 'holdout_error',
     'held-out AUROC': 'holdout_auroc_tasks', 'test error, %': 'test_error',
     'test AUROC': 'test_auroc_tasks',
@@ -635,7 +642,8 @@ def draw_curves(axis, rows, start):
             values = values.clip(80)
         axis.plot(np.arange(len(values)) + 1, values, color=row['colour'], marker='.', alpha=0.8)
     axis.set_xlabel('epoch', fontsize=9)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.ticklabel_format(useOffset=False)
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.grid(alpha=0.3)
 
 
@@ -678,7 +686,7 @@ def draw_test(axis, row):
             known, names = font.get_charmap().keys(), list(classes)
             for k, name in enumerate(classes):
                 if not known >= {*map(ord, name)}:
-                    print(f'class {k} of the plot, whose font lacks the letters: {name}')
+                    print(f'{name} is {k} in the plot, whose font lacks its letters')
                     names[k] = str(k)
             axis.set_xticks(range(len(names)), names, rotation=90)
             axis.set_yticks(range(len(names)), names)
@@ -706,7 +714,7 @@ RUNS = {
     'csv': Setting(None, 'write the table to this file'),
     'plot': Setting(None, 'draw what the runs did by epoch: .png, .svg or .pdf'),
     'predict': Setting(None, 'a picture, or a folder of pictures, for one retrained network'),
-    'scores': Setting(None, 'write CSV of one retraining: image, label, probability, true'),
+    'scores': Setting(None, 'CSV of one retraining: image (or study), label, score, true'),
     'genotype': Setting(False, "print the cell of one run in DARTS's words"),
     'data_dir': Setting(None, 'where the real data are now'),
     'gpu': Setting(0, 'CUDA device, -1: the CPU', number(int, -1)),
@@ -749,24 +757,24 @@ def show_predictions(run, target):
         x = (torch.from_numpy(pixels.copy()).float() - mean) / std
         logits = network(x.permute(2, 0, 1).unsqueeze(0)).squeeze(0)
         if meta['multilabel']:
-            writer.writerow([path, *(f'{p:.4f}' for p in logits.sigmoid().tolist())])
+            writer.writerow([path, *(f'{p:.6g}' for p in logits.sigmoid().tolist())])
         else:
             shares = logits.softmax(0)
-            writer.writerow([path, meta['classes'][shares.argmax()], f'{shares.max():.4f}'])
+            writer.writerow([path, meta['classes'][shares.argmax()], f'{shares.max():.6g}'])
 
 
-def write_probabilities(path, runs):
+def write_probabilities(path, run):
     """Write the probability of each label (or class) for each test image (or study) of one run."""
-    if len(runs) > 1 or 'tested' not in runs[0]:
+    if 'tested' not in run:
         raise UserError('--scores: give one finished retraining, on data that have test images')
-    scores, labels, classes, names = runs[0]['tested']
+    scores, labels, classes, names = run['tested']
     scores = torch.from_numpy(scores)
     scores = scores.sigmoid() if labels.ndim == 2 else scores.softmax(1)
     truth = labels if labels.ndim == 2 else np.eye(len(classes))[labels]
     rows = [('image', 'label', 'score', 'true')]
     for name, *columns in zip(names, scores.tolist(), truth.astype(int).tolist()):
         for label, value, is_true in zip(classes, *columns):
-            rows.append((name, label, f'{value:.6g}', is_true))
+            rows.append((name, label, f'{value:.9g}', is_true))
     write_csv(path, rows)
 
 
@@ -820,11 +828,13 @@ def main(argv=None):
     if s['genotype']:
         return show_genotype(s['runs'][0])
     folders = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))
+    if s['scores'] and len(folders) > 1:
+        raise UserError('--scores takes one run: leave the others out')
     trained = any((Path(run) / 'weights.pt').exists() for run in folders)
     device = choose_device(s['gpu'] if trained else -1)
     rows = [report(run, device, s['data_dir'], s['test_labels']) for run in folders]
     if s['scores']:
-        write_probabilities(s['scores'], rows)
+        write_probabilities(s['scores'], rows[0])
     for row in rows:
         if not row['finished']:
             print(f'{row["run"]}: not finished after {row["epochs"]} epochs: --resume it',

@@ -892,10 +892,11 @@ GENERATORS = {
     'spectrum': Kind(formula_images, FORMULA, augment=True),
     'deadleaves': Kind(formula_images, FORMULA, augment=True),
     'train': Kind(flow_images, 'num_images generator source generator_steps', augment=True)}
-KINDS = {
+KINDS = {                   # of `generated` the generator's row is taken: see kind_of
     'noise': Kind(noise, 'num_images num_classes multilabel label_mode fresh'),
     'random_labels': Kind(random_labels, 'source label_mode label_noise', augment=True),
-    'generated': GENERATORS['fractal']}         # or another one: see kind_of
+    'generated': GENERATORS['fractal'],
+}
 
 
 # ---- Writing a data set ---------------------------------------------------------------------
@@ -1219,8 +1220,8 @@ def read_cifar(name, s, split):
     content = [read_arrays(folder / file, 'data', key) for file, md5 in files]
     unusual = [file for file, md5 in files if not check_integrity(folder / file, md5)]
     if unusual:
-        print(f'warning: {folder}: not as officially published, but used: {", ".join(unusual)}',
-              file=sys.stderr)
+        print(f'warning: {folder}: used, though not as officially published (other checksums; '
+              f'--download fetches them): {", ".join(unusual)}', file=sys.stderr)
     images = np.concatenate([pixels for pixels, _ in content]).reshape(-1, 3, 32, 32)
     images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
     labels = np.concatenate([numbers for _, numbers in content])
@@ -1390,7 +1391,7 @@ def try_pictures(files, folders):
     for folder in folders:
         others = {path for path in folder.rglob('*') if path.is_file()}.difference(files)
         if others:
-            print(f'{folder}: files left out, which are no pictures: {len(others)}, as '
+            print(f'{folder}: files left out, which are no pictures: {len(others)}, e.g. '
                   f'{min(others).name}', file=sys.stderr)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         fine = Progress(len(files), 'pictures tried').over(pool.map(is_image, files))

@@ -81,7 +81,7 @@ RUN = {
     'amp': Setting(False, 'bf16 autocast'),
     'tf32': Setting(False, 'TF32 products on CUDA'),
     'graph': Setting('auto', 'auto: a CUDA graph replays the step', ['auto', 'off']),
-    'quick': Setting(False, 'a minute on two cores; the result means nothing'),
+    'quick': Setting(False, 'a few steps of a small network, a minute; means nothing'),
 }
 NETWORK = {
     'arch': Setting(None, "a name, a genotype.json, a search, or DARTS's text", name_or_path),
@@ -123,7 +123,7 @@ QUICK = dict(num_images=1000, epochs=2, steps_per_epoch=40, batch_size=32, init_
              layers=5, warmup_epochs=0)
 FIT_IMAGES = 10000          # training images on which the fit is measured at the end
 # How the line of an epoch that a run prints shows entries of its log
-SAID = {'train_loss': 'loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}',
+SAID = {'train_loss': 'training loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}',
         'valid_loss': 'held-out loss {:.3f}', 'valid_accuracy': 'held-out accuracy {:.1%}',
         'skips_normal': '{} skips in the normal cell', 'skips_reduce': '{} in the reduction cell',
         'skips_cell': '{} skips', 'truth_for_analysis_only': 'CIFAR-10, known: {[cifar10]:.2f}%',
@@ -717,8 +717,7 @@ def main(argv=None):
     device = choose_device(args.gpu, args.tf32)
     run = Run(args, device, 'weights.pt')
     if run.finished:                            # a loop goes on without reading the data
-        print('result:', summary(read_log(run.folder)[-1]))
-        print(f'next: python evaluate.py {shlex.quote(str(run.folder))}')
+        say(args, read_log(run.folder)[-1])
         return
 
     # Data: images to train on, to choose the epoch on, to measure the fit on, and to test on.
@@ -805,10 +804,16 @@ def finish(run, args, data, test_data, stem, genotype, found_by, weights):
                          'uncertain': args.uncertain, 'views': args.views,
                          'test_fraction': args.test_fraction, 'skip_broken': args.skip_broken}}
     write_file(run.folder / 'weights.pt', {'network': weights, 'meta': meta})
-    print('result:', summary(run.log[-1]))
+    say(args, run.log[-1])
+
+
+def say(args, line):
+    """Print the result, from the log's last line, and the next command."""
+    print('result:', summary(line))
     if args.quick:
         print('this was --quick: the pipeline works, the result means little')
-    print(f'next: python evaluate.py {shlex.quote(str(run.folder))}')
+    gpu = ['--gpu', str(args.gpu)] if args.gpu else []
+    print('next:', shlex.join(['python', 'evaluate.py', args.save, *gpu]))
 
 
 if __name__ == '__main__':

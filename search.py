@@ -1018,8 +1018,8 @@ def say(genotype):
         print('this cell has no convolution, the search has collapsed: better retrain another one')
     if isinstance(genotype, str):
         print(genotype)
-        print('known accuracy: CIFAR-10 {cifar10:.2f}%, CIFAR-100 {cifar100:.2f}%, ImageNet16-120 '
-              '{imagenet16:.2f}%; rank {rank:,} of 15,625'.format(**truth(genotype)))
+        print('known of this cell: CIFAR-10 {cifar10:.2f}%, CIFAR-100 {cifar100:.2f}%, '
+              'ImageNet16-120 {imagenet16:.2f}%; rank {rank:,} of 15,625'.format(**truth(genotype)))
         return
     for cell in ('normal', 'reduce'):
         print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
@@ -1029,7 +1029,8 @@ def next_command(folder, args):
     """The command that retrains what was found, on the real data that the search was for."""
     target = args.source if args.data == 'random_labels' else args.data
     if target in KINDS or Path(target, 'meta.json').exists():
-        target = args.preset if args.preset in REAL else 'cifar10'
+        target = 'chexpert' if args.multilabel else 'cifar10'
+        target = args.preset if args.preset in REAL else target
     words = ['python', 'retrain.py', '--arch', str(folder), '--data', target]
     if args.quick:
         words.append('--quick')
@@ -1039,12 +1040,13 @@ def next_command(folder, args):
         words += ['--auxiliary', '--cutout']
     if target in CIFAR and not Path(args.data_dir, CIFAR[target][0]).is_dir():
         words.append('--download')
-    for name in ['data_dir'] if target in REAL else ['image_size', 'test_fraction', 'skip_broken']:
+    names = ['image_size', 'test_fraction', 'skip_broken']
+    if target in REAL:
+        names = ['data_dir', 'uncertain', 'views']
+    for name in names:
         value = getattr(args, name)
-        if value != INPUT[name].default:
+        if value not in (INPUT[name].default, PRESETS.get(args.preset, {}).get(name)):
             words += [f'--{name}'] if value is True else [f'--{name}', str(value)]
-    if target == 'chexpert':
-        words += ['--uncertain', args.uncertain, '--views', args.views]
     if args.gpu != RUN['gpu'].default:
         words += ['--gpu', str(args.gpu)]
     return shlex.join(words)

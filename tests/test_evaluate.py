@@ -64,11 +64,11 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     largest = 93.76, 71.11, 41.44
     assert row['to_largest'] == pytest.approx(np.subtract((54.30, 15.61, 16.32), largest), abs=0.02)
     assert (row['skips'], row['nones'], row['searched_on']) == (6, 0, 'noise')
-    assert row['params'] == nas_bench_201()[0][SKIPS]['params'] and 'log' not in row
+    assert row['params_full_size'] == nas_bench_201()[0][SKIPS]['params'] and 'log' not in row
     out = printed(capsys, 's0')
     search.say(SKIPS)
     assert 'collapsed' in capsys.readouterr().out
-    assert '54.30%' in out and '15,231' in out and '-39.46' in out
+    assert '54.30\n' in out and '15,231' in out and '-39.46' in out
     values = [truth(arch)['cifar10'] for arch in (SKIPS, CONVS, POINTS)]
     mean, deviation = np.mean(values), np.std(values, ddof=1)
     run(search.main, 't', *TINY, '--arch_data', 'train', '--max_steps', '1')
@@ -81,8 +81,12 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     assert float(first['cifar10']) == pytest.approx(mean)
     assert float(first['cifar10_std']) == pytest.approx(deviation)
     run(search.main, 'w', *TINY, '--init_channels', '8', '--max_steps', '1')
-    head, first, second = printed(capsys, 's0', 's1', 'w').splitlines()     # never averaged
-    assert 'settings' in head and ' 2 ' in first and 'init_channels=8 ' in second
+    shutil.copytree('s1', 'again')
+    assert evaluate.main(['s0', 's1', 'w', 'again']) == 0       # none averaged with others
+    said = capsys.readouterr()
+    head, first, second = said.out.splitlines()[-3:]
+    assert 'init_channels=4 max_steps=1  2' in first and 'init_channels=8 max_steps=1  1' in second
+    assert 'settings' in head and 'again is left out, since it repeats s1' in said.err
 
 
 def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
@@ -128,7 +132,7 @@ def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(cap
     run(retrain.main, 'n', *flags, '--data', 'random_labels', '--label_noise', '0.5')
     run(retrain.main, 'd', *flags, '--data', 'cifar10', '--seed', '1')
     out = printed(capsys, 'c', 'd', 'n')
-    assert 'random_labels, label_noise 0.5' in out and 'test - fit, points' in out and '±' in out
+    assert 'random_labels, label_noise 0.5' in out and 'test - training, points' in out and '±' in out
     shutil.move('data', 'moved')
     one_line(capsys, evaluate.main(['c', '--gpu', '-1']), 'cifar-10-batches-py')
     assert reports(capsys, 'c', '--data_dir', 'moved')[0]['test_error'] == row['test_error']
@@ -158,12 +162,12 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
                for line in lines)
     scores = {(os.path.relpath(line['image']), line['label']): line['score'] for line in lines}
     for row in rows:
-        assert f'{float(scores[row["file"], row["class"]]):.4f}' == row['probability']
+        assert f'{float(scores[row["file"], row["class"]]):.6g}' == row['probability']
     one_line(capsys, evaluate.main([size, '16', '--scores', 's.csv']), '--scores')
     axis, row = Figure().subplots(), {'tested': (np.eye(2), np.arange(2), ['cat', '\u732b'], [])}
     evaluate.draw_test(axis, row)
     assert [text.get_text() for text in axis.get_xticklabels()] == ['cat', '1']
-    assert 'class 1 of the plot' in capsys.readouterr().out
+    assert ' is 1 in the plot' in capsys.readouterr().out
     # Classes are matched by name: dog and emu keep their numbers.
     loss = reports(capsys, size)[0]['test_loss']
     Path('photos/train/cat/0.png').unlink()             # other mean and deviation
@@ -207,5 +211,5 @@ def test_a_test_split_that_is_drawn_anew_is_refused_and_too_few_pictures_have_no
 
 
 def test_an_area_of_few_positives_has_no_interval():
-    assert evaluate.area_text(0.9, 0.8, 1.0, 9) == '0.900, 9 positive'
+    assert evaluate.area_text(0.9, 0.8, 1.0, 9) == '0.900 (too few for an interval), 9 positive'
     assert evaluate.area_text(0.9, 0.8, 1.0, 10) == '0.900 (95%: 0.800 to 1.000), 10 positive'

@@ -178,7 +178,7 @@ def test_an_operation(scripts, capsys):
     assert row['genotype']['normal'][0] == ['conv_7x1_1x7', 0] and row['params'] > 0
     # Runs from before and after make one table; without the operation its run is one line.
     assert modules['evaluate'].main(['before', 'darts', 'found', '--gpu', '-1']) == 0
-    assert capsys.readouterr().out.count('\n') == 3
+    assert capsys.readouterr().out.count('\n') == 4
     one_line(capsys, evaluate.main(['found', '--gpu', '-1']), 'conv_7x1_1x7')
 
 
@@ -188,7 +188,7 @@ def test_a_metric(scripts, capsys):
     run(modules['retrain'].main, 'other', *RETRAIN, '--seed', '1')
     assert report(modules, capsys)['fit_calibration'] == lines[-1]['fit_calibration']
     assert modules['evaluate'].main(['found', 'other', '--csv', 't.csv', '--gpu', '-1']) == 0
-    assert 'fit calibration error %' in capsys.readouterr().out
+    assert 'training calibration error %' in capsys.readouterr().out
     assert 'fit_calibration' in Path('t.csv').read_text()
     # Two answers of confidence .9, one of them right; and one of .6 that is wrong.
     scores = torch.tensor([[.9, .1], [.9, .1], [.4, .6]]).log()

@@ -407,7 +407,8 @@ def test_names_of_runs_are_short_without_bars_and_differ():
     ('--data noise --preset laptop', '--data cifar10 --preset laptop --download --gpu -1'),
     ('--data random_labels --source own --data_dir d', '--data own --image_size 8 --gpu -1'),
     ('--data chexpert --uncertain ones --data_dir d --preset cifar --image_size 16',
-     '--data chexpert --data_dir d --uncertain ones --views frontal --gpu -1')])
+     '--data chexpert --data_dir d --uncertain ones --gpu -1'),
+    ('--data noise --multilabel', '--data chexpert --gpu -1')])
 def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):
     folder_of_images('own', n=16)
     chexpert('d', patients=20)

@@ -218,7 +218,7 @@ def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
     assert len(g.read('own', {'skip_broken': True})) == 8
     assert len(g.read('own', {'skip_broken': True}, 'test')) == 8
     said = capsys.readouterr().err
-    assert 'files left out, which are no pictures: 1, as notes.txt' in said
+    assert 'files left out, which are no pictures: 1, e.g. notes.txt' in said
     assert '4 broken pictures are left out' in said
     for path in Path('own/train/cat').glob('*.png'):
         path.write_bytes(b'no picture')
