@@ -155,17 +155,18 @@ def predictions(network, batches, part='test'):
         empty.scatter_reduce(0, study, labels.float(), 'amax')
 
 
-def measure(scores, labels, classes):
-    """{metric: value} by METRICS, of those that suit the labels."""
-    return {name: metric.of(scores, labels, classes) for name, metric in METRICS.items()
-            if metric.multilabel == (labels.dim() == 2)}
+def measure(part, loss, scores, labels, classes):
+    """{part_loss, part_n, part_METRIC, ...}, with the METRICS that suit the labels."""
+    values = {f'{part}_loss': loss, f'{part}_n': len(labels)}
+    for name, metric in METRICS.items():
+        if metric.multilabel == (labels.dim() == 2):
+            values[f'{part}_{name}'] = metric.of(scores, labels, classes)
+    return values
 
 
 def test(part, network, batches):
-    """{part_loss, part_n, part_METRIC, ...} of a network on some images, in evaluation mode."""
-    loss, scores, labels = predictions(network, batches, part)
-    values = {'loss': loss, 'n': len(labels), **measure(scores, labels, batches.data.classes)}
-    return {f'{part}_{name}': value for name, value in values.items()}
+    """What `measure` says of a network on some images, in evaluation mode."""
+    return measure(part, *predictions(network, batches, part), batches.data.classes)
 
 
 def bootstrap(scores, labels, classes):
@@ -243,11 +244,10 @@ def read_json(path):
 
 
 def read_log(folder):
-    """The lines of log.jsonl, as dictionaries; one without an end is left out."""
-    path = Path(folder) / 'log.jsonl'
-    text = path.read_text() if path.exists() else ''
-    with readable(f'{path} is damaged', '--resume the run.'):
-        return [json.loads(line) for line in text.split('\n')[:-1]]
+    """The lines of log.jsonl, as dictionaries."""
+    path = Path(folder, 'log.jsonl')
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def method_name(settings):
@@ -353,15 +353,6 @@ def spearman(a, b, given=None):
         return float((ab - ac * bc) / np.sqrt((1 - ac ** 2) * (1 - bc ** 2)))
 
 
-def kendall(a, b):
-    """Kendall's tau-b of two arrays."""
-    sums, a, b = np.zeros(3), ranks(a), ranks(b)
-    for x, y in zip(a, b):
-        one, other = np.sign(x - a), np.sign(y - b)
-        sums += one @ other, one @ one, other @ other
-    return float(sums[0] / np.sqrt(sums[1] * sums[2]))
-
-
 def ranking(folder):
     """How well the scores of a search rank its cells, where the truth is known."""
     scores, by = read_cell_scores(folder)
@@ -370,7 +361,7 @@ def ranking(folder):
         return out
     truth, params, value = scores.pop('cifar10'), scores.pop('cell_params'), scores[by]
     best = truth[np.argsort(-value, kind='stable')[:10]]
-    return {**out, 'spearman': spearman(value, truth), 'kendall': kendall(value, truth),
+    return {**out, 'spearman': spearman(value, truth),
             'spearman_given_params': spearman(value, truth, params),
             'best_of_top_10': float(best.max()), 'spearman_of_params': spearman(params, truth),
             'spearman_by_score': {name: spearman(scores[name], truth) for name in sorted(scores)}}
@@ -387,17 +378,14 @@ def read_test(meta, data_dir=None, table=None):
     name = meta['data']
     if data_dir:
         settings['data_dir'] = data_dir
-    if name not in REAL and not Path(name).exists():
-        if not data_dir:
-            raise UserError(f'{name}: the training data are gone. Say where with --data_dir.')
-        name = data_dir
-    elif name not in REAL and data_dir:         # it is that of other runs, if several are tested
-        print(f'{name} is still there: its pictures are tested, not --data_dir', file=sys.stderr)
+        name = name if name in REAL else data_dir       # of own pictures it is the folder
     if table:
         data = read_chexpert('chexpert', settings, 'test', table)
         print(f'tested on the {len(np.unique(data.studies))} studies of {table}', file=sys.stderr)
-    else:
+    elif name in REAL or Path(name).exists():
         data = read(name, settings, 'test')
+    else:
+        raise UserError(f'{name}: the training data are gone. Say where with --data_dir.')
     if data is None:
         raise UserError(f'{name} has no test images any more: bring them back')
     files = meta.get('test_files')
@@ -433,13 +421,11 @@ def report(run, device, data_dir=None, test_labels=None):
     batches = Batches(data, range(len(data)), EVALUATION_BATCH[data.image_size > 64], device,
                       shuffle=False)
     loss, scores, labels = predictions(network.to(device), batches)
-    values = measure(scores, labels, data.classes)
     names = data.files or range(len(data))
     if data.studies is not None:
         names = np.unique(data.studies)
-    row.update(test_loss=loss, test_n=len(labels),
-               tested=(scores.numpy(), labels.numpy(), data.classes, names),
-               **{f'test_{name}': value for name, value in values.items()})
+    row.update(measure('test', loss, scores, labels, data.classes),
+               tested=(scores.numpy(), labels.numpy(), data.classes, names))
     if data.multilabel:
         intervals, row['test_areas'] = bootstrap(*row['tested'][:3]), {}
         for name, value in areas(scores, labels, data.classes).items():

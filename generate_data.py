@@ -376,12 +376,11 @@ def kind_of(name, s):
     return GENERATORS[s['generator']] if name == 'generated' else KINDS[name]
 
 
-def refuse_unused(name, s, typed):
-    """UserError for a setting among `typed` that `--data name` would pass over in silence."""
-    used = taken(name, s)
-    for setting in sorted(set(typed) & ({*DATA, 'generator_steps'} - used)):
-        what = f'{name} (--generator {s["generator"]})' if 'generator' in used else name
-        raise UserError(f'--{setting} means nothing for {what}. Leave it out.')
+def refuse_idle(typed, idle):
+    """UserError for what was typed and has no effect; idle: {name: whether it has none}."""
+    for name in sorted(typed.keys() & idle.keys()):
+        if idle[name]:
+            raise UserError(f'--{name} means nothing beside the other flags. Leave it out.')
 
 
 # ---- Noise and random labels ----------------------------------------------------------------
@@ -465,8 +464,7 @@ def random_labels(s, device):
     source = read(s['source'], s)
     labels = redraw_labels(source.labels, len(source.classes), s['data_seed'], s['label_mode'],
                            s['label_noise'])
-    origin = {'data_dir': os.path.abspath(s['data_dir'])}
-    return Made(labels, source.classes, None, meta={'source': origin}, source=source)
+    return Made(labels, source.classes, None, meta={'source': s['source']}, source=source)
 
 
 # ---- Images drawn by formulas ---------------------------------------------------------------
@@ -910,7 +908,6 @@ def new_folder(out, force=False):
     """
     out = Path(os.path.realpath(out))
     old, new = out.with_name(f'.{out.name}.old'), out.with_name(f'.{out.name}.new')
-    lock, held = out.with_name(f'.{out.name}.lock'), False
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def tidy():                             # also what killed runs left
@@ -919,13 +916,8 @@ def new_folder(out, force=False):
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-    while not held:
-        file = open(lock, 'w')  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX)
-        # Who held it before may have removed it: then another file of that name is the lock.
-        with contextlib.suppress(FileNotFoundError):
-            held = os.path.samefile(file.fileno(), lock)
-    with file:
+    with open(out.with_name(f'.{out.name}.lock'), 'w') as lock:     # which stays, as a run's does
+        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             tidy()
             if out.exists() and not (force and (out / 'meta.json').exists()):
@@ -938,7 +930,6 @@ def new_folder(out, force=False):
             os.replace(new, out)
         finally:
             tidy()
-            lock.unlink()
 
 
 def own_settings(name, s):
@@ -955,8 +946,6 @@ def own_settings(name, s):
 def make_set(out, name, s, device, force=False):
     """Write a set into the folder `out`: images.npy (not of a source), labels, meta.json, sheet."""
     own = own_settings(name, s)
-    if 'num_classes' in own and not own.get('multilabel') and s['num_images'] < s['num_classes']:
-        raise UserError(f'--num_images {s["num_images"]} is less than --num_classes. Raise it.')
     with new_folder(out, force) as folder:
         made = kind_of(name, s).make({**s, 'out': out, 'image_size': own['image_size']}, device)
         labels, source = np.ascontiguousarray(made.labels), made.source
@@ -965,6 +954,7 @@ def make_set(out, name, s, device, force=False):
             source = Data(out, name, images, labels, made.classes, *mean_and_std(images),
                           images.shape[1])
         rows = sheet_rows(labels)
+        shown = [source.image(k) for k in rows]
         np.save(folder / 'labels.npy', labels)
         meta = {'kind': name, 'seed': s['data_seed'], 'settings': own, 'classes': made.classes,
                 'num_images': len(labels), 'image_size': source.image_size, 'mean': source.mean,
@@ -973,7 +963,7 @@ def make_set(out, name, s, device, force=False):
                            'labels': hashlib.sha256(labels).hexdigest()},
                 'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
                 'versions': {'numpy': np.__version__, 'torch': torch.__version__}}
-        contact_sheet(source.get(rows), labels[rows], meta).save(folder / 'sheet.png')
+        contact_sheet(shown, labels[rows], meta).save(folder / 'sheet.png')
         write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
 
 
@@ -1083,10 +1073,6 @@ class Data:
             return read_image(self.files[k], self.image_size, self.zoom, crop)
         return resize(Image.fromarray(self.images[k]), self.image_size, 1, crop)
 
-    def get(self, indices):
-        """uint8 (len(indices), H, W, 3)."""
-        return np.stack([self.image(k) for k in indices])
-
     def __getitem__(self, batch):
         """uint8 (n, H, W, 3), by a worker; batch: (rows, augment, seed, epoch, turn of --fresh).
 
@@ -1159,20 +1145,12 @@ def read_written(folder, s):
             if data.small and data.sha256() != meta['sha256']['images']:
                 raise ValueError('other images')
             return data
-    places, why = [s['data_dir']], ''
-    if places == [DEFAULTS['data_dir']]:            # none was given: also where they were
-        places.append(meta['source']['data_dir'])
-    for data_dir in places:
-        try:
-            source = read(own['source'], {**own, 'data_dir': data_dir})
-        except UserError as error:
-            why = f' ({error})'
-            continue
-        if source.sha256() == meta['sha256']['images']:
-            return replace(data, images=source.images, studies=source.studies,
-                           files=source.files, zoom=source.zoom)
-    raise UserError(f'{folder}: the images of {own["source"]} in {data_dir} are not as they were'
-                    f'{why}. Give their --data_dir, or make it again.')
+    source = read(own['source'], {**own, 'data_dir': s['data_dir']})
+    if source.sha256() != meta['sha256']['images']:
+        raise UserError(f'{folder}: the images of {own["source"]} in {s["data_dir"]} are not as '
+                        'they were. Give their --data_dir, or make it again.')
+    return replace(data, images=source.images, studies=source.studies, files=source.files,
+                   zoom=source.zoom)
 
 
 # CIFAR: folder, means and standard deviations of the training images (those that DARTS's code
@@ -1560,7 +1538,6 @@ class Batches:
         self.scale = 1 / (torch.tensor(data.std, device=device) * 255)
         labels = torch.from_numpy(np.ascontiguousarray(data.labels))
         self.labels = (labels.float() if data.multilabel else labels).to(device)
-        self.waited = 0.0                       # for the workers in this epoch, in seconds
         transforms_of(self.augment)             # so that the workers find torchvision loaded
         self.images = None                      # if they live on the device
         if data.small and data.images is not None and self.augment not in IN_WORKERS:
@@ -1586,12 +1563,10 @@ class Batches:
         to_load = [indices[part] for part in parts]
         if self.images is not None:             # they are here, but perhaps of another turn
             to_load = [rows[self.turns[rows] != turn] for rows in to_load]
-        loaded, self.waited = self.load(to_load, epoch, turn), 0.0
+        loaded = self.load(to_load, epoch, turn)
         for part, rows in zip(parts, to_load):
             if len(rows):
-                began = time.monotonic()
                 x = next(loaded).to(self.device, non_blocking=True)
-                self.waited += time.monotonic() - began
             if self.images is not None:
                 if len(rows):
                     self.images[torch.from_numpy(rows)] = x
@@ -1651,9 +1626,9 @@ def main(argv=None):
     kind, out = s['kind'], s['out']
     if not kind or not out:
         raise UserError('Give --kind and --out (see --help).')
-    refuse_unused(kind, s, typed)
+    refuse_idle(typed, dict.fromkeys({*DATA, 'generator_steps'} - taken(kind, s), True))
     both = [os.path.realpath(out), os.path.realpath(s['source'])]
-    if 'source' in taken(kind, s) and os.path.commonpath(both) in both:
+    if s['source'] not in REAL and os.path.commonpath(both) in both:
         raise UserError(f'--out {out}: it or --source lies in the other. Write elsewhere.')
     make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']), s['force'])
     print(f'wrote {out}: look at {Path(out, "sheet.png")}')

@@ -36,7 +36,7 @@ from types import SimpleNamespace
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, Setting, UserError,
                            choose_device, find_or_make, leave, load_file, name_or_path,
-                           number, one_line_errors, parse_flags, read, refuse_unused,
+                           number, one_line_errors, parse_flags, read, refuse_idle,
                            sha256_of_files, stratified_split, taken, world, write_file)
 from evaluate import (COST, EVALUATION_BATCH, MAY_DIFFER, check_layers, correct, find_genotype,
                       gather, loss_of, read_json, read_log, stem_for, test)
@@ -153,7 +153,7 @@ def settle(doc, tables, argv, presets, defaults_for):
         tables['most used'].update({name: table[name] for name in FIRST if name in table})
         tables[title] = {name: table[name] for name in table if name not in FIRST}
     s, typed, defaults = parse_flags(doc, tables, argv, merged)
-    refuse_unused(s['data'], s, typed)
+    refuse_idle(typed, dict.fromkeys(DATA.keys() - taken(s['data'], s), True))
     if s['data_seed'] is None:
         s['data_seed'] = s['seed']
     for name in {'warmup_epochs', 'frozen_epochs'} & (s.keys() - typed.keys()):
@@ -177,13 +177,6 @@ def settle(doc, tables, argv, presets, defaults_for):
     if args.learning_rate_min > args.learning_rate:
         raise UserError(f'--learning_rate_min is more than --learning_rate {args.learning_rate}')
     return args, typed, defaults
-
-
-def refuse_idle(typed, idle):
-    """UserError for what was typed and has no effect; idle: {name: whether it has none}."""
-    for name in sorted(typed.keys() & idle.keys()):
-        if idle[name]:
-            raise UserError(f'--{name} means nothing beside the other flags: leave it out')
 
 
 def batch_of(args, images):

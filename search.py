@@ -25,13 +25,13 @@ from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CIFAR, KINDS, REAL, Batches, Progress, Setting, UserError,
-                           choose_device, find_or_make, leave, number, one_line_errors, set_tf32,
-                           stratified_split, suited, world, write_file)
+                           choose_device, find_or_make, leave, number, one_line_errors, refuse_idle,
+                           set_tf32, stratified_split, suited, world, write_file)
 from evaluate import (COST, correct, data_name, find_genotype, gather, loss_of, method_name,
                       read_json, stem_for, write_csv)
 from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, average, batch_of, draw_apart,
-                     is_first, learning_rate_at, make_optimizer, peak_memory_mib, refuse_idle,
-                     run_name, settle, start_alike, tensors_of_a_step)
+                     is_first, learning_rate_at, make_optimizer, peak_memory_mib, run_name,
+                     settle, start_alike, tensors_of_a_step)
 
 import numpy as np
 import torch
@@ -961,8 +961,6 @@ def main(argv=None):
             has_valid, size = not is_frozen and args.arch_data != 'none', batches[0].batch_size
             line = {'steps': run.last, 'learning_rate': learning_rate, **numbers,
                     **rates(run.sums, run.last, size, has_valid)}
-            if data.fresh:                      # that training waited for new images
-                line['seconds_drawing'] = round(sum(b.waited for b in batches), 3)
             if not method.scores:
                 line.update(describe(network, moments, run.last, args.seed))
             if args.hessian and not is_frozen and epoch % args.hessian == 0:

@@ -191,7 +191,7 @@ def watch(monkeypatch, name, look):
 def log(folder):
     """The lines of a run's log, without what is measured."""
     lines = [json.loads(line) for line in Path(folder, 'log.jsonl').read_text().splitlines()]
-    measured = 'seconds', 'images_per_second', 'peak_memory_mib', 'seconds_drawing'
+    measured = 'seconds', 'images_per_second', 'peak_memory_mib'
     return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
@@ -245,7 +245,7 @@ def same_run(a, b):
 def one_line(capsys, status, needle):
     """The command ended with one line for the user, which names the thing."""
     said = [line for line in capsys.readouterr().err.splitlines()
-            if not re.match(r'warning|making|wrote|tested|no CUDA|[\d,]+/', line)]     # progress, too
+            if not re.match(r'warning|making|wrote|tested|no CUDA|[\d,]+/', line)]   # progress, too
     assert status == 2 and len(said) == 1, said
     assert re.match(r'\w+\.py: error: ', said[0]) and needle in said[0], said
     assert len(said[0]) < 400

@@ -20,9 +20,10 @@ from genotypes import find_genotype, nas_bench_201, to_string, truth
 def test_errors_by_hand():
     scores = torch.tensor([[3., 2, 1, 0, 0, 9], [1, 2, 3, 0, 0, 0], [0, 0, 0, 0, 0, 1]])
     labels, names = torch.tensor([0, 2, 5]), list('abcdef')
-    assert evaluate.measure(scores, labels, names) == {
-        'error': pytest.approx(100 / 3), 'top5_error': 0}
-    assert evaluate.measure(scores[:, :2], labels.clamp(max=1), names[:2])['top5_error'] is None
+    assert evaluate.measure('fit', 0.5, scores, labels, names) == {
+        'fit_loss': 0.5, 'fit_n': 3, 'fit_error': pytest.approx(100 / 3), 'fit_top5_error': 0}
+    two = evaluate.measure('fit', 0.5, scores[:, :2], labels.clamp(max=1), names[:2])
+    assert two['fit_top5_error'] is None
     assert evaluate.correct(scores, labels) == 2
     assert evaluate.correct(torch.tensor([[1., -1]]), torch.tensor([[1., 1]])) == 0.5
 
@@ -40,8 +41,9 @@ def test_areas_under_curves_by_hand_of_unknown_labels_and_with_intervals():
     areas = evaluate.areas(scores, labels, names)
     assert list(areas) == ['Edema', 'x']
     assert areas['Edema'] == evaluate.auroc(scores[9:, 0], labels[9:, 0])
-    found = evaluate.measure(torch.from_numpy(scores), torch.from_numpy(labels), names)
-    assert found == {'auroc_tasks': areas['Edema'], 'auroc': np.mean(list(areas.values()))}
+    found = evaluate.measure('fit', 0.5, torch.from_numpy(scores), torch.from_numpy(labels), names)
+    assert found == {'fit_loss': 0.5, 'fit_n': 300, 'fit_auroc_tasks': areas['Edema'],
+                     'fit_auroc': np.mean(list(areas.values()))}
     low, high = evaluate.bootstrap(scores, labels, names)['Edema']
     assert low < areas['Edema'] < high and 0.04 < high - low < 0.15     # about .76 +- .03
 
@@ -92,8 +94,7 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
 def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
     run(search.main, 'u', *TINY)
     Path('u/genotype.json').unlink()
-    text = Path('u/log.jsonl').read_text()
-    Path('u/log.jsonl').write_text(text.splitlines(keepends=True)[0] + '{"torn')
+    Path('u/log.jsonl').write_text(Path('u/log.jsonl').read_text().split('\n')[0] + '\n')
     assert evaluate.main(['s0', 'u', 's1']) == 0
     said = capsys.readouterr()
     assert ' 2 ' in said.out and 'u: not finished after 1 epochs' in said.err
@@ -132,7 +133,8 @@ def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(cap
     run(retrain.main, 'n', *flags, '--data', 'random_labels', '--label_noise', '0.5')
     run(retrain.main, 'd', *flags, '--data', 'cifar10', '--seed', '1')
     out = printed(capsys, 'c', 'd', 'n')
-    assert 'random_labels, label_noise 0.5' in out and 'test - training, points' in out and '±' in out
+    assert 'random_labels, label_noise 0.5' in out and '±' in out
+    assert 'test - training, points' in out
     shutil.move('data', 'moved')
     one_line(capsys, evaluate.main(['c', '--gpu', '-1']), 'cifar-10-batches-py')
     assert reports(capsys, 'c', '--data_dir', 'moved')[0]['test_error'] == row['test_error']
@@ -178,8 +180,6 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     for split in ('train', 'val'):
         shutil.move(f'{split}-cat', f'photos/{split}/zebra')
     one_line(capsys, evaluate.main([size, '--gpu', '-1']), 'zebra')
-    evaluate.main([size, '--data_dir', 'other', '--gpu', '-1'])
-    assert 'photos is still there' in capsys.readouterr().err
     shutil.move('photos', 'elsewhere')
     one_line(capsys, evaluate.main([size, '--gpu', '-1']), '--data_dir')
     one_line(capsys, evaluate.main([size, '--data_dir', 'elsewhere', '--gpu', '-1']), 'zebra')

@@ -105,7 +105,7 @@ def test_imagenet_tree_is_read_as_it_lies_on_disk():
     assert train.classes == ['n01', 'n02', 'n03'] and len(train) == 24 and len(test) == 9
     assert train.mean == [0.485, 0.456, 0.406]
     assert g.read('imagenet', {'data_dir': 'in'}).images is None
-    cmyk, disguised, grey = test.get(range(2, 5)).astype(int)
+    cmyk, disguised, grey = (test.image(k).astype(int) for k in range(2, 5))
     assert abs(cmyk - (200, 10, 10)).max() < 12 and (disguised == (200, 10, 10)).all()
     assert (grey == grey[0, 0, 0]).all()
     Path('in/train/n02/3.JPEG').write_bytes(b'not an image')
