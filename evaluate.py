@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import genotypes
-from genotypes import ACCURACIES, NB201_LARGEST, from_plain, from_string, nas_bench_201, plain
+from genotypes import (ACCURACIES, NB201_LARGEST, find_genotype, from_plain, from_string,
+                       nas_bench_201, plain)
 from model_search import Network
 
 EVALUATION_BATCH = 250, 50      # images up to 64 px, and above; it changes no result
@@ -130,11 +131,14 @@ def gather(value):
 
 
 @torch.no_grad()
-def predictions(network, batches, part='test'):
+def predictions(part, network, data, rows, device, workers=2):
     """(loss, scores (N, classes), labels) of a network in evaluation mode, on the CPU.
 
-    Every process tests a share of the images. The views of a study become one, by the maximum.
+    Every process tests a share of the rows of a Data. The views of a study become one, by the
+    maximum.
     """
+    batches = Batches(data, rows, EVALUATION_BATCH[data.image_size > 64], device, shuffle=False,
+                      workers=workers)
     network.eval()
     total, scores, labels = 0.0, [], []
     for x, y in Progress(len(batches), f'batches, {part}').over(batches.epoch()):
@@ -145,10 +149,9 @@ def predictions(network, batches, part='test'):
     totals, scores, labels, rows = zip(*gather((total, scores, labels, batches.indices)))
     scores, labels = torch.cat(sum(scores, [])), torch.cat(sum(labels, []))
     loss = sum(totals) / len(labels)
-    studies = batches.data.studies
-    if studies is None:
+    if data.studies is None:
         return loss, scores, labels
-    _, study = np.unique(studies[np.concatenate(rows)], return_inverse=True)
+    _, study = np.unique(data.studies[np.concatenate(rows)], return_inverse=True)
     study = torch.from_numpy(study).unsqueeze(1).expand_as(scores)
     empty = torch.full((int(study.max()) + 1, scores.shape[1]), -math.inf)
     return loss, empty.scatter_reduce(0, study, scores, 'amax'), \
@@ -164,9 +167,9 @@ def measure(part, loss, scores, labels, classes):
     return values
 
 
-def test(part, network, batches):
-    """What `measure` says of a network on some images, in evaluation mode."""
-    return measure(part, *predictions(network, batches, part), batches.data.classes)
+def test(part, network, data, *where):
+    """What `measure` says of `predictions`."""
+    return measure(part, *predictions(part, network, data, *where), data.classes)
 
 
 def bootstrap(scores, labels, classes):
@@ -180,14 +183,6 @@ def bootstrap(scores, labels, classes):
 
 
 # ---- Architectures and networks -------------------------------------------------------------
-
-
-def find_genotype(arch):
-    """(genotype, where it came from) of what --arch names; UserError if there is no such."""
-    try:
-        return genotypes.find_genotype(arch)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def check_layers(genotype, layers):
@@ -418,9 +413,7 @@ def report(run, device, data_dir=None, test_labels=None):
     data = read_test(meta, data_dir, test_labels)
     if data is None:
         return row
-    batches = Batches(data, range(len(data)), EVALUATION_BATCH[data.image_size > 64], device,
-                      shuffle=False)
-    loss, scores, labels = predictions(network.to(device), batches)
+    loss, scores, labels = predictions('test', network.to(device), data, range(len(data)), device)
     names = data.files or range(len(data))
     if data.studies is not None:
         names = np.unique(data.studies)

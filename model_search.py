@@ -378,17 +378,16 @@ class Network(nn.Module):
         self.alphas = nn.ParameterDict()                    # stays empty in a derived network
         if genotype is None:
             names = list(space.operations)
-            size = len(space.edges), len(names)
             for cell_type in space.cell_types:
-                self.alphas[cell_type] = nn.Parameter(1e-3 * torch.randn(size))
-                dropped = torch.full(size, kept is not None)
+                alpha = 1e-3 * torch.randn(len(space.edges), len(names))
                 for e, own in enumerate(kept[cell_type] if kept else ()):
-                    dropped[e, [names.index(name) for name in own]] = False
-                self.register_buffer(f'dropped_{cell_type}', dropped, persistent=False)
+                    gone = [k for k, name in enumerate(names) if name not in own]
+                    alpha[e, gone] = -1e9                   # probability 0, whatever Adam adds
+                self.alphas[cell_type] = nn.Parameter(alpha)
             for cell_type in space.cell_types if partial > 1 else ():
-                self.alphas[f'beta_{cell_type}'] = nn.Parameter(1e-3 * torch.randn(size[0]))
+                self.alphas[f'beta_{cell_type}'] = nn.Parameter(1e-3 * torch.randn(len(alpha)))
         self.to(memory_format=torch.channels_last)
-        # Found once: to look through all modules would take as long as a small step.
+        # What SGD trains. Found once: to look through all modules takes as long as a small step.
         self.weights = [p for name, p in self.named_parameters() if not name.startswith('alphas.')]
         self.norms = [m for m in self.modules() if getattr(m, 'track_running_stats', False)]
 
@@ -424,14 +423,12 @@ class Network(nn.Module):
             weights, best = weights
             if weights is None:
                 return None, best, None
-        dropped, shares = getattr(self, f'dropped_{cell_type}'), self.shares(cell_type)
-        weights = weights.masked_fill(F.pad(dropped, (0, len(self.space.extras))), 0)
+        shares = self.shares(cell_type)
         return weights if shares is None else weights * shares.unsqueeze(1), best, shares
 
     def probabilities(self, cell_type, dtype=None):
-        """Softmax of the alphas over the operations that each edge has: (edges, operations)."""
-        dropped = getattr(self, f'dropped_{cell_type}')
-        return F.softmax(self.alphas[cell_type].masked_fill(dropped, -math.inf), 1, dtype=dtype)
+        """Softmax of the alphas over the operations: (edges, operations)."""
+        return F.softmax(self.alphas[cell_type], 1, dtype=dtype)
 
     def shares(self, cell_type):
         """Each edge's share of a node: softmax of beta over its inputs (PC-DARTS, section 3.3)."""
@@ -440,10 +437,6 @@ class Network(nn.Module):
         first = self.space.inputs
         parts = self.alphas[f'beta_{cell_type}'].split(list(range(first, first + self.space.nodes)))
         return torch.cat([F.softmax(beta, 0) for beta in parts])
-
-    def weight_parameters(self):
-        """All parameters but the alphas: what SGD trains."""
-        return self.weights
 
     def architecture_parameters(self):
         return list(self.alphas.values())

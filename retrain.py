@@ -36,15 +36,15 @@ from types import SimpleNamespace
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, Setting, UserError,
                            choose_device, find_or_make, leave, load_file, name_or_path,
-                           number, one_line_errors, parse_flags, read, refuse_idle,
+                           number, one_line_errors, parse_flags, read, readable, refuse_idle,
                            sha256_of_files, stratified_split, taken, world, write_file)
-from evaluate import (COST, EVALUATION_BATCH, MAY_DIFFER, check_layers, correct, find_genotype,
-                      gather, loss_of, read_json, read_log, stem_for, test)
+from evaluate import (COST, MAY_DIFFER, check_layers, correct, gather, loss_of, read_json, read_log,
+                      stem_for, test)
 
 import numpy as np
 import torch
 
-from genotypes import plain, short_name, to_json
+from genotypes import find_genotype, plain, short_name, to_json
 from model_search import Network
 
 # ---- Settings: those that a search shares, then those of this script. Defaults are DARTS's. -
@@ -309,8 +309,6 @@ class Run:
 
     def write_args(self, data):
         """Write args.json and scripts/ of a new run; one that goes on must have the same data."""
-        for left in self.folder.glob('.*.tmp'):         # of runs that were killed as they wrote
-            left.unlink(missing_ok=True)
         about, sha256 = self.folder / 'args.json', None
         if data is not None:
             labels = hashlib.sha256(data.labels.tobytes()).hexdigest()
@@ -351,26 +349,24 @@ class Run:
         self.progress = Progress(self.total, 'steps', done, hint)
         if not saved:
             return
-        try:
+        with readable(f'{self.folder}/checkpoint.pt is of another network', 'Delete it.'):
             for name, target in objects.items():
                 content = saved[name]
                 if 'param_groups' in content:   # of an optimizer, which are as suits this device
                     content = {**content, 'param_groups': target.state_dict()['param_groups']}
                 target.load_state_dict(content)
-        except (KeyError, RuntimeError, ValueError):
-            raise UserError(f'{self.folder}: delete checkpoint.pt, of another network') from None
         set_random_states(saved['random'][world()[0] % len(saved['random'])], self.device)
         # With another number of processes each takes the mean of their sums.
         same = len(saved['sums']) == world()[1]
         self.sums = (saved['sums'][world()[0]] if same else saved['sums'].mean(0)).to(self.device)
 
-    def train(self, epoch, draws, step_of, tensors):
+    def train(self, epoch, draws, step_of):
         """Take the steps of an epoch that are left; True if a signal stopped the run.
 
-        draws: batches, each the arguments of step_of, which returns what the sums get. tensors:
-        what must stay finite. Sets the epoch's steps, last, its seconds and its last batch.
+        draws: batches, each the arguments of step_of, which returns what the sums get. Sets the
+        epoch's steps, last, its seconds and its last batch.
         """
-        tensors = list(tensors)
+        tensors = list(self.objects['network'].parameters())
         self.last = min(self.steps, self.total - epoch * self.steps)
         self.saved = time.time()
         began = self.saved - (self.checkpoint['seconds'] if self.step else 0.0)
@@ -580,19 +576,17 @@ class GraphedStep:
         return result
 
 
+@torch.no_grad()
 def difference(before, replayed, eager, tolerance):
     """Say how a replayed step differs from the eager one, all {name: tensors}; None if alike."""
+    def distance(a, b):
+        return math.sqrt(sum((x.double() - y.double()).square().sum().item() for x, y in zip(a, b)))
+
     for name, tensors in replayed.items():
         off, moved = distance(tensors, eager[name]), distance(before[name], eager[name])
         if not off <= tolerance * moved:        # also if one is not finite
             return f"the {name} differ from the eager step's by {off:.2g} in {moved:.2g}"
     return None
-
-
-@torch.no_grad()
-def distance(a, b):
-    """Euclidean distance of two lists of tensors, in float64."""
-    return math.sqrt(sum((x.double() - y.double()).square().sum().item() for x, y in zip(a, b)))
 
 
 def tensors_of_a_step(network, *optimizers):
@@ -601,10 +595,9 @@ def tensors_of_a_step(network, *optimizers):
     for optimizer in optimizers:
         for state in optimizer.state.values():
             states += [t for t in state.values() if torch.is_tensor(t)]
-    lists = {'weights': network.weight_parameters(), 'alphas': network.architecture_parameters(),
-             'statistics': [b for b in network.buffers() if b.is_floating_point()],
-             'optimizers': states}
-    return {name: part for name, part in lists.items() if part}
+    return {'weights': network.weights, 'alphas': network.architecture_parameters(),
+            'statistics': [b for b in network.buffers() if b.is_floating_point()],
+            'optimizers': states}
 
 
 # ---- Training the network of a genotype -----------------------------------------------------
@@ -645,19 +638,6 @@ def make_optimizer(weights, args, name='sgd'):
         return torch.optim.Adam(weights, rate, weight_decay=decay, foreach=cuda, capturable=cuda)
     return torch.optim.SGD(weights, rate, momentum=args.momentum, weight_decay=decay,
                            nesterov=args.nesterov, fused=cuda, foreach=not cuda)
-
-
-def build(args, genotype, num_classes, stem, device):
-    """(network, its optimizer)."""
-    torch.manual_seed(args.seed)
-    network = Network(args.init_channels, num_classes, args.layers, genotype,
-                      auxiliary=args.auxiliary, stem=stem).to(device)
-    start_alike(network)
-    if args.drop_path_prob:
-        network.drop_path_prob = torch.zeros((), device=device)
-    optimizer = make_optimizer(list(network.parameters()), args, args.optimizer)
-    draw_apart(args.seed)                       # drop-path
-    return network, optimizer
 
 
 def split_rows(data, args):
@@ -728,11 +708,17 @@ def main(argv=None):
     test_data = read(args.data, vars(args), 'test') if data.kind == 'real' else None
 
     def measure(part, data, rows):
-        return test(part, network, Batches(data, rows, EVALUATION_BATCH[data.image_size > 64],
-                                           device, shuffle=False, workers=args.workers))
+        return test(part, network, data, rows, device, args.workers)
 
     with run.on(data):
-        network, optimizer = build(args, genotype, len(data.classes), stem, device)
+        torch.manual_seed(args.seed)
+        network = Network(args.init_channels, len(data.classes), args.layers, genotype,
+                          auxiliary=args.auxiliary, stem=stem).to(device)
+        start_alike(network)
+        if args.drop_path_prob:
+            network.drop_path_prob = torch.zeros((), device=device)
+        optimizer = make_optimizer(list(network.parameters()), args, args.optimizer)
+        draw_apart(args.seed)                               # drop-path
         kept = run.checkpoint.get('kept', {})               # weights of the best held-out epoch
         run.start(f'{args.arch} (C={args.init_channels}) on {data.name} ({len(rows):,} images of '
                   f'{data.image_size} px, {len(data.classes)} classes)',
@@ -748,7 +734,7 @@ def main(argv=None):
             if drop_path_prob:
                 network.drop_path_prob.fill_(drop_path_prob)
             network.train()
-            if run.train(epoch, batches.epoch(epoch, run.step), step, network.parameters()):
+            if run.train(epoch, batches.epoch(epoch, run.step), step):
                 return 128 + run.stop
             start_alike(network)                # with the running statistics of the first process
             loss, right = average([run.sums])[0].div(run.last).tolist()
@@ -757,7 +743,7 @@ def main(argv=None):
             is_last = epoch + 1 == run.epochs
             if len(held):
                 line.update(measure('holdout', data, held))
-                if badness(line) < min(map(badness, run.log), default=math.inf):
+                if not badness(line) >= min(map(badness, run.log), default=math.inf):
                     kept = {name: t.cpu().clone() for name, t in network.state_dict().items()}
                 if is_last:                     # its line is of the weights that weights.pt holds
                     network.load_state_dict(kept)
@@ -766,7 +752,7 @@ def main(argv=None):
                 line.update(measure('test', test_data, range(len(test_data))))
             if is_last:                         # without augmentation, in evaluation mode
                 line.update(measure('fit', data, fit_rows))
-            measured = [line.get('test_loss', 0.0), line.get('fit_loss', 0.0)]
+            measured = [line.get(f'{part}_loss', 0.0) for part in ('holdout', 'test', 'fit')]
             run.check_finite([torch.tensor(measured)], epoch * run.steps + run.last)
             if run.end_epoch(epoch, line, run.last * size):
                 return 128 + run.stop

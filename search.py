@@ -27,8 +27,8 @@ from pathlib import Path
 from generate_data import (CIFAR, KINDS, REAL, Batches, Progress, Setting, UserError,
                            choose_device, find_or_make, leave, number, one_line_errors, refuse_idle,
                            set_tf32, stratified_split, suited, world, write_file)
-from evaluate import (COST, correct, data_name, find_genotype, gather, loss_of, method_name,
-                      read_json, stem_for, write_csv)
+from evaluate import (COST, correct, data_name, gather, loss_of, method_name, read_json, stem_for,
+                      write_csv)
 from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, average, batch_of, draw_apart,
                      is_first, learning_rate_at, make_optimizer, peak_memory_mib, run_name,
                      settle, start_alike, tensors_of_a_step)
@@ -38,8 +38,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from genotypes import (distinct_cells, draw, expression, from_plain, from_string, plain,
-                       random_genotype, random_string, to_json, truth)
+from genotypes import (distinct_cells, draw, expression, find_genotype, from_plain, from_string,
+                       plain, random_genotype, random_string, to_json, truth)
 from model_search import DARTS, EDGES, NB201, Drawn, Network, cell_edges, derive
 from operations import (DilConv, DroppedSkip, FactorizedReduce, ReLUConvBN, SepConv, dropped_skip,
                         skip_connect)
@@ -344,10 +344,9 @@ class OneShot(Darts):
     def mix(self, cell_type, p):
         return Drawn(None, self.cell[cell_type])
 
-    @contextmanager
     def weight_training(self, train):
         self.take(random_cell(self.args.space, int(torch.randint(2 ** 62, ()))))
-        yield
+        return nullcontext()
 
     def take(self, genotype):
         """Compute this cell from now on."""
@@ -493,7 +492,7 @@ class Snip(OneShot):
 
     def prepare(self):
         self.batch = self.fixed_batch(self.batches[0], self.args.batch_size)
-        self.weights = [p for p in self.network.weight_parameters() if p.dim() > 1]
+        self.weights = [p for p in self.network.weights if p.dim() > 1]
 
     def measure(self, genotype):
         return {'snip': self.saliency(forward(self.network, self.batch)[0])}
@@ -562,7 +561,7 @@ def simplex(p):
 @contextmanager
 def require_grads(network, wanted=()):
     """Inside, gradients reach these parameters only: no work is done for the others."""
-    parameters = network.weight_parameters() + network.architecture_parameters()
+    parameters = network.weights + network.architecture_parameters()
     for p in parameters:
         p.requires_grad_(False)
     for p in wanted:
@@ -623,7 +622,7 @@ def second_order(method, train, valid, sgd):
     clipping, in place. Returns (gradients, loss, right answers) at w' on the validation batch.
     """
     network = method.network
-    weights, alphas = network.weight_parameters(), network.architecture_parameters()
+    weights, alphas = network.weights, network.architecture_parameters()
     group = sgd.param_groups[0]
     eta, values = group['lr'], [w.data for w in weights]
     with network.frozen_statistics():
@@ -684,7 +683,7 @@ def architecture_step(method, train, valid, sgd, adam, moments=()):
 def weight_step(method, train, sgd):
     """Step the weights; returns (loss, right answers) on the training batch before it."""
     network = method.network
-    weights = network.weight_parameters()
+    weights = network.weights
     with method.weight_training(train), require_grads(network, weights):
         grads, loss, right = gradients(method, train, weights)
     for weight, grad in zip(weights, grads):    # the fused step takes the weights' layout only
@@ -708,7 +707,7 @@ def bilevel_step(method, train, valid, sgd, adam, frozen=False, moments=()):
 def optimizers(network, args):
     """SGD for the weights, and Adam for the alphas and for nothing else."""
     cuda = next(network.parameters()).is_cuda
-    sgd = make_optimizer(network.weight_parameters(), args)
+    sgd = make_optimizer(network.weights, args)
     adam = torch.optim.Adam(network.architecture_parameters(), args.arch_learning_rate,
                             betas=(0.5, 0.999), weight_decay=args.arch_weight_decay,
                             foreach=True, capturable=cuda)
@@ -743,12 +742,7 @@ def describe(network, moments, steps, seed):
             f'signal_{cell_type}': (mean.norm() / deviation).item() if known else None})
     if isinstance(genotype, str):
         line['truth_for_analysis_only'] = truth(genotype)
-    alphas = {}
-    for name, alpha in network.alphas.items():
-        dropped = getattr(network, f'dropped_{name}', None)
-        if dropped is not None:                 # P-DARTS: a removed operation, probability 0
-            alpha = alpha.masked_fill(dropped, -1e9)
-        alphas[name] = alpha.detach().cpu().tolist()
+    alphas = {name: alpha.detach().cpu().tolist() for name, alpha in network.alphas.items()}
     return {**line, 'genotype': plain(genotype), 'alphas': alphas}
 
 
@@ -841,7 +835,6 @@ def parse(argv):
             raise UserError(f'--{name} needs a loss of the alphas: leave out --arch_data none')
     if args.early_stop and (args.epochs - args.frozen_epochs - 1) // args.hessian < 8:
         raise UserError('--early_stop needs nine eigenvalues: give more --epochs, or --hessian 1')
-    check_shares(args.train_portion if args.train_portion < 1 else 0, args)
     if args.init_channels % args.partial:
         raise UserError(f'--init_channels must be a multiple of --partial {args.partial}')
     words = [args.data, args.method] if method.searches else [args.method]
@@ -856,18 +849,13 @@ def has_own_images(name):
     return name in KINDS and 'source' not in KINDS[name].settings.split()
 
 
-def check_shares(portion, args):
-    """UserError if a share of the images and that of the alphas are more than all images."""
-    if portion + (args.valid_fraction or 0) > 1 + 1e-9:
-        raise UserError('--train_portion and --valid_fraction are more than all images: take less')
-
-
 def two_parts(data, args):
     """Disjoint images for the weights, int (n,), and the alphas, (m,); no patient is in both."""
     portion = args.train_portion                # from 1 on it is their number, up to a half
     if portion >= 1:
         portion = min(0.5, portion / len(data))
-    check_shares(portion, args)
+    if portion + (args.valid_fraction or 0) > 1 + 1e-9:
+        raise UserError('--train_portion and --valid_fraction are more than all images: take less')
     first, rest = stratified_split(data.labels, portion, args.seed, data.patients)
     share = (args.valid_fraction or 1) / (1 - portion)
     if share > 1 - 1e-9:
@@ -955,7 +943,7 @@ def main(argv=None):
             numbers = method.begin_epoch(past, length, frozen)
             streams = [b.epoch(epoch, run.step) for b in batches[:1 if is_frozen else 2]]
             draws = (sum(pair, ()) for pair in zip(*streams))   # images and labels of each stream
-            if run.train(epoch, draws, steps[key], network.parameters()):
+            if run.train(epoch, draws, steps[key]):
                 return 128 + run.stop
             start_alike(network)                # also if processes have GPUs of other kinds
             has_valid, size = not is_frozen and args.arch_data != 'none', batches[0].batch_size

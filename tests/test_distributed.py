@@ -60,8 +60,7 @@ def steps(*flags):
     out['retrained'] = vector(ours)
     data = generate_data.Data('x', 'noise', generate_data.noise_images(0, range(7), 8),
                               y[0, 0, :7].numpy(), list('abcd'), [.5] * 3, [.2] * 3, 8)
-    batches = generate_data.Batches(data, range(7), 2, torch.device('cpu'), shuffle=False)
-    found = evaluate.test('test', ours.float(), batches)
+    found = evaluate.test('test', ours.float(), data, range(7), torch.device('cpu'))
     assert found['test_n'] == 7                         # each image once
     out['tested'] = torch.tensor([found['test_loss'], found['test_error']]).double()
     return {name: value.detach() for name, value in out.items()}

@@ -415,7 +415,7 @@ def test_angle_is_that_of_the_weights_on_the_paths_before_and_after(float64):
     torch.manual_seed(0)                        # --seed
     method, before = scoring('oneshot')
     with torch.no_grad():
-        for p in method.network.weight_parameters():
+        for p in method.network.weights:
             p.add_(0.1 * torch.randn_like(p))
     after = textbook.NB201Network(4, 4, 1)
     textbook.copy_weights(method.network, after)

@@ -74,8 +74,7 @@ def test_the_epoch_that_is_kept_is_the_one_that_is_best_on_held_out_images():
     network, _ = evaluate.load_weights('r/weights.pt')
     data = generate_data.find_or_make('noise', vars(retrain.parse(flags)))
     _, held = generate_data.stratified_split(data.labels, 0.5, 3)
-    batches = generate_data.Batches(data, held, 50, torch.device('cpu'), shuffle=False)
-    found = evaluate.test('holdout', network, batches)
+    found = evaluate.test('holdout', network, data, held, torch.device('cpu'))
     assert found['holdout_loss'] == pytest.approx(best['holdout_loss'], rel=1e-5)
 
 
@@ -146,7 +145,7 @@ def test_kill_9_at_random_moments():
                 time.sleep(0.01)                        # at least a step further
             process.kill()
     assert not Path('killed/genotype.json').exists()
-    Path('killed/.log.jsonl.7.tmp').write_text('half')  # as a kill in the middle of writing leaves
+    Path('killed/.log.jsonl.tmp').write_text('half')  # as a kill in the middle of writing leaves
     run(search.main, 'killed', *flags)
     same_run('killed', 'whole')
     assert not list(Path('killed').glob('.*.tmp'))

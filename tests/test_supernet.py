@@ -30,7 +30,7 @@ def agree(ours, book, x, y):
             p, q = (torch.zeros_like(t) if t.grad is None else t.grad for t in (p, q))
         close(p[block], q)
     trained = [q for p, _, q in pairs if p.requires_grad]
-    assert sum(q.numel() for q in trained) == sum(p.numel() for p in ours.weight_parameters())
+    assert sum(q.numel() for q in trained) == sum(p.numel() for p in ours.weights)
     for p, q in zip(ours.architecture_parameters(), book.alphas):
         close(p.grad, q.grad)
     close(ours.eval()(x), book.eval()(x))
@@ -96,7 +96,7 @@ def test_second_order_gradient_is_that_through_the_virtual_step(monkeypatch):
         x, size, stride, padding))
     method, ours, book, _ = with_textbook('--unrolled', '--init_channels', '8')
     train, valid = batch(), batch()
-    sgd = torch.optim.SGD(ours.weight_parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+    sgd = torch.optim.SGD(ours.weights, 0.025, momentum=0.9, weight_decay=3e-4)
     search.weight_step(method, train, sgd)                              # momentum is not zero
     pairs = textbook.copy_weights(ours, book)
     got = search.second_order(method, train, valid, sgd)[0]
@@ -115,7 +115,7 @@ def test_second_order_gradient_is_that_through_the_virtual_step(monkeypatch):
 
 def test_parameter_counts():
     def count(*args, **kwargs):
-        return sum(p.numel() for p in Network(*args, **kwargs).weight_parameters())
+        return sum(p.numel() for p in Network(*args, **kwargs).weights)
     assert count(16, 10, 8) == 1_930_618
     assert count(16, 10, 8, partial=4) == 299_578
     for name, without, with_head in (('DARTS_V1', 3_169_414, 3_645_840),
@@ -175,7 +175,7 @@ def test_drop_path_drops_whole_images_and_spares_identities(monkeypatch):
 
 
 def test_kept_operations_equal_the_textbook():
-    """Of P-DARTS: the others have no weight, whatever `mix` gives them."""
+    """Of P-DARTS: the others have no weight."""
     names, kept, dropped = list(operations.OPERATIONS), [], torch.full((14, 8), True)
     for e in range(14):
         own = sorted(torch.randperm(8)[:3].tolist())
@@ -184,9 +184,7 @@ def test_kept_operations_equal_the_textbook():
     ours = Network(4, 10, 3, kept={'normal': kept, 'reduce': kept})
     book = textbook.Network(4, 10, 3)
     textbook.copy_weights(ours, book)
-    ours.mix = lambda cell_type, p: p + 1
-    book.mix = lambda alpha: nn.functional.softmax(
-        alpha.masked_fill(dropped, -torch.inf), 1) + ~dropped
+    book.mix = lambda alpha: nn.functional.softmax(alpha.masked_fill(dropped, -torch.inf), 1)
     agree(ours, book, *batch())
 
 
@@ -194,8 +192,8 @@ def test_auxiliary_skip_has_reductions_of_its_own():
     """DARTS-: on each of 2 x 8 edges of stride 2, C x C weights more; its weight has no alpha."""
     space = model_search.DARTS._replace(extras={'auxiliary_skip': operations.skip_connect})
     ours, plain = Network(4, 10, 5, space=space), Network(4, 10, 5)
-    own = sum(p.numel() for p in ours.weight_parameters())
-    without = sum(p.numel() for p in plain.weight_parameters())
+    own = sum(p.numel() for p in ours.weights)
+    without = sum(p.numel() for p in plain.weights)
     assert own == 138_742 and own - without == 8 * (8 ** 2 + 16 ** 2)
     assert ours.alphas['normal'].shape == (14, 8) and len(ours.genotype().normal) == 8
     share = torch.tensor(0.3, requires_grad=True)

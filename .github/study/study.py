@@ -221,7 +221,7 @@ def worth(value, true):
     Of equal cells it is the mean.
     """
     from evaluate import spearman
-    ordered = np.array(nas_bench_201()[1]['cifar10'])
+    ordered = np.array(nas_bench_201()[1])
     percentile = 50 * (np.searchsorted(ordered, true) + np.searchsorted(ordered, true, 'right')) \
         / len(ordered)
     better, tenth = true >= np.median(true), np.sort(value)[-10]
