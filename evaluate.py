@@ -10,7 +10,8 @@
     python evaluate.py --arch DARTS_V2 --cost           # parameters and multiply-adds
 
 A retrained network is tested anew from its weights.pt. The true accuracy of a cell of
-NAS-Bench-201 is looked up. A metric is a row of METRICS.
+NAS-Bench-201 is looked up. `params, full size` of a search are those of the network that retrain.py
+makes of its cell by default. A metric is a row of METRICS.
 """
 import csv
 import io
@@ -20,6 +21,7 @@ import os
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -494,33 +496,32 @@ def table(rows):
 
     `settings` of a line: how it was shortened, and what else differs within its data and method.
     """
-    groups, shown = {}, {'quick', 'preset', 'max_steps'}
+    groups, shown, lines = {}, {'quick', 'preset', 'max_steps'}, []
     for row in rows:
         settings = row['settings']
         own = settings.keys() - MAY_DIFFER - set(REPEATS)
-        variants = groups.setdefault(tuple(row.get(name) for name in GROUPS), {})
-        runs = variants.setdefault(frozenset((name, settings[name]) for name in own), {})
-        same = runs.setdefault(tuple(settings.get(name) for name in REPEATS), row)
+        key = (tuple(row.get(name) for name in GROUPS),
+               frozenset((name, settings[name]) for name in own))
+        repeat = tuple(settings.get(name) for name in REPEATS)
+        same = groups.setdefault(key, {}).setdefault(repeat, row)
         if same is not row:
             print(f'{row["run"]} is left out, since it repeats {same["run"]}', file=sys.stderr)
-    for variants in groups.values():
-        common = frozenset.intersection(*variants)
-        shown.update(name for own in variants for name, _ in own - common)
-    shown, lines = sorted(shown, key=lambda name: (name not in ('quick', 'preset'), name)), []
-    for key, variants in groups.items():
-        for own, runs in variants.items():
-            own, runs, words = dict(own), runs.values(), []
-            for name in shown:
-                if own.get(name) not in (None, False, 'auto'):
-                    words.append(name if own[name] is True else f'{name}={own[name]}')
-            line = {**dict(zip(GROUPS, key)), 'settings': ' '.join(words[:3]) or None,
-                    'n': len(runs)}
-            for name in columns():
-                values = [row[name] for row in runs if row.get(name) is not None]
-                if values:
-                    line[name] = float(np.mean(values))
-                    line[f'{name}_std'] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            lines.append(line)
+    for (group, own), (other_group, other) in combinations(groups, 2):
+        if group == other_group:
+            shown.update(name for name, _ in own ^ other)
+    for (group, own), runs in groups.items():
+        own, runs, words = dict(own), runs.values(), []
+        for name in sorted(shown, key=lambda name: (name not in ('quick', 'preset'), name)):
+            if own.get(name) not in (None, False, 'auto'):
+                words.append(name if own[name] is True else f'{name}={own[name]}')
+        line = {**dict(zip(GROUPS, group)), 'settings': ' '.join(words[:3]) or None,
+                'n': len(runs)}
+        for name in columns():
+            values = [row[name] for row in runs if row.get(name) is not None]
+            if values:
+                line[name] = float(np.mean(values))
+                line[f'{name}_std'] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        lines.append(line)
     return lines
 
 
@@ -594,7 +595,7 @@ def plot(rows, path):
     if len(fits) > 2:
         panels.append(('fit and generalization, one dot per network', 2.4, draw_fits, [fits]))
     elif len(rows) == 1 and 'tested' in rows[0]:
-        panels.append(('test images', 6, draw_test, rows))
+        panels.append(('test', 6, draw_test, rows))
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
     heights = [panel[1] for panel in panels]
@@ -669,8 +670,8 @@ def draw_test(axis, row):
                     names[k] = str(k)
             axis.set_xticks(range(len(names)), names, rotation=90)
             axis.set_yticks(range(len(names)), names)
-            for (row, column), count in np.ndenumerate(counts):
-                axis.text(column, row, count, ha='center', va='center', fontsize=8,
+            for (true, predicted), count in np.ndenumerate(counts):
+                axis.text(predicted, true, count, ha='center', va='center', fontsize=8,
                           color='white' if count > counts.max() / 2 else 'black')
         return
     axis.set_prop_cycle(color=colormaps['tab20'].colors)
