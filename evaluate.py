@@ -169,9 +169,9 @@ def measure(part, loss, scores, labels, classes):
     return values
 
 
-def test(part, network, data, *where):
-    """What `measure` says of `predictions`."""
-    return measure(part, *predictions(part, network, data, *where), data.classes)
+def test(part, network, data, rows, device, workers=2):
+    """{part_loss, part_n, part_METRIC, ...} of a network on rows of a Data, in evaluation mode."""
+    return measure(part, *predictions(part, network, data, rows, device, workers), data.classes)
 
 
 def bootstrap(scores, labels, classes):
@@ -244,7 +244,8 @@ def read_log(folder):
     """The lines of log.jsonl, as dictionaries."""
     path = Path(folder, 'log.jsonl')
     lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    with readable(f'{path} is damaged', '--resume the run.'):
+        return [json.loads(line) for line in lines]
 
 
 def method_name(settings):
@@ -375,14 +376,18 @@ def read_test(meta, data_dir=None, table=None):
     name = meta['data']
     if data_dir:
         settings['data_dir'] = data_dir
-        name = name if name in REAL else data_dir       # of own pictures it is the folder
+    if name not in REAL and not table:
+        if data_dir and Path(name).exists():    # it is that of other runs, if several are tested
+            print(f'{name} is still there: it is tested, not --data_dir', file=sys.stderr)
+        elif data_dir:
+            name = data_dir
+        elif not Path(name).exists():
+            raise UserError(f'{name}: the training data are gone. Say where with --data_dir.')
     if table:
         data = read_chexpert('chexpert', settings, 'test', table)
         print(f'tested on the {len(np.unique(data.studies))} studies of {table}', file=sys.stderr)
-    elif name in REAL or Path(name).exists():
-        data = read(name, settings, 'test')
     else:
-        raise UserError(f'{name}: the training data are gone. Say where with --data_dir.')
+        data = read(name, settings, 'test')
     if data is None:
         raise UserError(f'{name} has no test images any more: bring them back')
     files = meta.get('test_files')
@@ -435,7 +440,7 @@ def report(run, device, data_dir=None, test_labels=None):
 
 
 def show(row):
-    """Print one run as a list, with units."""
+    """Print one run as a list."""
     print(row['run'])
     for name, value in row.items():
         if name == 'genotype' and isinstance(value, dict):
@@ -449,7 +454,8 @@ def show(row):
                 if label not in value:
                     print(f'  {label:<28} no AUROC: all positive, or none')
         elif value is not None and name not in ('run', 'finished', 'log', 'settings', 'tested'):
-            header, digits = columns().get(name, (name.replace('_', ' '), None))
+            words = name.replace('fit', 'training').replace('holdout', 'held-out').replace('_', ' ')
+            header, digits = columns().get(name, (words, None))
             print(f'  {header:<25} {text_of(name, value, digits)}')
 
 
@@ -461,7 +467,7 @@ def area_text(area, low, high, positives):
 
 def text_of(name, value, digits=None):
     """A value of a report; digits: after the point, of one that the table has too."""
-    if digits is not None:
+    if isinstance(value, float) and digits is not None:
         return f'{value:,.{digits}f}'
     if name == 'to_largest':
         return '  '.join(f'{points:+.2f}' for points in value) + ' points'
@@ -507,15 +513,17 @@ def table(rows):
         if same is not row:
             print(f'{row["run"]} is left out, since it repeats {same["run"]}', file=sys.stderr)
     for (group, own), (other_group, other) in combinations(groups, 2):
-        if group == other_group:
-            shown.update(name for name, _ in own ^ other)
+        differ = {name for name, _ in own ^ other}
+        if group == other_group and not differ & {'quick', 'preset'}:   # which change many others
+            shown |= differ
     for (group, own), runs in groups.items():
         own, runs, words = dict(own), runs.values(), []
-        for name in sorted(shown, key=lambda name: (name not in ('quick', 'preset'), name)):
-            if own.get(name) not in (None, False, 'auto'):
-                words.append(name if own[name] is True else f'{name}={own[name]}')
-        line = {**dict(zip(GROUPS, group)), 'settings': ' '.join(words[:3]) or None,
-                'n': len(runs)}
+        for name in sorted(shown & own.keys()):
+            if own[name] is True:
+                words.append(name)
+            elif own[name] is not False and own[name] not in (None, 'auto'):
+                words.append(f'{name}={own[name]}')
+        line = {**dict(zip(GROUPS, group)), 'settings': ' '.join(words) or None, 'n': len(runs)}
         for name in columns():
             values = [row[name] for row in runs if row.get(name) is not None]
             if values:
@@ -820,7 +828,7 @@ def main(argv=None):
             print(f'{row["run"]}: not finished after {row["epochs"]} epochs: --resume it',
                   file=sys.stderr)
     done = [row for row in rows if row['finished']]
-    lines = table(done)
+    lines = table(done) if s['csv'] or len(done) > 1 and not s['json'] else []
     if s['json']:
         for row in done:
             print(json.dumps({key: row[key] for key in row if key not in ('log', 'tested')}))

@@ -1145,7 +1145,8 @@ def read_written(folder, s):
             if data.small and data.sha256() != meta['sha256']['images']:
                 raise ValueError('other images')
             return data
-    source = read(own['source'], {**own, 'data_dir': s['data_dir']})
+    where = {'data_dir': s['data_dir'], 'download': s['download']}
+    source = read(own['source'], {**own, **where})
     if source.sha256() != meta['sha256']['images']:
         raise UserError(f'{folder}: the images of {own["source"]} in {s["data_dir"]} are not as '
                         'they were. Give their --data_dir, or make it again.')

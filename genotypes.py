@@ -13,6 +13,7 @@ import ast
 import csv
 import gzip
 import json
+import os
 import re
 from bisect import bisect_left, bisect_right
 from collections import namedtuple
@@ -51,9 +52,13 @@ def from_plain(value, source='genotype'):
             if len(pairs) != 2 * NODES:
                 raise ValueError(f'{cell} has {len(pairs)} operations')
             for k, (name, state) in enumerate(pairs):
-                if name not in known or not 0 <= state < 2 + k // 2:
+                twice = k % 2 and state == pairs[k - 1][1]
+                if name not in known or not 0 <= state < 2 + k // 2 or twice:
                     raise ValueError(f'{cell}[{k}] cannot be {name}:{state}')
-            cells += [pairs, tuple(map(int, value[cell + '_concat']))]
+            concat = tuple(map(int, value[cell + '_concat']))
+            if not concat or sorted({*concat} & {*ALL_NODES}) != sorted(concat):
+                raise ValueError(f'{cell}_concat cannot be {concat}')
+            cells += [pairs, concat]
     return Genotype(*cells)
 
 
@@ -96,9 +101,9 @@ def find_genotype(arch):
         return PUBLISHED[arch], {'data': 'published', 'method': arch}
     if arch.startswith('|'):
         return from_plain(arch, '--arch'), {'data': 'given', 'method': short_name(arch)}
-    path = Path(arch, 'genotype.json') if Path(arch).is_dir() else Path(arch)
-    if not path.is_file():
-        raise UserError(f'--arch {arch}: neither a genotype.json, nor a search that has ended, '
+    path = Path(arch, 'genotype.json') if os.path.isdir(arch) else Path(arch)
+    if not os.path.isfile(path):
+        raise UserError(f'--arch {arch:.60}: neither a genotype.json, nor a search that has ended, '
                         f'nor one of {", ".join(PUBLISHED)}')
     with readable(f"{path}: no JSON object and no Genotype(...) in DARTS's words", 'Mend it.'):
         text = path.read_text()

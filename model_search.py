@@ -382,7 +382,7 @@ class Network(nn.Module):
                 alpha = 1e-3 * torch.randn(len(space.edges), len(names))
                 for e, own in enumerate(kept[cell_type] if kept else ()):
                     gone = [k for k, name in enumerate(names) if name not in own]
-                    alpha[e, gone] = -1e9                   # probability 0, whatever Adam adds
+                    alpha[e, gone] = -1e4                   # probability 0, in float64 too
                 self.alphas[cell_type] = nn.Parameter(alpha)
             for cell_type in space.cell_types if partial > 1 else ():
                 self.alphas[f'beta_{cell_type}'] = nn.Parameter(1e-3 * torch.randn(len(alpha)))

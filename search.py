@@ -1030,8 +1030,10 @@ def next_command(folder, args):
     if target in REAL:
         names = ['data_dir', 'uncertain', 'views']
     for name in names:
-        value = getattr(args, name)
-        if value not in (INPUT[name].default, PRESETS.get(args.preset, {}).get(name)):
+        value, usual = getattr(args, name), INPUT[name].default
+        if '--preset' in words:
+            usual = PRESETS['laptop'].get(name, usual)
+        if value != usual:
             words += [f'--{name}'] if value is True else [f'--{name}', str(value)]
     if args.gpu != RUN['gpu'].default:
         words += ['--gpu', str(args.gpu)]

@@ -89,6 +89,11 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     head, first, second = said.out.splitlines()[-3:]
     assert 'init_channels=4 max_steps=1  2' in first and 'init_channels=8 max_steps=1  1' in second
     assert 'settings' in head and 'again is left out, since it repeats s1' in said.err
+    run(search.main, 'l', *TINY, '--preset', 'laptop', '--arch_weight_decay', '0')
+    run(search.main, 'm', *TINY, '--preset', 'laptop')
+    _, *lines = printed(capsys, 's0', 'l', 'm').splitlines()
+    assert [' preset=laptop ' in line for line in lines] == [False, True, True]
+    assert ['arch_weight_decay=0.0 ' in line for line in lines] == [False, True, False]
 
 
 def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
@@ -180,6 +185,8 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     for split in ('train', 'val'):
         shutil.move(f'{split}-cat', f'photos/{split}/zebra')
     one_line(capsys, evaluate.main([size, '--gpu', '-1']), 'zebra')
+    evaluate.main([size, '--data_dir', 'other', '--gpu', '-1'])
+    assert 'photos is still there' in capsys.readouterr().err
     shutil.move('photos', 'elsewhere')
     one_line(capsys, evaluate.main([size, '--gpu', '-1']), '--data_dir')
     one_line(capsys, evaluate.main([size, '--data_dir', 'elsewhere', '--gpu', '-1']), 'zebra')
