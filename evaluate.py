@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (DEFAULTS, REAL, Batches, Progress, Setting, UserError, choose_device,
-                           is_image, leave, load_file, number, one_line_errors, parse_flags,
-                           read, read_chexpert, read_image, readable, sha256_of_files, taken, world,
-                           write_file)
+from generate_data import (DATA, DEFAULTS, REAL, Batches, Progress, Setting, UserError,
+                           choose_device, is_image, leave, load_file, number, one_line_errors,
+                           parse_flags, read, read_chexpert, read_image, readable, sha256_of_files,
+                           taken, world, write_file)
 
 import numpy as np
 import torch
@@ -315,7 +315,7 @@ def look_up(genotype):
     table, _ = nas_bench_201()
     names, found = from_string(genotype), genotypes.truth(genotype)
     largest = table[NB201_LARGEST]
-    found['to_largest'] = [round(found[name] - largest[name], 2) for name in ACCURACIES]
+    found['vs_largest_network'] = [round(found[name] - largest[name], 2) for name in ACCURACIES]
     return {**found, 'skips': names.count('skip_connect'), 'nones': names.count('none'),
             'params_full_size': table[genotype]['params']}
 
@@ -393,7 +393,7 @@ def read_test(meta, data_dir=None, table=None):
     files = meta.get('test_files')
     if files and sha256_of_files(data.files) != files:
         raise UserError(f'{data.name}: files were added, removed or changed since this training: '
-                        'the test images are others. Bring them back, or retrain')
+                        'the test images are others. Undo it, or retrain with another --save')
     unknown = sorted(set(data.classes) - set(meta['classes']))
     if unknown or data.multilabel and data.classes != meta['classes']:
         raise UserError(f'{data.name}: the network does not know {", ".join(unknown[:5])}: give '
@@ -454,8 +454,8 @@ def show(row):
                 if label not in value:
                     print(f'  {label:<28} no AUROC: all positive, or none')
         elif value is not None and name not in ('run', 'finished', 'log', 'settings', 'tested'):
-            words = name.replace('fit', 'training').replace('holdout', 'held-out').replace('_', ' ')
-            header, digits = columns().get(name, (words, None))
+            words = name.replace('fit', 'final training').replace('holdout', 'held-out')
+            header, digits = columns().get(name, (words.replace('_', ' '), None))
             print(f'  {header:<25} {text_of(name, value, digits)}')
 
 
@@ -469,7 +469,7 @@ def text_of(name, value, digits=None):
     """A value of a report; digits: after the point, of one that the table has too."""
     if isinstance(value, float) and digits is not None:
         return f'{value:,.{digits}f}'
-    if name == 'to_largest':
+    if name == 'vs_largest_network':
         return '  '.join(f'{points:+.2f}' for points in value) + ' points'
     if isinstance(value, dict):
         return ', '.join(f'{key} {number:.3f}' for key, number in value.items())
@@ -481,10 +481,10 @@ def text_of(name, value, digits=None):
 def columns():
     """{measure: (header, digits)} of the table, in its order."""
     out = {}
-    for part, word in (('test', 'test'), ('fit', 'training'), ('holdout', 'held-out')):
+    for part, word in (('test', 'test'), ('fit', 'final training'), ('holdout', 'held-out')):
         for name, metric in METRICS.items():
             out[f'{part}_{name}'] = (f'{word} {metric.header}', metric.digits)
-    return {**out, 'gap': ('test - training, points', 2), 'fit_loss': ('training loss', 3),
+    return {**out, 'gap': ('test - training, points', 2), 'fit_loss': ('final training loss', 3),
             'cifar10': ('CIFAR-10 %', 2), 'cifar100': ('CIFAR-100 %', 2),
             'imagenet16': ('ImageNet16 %', 2), 'percentile': ('percentile', 1),
             'spearman': ('rank correlation', 3), 'spearman_given_params': ('given params', 3),
@@ -506,6 +506,7 @@ def table(rows):
     for row in rows:
         settings = row['settings']
         own = settings.keys() - MAY_DIFFER - set(REPEATS)
+        own -= DATA.keys() - taken(settings['data'], {**DEFAULTS, **settings})
         key = (tuple(row.get(name) for name in GROUPS),
                frozenset((name, settings[name]) for name in own))
         repeat = tuple(settings.get(name) for name in REPEATS)
@@ -687,10 +688,11 @@ def draw_test(axis, row):
         k = classes.index(name)
         known = labels[:, k] >= 0
         truth = labels[known, k][np.argsort(-scores[known, k], kind='stable')] == 1
-        axis.plot(np.cumsum(~truth) / (~truth).sum(), np.cumsum(truth) / truth.sum(),
+        false_share, true_share = (np.append(0, np.cumsum(t) / t.sum()) for t in (~truth, truth))
+        axis.plot(false_share, true_share,
                   label=f'{name} {area_text(*area)}')
     axis.plot([0, 1], [0, 1], '--', color='gray', lw=1)
-    axis.legend(fontsize=7, title='area under the curve', title_fontsize=8)
+    axis.legend(loc='lower right', fontsize=7, title='area under the curve', title_fontsize=8)
     axis.set(xlabel='false positive rate', ylabel='true positive rate')
 
 
@@ -818,6 +820,9 @@ def main(argv=None):
     folders = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))
     if s['scores'] and len(folders) > 1:
         raise UserError('--scores takes one run: leave the others out')
+    for run in folders:
+        if not Path(run).is_dir():
+            raise UserError(f'{run}: no such folder. Give the folders of runs.')
     trained = any((Path(run) / 'weights.pt').exists() for run in folders)
     device = choose_device(s['gpu'] if trained else -1)
     rows = [report(run, device, s['data_dir'], s['test_labels']) for run in folders]

@@ -376,11 +376,11 @@ def kind_of(name, s):
     return GENERATORS[s['generator']] if name == 'generated' else KINDS[name]
 
 
-def refuse_idle(typed, idle):
+def refuse_idle(typed, idle, where='beside the other flags'):
     """UserError for what was typed and has no effect; idle: {name: whether it has none}."""
     for name in sorted(typed.keys() & idle.keys()):
         if idle[name]:
-            raise UserError(f'--{name} means nothing beside the other flags. Leave it out.')
+            raise UserError(f'--{name} means nothing {where}. Leave it out.')
 
 
 # ---- Noise and random labels ----------------------------------------------------------------
@@ -1199,8 +1199,8 @@ def read_cifar(name, s, split):
     content = [read_arrays(folder / file, 'data', key) for file, md5 in files]
     unusual = [file for file, md5 in files if not check_integrity(folder / file, md5)]
     if unusual:
-        print(f'warning: {folder}: used, though not as officially published (other checksums; '
-              f'--download fetches them): {", ".join(unusual)}', file=sys.stderr)
+        print(f'warning: {folder}: used, but the checksums of {", ".join(unusual)} are not the '
+              'official ones. --download replaces such files.', file=sys.stderr)
     images = np.concatenate([pixels for pixels, _ in content]).reshape(-1, 3, 32, 32)
     images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
     labels = np.concatenate([numbers for _, numbers in content])
@@ -1264,9 +1264,15 @@ def read_chexpert_table(path, uncertain):
     zeros.
     """
     paths, labels = [], []
-    with readable(f'{path} is no CSV file of CheXpert', 'Check its path.'), \
+    mend = 'Check its path, or --data_dir, which has CheXpert-v1.0-small/ in it.'
+    with readable(f'{path} is no CSV file of CheXpert', mend), \
             open(path, newline='', encoding='utf-8-sig') as file:
-        for row in csv.DictReader(file, restval='no cell'):
+        reader = csv.DictReader(file, restval='no cell')
+        names = reader.fieldnames or []
+        for name in ('Study' if 'Study' in names else 'Path', *CHEXPERT):
+            if name not in names:
+                raise ValueError(f'no column {name}')
+        for row in reader:
             paths.append(re.sub('^.*/(?=(train|valid|test)/)', '', row.get('Path') or row['Study']))
             labels.append([float(row[name] or 0) for name in CHEXPERT])
         labels = np.array(labels)
@@ -1370,8 +1376,8 @@ def try_pictures(files, folders):
     for folder in folders:
         others = {path for path in folder.rglob('*') if path.is_file()}.difference(files)
         if others:
-            print(f'{folder}: files left out, which are no pictures: {len(others)}, e.g. '
-                  f'{min(others).name}', file=sys.stderr)
+            print(f'{folder}: {len(others)} files are left out, no JPEG, PNG, BMP, WebP, TIFF or '
+                  f'PPM, e.g. {min(others).name}', file=sys.stderr)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         fine = Progress(len(files), 'pictures tried').over(pool.map(is_image, files))
         return np.fromiter(fine, bool)
@@ -1627,7 +1633,8 @@ def main(argv=None):
     kind, out = s['kind'], s['out']
     if not kind or not out:
         raise UserError('Give --kind and --out (see --help).')
-    refuse_idle(typed, dict.fromkeys({*DATA, 'generator_steps'} - taken(kind, s), True))
+    unused = {*DATA, 'generator_steps'} - taken(kind, s)
+    refuse_idle(typed, dict.fromkeys(unused, True), f'for --kind {kind}')
     both = [os.path.realpath(out), os.path.realpath(s['source'])]
     if s['source'] not in REAL and os.path.commonpath(both) in both:
         raise UserError(f'--out {out}: it or --source lies in the other. Write elsewhere.')

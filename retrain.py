@@ -127,9 +127,11 @@ SAID = {'train_loss': 'training loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}
         'valid_loss': 'held-out loss {:.3f}', 'valid_accuracy': 'held-out accuracy {:.1%}',
         'skips_normal': '{} skips in the normal cell', 'skips_reduce': '{} in the reduction cell',
         'skips_cell': '{} skips', 'truth_for_analysis_only': 'CIFAR-10, known: {[cifar10]:.2f}%',
+        'kept_after_epochs': 'kept: the network after epoch {}',
         'holdout_error': 'held-out error {:.2f}%', 'holdout_auroc_tasks': 'held-out AUROC {:.3f}',
         'test_error': 'test error {:.2f}%', 'test_auroc_tasks': 'test AUROC {:.3f}',
-        'fit_error': 'training error {:.2f}%', 'fit_auroc_tasks': 'training AUROC {:.3f}'}
+        'fit_error': 'final training error {:.2f}%',
+        'fit_auroc_tasks': 'final training AUROC {:.3f}'}
 
 
 def settle(doc, tables, argv, presets, defaults_for):
@@ -153,7 +155,8 @@ def settle(doc, tables, argv, presets, defaults_for):
         tables['most used'].update({name: table[name] for name in FIRST if name in table})
         tables[title] = {name: table[name] for name in table if name not in FIRST}
     s, typed, defaults = parse_flags(doc, tables, argv, merged)
-    refuse_idle(typed, dict.fromkeys(DATA.keys() - taken(s['data'], s), True))
+    refuse_idle(typed, dict.fromkeys(DATA.keys() - taken(s['data'], s), True),
+                f'for --data {s["data"]}')
     if s['data_seed'] is None:
         s['data_seed'] = s['seed']
     for name in {'warmup_epochs', 'frozen_epochs'} & (s.keys() - typed.keys()):
@@ -743,11 +746,13 @@ def main(argv=None):
             is_last = epoch + 1 == run.epochs
             if len(held):
                 line.update(measure('holdout', data, held))
-                if not badness(line) >= min(map(badness, run.log), default=math.inf):
+                best = [badness(epoch_line) for epoch_line in (*run.log, line)]
+                if not best[-1] >= min(best[:-1], default=math.inf):
                     kept = {name: t.cpu().clone() for name, t in network.state_dict().items()}
                 if is_last:                     # its line is of the weights that weights.pt holds
                     network.load_state_dict(kept)
-                    line.update(measure('holdout', data, held))
+                    line.update(measure('holdout', data, held),
+                                kept_after_epochs=best.index(min(best)) + 1)
             if test_data:
                 line.update(measure('test', test_data, range(len(test_data))))
             if is_last:                         # without augmentation, in evaluation mode

@@ -880,8 +880,7 @@ def main(argv=None):
     device = choose_device(args.gpu, args.tf32)
     run = Run(args, device, 'genotype.json')
     if run.finished:                            # a loop goes on without reading the data
-        say(find_genotype(str(run.folder))[0])
-        print('next:', next_command(run.folder, args))
+        say(args, find_genotype(str(run.folder))[0])
         return
     if not METHODS[args.method].searches:
         with run.on(None):
@@ -992,32 +991,32 @@ def finish(run, args, genotype, **notes):
         **notes) + '\n')
     if 'score' in notes:
         print(f'the best of {notes["cells"]:,} cells, by {notes["score"]}:')
-    say(genotype)
-    if args.quick:
-        print('this was --quick: the pipeline works, the genotype means nothing')
-    print('next:', next_command(run.folder, args))
+    say(args, genotype)
 
 
-def say(genotype):
-    """Print the cells that were found, or the one of NAS-Bench-201 and what it is worth."""
+def say(args, genotype):
+    """Print the cells that were found, what is known of them, and the next command."""
     if 'conv' not in str(genotype if isinstance(genotype, str) else genotype.normal):
         print('this cell has no convolution, the search has collapsed: better retrain another one')
     if isinstance(genotype, str):
         print(genotype)
         print('known of this cell: CIFAR-10 {cifar10:.2f}%, CIFAR-100 {cifar100:.2f}%, '
               'ImageNet16-120 {imagenet16:.2f}%; rank {rank:,} of 15,625'.format(**truth(genotype)))
-        return
-    for cell in ('normal', 'reduce'):
-        print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
+    else:
+        for cell in ('normal', 'reduce'):
+            print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
+    if args.quick:
+        print('this was --quick: the pipeline works, the genotype means nothing')
+    print('next:', next_command(args))
 
 
-def next_command(folder, args):
+def next_command(args):
     """The command that retrains what was found, on the real data that the search was for."""
     target = args.source if args.data == 'random_labels' else args.data
     if target in KINDS or Path(target, 'meta.json').exists():
         target = 'chexpert' if args.multilabel else 'cifar10'
         target = args.preset if args.preset in REAL else target
-    words = ['python', 'retrain.py', '--arch', str(folder), '--data', target]
+    words = ['python', 'retrain.py', '--arch', args.save, '--data', target]
     if args.quick:
         words.append('--quick')
     elif args.preset == 'laptop':

@@ -64,11 +64,12 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     row, = reports(capsys, 's0')
     assert row['cifar10'] == pytest.approx(54.30, abs=0.01) and row['rank'] == 15231
     largest = 93.76, 71.11, 41.44
-    assert row['to_largest'] == pytest.approx(np.subtract((54.30, 15.61, 16.32), largest), abs=0.02)
+    difference = np.subtract((54.30, 15.61, 16.32), largest)
+    assert row['vs_largest_network'] == pytest.approx(difference, abs=0.02)
     assert (row['skips'], row['nones'], row['searched_on']) == (6, 0, 'noise')
     assert row['params_full_size'] == nas_bench_201()[0][SKIPS]['params'] and 'log' not in row
     out = printed(capsys, 's0')
-    search.say(SKIPS)
+    search.say(search.parse([]), SKIPS)
     assert 'collapsed' in capsys.readouterr().out
     assert '54.30\n' in out and '15,231' in out and '-39.46' in out
     values = [truth(arch)['cifar10'] for arch in (SKIPS, CONVS, POINTS)]

@@ -76,6 +76,7 @@ def test_the_epoch_that_is_kept_is_the_one_that_is_best_on_held_out_images():
     _, held = generate_data.stratified_split(data.labels, 0.5, 3)
     found = evaluate.test('holdout', network, data, held, torch.device('cpu'))
     assert found['holdout_loss'] == pytest.approx(best['holdout_loss'], rel=1e-5)
+    assert lines[-1]['kept_after_epochs'] == best['epoch'] + 1
 
 
 @pytest.mark.parametrize('flags, draw', [(DARTS, random_genotype), (TINY, random_string)])
@@ -419,4 +420,4 @@ def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == f"next: python retrain.py --arch 'my run' {expected}"
     retrain.parse(shlex.split(said)[3:])
-    assert '--gpu' not in search.next_command('r', search.parse(['--gpu', '0']))    # the default
+    assert '--gpu' not in search.next_command(search.parse(['--gpu', '0']))    # the default

@@ -29,7 +29,7 @@ def test_cifar_is_read_as_python_2_wrote_it(capsys):
     assert len(train) == 87 and len(test) == 20
     assert (train.images[3].transpose(2, 0, 1).ravel() == data[3]).all() and train.labels[3] == 3
     assert len(g.read('cifar10', {'data_dir': str(folder)})) == 87      # the folder itself, too
-    assert 'not as officially published' in capsys.readouterr().err
+    assert 'are not the official ones' in capsys.readouterr().err
     small = g.read('cifar10', {'image_size': 16}).images
     assert small.shape == (87, 16, 16, 3) and abs(small.mean() - train.images.mean()) < 3
     Path('data/cifar-100-python').mkdir()
@@ -218,7 +218,7 @@ def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
     assert len(g.read('own', {'skip_broken': True})) == 8
     assert len(g.read('own', {'skip_broken': True}, 'test')) == 8
     said = capsys.readouterr().err
-    assert 'files left out, which are no pictures: 1, e.g. notes.txt' in said
+    assert '1 files are left out, no JPEG, PNG, BMP, WebP, TIFF or PPM, e.g. notes.txt' in said
     assert '4 broken pictures are left out' in said
     for path in Path('own/train/cat').glob('*.png'):
         path.write_bytes(b'no picture')
