@@ -101,10 +101,10 @@ def areas(scores, labels, classes):
 
 
 def mean_area(scores, labels, classes, names=()):
-    """Mean area under the ROC curve over some classes, or over all if none of them is there."""
+    """Mean area under the ROC curve, over all `names` or None; without names of what is defined."""
     values = areas(scores, labels, classes)
-    chosen = [values[name] for name in names if name in values] or list(values.values())
-    return float(np.mean(chosen)) if chosen else None
+    chosen = [values.get(name) for name in names if name in classes] or list(values.values())
+    return float(np.mean(chosen)) if chosen and None not in chosen else None
 
 
 class Metric(NamedTuple):

@@ -128,7 +128,8 @@ SAID = {'train_loss': 'training loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}
         'skips_normal': '{} skips in the normal cell', 'skips_reduce': '{} in the reduction cell',
         'skips_cell': '{} skips', 'truth_for_analysis_only': 'CIFAR-10, known: {[cifar10]:.2f}%',
         'kept_after_epochs': 'kept: the network after epoch {}',
-        'holdout_error': 'held-out error {:.2f}%', 'holdout_auroc_tasks': 'held-out AUROC {:.3f}',
+        'holdout_loss': 'held-out loss {:.3f}', 'holdout_error': 'held-out error {:.2f}%',
+        'holdout_auroc_tasks': 'held-out AUROC {:.3f}',
         'test_error': 'test error {:.2f}%', 'test_auroc_tasks': 'test AUROC {:.3f}',
         'fit_error': 'final training error {:.2f}%',
         'fit_auroc_tasks': 'final training AUROC {:.3f}'}

@@ -44,6 +44,8 @@ def test_areas_under_curves_by_hand_of_unknown_labels_and_with_intervals():
     found = evaluate.measure('fit', 0.5, torch.from_numpy(scores), torch.from_numpy(labels), names)
     assert found == {'fit_loss': 0.5, 'fit_n': 300, 'fit_auroc_tasks': areas['Edema'],
                      'fit_auroc': np.mean(list(areas.values()))}
+    none = evaluate.mean_area(scores, labels, names, ['Edema', 'y'])    # never of fewer tasks
+    assert none is None
     low, high = evaluate.bootstrap(scores, labels, names)['Edema']
     assert low < areas['Edema'] < high and 0.04 < high - low < 0.15     # about .76 +- .03
 

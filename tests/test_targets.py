@@ -257,7 +257,7 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
         '--label_mode', 'permute', *halves)
     lines = run(retrain.main, 'n', *flags, '--data', 'chexpert', '--arch', 'r',
                 '--holdout_patients', '0.2', '--uncertain', 'ignore', '--views', 'all')
-    best = max(lines, key=lambda line: line['holdout_auroc_tasks'])
+    best = min(lines, key=retrain.badness)
     row, = reports(capsys, 'n')
     assert row['test_auroc_tasks'] == pytest.approx(best['test_auroc_tasks'], abs=1e-9)
     assert row['test_n'] == 6                           # studies, of two views each
