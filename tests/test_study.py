@@ -57,6 +57,7 @@ def test_outcomes_of_known_cells():
 
 @pytest.mark.parametrize('noise, deviation, expected', [
     (0.70, 0.03, 'not needed'), (0.69, 0.03, 'not needed'), (0.60, 0.03, 'needed'),
+    (0.68, 0.015, 'not needed, but lower'),
     (0.70, 0.15, 'undecided'), (0.80, 0.03, 'undecided')])
 def test_answers_of_scoring(noise, deviation, expected):
     rho = {kind: exact(0.70, deviation, 24) for kind in study.KINDS}

@@ -337,10 +337,10 @@ def answers_b(rho, given_params):
     equal, worse = holm(equal), holm(worse)
     out = {}
     for kind, pair in found.items():
-        answer = 'undecided'
+        answer, is_lower = 'undecided', min(worse[kind, 0], worse[kind, 1]) < LEVEL
         if equal[kind] < LEVEL:
-            answer = 'not needed'
-        elif min(worse[kind, 0], worse[kind, 1]) < LEVEL:
+            answer = 'not needed, but lower' if is_lower else 'not needed'
+        elif is_lower:
             answer = 'needed'
         out[kind] = answer, *pair
     return out
