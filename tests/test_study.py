@@ -140,7 +140,7 @@ def test_every_part_has_its_table_when_its_rows_are_there(capsys, monkeypatch, t
             row = {'part': part, 'arm': arm, 'method': method, 'seed': seed, 'genotype': 'some'}
             for key in ('rho', 'given_params', 'better_half', 'fit'):
                 row[key] = rng.uniform(0.69, 0.71)
-            for key in ('percentile', 'shuffled', 'placement', 'e2', 'best', 'ten_best'):
+            for key in ('percentile', 'shuffled', 'placement', 'e2', 'best', 'ten_best', 'seconds'):
                 row[key] = rng.uniform(60, 90)
             for score in study.SCORES if method == 'oneshot' else [method]:
                 made[name].append({**row, 'score': score})

@@ -429,11 +429,11 @@ def print_scoring(rows, part):
     arms = list(dict.fromkeys((row['arm'], row['method'], row['score']) for row in rows
                               if row['part'] == part))
     table = [['data', 'method', 'score', 'n', 'rank correlation', 'given parameters',
-              'better half', 'best cell', 'ten best', 'fit']]
+              'better half', 'best cell', 'ten best', 'fit', 'seconds']]
     for arm, method, score in arms:
         cells = [spread(sample(rows, name, part, arm, method, score), digits) for name, digits in
                  (('rho', 3), ('given_params', 3), ('better_half', 3), ('best', 1),
-                  ('ten_best', 1), ('fit', 3))]
+                  ('ten_best', 1), ('fit', 3), ('seconds', 0))]
         n = len(sample(rows, 'rho', part, arm, method, score))
         table.append([arm, method, score, str(n), *cells])
     print_table(table)
@@ -457,6 +457,9 @@ def print_scoring(rows, part):
         for kind, (answer, c, partial) in answers_b(rho, given_params).items():
             print(f'{kind}: {answer}; rank correlation from real {difference(c)}, given '
                   f'parameters {difference(partial)}')
+            for name in ('better_half', 'best', 'ten_best'):
+                both = [sample(rows, name, 'B', k, score=SCORES[0]) for k in (kind, REAL)]
+                print(f'    {name} from real {difference(contrast(both))}')
         print()
 
 
