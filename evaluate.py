@@ -7,7 +7,7 @@
     python evaluate.py runs/NAME --predict photo.jpg    # classes of pictures, as CSV
     python evaluate.py runs/NAME --scores scores.csv    # a probability for each test image, label
     python evaluate.py runs/NAME --genotype             # the cell in DARTS's words, to paste there
-    python evaluate.py --arch DARTS_V2 --cost           # parameters and multiply-adds
+    python evaluate.py --arch DARTS_V2                  # its parameters and multiply-adds
 
 A retrained network is tested anew from its weights.pt. The true accuracy of a cell of
 NAS-Bench-201 is looked up. `params, full size` of a search are those of the network that retrain.py
@@ -711,7 +711,6 @@ RUNS = {
     'test_labels': Setting(None, "a CSV of CheXpert's test set"),
 }
 COST = {
-    'cost': Setting(False, 'count the network of --arch'),
     'arch': Setting(None, "a published name, a genotype.json, a search, or DARTS's text"),
     'init_channels': Setting(36, 'of NAS-Bench-201 by default 16', number(int, 1, 4096)),
     'layers': Setting(20, 'cells; of NAS-Bench-201 by default 17', number(int, 1, 200)),
@@ -790,18 +789,16 @@ def main(argv=None):
         is_string = chosen['arch'] and isinstance(find_genotype(chosen['arch'])[0], str)
         return {'init_channels': 16, 'layers': 17} if is_string else {}
 
-    s, typed, _ = parse_flags(__doc__, {'runs': RUNS, 'cost without training': COST}, argv,
-                              defaults_for)
-    unused = (RUNS if s['cost'] else COST).keys() & (typed.keys() - {'json', 'gpu'})
+    tables = {'runs': RUNS, 'or the cost of a network': COST}
+    s, typed, _ = parse_flags(__doc__, tables, argv, defaults_for)
+    unused = (RUNS if s['arch'] else COST).keys() & (typed.keys() - {'json', 'gpu'})
     if unused:
-        mend = 'does not go with --cost: leave it out' if s['cost'] else 'needs --cost: add it'
+        mend = 'does not go with --arch: leave it out' if s['arch'] else 'needs --arch: add it'
         raise UserError(f'--{min(unused)} {mend}')
     for name in ('csv', 'plot', 'scores'):      # which are written after the tests
         if s[name] and not Path(s[name]).resolve().parent.is_dir():
             raise UserError(f'--{name} {s[name]}: give a file in a folder that exists')
-    if s['cost']:
-        if not s['arch']:
-            raise UserError('--cost needs --arch: give a published name, a genotype.json or a run')
+    if s['arch']:
         genotype, size = find_genotype(s['arch'])[0], s['image_size']
         check_layers(genotype, s['layers'])
         stem = stem_for(s['stem'], size, s['init_channels'])
@@ -809,7 +806,7 @@ def main(argv=None):
         lines = [f'{name:<18} {count:>15,}' for name, count in counts.items()]
         return print(json.dumps(counts) if s['json'] else '\n'.join(lines))
     if not s['runs']:
-        raise UserError('nothing to evaluate: give the folders of runs, or --arch NAME --cost')
+        raise UserError('nothing to evaluate: give the folders of runs, or --arch NAME')
     for name in ('predict', 'genotype'):
         if s[name] and (len(s['runs']) > 1 or typed.keys() - {'runs', name, 'gpu'}):
             raise UserError(f'--{name} takes one run and no other flag: leave the others out')

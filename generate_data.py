@@ -901,35 +901,22 @@ KINDS = {                   # of `generated` the generator's row is taken: see k
 
 
 @contextlib.contextmanager
-def new_folder(out, force=False):
-    """Yield a hidden folder that takes the name `out` when the block ends well.
-
-    One process at a time. If a run is killed while it replaces a set, the next one puts that back.
-    """
+def new_folder(out):
+    """Yield a hidden folder that takes the name `out` when the block ends well."""
     out = Path(os.path.realpath(out))
-    old, new = out.with_name(f'.{out.name}.old'), out.with_name(f'.{out.name}.new')
+    new = out.with_name(f'.{out.name}.new')
     out.parent.mkdir(parents=True, exist_ok=True)
-
-    def tidy():                             # also what killed runs left
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
     with open(out.with_name(f'.{out.name}.lock'), 'w') as lock:     # which stays, as a run's does
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)            # one process at a time
+        if out.exists():
+            raise UserError(f'{out} exists. Remove it, or choose another --out.')
+        shutil.rmtree(new, ignore_errors=True)      # what a killed run left
         try:
-            tidy()
-            if out.exists() and not (force and (out / 'meta.json').exists()):
-                raise UserError(f'{out} exists. Use --force to replace it if it is a data set, or '
-                                'choose another --out.')
             new.mkdir()
             yield new
-            if out.exists():
-                os.replace(out, old)
             os.replace(new, out)
         finally:
-            tidy()
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def own_settings(name, s):
@@ -943,10 +930,10 @@ def own_settings(name, s):
     return own
 
 
-def make_set(out, name, s, device, force=False):
+def make_set(out, name, s, device):
     """Write a set into the folder `out`: images.npy (not of a source), labels, meta.json, sheet."""
     own = own_settings(name, s)
-    with new_folder(out, force) as folder:
+    with new_folder(out) as folder:
         made = kind_of(name, s).make({**s, 'out': out, 'image_size': own['image_size']}, device)
         labels, source = np.ascontiguousarray(made.labels), made.source
         if source is None:
@@ -1624,7 +1611,6 @@ class Batches:
 def main(argv=None):
     own = {'kind': Setting(None, 'what to make', list(KINDS)),
            'out': Setting(None, 'folder to write', name_or_path),
-           'force': Setting(False, 'replace the folder if it exists'),
            'seed': Setting(0, 'of pixels and labels', number(int, 0)),
            'generator_steps': Setting(50000, 'of training, for --generator train', number(int, 1)),
            'gpu': Setting(-1, 'CUDA device for --generator train', number(int, -1))}
@@ -1638,7 +1624,7 @@ def main(argv=None):
     both = [os.path.realpath(out), os.path.realpath(s['source'])]
     if s['source'] not in REAL and os.path.commonpath(both) in both:
         raise UserError(f'--out {out}: it or --source lies in the other. Write elsewhere.')
-    make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']), s['force'])
+    make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']))
     print(f'wrote {out}: look at {Path(out, "sheet.png")}')
     print(f'next: python search.py --data {shlex.quote(out)}')
 

@@ -65,7 +65,6 @@ SCHEDULE = {
     'learning_rate_min': Setting(0.0, 'at the end', number(float, 0)),
     'warmup_epochs': Setting(0, 'in which the learning rate rises linearly', number(int, 0)),
     'momentum': Setting(0.9, 'of SGD', number(float, 0, below=1)),
-    'nesterov': Setting(False, "Nesterov's momentum"),
     'weight_decay': Setting(3e-4, 'of the weights', number(float, 0)),
     'grad_clip': Setting(5.0, "largest norm of the gradient; 0: no limit", number(float, 0)),
 }
@@ -94,14 +93,14 @@ NETWORK = {
     'cutout_length': Setting(16, 'pixels', number(int, 1)),
 }
 RECIPE = {
-    'optimizer': Setting('sgd', 'of the weights', ['sgd', 'adam']),
     'label_smoothing': Setting(0.0, 'share spread over all classes', number(float, 0, below=1)),
     'holdout_patients': Setting(0.0, 'share that chooses the epoch', number(float, 0, below=1)),
     'train_portion': Setting(1.0, 'share of the images, or their number', number(float, above=0)),
 }
-# A preset's, and no flags: the schedule, cosine or linear, the weight of the auxiliary loss, and
-# whether batches are smaller if there are few images
-FIXED = dict(schedule='cosine', auxiliary_weight=0.4, fit_batch=False)
+# A preset's, and no flags: the optimizer, sgd or adam, and the schedule, cosine or linear; the
+# weight of the auxiliary loss, and whether batches are smaller if there are few images
+FIXED = dict(optimizer='sgd', nesterov=False, schedule='cosine', auxiliary_weight=0.4,
+             fit_batch=False)
 # nb201: the benchmark's recipe, by default for its cells. ImageNet: that of PC-DARTS and P-DARTS,
 # with the learning rate for 1,024 images. CheXpert and laptop: our own choice.
 PRESETS = {
@@ -174,8 +173,6 @@ def settle(doc, tables, argv, presets, defaults_for):
     if args.batch_size % parts or args.batch_size // parts < 2:
         raise UserError(f'--batch_size {args.batch_size} makes no {parts} parts of two images or '
                         'more, for --grad_accum and processes: take a multiple')
-    if args.nesterov and not args.momentum:
-        raise UserError('--momentum 0 goes without Nesterov: add --no-nesterov')
     if args.warmup_epochs >= args.epochs:
         raise UserError(f'--warmup_epochs must be below --epochs {args.epochs}')
     if args.learning_rate_min > args.learning_rate:
@@ -640,8 +637,8 @@ def make_optimizer(weights, args, name='sgd'):
     rate = torch.tensor(args.learning_rate, device=weights[0].device)
     if name == 'adam':
         return torch.optim.Adam(weights, rate, weight_decay=decay, foreach=cuda, capturable=cuda)
-    return torch.optim.SGD(weights, rate, momentum=args.momentum, weight_decay=decay,
-                           nesterov=args.nesterov, fused=cuda, foreach=not cuda)
+    return torch.optim.SGD(weights, rate, args.momentum, weight_decay=decay, fused=cuda,
+                           foreach=not cuda, nesterov=args.nesterov and args.momentum > 0)
 
 
 def split_rows(data, args):
@@ -669,7 +666,7 @@ def parse(argv):
         out = {**FIXED, **PRESETS[preset]}
         if chosen['quick']:
             out.update(QUICK, num_classes=min(out.get('num_classes', 10), 20), rate_for=None)
-            if {'optimizer': 'sgd', **out, **typed}['optimizer'] == 'sgd':
+            if out['optimizer'] == 'sgd':
                 out['learning_rate'] = 0.05
         return out
 
@@ -682,8 +679,7 @@ def parse(argv):
     args.genotype = to_json(genotype)           # a resumed run has the same
     if args.max_steps == 0:
         raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
-    adam = args.optimizer == 'adam'
-    refuse_idle(typed, {'cutout_length': not args.cutout, 'momentum': adam, 'nesterov': adam})
+    refuse_idle(typed, {'cutout_length': not args.cutout, 'momentum': args.optimizer == 'adam'})
     args.save = args.save or run_name('retrain', [args.data, args.arch], args, typed, defaults)
     return args
 

@@ -74,7 +74,7 @@ ALPHAS = ('unrolled', 'arch_data', 'partial', 'arch_learning_rate', 'arch_weight
           'frozen_epochs', 'hessian', 'early_stop')
 # arch_grad_clip, the largest norm of the alphas' gradient, is a method's, and no flag; 0: no limit.
 DEFAULTS = dict(epochs=50, batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
-                arch_grad_clip=0.0, schedule='cosine', fit_batch=False)
+                nesterov=False, arch_grad_clip=0.0, schedule='cosine', fit_batch=False)
 SPACES = {'darts': {}, 'nb201': dict(nesterov=True, weight_decay=5e-4)}     # of its own searches
 # ImageNet: as PC-DARTS searched on it (section 4.3), with the learning rate for 1,024 images.
 # CheXpert: our own choice. laptop: our own, minutes on two cores, for which the alphas move faster.

@@ -52,7 +52,7 @@ def test_label_modes_and_label_noise():
         assert (g.redraw_labels(rows, 5, 1, mode, 1.0).sum(axis) == count).all()
 
 
-def test_a_written_set_is_read_back_and_never_replaced_without_force(capsys):
+def test_a_written_set_is_read_back_and_never_replaced(capsys):
     data = make_set('n', '--num_images', '120', '--seed', '3')
     assert 'next: python search.py --data n\n' in capsys.readouterr().out
     meta, flags = json.loads(Path('n/meta.json').read_text()), ['--kind', 'noise', '--out', 'n']
@@ -63,11 +63,6 @@ def test_a_written_set_is_read_back_and_never_replaced_without_force(capsys):
     assert Image.open('n/sheet.png').size[0] > 500 and data.labels.max() == 3
     one_line(capsys, g.main(flags), 'n exists')
     assert json.loads(Path('n/meta.json').read_text()) == meta
-    assert len(make_set('n', '--force', '--num_images', '30')) == 30
-    folder_of_images('mine')
-    capsys.readouterr()
-    one_line(capsys, g.main([*flags[:2], '--out', 'mine', '--force']), 'mine')
-    assert names('mine') == ['cat', 'dog']
 
 
 def test_a_sheet_shows_every_class_and_names_that_fit(monkeypatch):
@@ -157,27 +152,17 @@ def test_of_many_that_need_a_set_one_makes_it():
     assert len(g.read('same', {})) == 200 and names() == ['same']
 
 
-@pytest.mark.parametrize('moment', range(6))
-def test_a_killed_replacement_leaves_the_old_set_or_the_new_one(moment):
-    make_set('n')
-    calls = iter(range(moment + 1))
-
-    def mortal(function):
-        def call(*args, **kwargs):
-            if next(calls, None) == moment:
-                os._exit(9)                             # as kill -9: no `finally` is run
-            return function(*args, **kwargs)
-        return call
-
+@pytest.mark.parametrize('moment', range(3))
+def test_a_killed_run_leaves_no_set_or_a_whole_one(moment):
     if os.fork() == 0:
         torch.set_num_threads(1)
-        os.replace, g.shutil.rmtree = mortal(os.replace), mortal(shutil.rmtree)
-        make_set('n', '--num_images', '20', '--force')
+        module, name = ((np, 'save'), (g, 'write_file'), (os, 'replace'))[moment]
+        setattr(module, name, lambda *_, **__: os._exit(9))     # as kill -9: no `finally` is run
+        make_set('n', '--num_images', '20')
         os._exit(0)
     os.wait()
-    assert generate('n') == 2                           # it exists: if need be it is put back
-    assert len(g.read('n', {})) in (40, 20)
-    assert len(make_set('n', '--num_images', '30', '--force')) == 30 and names() == ['n']
+    assert not Path('n').exists()
+    assert len(make_set('n', '--num_images', '30')) == 30 and names() == ['n']
 
 
 @pytest.mark.parametrize('file', ['images.npy', 'labels.npy'])
@@ -356,17 +341,19 @@ def test_trained_generator_stops_and_goes_on(capsys, monkeypatch):
     assert generate('part', *common, '--generator_steps', '20', '--num_images', '10') == 0
     left = Path('part.generator/.checkpoint.pt.tmp')
     left.touch()                                        # of a run that was killed while saving
-    assert generate('part/', *common, '--generator_steps', '22', '--force') == 0
+    shutil.rmtree('part')
+    assert generate('part/', *common, '--generator_steps', '22') == 0
     assert not left.exists()
-    one_line(capsys, generate('part', *common, '--generator_steps', '9', '--force'), '22 steps')
     assert (np.load('whole/images.npy') == np.load('part/images.npy')).all()
     data = g.read('whole', {})
     assert data.classes == ['cat', 'dog'] and (np.bincount(data.labels) == 4).all()
     capsys.readouterr()
-    one_line(capsys, generate('part', *common, '--force', '--seed', '1'), 'part.generator')
+    shutil.rmtree('part')
+    one_line(capsys, generate('part', *common, '--generator_steps', '9'), '22 steps')
+    one_line(capsys, generate('part', *common, '--seed', '1'), 'part.generator')
     assert generate('odd', *common, '--image_size', '17', '--generator_steps', '1') == 0
     Path('part.generator/checkpoint.pt').write_bytes(b'damaged')
-    one_line(capsys, generate('part', *common, '--force'), 'damaged')
+    one_line(capsys, generate('part', *common), 'damaged')
     # A set with several labels.
     labels = make_set('labels', '--multilabel').labels
     assert generate('made', '--generator', 'train', '--source', 'labels', '--generator_steps', '1',

@@ -48,8 +48,7 @@ def parsed(script, words):
         {'search': search, 'retrain': retrain}[script].parse(argv)
     elif script == 'generate_data':
         flags = {word[2:] for word in argv[1:] if word.startswith('--')}
-        assert flags <= {*generate_data.DATA, 'kind', 'out', 'force', 'seed', 'gpu',
-                         'generator_steps'}
+        assert flags <= {*generate_data.DATA, 'kind', 'out', 'seed', 'gpu', 'generator_steps'}
     elif script == 'evaluate':
         tables = {'runs': evaluate.RUNS, 'cost': evaluate.COST}
         generate_data.parse_flags(evaluate.__doc__, tables, argv)

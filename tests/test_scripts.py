@@ -204,7 +204,8 @@ def test_resume_with_other_images_is_refused(capsys):
     flags = ['--data', 'set', *SIZES, '--resume']
     run(search.main, 'q', *flags)
     Path('q/genotype.json').unlink()
-    make_set('set', '--force', '--seed', '1')
+    shutil.rmtree('set')
+    make_set('set', '--seed', '1')
     capsys.readouterr()
     one_line(capsys, search.main([*flags, '--save', 'q']), 'other images')
 
@@ -229,7 +230,6 @@ test_fraction 0.1: own
 augment standard, epochs 3, steps_per_epoch 1, max_steps 3, batch_size 4, grad_accum 2
 learning_rate 0.1, learning_rate_min 0.01, momentum 0.1, weight_decay 0.1, grad_clip 0.1
 warmup_epochs 2: --epochs 3
-nesterov: --no-nesterov
 stem imagenet: --image_size 32
 init_channels 8, seed 9, amp, quick"""
 SEARCH_FLAGS = table(SHARED + """
@@ -241,7 +241,7 @@ space darts: --epochs 1
 layers 4: --space darts --epochs 1
 preset chexpert: --num_images 400""")
 RETRAIN_FLAGS = table(SHARED + """
-arch PDARTS, layers 4, drop_path_prob 0.9, cutout, optimizer adam, label_smoothing 0.1
+arch PDARTS, layers 4, drop_path_prob 0.9, cutout, label_smoothing 0.1
 holdout_patients 0.2, train_portion 0.5, preset nb201
 auxiliary: --image_size 32
 cutout_length 4: --cutout""")
@@ -317,21 +317,21 @@ def test_help_shows_the_defaults_of_what_stands_beside_it(script, flags, capsys)
     assert 'None' not in text and len(text.splitlines()) <= 100
     words = ' '.join(text.split('examples:')[0].split())
     unsaid = {'save', 'data_seed', 'arch_grad_clip', 'schedule', 'auxiliary_weight', 'fit_batch',
-              'genotype', *re.findall(r'--(\w+)', flags)}
+              'genotype', 'nesterov', 'optimizer', *re.findall(r'--(\w+)', flags)}
     for name, value in vars(module.parse(flags.split())).items():
         if value not in (None, False) and name not in unsaid:
             flag = f'--{"no-" if value is True else ""}{name} '
             assert f'({value})' in words[words.rindex(flag):].split(' --')[0]
 
 
-def test_there_are_at_most_82_flags(capsys):
+def test_there_are_at_most_78_flags(capsys):
     flags = set()
     for main in (search.main, retrain.main, evaluate.main, generate_data.main):
         with pytest.raises(SystemExit):
             main(['--help'])
         flags |= {word.strip(',') for word in capsys.readouterr().out.split('examples')[0].split()
                   if re.match('--(?!no-|help)', word)}
-    assert 60 < len(flags) <= 82         # 78, and those of scoring and --fresh
+    assert 60 < len(flags) <= 78
 
 
 def test_typed_wins_over_quick_over_preset_over_method_over_space():
@@ -343,7 +343,6 @@ def test_typed_wins_over_quick_over_preset_over_method_over_space():
             ('weight_decay', '--space nb201', 5e-4),
             ('weight_decay', '--space nb201 --method betadarts', 3e-4),
             ('nesterov', '', False), ('nesterov', '--preset laptop', True),
-            ('nesterov', '--space nb201 --no-nesterov', False),
             ('train_portion', '--quick --train_portion 0.3', 0.3),
             ('hessian', '', None), ('hessian', '--early_stop', 2)):
         assert vars(search.parse(flags.split()))[name] == value, (name, flags)
