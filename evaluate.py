@@ -11,7 +11,7 @@
 
 A retrained network is tested anew from its weights.pt. The true accuracy of a cell of
 NAS-Bench-201 is looked up. `params, full size` of a search are those of the network that retrain.py
-makes of its cell by default. A metric is a row of METRICS.
+makes of its cell by default.
 """
 import csv
 import io
@@ -21,6 +21,7 @@ import os
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -101,7 +102,10 @@ def areas(scores, labels, classes):
 
 
 def mean_area(scores, labels, classes, names=()):
-    """Mean area under the ROC curve, over all `names` or None; without names of what is defined."""
+    """Mean area under the ROC curve, of those `names` that are classes; None if one is undefined.
+
+    If none of them is a class, it is the mean of all classes whose area is defined.
+    """
     values = areas(scores, labels, classes)
     chosen = [values.get(name) for name in names if name in classes] or list(values.values())
     return float(np.mean(chosen)) if chosen and None not in chosen else None
@@ -118,7 +122,8 @@ class Metric(NamedTuple):
 METRICS = {
     'error': Metric('error %', 2, top_error),
     'top5_error': Metric('top-5 error %', 2, partial(top_error, k=5)),
-    'auroc_tasks': Metric('AUROC, 5 tasks', 3, partial(mean_area, names=TASKS), multilabel=True),
+    'auroc_tasks': Metric('AUROC, 5 tasks or all', 3, partial(mean_area, names=TASKS),
+                          multilabel=True),
     'auroc': Metric('AUROC, all labels', 3, mean_area, multilabel=True),
 }
 
@@ -243,9 +248,8 @@ def read_json(path):
 def read_log(folder):
     """The lines of log.jsonl, as dictionaries."""
     path = Path(folder, 'log.jsonl')
-    lines = path.read_text().splitlines() if path.exists() else []
     with readable(f'{path} is damaged', '--resume the run.'):
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def method_name(settings):
@@ -415,6 +419,7 @@ def report(run, device, data_dir=None, test_labels=None):
                   len(meta['classes']), meta['image_size'], meta['stem'])
     row.update(searched_on=found_by['data'], method=found_by['method'],
                arch_data=found_by.get('arch_data'), genotype=meta['genotype'],
+               search_settings=found_by.get('settings'),
                space='nb201' if isinstance(meta['genotype'], str) else 'darts',
                params=counts['params'], multiply_adds=counts['multiply_adds'])
     data = read_test(meta, data_dir, test_labels)
@@ -439,6 +444,9 @@ def report(run, device, data_dir=None, test_labels=None):
 # ---- One run, and the table of several ------------------------------------------------------
 
 
+HIDDEN = 'run', 'finished', 'log', 'settings', 'search_settings', 'tested'
+
+
 def show(row):
     """Print one run as a list."""
     print(row['run'])
@@ -453,7 +461,7 @@ def show(row):
             for label in row['tested'][2]:
                 if label not in value:
                     print(f'  {label:<28} no AUROC: all positive, or none')
-        elif value is not None and name not in ('run', 'finished', 'log', 'settings', 'tested'):
+        elif value is not None and name not in HIDDEN:
             words = name.replace('fit', 'final training').replace('holdout', 'held-out')
             header, digits = columns().get(name, (words.replace('_', ' '), None))
             print(f'  {header:<25} {text_of(name, value, digits)}')
@@ -497,25 +505,33 @@ GROUPS = 'type', 'space', 'searched_on', 'method', 'arch_data', 'trained_on'
 REPEATS = 'seed', 'data_seed', 'arch', 'genotype'       # settings in which runs of a line differ
 
 
+def own_settings(settings, prefix=''):
+    """{(prefix + name, value)} of what runs of one line have in common."""
+    own = settings.keys() - MAY_DIFFER - set(REPEATS)
+    own -= DATA.keys() - taken(settings['data'], {**DEFAULTS, **settings})
+    return {(prefix + name, settings[name]) for name in own}
+
+
 def table(rows):
     """Runs that differ only in their seeds, in one line: [{group, n, measure, measure_std}].
 
-    `settings` of a line: how it was shortened, and what else differs within its data and method.
+    `settings` of a line: how it was shortened, and what else differs within its data and method;
+    those of the search begin with search_.
     """
-    groups, shown, lines = {}, {'quick', 'preset', 'max_steps'}, []
+    large = {'quick', 'preset', 'search_quick', 'search_preset'}        # which change many others
+    groups, shown, lines = {}, {*large, 'max_steps', 'search_max_steps'}, []
     for row in rows:
-        settings = row['settings']
-        own = settings.keys() - MAY_DIFFER - set(REPEATS)
-        own -= DATA.keys() - taken(settings['data'], {**DEFAULTS, **settings})
-        key = (tuple(row.get(name) for name in GROUPS),
-               frozenset((name, settings[name]) for name in own))
-        repeat = tuple(settings.get(name) for name in REPEATS)
+        own = own_settings(row['settings'])
+        if row.get('search_settings'):
+            own |= own_settings(row['search_settings'], 'search_')
+        key = tuple(row.get(name) for name in GROUPS), frozenset(own)
+        repeat = tuple(row['settings'].get(name) for name in REPEATS)
         same = groups.setdefault(key, {}).setdefault(repeat, row)
         if same is not row:
             print(f'{row["run"]} is left out, since it repeats {same["run"]}', file=sys.stderr)
     for (group, own), (other_group, other) in combinations(groups, 2):
         differ = {name for name, _ in own ^ other}
-        if group == other_group and not differ & {'quick', 'preset'}:   # which change many others
+        if group == other_group and not differ & large:
             shown |= differ
     for (group, own), runs in groups.items():
         own, runs, words = dict(own), runs.values(), []
@@ -568,7 +584,7 @@ PANELS = {
 
 
 def mean_of(line, start):
-    """Mean of a log line's values whose names begin with `start`, shares in per cent, or None."""
+    """Mean of a log line's values whose names begin with `start`, or None; accuracies in %."""
     values = [value['cifar10'] if isinstance(value, dict) else value
               for name, value in line.items() if name.startswith(start) and value is not None]
     scale = 100 if start.endswith('_accuracy') else 1
@@ -577,19 +593,16 @@ def mean_of(line, start):
 
 def plot(rows, path):
     """Draw what runs did by epoch, and of retrainings one's test, or the fit of three and more."""
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError:
-        raise UserError('--plot needs matplotlib: pip install matplotlib') from None
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     panels, colours = [], {}                    # panels: title, inches, function, its arguments
     palette = colormaps['tab20'].colors[::2] + colormaps['tab20'].colors[1::2]
     for row in rows:
         group = row.get('method') or row['arch']
         for key, words in (('searched_on', ' on '), ('trained_on', ', trained on ')):
             if row.get(key):
-                group += words + Path(row[key]).name
+                group += words + row[key]
         row['colour'] = colours.setdefault(group, palette[len(colours) % 20])
     for title, start in PANELS.items():
         if any(mean_of(line, start) is not None for row in rows for line in row['log']):
@@ -616,10 +629,7 @@ def plot(rows, path):
     handles = [Line2D([], [], color=c, label=name) for name, c in colours.items()]
     figure.legend(handles=handles, loc='outside lower center', ncols=2, fontsize=9)
     buffer = io.BytesIO()
-    try:
-        figure.savefig(buffer, format=Path(path).suffix[1:] or 'png', dpi=120)
-    except ValueError:
-        raise UserError(f'--plot {path}: name it .png, .svg or .pdf') from None
+    figure.savefig(buffer, format=Path(path).suffix[1:], dpi=120)
     write_file(path, buffer.getvalue())
 
 
@@ -689,8 +699,7 @@ def draw_test(axis, row):
         known = labels[:, k] >= 0
         truth = labels[known, k][np.argsort(-scores[known, k], kind='stable')] == 1
         false_share, true_share = (np.append(0, np.cumsum(t) / t.sum()) for t in (~truth, truth))
-        axis.plot(false_share, true_share,
-                  label=f'{name} {area_text(*area)}')
+        axis.plot(false_share, true_share, label=f'{name} {area_text(*area)}')
     axis.plot([0, 1], [0, 1], '--', color='gray', lw=1)
     axis.legend(loc='lower right', fontsize=7, title='area under the curve', title_fontsize=8)
     axis.set(xlabel='false positive rate', ylabel='true positive rate')
@@ -722,29 +731,31 @@ COST = {
 
 
 @torch.no_grad()
-def show_predictions(run, target):
+def show_predictions(run, target, device):
     """Print the class of each picture and its probability, or the probability of each label."""
     if not Path(run, 'weights.pt').exists():
         raise UserError(f'--predict: {run} is no finished retraining: give one')
     network, meta = load_weights(Path(run) / 'weights.pt')
+    network.to(device)
     paths = [Path(target)]
     if paths[0].is_dir():
         from torchvision.datasets.folder import IMG_EXTENSIONS
         paths = sorted(path for path in paths[0].rglob('*')
                        if path.suffix.lower() in IMG_EXTENSIONS)
-    broken = [str(path) for path in paths if not is_image(path)]
+    broken = [path for path in paths if not is_image(path)]
     if len(broken) == len(paths):
         raise UserError(f'--predict {target}: no picture that can be read. Check the path.')
     if broken:
-        print(f'left out, since they cannot be read: {", ".join(broken)}', file=sys.stderr)
+        names = ', '.join(map(str, broken))
+        print(f'left out, since they cannot be read: {names}', file=sys.stderr)
     writer = csv.writer(sys.stdout, lineterminator='\n')
     columns = meta['classes'] if meta['multilabel'] else ['class', 'probability']
     writer.writerow(['file', *columns])
     mean, std = torch.tensor(meta['mean']) * 255, torch.tensor(meta['std']) * 255
-    for path in (path for path in paths if str(path) not in broken):    # prepared as for a test
+    for path in sorted({*paths} - {*broken}):           # prepared as for a test
         pixels = read_image(path, meta['image_size'], meta.get('zoom', 1.0))
         x = (torch.from_numpy(pixels.copy()).float() - mean) / std
-        logits = network(x.permute(2, 0, 1).unsqueeze(0)).squeeze(0)
+        logits = network(x.permute(2, 0, 1).unsqueeze(0).to(device)).squeeze(0)
         if meta['multilabel']:
             writer.writerow([path, *(f'{p:.6g}' for p in logits.sigmoid().tolist())])
         else:
@@ -794,10 +805,15 @@ def main(argv=None):
     unused = (RUNS if s['arch'] else COST).keys() & (typed.keys() - {'json', 'gpu'})
     if unused:
         mend = 'does not go with --arch: leave it out' if s['arch'] else 'needs --arch: add it'
-        raise UserError(f'--{min(unused)} {mend}')
+        raise UserError(f'{"RUNS" if min(unused) == "runs" else "--" + min(unused)} {mend}')
     for name in ('csv', 'plot', 'scores'):      # which are written after the tests
-        if s[name] and not Path(s[name]).resolve().parent.is_dir():
-            raise UserError(f'--{name} {s[name]}: give a file in a folder that exists')
+        path = Path(s[name] or 'unused')
+        if not path.resolve().parent.is_dir() or path.exists() and not path.is_file():
+            raise UserError(f'--{name} {path}: give a file in a folder that exists')
+    if s['plot'] and Path(s['plot']).suffix not in ('.png', '.svg', '.pdf'):
+        raise UserError(f'--plot {s["plot"]}: name it .png, .svg or .pdf')
+    if s['plot'] and not find_spec('matplotlib'):
+        raise UserError('--plot needs matplotlib: pip install matplotlib')
     if s['arch']:
         genotype, size = find_genotype(s['arch'])[0], s['image_size']
         check_layers(genotype, s['layers'])
@@ -811,7 +827,7 @@ def main(argv=None):
         if s[name] and (len(s['runs']) > 1 or typed.keys() - {'runs', name, 'gpu'}):
             raise UserError(f'--{name} takes one run and no other flag: leave the others out')
     if s['predict']:
-        return show_predictions(s['runs'][0], s['predict'])
+        return show_predictions(s['runs'][0], s['predict'], choose_device(s['gpu']))
     if s['genotype']:
         return show_genotype(s['runs'][0])
     folders = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))
@@ -830,7 +846,9 @@ def main(argv=None):
             print(f'{row["run"]}: not finished after {row["epochs"]} epochs: --resume it',
                   file=sys.stderr)
     done = [row for row in rows if row['finished']]
-    lines = table(done) if s['csv'] or len(done) > 1 and not s['json'] else []
+    if s['csv'] and not done:
+        raise UserError('--csv: none of these runs is finished: --resume them')
+    lines = table(done) if s['csv'] or (len(done) > 1 and not s['json']) else []
     if s['json']:
         for row in done:
             print(json.dumps({key: row[key] for key in row if key not in ('log', 'tested')}))
@@ -838,14 +856,14 @@ def main(argv=None):
         show(done[0])
     elif done:
         print_table(lines)
-    if s['plot']:
-        plot(rows, s['plot'])
     if s['csv']:
         names = list(dict.fromkeys(name for line in lines for name in line))
         cells = [names]
         for line in lines:
             cells.append([line.get(name) for name in names])
         write_csv(s['csv'], cells)
+    if s['plot']:
+        plot(rows, s['plot'])
     for name in ('csv', 'plot', 'scores'):
         if s[name]:
             print(f'wrote {s[name]}', file=sys.stderr)

@@ -73,7 +73,9 @@ def number(kind, low=-2 ** 62, high=2 ** 62, above=-math.inf, below=math.inf):
             if low <= value <= high and above < value < below:
                 return value
         start = f'above {above}' if above > low else f'from {low}'
-        end = f' and below {below}' if below < high else f' to {high}' if high < 2 ** 62 else ''
+        end = f' to {high}' if high < 2 ** 62 else ''
+        if below < high:
+            end = f' and below {below}'
         what = 'whole number' if kind is int else 'number'
         raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {what} {start}{end}')
     return parse
@@ -366,7 +368,8 @@ def taken(name, s):
     real = s['source'] if 'source' in names else name
     if real == 'chexpert':
         names |= {'uncertain', 'views'}
-    elif Path(real).is_dir() and not Path(real, 'meta.json').exists():
+    elif real not in (*KINDS, *REAL) and Path(real).is_dir() \
+            and not Path(real, 'meta.json').exists():
         names |= {'test_fraction', 'skip_broken'}
     return names
 
@@ -1291,8 +1294,8 @@ def read_folder(root, split, s):
     check_classes(classes[0], classes[-1], trees[-1])
     is_test = np.arange(sum(map(len, files))) >= len(files[0])
     files, labels = np.concatenate(files), np.concatenate(labels)
-    # The test split is read after the training split, which has tried its pictures too.
-    if s['skip_broken'] or len(files) <= 20000 and split == 'train':
+    # The training split is read first, and tries the pictures of both.
+    if s['skip_broken'] or (split == 'train' and len(files) <= 20000):
         fine = try_pictures(files, trees if split == 'train' else [])
         if not fine.all() and not s['skip_broken']:
             broken = ', '.join(map(str, files[~fine][:10]))
@@ -1363,8 +1366,8 @@ def try_pictures(files, folders):
     for folder in folders:
         others = {path for path in folder.rglob('*') if path.is_file()}.difference(files)
         if others:
-            print(f'{folder}: {len(others)} files are left out, no JPEG, PNG, BMP, WebP, TIFF or '
-                  f'PPM, e.g. {min(others).name}', file=sys.stderr)
+            print(f'{folder}: {len(others)} files are left out, e.g. {min(others).name}: no JPEG, '
+                  'PNG, BMP, WebP, TIFF or PPM, or in no folder of a class', file=sys.stderr)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         fine = Progress(len(files), 'pictures tried').over(pool.map(is_image, files))
         return np.fromiter(fine, bool)

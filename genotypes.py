@@ -56,7 +56,7 @@ def from_plain(value, source='genotype'):
                 if name not in known or not 0 <= state < 2 + k // 2 or twice:
                     raise ValueError(f'{cell}[{k}] cannot be {name}:{state}')
             concat = tuple(map(int, value[cell + '_concat']))
-            if not concat or sorted({*concat} & {*ALL_NODES}) != sorted(concat):
+            if not concat or len({*concat}) < len(concat) or not {*concat} <= {*ALL_NODES}:
                 raise ValueError(f'{cell}_concat cannot be {concat}')
             cells += [pairs, concat]
     return Genotype(*cells)
@@ -95,9 +95,9 @@ def find_genotype(arch):
     """(genotype, found_by) of what `--arch` names; UserError says in one line what is wrong.
 
     arch: a published name, a string of NAS-Bench-201, a search, its genotype.json, or a file in
-    DARTS's words. found_by: `data`, `method`, and of a search `seed` and `arch_data`.
+    DARTS's words. found_by: `data`, `method`, and of a search `seed`, `arch_data`, `settings`.
     """
-    if arch in PUBLISHED:
+    if arch in PUBLISHED and not os.path.isdir(arch):
         return PUBLISHED[arch], {'data': 'published', 'method': arch}
     if arch.startswith('|'):
         return from_plain(arch, '--arch'), {'data': 'given', 'method': short_name(arch)}
@@ -109,6 +109,8 @@ def find_genotype(arch):
         text = path.read_text()
         fields = json.loads(text) if text.lstrip()[:1] == '{' else parse_darts(text)
         found_by = {key: fields.get(key) for key in ('data', 'method', 'seed', 'arch_data')}
+        if (about := path.with_name('args.json')).exists():
+            found_by['settings'] = json.loads(about.read_text())['settings']
     found_by['method'] = found_by['method'] or path.stem
     return from_plain(fields, str(path)), found_by
 

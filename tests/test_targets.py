@@ -218,7 +218,7 @@ def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
     assert len(g.read('own', {'skip_broken': True})) == 8
     assert len(g.read('own', {'skip_broken': True}, 'test')) == 8
     said = capsys.readouterr().err
-    assert '1 files are left out, no JPEG, PNG, BMP, WebP, TIFF or PPM, e.g. notes.txt' in said
+    assert '1 files are left out, e.g. notes.txt: no JPEG, PNG, BMP, WebP, TIFF or PPM' in said
     assert '4 broken pictures are left out' in said
     for path in Path('own/train/cat').glob('*.png'):
         path.write_bytes(b'no picture')

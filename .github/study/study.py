@@ -54,8 +54,9 @@ ALPHAS = f'{FIRST} --augment none'
 
 def data_flags(kind, images=None):
     """Flags for a kind of data; of an unreal set not more is drawn than is needed."""
-    drawn = kind in ('generated', 'noise') and images
-    return f'--data {kind}' + (f' --num_images {2 * images}' if drawn else '')
+    if kind in ('generated', 'noise') and images:
+        return f'--data {kind} --num_images {2 * images}'
+    return f'--data {kind}'
 
 
 def oneshot(kind, images, more='', score='train_loss'):
@@ -326,7 +327,7 @@ def heterogeneity(contrasts):
 
 
 def answers_b(rho, given_params):
-    """{unreal kind: (answer, contrast of rho, contrast given parameters)}; {kind: values}."""
+    """{unreal kind: (answer, contrast of rho, contrast given parameters)}, of {kind: values}."""
     found = {kind: (contrast((rho[kind], rho[REAL])),
                     contrast((given_params[kind], given_params[REAL]))) for kind in UNREAL}
     equal, worse = {}, {}
@@ -519,9 +520,8 @@ def print_no_search():
     """What takes no search: the lines to compare with."""
     accuracy, percentile = space()
     params = np.array([row['params'] for row in nas_bench_201()[0].values()], float)
-    true = np.array([row['cifar10'] for row in nas_bench_201()[0].values()])
-    rank = (stats.rankdata(true) - 0.5) / len(true) * 100
-    draws = np.random.Generator(np.random.Philox(0)).integers(0, len(true), (10000, 100))
+    rank = np.array([truth(cell)['percentile'] for cell in nas_bench_201()[0]])
+    draws = np.random.Generator(np.random.Philox(0)).integers(0, len(rank), (10000, 100))
     best = rank[draws[np.arange(10000), params[draws].argmax(1)]].mean()
     print(f'largest network: percentile {truth(NB201_LARGEST)["percentile"]:.1f}, '
           f'{truth(NB201_LARGEST)["cifar10"]:.2f}%; best of 100 cells by parameters: {best:.1f}; '
@@ -535,6 +535,7 @@ def print_no_search():
 
 def print_expressivity():
     """How cells of the first study fit what they are given, and what goes with their worth."""
+    from evaluate import spearman
     rows = [json.loads(line) for line in (HERE / 'fit.jsonl').read_text().splitlines()]
     cells = {}
     for row in rows:
@@ -544,15 +545,12 @@ def print_expressivity():
     table = [['trained on', 'found cells: accuracy %', 'random cells: accuracy %',
               'loss with true error', 'given parameters']]
     for data in dict.fromkeys(row['data'] for row in rows):
-        found, drawn = [], []                   # a random cell has no data that it was found on
-        for row in (row for row in rows if row['data'] == data):
-            (found if row['searched_on'] else drawn).append(100 * row['fit_accuracy'])
+        mine = [row for row in rows if row['data'] == data]     # a random cell was found on none
+        found = [100 * row['fit_accuracy'] for row in mine if row['searched_on']]
+        drawn = [100 * row['fit_accuracy'] for row in mine if not row['searched_on']]
         loss = [fits[data]['fit_loss'] for fits in cells.values()]
-        r = stats.spearmanr(np.transpose([loss, error, params])).statistic
-        partial = (r[0, 1] - r[0, 2] * r[1, 2]) / math.sqrt((1 - r[0, 2] ** 2)
-                                                           * (1 - r[1, 2] ** 2))
-        table.append([data, *(spread(np.array(values), 1) for values in (found, drawn)),
-                      f'{r[0, 1]:+.2f}', f'{partial:+.2f}'])
+        table.append([data, spread(np.array(found), 1), spread(np.array(drawn), 1),
+                      f'{spearman(loss, error):+.2f}', f'{spearman(loss, error, params):+.2f}'])
     print(f'Expressivity: {len(cells)} cells, 20 epochs on 2,000 images. Parameters with the true '
           f'error: {stats.spearmanr(params, error).statistic:+.2f}')
     print_table(table)
@@ -562,10 +560,11 @@ def print_study():
     print_no_search()
     scoring, gradient = read_rows('scoring.csv'), read_rows('gradient.csv')
     for part in parts():
-        rows = gradient if part.startswith('A') else scoring
+        by_gradient = part.startswith('A')
+        rows, show = (gradient, print_gradient) if by_gradient else (scoring, print_scoring)
         print(f'## Part {part}' + ('' if complete(rows, part) else ': not run'))
         if complete(rows, part):
-            (print_gradient if part.startswith('A') else print_scoring)(rows, part)
+            show(rows, part)
     first = first_study()
     for part in ('held out', 'alphas on train'):
         print(f'## First study, {part}')
@@ -597,8 +596,8 @@ def print_power(repeats=2000):
             drawn, places = {}, {}
             for method, kind in e2:             # every kind has the spread of its own rows
                 values = e2[method, kind]
-                spread = (values - values.mean()) * math.sqrt(len(values) / (len(values) - 1))
-                drawn[method, kind] = rng.choice(spread, 64) + e2[method, REAL].mean() \
+                centred = (values - values.mean()) * math.sqrt(len(values) / (len(values) - 1))
+                drawn[method, kind] = rng.choice(centred, 64) + e2[method, REAL].mean() \
                     - loss * (kind != REAL)
                 places[method, kind] = rng.choice(placement[method, kind], 64)
             for answer, c in answers_a(drawn, places).values():
@@ -631,7 +630,7 @@ def draw_study(path):
         sys.exit('--plot needs matplotlib: pip install matplotlib')
     plt.rcParams.update({'font.size': 9, 'svg.hashsalt': 'study', 'svg.fonttype': 'none'})
     scoring, gradient = read_rows('scoring.csv'), read_rows('gradient.csv')
-    groups = [(f'{title}', scoring, part) for part, title in
+    groups = [(title, scoring, part) for part, title in
               (('C', 'training-free'), ('B', 'one-shot, 1,000 images'), ('Bbest', 'one-shot'))]
     groups += [(title, gradient, part) for part, title in
                (('A1', 'by gradient'), ('A2', 'by gradient, alphas on train'))]
@@ -673,9 +672,9 @@ def draw_study(path):
              xlabel='percentile of the cell among all of NAS-Bench-201')
     figure.legend(loc='outside lower center', ncols=3, fontsize=8)
     save(figure, path)
-    dots = [row for row in scoring if row['part'] in ('B', 'Bdose') and row['score'] == SCORES[0]]
     if not complete(scoring, 'Bdose'):
         return
+    dots = [row for row in scoring if row['part'] in ('B', 'Bdose') and row['score'] == SCORES[0]]
     figure, axis = plt.subplots(figsize=(6, 4), layout='constrained')
     for kind in dict.fromkeys(row['arm'].split('@')[0] for row in dots):
         mine = [row for row in dots if row['arm'].split('@')[0] == kind]
