@@ -170,7 +170,8 @@ def measure(part, loss, scores, labels, classes):
     values = {f'{part}_loss': loss, f'{part}_n': len(labels)}
     for name, metric in METRICS.items():
         if metric.multilabel == (labels.dim() == 2):
-            values[f'{part}_{name}'] = metric.of(scores, labels, classes)
+            value = metric.of(scores, labels, classes)
+            values[f'{part}_{name}'] = None if value is None else float(value)
     return values
 
 
@@ -257,7 +258,7 @@ def method_name(settings):
     name = settings['method']
     if settings.get('unrolled'):
         name += ', second order'
-    if name == 'sdarts' and settings['perturb'] != 'random':
+    if settings['method'] == 'sdarts' and settings['perturb'] != 'random':
         name += ', adversarial'
     if settings.get('max_steps') == 0:
         name += ', no steps'
@@ -841,13 +842,13 @@ def main(argv=None):
     rows = [report(run, device, s['data_dir'], s['test_labels']) for run in folders]
     if s['scores']:
         write_probabilities(s['scores'], rows[0])
+    done = [row for row in rows if row['finished']]
+    if s['csv'] and not done:
+        raise UserError('--csv: none of these runs is finished: --resume them')
     for row in rows:
         if not row['finished']:
             print(f'{row["run"]}: not finished after {row["epochs"]} epochs: --resume it',
                   file=sys.stderr)
-    done = [row for row in rows if row['finished']]
-    if s['csv'] and not done:
-        raise UserError('--csv: none of these runs is finished: --resume them')
     lines = table(done) if s['csv'] or (len(done) > 1 and not s['json']) else []
     if s['json']:
         for row in done:

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from genotypes import NODES, Genotype, from_string, to_string
+from genotypes import ALL_NODES, NODES, Genotype, from_string, to_string
 from operations import (NB201_OPERATIONS, OPERATIONS, BatchNorm, FactorizedReduce, Inputs,
                         ReLUConvBN, Unnormalised, drop_path, from_grids)
 
@@ -33,10 +33,15 @@ class Space(NamedTuple):
     extras: dict = {}       # operations without alphas, whose weights `mix` appends (DARTS-)
 
     @property
+    def node_states(self):
+        """The states that are nodes; each has as many inputs as its number says."""
+        return range(self.inputs, self.inputs + self.nodes)
+
+    @property
     def edges(self):
         """(node, input state), in the order of the rows of the alphas."""
         edges = []
-        for node in range(self.inputs, self.inputs + self.nodes):
+        for node in self.node_states:
             edges += [(node, state) for state in range(node)]
         return edges
 
@@ -108,12 +113,14 @@ class MixedOp(nn.Module):
         if isinstance(factors, list):
             return self.forward_drawn(state, factors)
         inputs, out = Inputs(state), [None] * len(self.names)
-        shared, scales = factors or (None, [(None,)] * len(self.spans))
         maps = {name: operation(inputs) for name, operation in self.shared.items()}
-        if factors is None:
+        if factors is None:                     # a derived cell: one operation for each edge
+            scales = [(None,)] * len(self.spans)
             out = [maps.get(name) for name, in self.names]
-        elif maps:
-            out = weighted_sums(list(maps.values()), shared)
+        else:
+            shared, scales = factors
+            if maps:
+                out = weighted_sums(list(maps.values()), shared)
         for (start, end), block, scale in zip(self.spans, self.blocks.values(), scales):
             total = add_up([operation(inputs) for operation in block.values()], scale)
             for e, y in zip(range(start, end), total.chunk(end - start, 1)):
@@ -201,8 +208,9 @@ class Cell(nn.Module):
         # Where maps are largest, a block of 32 channels stays in a CPU's cache, and its products
         # are one dense convolution.
         if width is None:
-            width = max(1, 32 // (channels // partial)) if channels < 32 and space.inputs == 2 \
-                else len(space.edges)
+            width = len(space.edges)
+            if channels < 32 and space.inputs == 2:
+                width = 32 // (channels // partial)
         operations = {**space.operations, **space.extras}
         self.leaving, self.mixed_ops = [], nn.ModuleList()
         for state in range(space.inputs + space.nodes - 1):
@@ -279,10 +287,10 @@ class Cell(nn.Module):
 
     def node(self, totals, rests, shares, states):
         """The next node's map: the sum of its edges; with partial channels, of the rest as well."""
-        node, first = len(states), self.space.inputs
+        node = len(states)
         if self.partial == 1:           # no edge need arrive in a derived cell of NAS-Bench-201
             return totals[node] if node in totals else torch.zeros_like(states[0])
-        share = shares.split(list(range(first, first + self.space.nodes)))[node - first]
+        share = shares.split(list(self.space.node_states))[node - self.space.inputs]
         rest, = weighted_sums(rests[:node], share.unsqueeze(0))
         # Channel shuffle, so that other channels come first in the next operation.
         return F.channel_shuffle(torch.cat([totals[node], rest], 1), self.partial)
@@ -353,8 +361,11 @@ class Network(nn.Module):
         # As published, only a derived network's stem for large images is as wide as its cells.
         narrow = space.inputs == 1 or stem == 'imagenet' and genotype is not None
         before = last = channels if narrow else 3 * channels
-        self.stem, self.stem1 = image_stem(last) if stem == 'imagenet' else (
-            nn.Sequential(nn.Conv2d(3, last, 3, padding=1, bias=False), BatchNorm(last)), None)
+        if stem == 'imagenet':
+            self.stem, self.stem1 = image_stem(last)
+        else:
+            self.stem = nn.Sequential(nn.Conv2d(3, last, 3, padding=1, bias=False), BatchNorm(last))
+            self.stem1 = None
         self.cells, self.cell_types, self.auxiliary_at = nn.ModuleList(), [], None
         for layer in range(layers):
             reduction = layer in (layers // 3, 2 * layers // 3)
@@ -384,8 +395,10 @@ class Network(nn.Module):
                     gone = [k for k, name in enumerate(names) if name not in own]
                     alpha[e, gone] = -1e4                   # probability 0, in float64 too
                 self.alphas[cell_type] = nn.Parameter(alpha)
-            for cell_type in space.cell_types if partial > 1 else ():
-                self.alphas[f'beta_{cell_type}'] = nn.Parameter(1e-3 * torch.randn(len(alpha)))
+            if partial > 1:
+                for cell_type in space.cell_types:
+                    beta = 1e-3 * torch.randn(len(space.edges))
+                    self.alphas[f'beta_{cell_type}'] = nn.Parameter(beta)
         self.to(memory_format=torch.channels_last)
         # What SGD trains. Found once: to look through all modules takes as long as a small step.
         self.weights = [p for name, p in self.named_parameters() if not name.startswith('alphas.')]
@@ -434,8 +447,7 @@ class Network(nn.Module):
         """Each edge's share of a node: softmax of beta over its inputs (PC-DARTS, section 3.3)."""
         if self.partial == 1:
             return None
-        first = self.space.inputs
-        parts = self.alphas[f'beta_{cell_type}'].split(list(range(first, first + self.space.nodes)))
+        parts = self.alphas[f'beta_{cell_type}'].split(list(self.space.node_states))
         return torch.cat([F.softmax(beta, 0) for beta in parts])
 
     def architecture_parameters(self):
@@ -479,7 +491,7 @@ class Network(nn.Module):
 
 def cell_edges(genotype, cell_type, space=DARTS, kept=None):
     """{(node, input): operations} and the concatenated nodes of a cell; None: of the supernet."""
-    nodes = range(space.inputs, space.inputs + space.nodes)
+    nodes = space.node_states
     if genotype is None:
         names = kept[cell_type] if kept else \
             [[*space.operations, *space.extras]] * len(space.edges)
@@ -505,9 +517,9 @@ def derive(normal, reduce):
         weights[:, names.index('none')] = -1
         strongest, cell = weights.max(1).values.tolist(), []
         best = [row.index(largest) for row, largest in zip(weights.tolist(), strongest)]
-        for node in range(2, 2 + NODES):
+        for node in ALL_NODES:
             edges = [EDGES.index((node, state)) for state in range(node)]
             edges.sort(key=strongest.__getitem__, reverse=True)
             cell += [(names[best[e]], EDGES[e][1]) for e in sorted(edges[:2])]
-        cells += [tuple(cell), tuple(range(2, 2 + NODES))]
+        cells += [tuple(cell), ALL_NODES]
     return Genotype(*cells)

@@ -52,8 +52,8 @@ class Inputs:
 
     def form(self, name, edges, make):
         if (name, edges) not in self.forms:
-            self.forms[name, edges] = make() if edges == 1 else \
-                torch.cat([self.form(name, 1, make)] * edges, 1)
+            form = make() if edges == 1 else torch.cat([self.form(name, 1, make)] * edges, 1)
+            self.forms[name, edges] = form
         return self.forms[name, edges]
 
     def relu(self, edges=1):
@@ -127,7 +127,7 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(channels, channels, 1, groups=edges, bias=False)
 
     def forward(self, x):
-        # One dense product is faster; on meta, where multiply-adds are counted, its zeros would be.
+        # One dense product is faster; on meta its zeros would be counted as multiply-adds.
         if self.groups > 1 and self.in_channels <= 32 and x.device.type != 'meta':
             blocks = torch.block_diag(*self.weight.flatten(1).chunk(self.groups))
             return F.conv2d(x, blocks[:, :, None, None])
@@ -177,9 +177,9 @@ class Pool(nn.Module):
         self.norm = BatchNorm(channels, affine=False) if norm and not affine else nn.Identity()
 
     def forward(self, inputs):
-        x = inputs.state
-        return self.norm(F.max_pool2d(x, 3, self.stride, 1) if self.largest else
-                         F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False))
+        if self.largest:
+            return self.norm(F.max_pool2d(inputs.state, 3, self.stride, 1))
+        return self.norm(F.avg_pool2d(inputs.state, 3, self.stride, 1, count_include_pad=False))
 
 
 class Identity(nn.Module):

@@ -150,11 +150,11 @@ def settle(doc, tables, argv, presets, defaults_for):
         return {name: out[name] for name in out if name not in DATA or name in known}
 
     preset = Setting('auto', 'defaults; auto: by the data and the cell', ['auto', *presets])
-    tables = {'most used': {}, **tables, 'run': {'preset': preset, **RUN}}
-    for title, table in list(tables.items())[1:]:
-        tables['most used'].update({name: table[name] for name in FIRST if name in table})
+    tables, most_used = {**tables, 'run': {'preset': preset, **RUN}}, {}
+    for title, table in tables.items():
+        most_used.update({name: table[name] for name in FIRST if name in table})
         tables[title] = {name: table[name] for name in table if name not in FIRST}
-    s, typed, defaults = parse_flags(doc, tables, argv, merged)
+    s, typed, defaults = parse_flags(doc, {'most used': most_used, **tables}, argv, merged)
     refuse_idle(typed, dict.fromkeys(DATA.keys() - taken(s['data'], s), True),
                 f'for --data {s["data"]}')
     if s['data_seed'] is None:
@@ -184,7 +184,7 @@ def batch_of(args, images):
     """--batch_size, by default with --preset laptop less for few images: 20 steps an epoch."""
     if not args.fit_batch:
         return args.batch_size
-    parts = args.grad_accum * int(os.environ.get('WORLD_SIZE', 1))
+    parts = args.grad_accum * world()[1]
     size = min(args.batch_size, max(8, images // 20))
     return max(2 * parts, size - size % parts)
 
@@ -206,18 +206,21 @@ def run_name(script, first, args, typed, defaults):
     return str(Path('runs', '-'.join(words)))
 
 
-def learning_rate_at(args, epoch, epochs):
+def learning_rate_at(args, epoch, epochs, stages=1):
     """Learning rate of an epoch: a fall to learning_rate_min, scaled by the warm-up at the start.
+
+    Of several stages with so many epochs each has its own fall and warm-up.
 
     linear: as PC-DARTS on ImageNet: lr (E-5-e) / (E-5), then lr (E-e) / (5 (E-5)), for E = 250.
     """
-    left = (1 + math.cos(math.pi * epoch / epochs)) / 2
-    if args.schedule == 'linear':
-        tail = round(epochs / 50)
+    tail = round(epochs / 50)
+    if args.schedule == 'cosine':
+        left = (1 + math.cos(math.pi * epoch / epochs)) / 2
+    elif epochs - epoch > tail:
         left = (epochs - tail - epoch) / (epochs - tail)
-        if epochs - epoch <= tail:
-            left = (epochs - epoch) / (tail * (epochs - tail))
-    rise = round(args.warmup_epochs * epochs / args.epochs)
+    else:
+        left = (epochs - epoch) / (tail * (epochs - tail))
+    rise = round(args.warmup_epochs * stages * epochs / args.epochs)
     rate = args.learning_rate_min + (args.learning_rate - args.learning_rate_min) * left
     return rate * min(1.0, (epoch + 1) / rise) if rise else rate
 
@@ -243,7 +246,7 @@ class Run:
         self.finished = (self.folder / result).exists()
         self.checkpoint, self.log = {}, []
         self.epoch = self.step = self.epochs = 0        # where to go on, and where it ends
-        self.caught = self.stop = 0             # a signal; one that all processes have agreed on
+        self.caught = self.stop = 0             # the signal that came, that all have agreed on
         if is_first():
             self.check_folder()
         if self.finished:
@@ -340,7 +343,7 @@ class Run:
         what: said of the run in a line. sums: (n,) zeros, to which the steps of an epoch add.
         state(): what the checkpoint holds besides the objects' states and what a Run knows.
         """
-        # Of a CPU the first step may take a minute.
+        # On a CPU the first step may take a minute.
         slow = self.total and self.device.type == 'cpu' and self.args.preset != 'laptop'
         print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}: {self.folder}'
               + ('; timing the first step' if slow else ''))
@@ -353,7 +356,7 @@ class Run:
         with readable(f'{self.folder}/checkpoint.pt is of another network', 'Delete it.'):
             for name, target in objects.items():
                 content = saved[name]
-                if 'param_groups' in content:   # of an optimizer, which are as suits this device
+                if 'param_groups' in content:   # an optimizer's settings suit this device: keep
                     content = {**content, 'param_groups': target.state_dict()['param_groups']}
                 target.load_state_dict(content)
         set_random_states(saved['random'][world()[0] % len(saved['random'])], self.device)
@@ -743,13 +746,13 @@ def main(argv=None):
             is_last = epoch + 1 == run.epochs
             if len(held):
                 line.update(measure('holdout', data, held))
-                best = [badness(epoch_line) for epoch_line in (*run.log, line)]
-                if not best[-1] >= min(best[:-1], default=math.inf):
+                bad = [badness(epoch_line) for epoch_line in (*run.log, line)]
+                if not bad[-1] >= min(bad[:-1], default=math.inf):      # NaN too, refused below
                     kept = {name: t.cpu().clone() for name, t in network.state_dict().items()}
                 if is_last:                     # its line is of the weights that weights.pt holds
                     network.load_state_dict(kept)
                     line.update(measure('holdout', data, held),
-                                kept_after_epochs=best.index(min(best)) + 1)
+                                kept_after_epochs=bad.index(min(bad)) + 1)
             if test_data:
                 line.update(measure('test', test_data, range(len(test_data))))
             if is_last:                         # without augmentation, in evaluation mode

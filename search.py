@@ -457,7 +457,8 @@ class NasWot(OneShot):
 
     The kernel counts for two images the activations that are both on or both off, over all ReLUs.
     """
-    recipe, recipe_on = dict(batch_size=128), {'laptop': dict(init_channels=8, repeats=1)}
+    recipe = dict(batch_size=128)
+    recipe_on = {'laptop': dict(init_channels=8, repeats=1), 'imagenet': recipe}
     trains, scores = False, ('naswot',)
 
     def prepare(self):
@@ -511,8 +512,8 @@ class SynFlow(Snip):
     scores = ('synflow',)
 
     def prepare(self):
-        super().prepare()
         network, size = self.network.double().eval(), self.batches[0].data.image_size
+        self.weights = [p for p in network.weights if p.dim() > 1]
         self.x = torch.ones(1, 3, size, size, dtype=torch.float64, device=self.device)
         for weight in self.weights:
             weight.data.abs_()
@@ -539,7 +540,9 @@ def weights_by_operation(network):
     """{(cell type, edge, operation): its weights, flat, of all cells} of a one-path supernet."""
     parts = {}
     for cell, cell_type in zip(network.cells, network.cell_types):
-        for mixed_op, leaving in zip(cell.mixed_ops, cell.leaving) if cell_type else ():
+        if cell_type is None:                   # a ResidualBlock
+            continue
+        for mixed_op, leaving in zip(cell.mixed_ops, cell.leaving):
             for (edge, _), block in zip(mixed_op.spans, mixed_op.blocks.values()):
                 for name, operation in block.items():
                     flat = [p.detach().flatten() for p in operation.parameters()]
@@ -593,17 +596,16 @@ def gradients(method, batch, wanted, exact=False):
     total, sums = None, 0
     for part in parts:
         loss, right = forward(network, part, args.amp and not exact)
+        loss = loss / len(parts)
         if method.one_path:
             # Not everything is drawn, or even nothing. The square, since the gradient of a plain
             # sum is one expanded number, which cannot be clipped in place.
             loss = loss + 0 * wanted[0].square().sum()
         grads = torch.autograd.grad(loss, wanted, allow_unused=method.one_path,
                                     materialize_grads=method.one_path)
-        sums = sums + torch.stack([loss.detach() / len(parts), right])
+        sums = sums + torch.stack([loss.detach(), right])
         total = list(grads) if total is None else torch._foreach_add(total, grads)
         del loss, grads                         # lets go of what the graph held
-    if len(parts) > 1:
-        torch._foreach_div_(total, len(parts))
     return average(total), *sums.unbind()
 
 
@@ -747,7 +749,10 @@ def describe(network, moments, steps, seed):
 
 
 def largest_eigenvalue(network, valid, args, iterations=20):
-    """Of the alphas' Hessian, weight decay added, by Lanczos's method (RobustDARTS)."""
+    """Of the alphas' Hessian, weight decay added, by Lanczos's method (RobustDARTS).
+
+    The loss is that of the first of --grad_accum parts of a batch.
+    """
     alphas, valid = network.architecture_parameters(), [t.chunk(args.grad_accum)[0] for t in valid]
     set_tf32(False)
     with require_grads(network, alphas), network.frozen_statistics():
@@ -779,11 +784,10 @@ def before_growth(log, epochs):
     positive and not before epoch 10 of 50.
     """
     known = [line for line in log if line.get('eigenvalue') is not None]
-    values = [line['eigenvalue'] for line in known]
-    means = [sum(values[k - 2:k + 3]) / 5 for k in range(2, len(known) - 2)]
-    for k in range(4, len(means)):
-        earlier = known[k - 2]                          # in the middle of means[k - 4]
-        if earlier['epoch'] >= 10 * epochs / 50 and means[k] > 1.3 * means[k - 4] > 0:
+    for k in range(8, len(known)):
+        values = [line['eigenvalue'] for line in known[k - 8:k + 1]]
+        earlier = known[k - 6]                          # in the middle of the first five
+        if earlier['epoch'] >= 10 * epochs / 50 and sum(values[4:]) > 1.3 * sum(values[:5]) > 0:
             return earlier
     return None
 
@@ -833,8 +837,6 @@ def parse(argv):
             raise UserError(f'--{name}: {args.method} draws anew for every loss: leave it out')
         if getattr(args, name) and args.arch_data == 'none':
             raise UserError(f'--{name} needs a loss of the alphas: leave out --arch_data none')
-    if args.early_stop and (args.epochs - args.frozen_epochs - 1) // args.hessian < 8:
-        raise UserError('--early_stop needs nine eigenvalues: give more --epochs, or --hessian 1')
     if args.init_channels % args.partial:
         raise UserError(f'--init_channels must be a multiple of --partial {args.partial}')
     words = [args.data, args.method] if method.searches else [args.method]
@@ -857,9 +859,9 @@ def two_parts(data, args):
     if portion + (args.valid_fraction or 0) > 1 + 1e-9:
         raise UserError('--train_portion and --valid_fraction are more than all images: take less')
     first, rest = stratified_split(data.labels, portion, args.seed, data.patients)
-    share = (args.valid_fraction or 1) / (1 - portion)
-    if share > 1 - 1e-9:
+    if not args.valid_fraction:
         return first, rest
+    share = min(1.0, args.valid_fraction / (1 - portion))
     patients = None if data.patients is None else data.patients[rest]
     return first, rest[stratified_split(data.labels[rest], share, args.seed, patients)[0]]
 
@@ -872,6 +874,17 @@ def make_batches(data, args, device):
         augment = suited(data).replace('imagenet', 'crop')
     return [Batches(data, half, size, device, augment, seed=2 * args.seed + k,
                     workers=args.workers) for k, half in enumerate(halves)]
+
+
+def endless(batches, epoch, run):
+    """Yield the batches of an epoch from run.step on, and then of the next turns, without end.
+
+    As in PC-DARTS on ImageNet, where the alphas have a quarter of the weights' images.
+    """
+    turn, step = divmod(run.step, len(batches))
+    while True:
+        yield from batches.epoch(epoch + turn * run.epochs, step)
+        turn, step = turn + 1, 0
 
 
 @one_line_errors
@@ -890,7 +903,7 @@ def main(argv=None):
     data = find_or_make(args.data, vars(args))
     stem = stem_for(args.stem, data.image_size, args.init_channels)
     batches = make_batches(data, args, device)
-    run.plan(len(batches[0]) if METHODS[args.method].scores else min(map(len, batches)))
+    run.plan(len(batches[0]))
     method = METHODS[args.method](args, len(data.classes), stem, device, batches)
     if not method.trains:
         run.epochs = run.total = 0
@@ -898,6 +911,9 @@ def main(argv=None):
         raise UserError(f'--epochs and --max_steps: {args.method} needs {method.stages} epochs')
     stage_starts = [k * run.epochs // method.stages for k in range(method.stages + 1)]
     frozen = round(args.frozen_epochs * run.epochs / args.epochs)       # epochs of each stage
+    if args.early_stop and (math.ceil(run.epochs / args.hessian)
+                            - math.ceil(frozen / args.hessian)) < 9:
+        raise UserError('--early_stop needs nine eigenvalues: give more --epochs, or --hessian 1')
 
     with run.on(data):
         torch.manual_seed(args.seed)
@@ -937,15 +953,16 @@ def main(argv=None):
             key = method.stage, is_frozen
             if key not in steps:                # a CUDA graph holds the memory of a step: keep one
                 steps = {key: GraphedStep(partial(step, is_frozen), changed, device, use_graph)}
-            learning_rate = learning_rate_at(args, past, length)
+            learning_rate = learning_rate_at(args, past, length, method.stages)
             sgd.param_groups[0]['lr'].fill_(learning_rate)
             numbers = method.begin_epoch(past, length, frozen)
-            streams = [b.epoch(epoch, run.step) for b in batches[:1 if is_frozen else 2]]
+            streams = [endless(b, epoch, run) for b in batches[:1 if is_frozen else 2]]
             draws = (sum(pair, ()) for pair in zip(*streams))   # images and labels of each stream
             if run.train(epoch, draws, steps[key]):
                 return 128 + run.stop
             start_alike(network)                # also if processes have GPUs of other kinds
-            has_valid, size = not is_frozen and args.arch_data != 'none', batches[0].batch_size
+            size = batches[0].batch_size
+            has_valid = not is_frozen and args.arch_data != 'none'
             line = {'steps': run.last, 'learning_rate': learning_rate, **numbers,
                     **rates(run.sums, run.last, size, has_valid)}
             if not method.scores:
@@ -965,7 +982,8 @@ def main(argv=None):
         stop = before_growth(run.log, run.epochs)
         if stop:
             notes['early_stop'] = {key: stop[key] for key in ('epoch', 'genotype')}
-            genotype = from_plain(stop['genotype']) if args.early_stop else genotype
+            if args.early_stop:
+                genotype = from_plain(stop['genotype'])
         finish(run, args, genotype, **notes)
 
 

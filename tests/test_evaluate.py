@@ -118,11 +118,19 @@ def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
     assert not Path('r.svg').exists()
 
 
+def test_a_metric_may_return_a_number_of_numpy_or_torch(monkeypatch):
+    for value in (np.float32(3), torch.tensor(3)):
+        metric = evaluate.Metric('three', 1, lambda *_, value=value: value)
+        monkeypatch.setitem(evaluate.METRICS, 'three', metric)
+        found = evaluate.measure('test', 0.0, torch.randn(4, 2), torch.zeros(4).long(), ['a', 'b'])
+        assert type(found['test_three']) is float and found['test_three'] == 3
+
+
 def test_what_is_not_the_same_search_has_a_name_of_its_own(capsys):
     for flags, name in ((['--max_steps', '0'], 'darts, no steps'),
                         (['--unrolled', '--max_steps', '1'], 'darts, second order'),
-                        (['--method', 'sdarts', '--perturb', 'adversarial', '--max_steps', '1'],
-                         'sdarts, adversarial')):
+                        (['--method', 'sdarts', '--perturb', 'adversarial', '--unrolled',
+                          '--max_steps', '1'], 'sdarts, second order, adversarial')):
         run(search.main, name, *TINY, *flags)
         assert reports(capsys, name)[0]['method'] == name
 
@@ -143,6 +151,10 @@ def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(cap
     out = printed(capsys, 'c', 'd', 'n')
     assert 'random_labels, label_noise 0.5' in out and '±' in out
     assert 'test - training, points' in out
+    run(search.main, 'PDARTS', *DARTS, '--max_steps', '1', '--arch_weight_decay', '0')  # no name
+    run(retrain.main, 'e', '--arch', 'PDARTS', *SIZES, '--data', 'cifar10')
+    _, first, second = printed(capsys, 'c', 'd', 'e').splitlines()      # of two kinds of search
+    assert 'search_arch_weight_decay=0.001 ' in first and 'arch_weight_decay=0.0 ' in second
     shutil.move('data', 'moved')
     one_line(capsys, evaluate.main(['c', '--gpu', '-1']), 'cifar-10-batches-py')
     assert reports(capsys, 'c', '--data_dir', 'moved')[0]['test_error'] == row['test_error']

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import textbook
 import torch
-from conftest import (DARTS, ONESHOT, SIZES, TINY, UNTRAINED, batch, close, log, read_rows, reports,
-                      run, same_weights, searching, watch, with_textbook)
+from conftest import (DARTS, ONESHOT, SIZES, TINY, UNTRAINED, batch, close, log, make_set,
+                      read_rows, reports, run, same_weights, searching, watch, with_textbook)
 from scipy.stats import rankdata, spearmanr
 from torch.nn import functional as F
 
 import evaluate
 import search
+from generate_data import Batches
 from genotypes import (distinct_cells, expression, from_plain, from_string,
                        nas_bench_201, random_genotype, random_string, to_string, truth)
 from model_search import NB201
@@ -276,6 +277,24 @@ def test_largest_eigenvalue_is_that_of_the_hessian(float64):
     assert got == pytest.approx(expected, rel=1e-3)
     assert search.largest_eigenvalue(ours, valid, method.args) == pytest.approx(expected, rel=0.02)
     assert torch.equal(ours.alphas['cell'], before)
+
+
+def test_images_of_the_alphas_begin_again_in_another_order_if_they_are_fewer():
+    batches = Batches(make_set('n'), range(16), 4, torch.device('cpu'))
+    at = SimpleNamespace(step=0, epochs=3)
+    whole = [x for x, _ in itertools.islice(search.endless(batches, 1, at), 10)]
+    for at.step in range(1, 10):
+        rest = itertools.islice(search.endless(batches, 1, at), 10 - at.step)
+        assert all(torch.equal(x, y) for (x, _), y in zip(rest, whole[at.step:], strict=True))
+    turns = [torch.cat(whole[k:k + 4]).flatten(1) for k in (0, 4)]
+    assert not torch.equal(*turns) and torch.equal(*(turn.sort(0).values for turn in turns))
+
+
+def test_every_stage_of_pdarts_has_the_whole_warm_up():
+    args = search.parse(['--method', 'pdarts', '--warmup_epochs', '5'])
+    rates = [search.learning_rate_at(args, epoch, 25, stages=3) for epoch in range(5)]
+    whole = [args.learning_rate * (1 + math.cos(math.pi * epoch / 25)) / 2 for epoch in range(5)]
+    assert rates == pytest.approx([rate * (k + 1) / 5 for k, rate in enumerate(whole)])
 
 
 def test_early_stop_is_that_of_robustdarts():

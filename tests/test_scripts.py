@@ -113,7 +113,7 @@ COMMANDS = {
     'sdarts': (TINY, '--method sdarts --perturb adversarial'),
     'dartsminus': (TINY, '--method dartsminus --arch_data train'),
     'betadarts': (TINY, '--method betadarts --arch_data none --amp'),
-    'hessian': (TINY, '--hessian 1'),
+    'hessian': (TINY, '--hessian 1 --valid_fraction 0.125'),    # whose images come twice
     'oneshot': (ONESHOT, ''),
     'fresh': (TINY, '--fresh --workers 0'),
     'retrain': (RETRAIN, '--auxiliary --cutout --image_size 32 --holdout_patients 0.2 '
