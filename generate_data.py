@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 # Idle threads of OpenMP soon wait asleep. If they spin on, they take the cores from other runs:
 # two searches at once are then many times as slow. OpenMP reads this when torch is loaded.
-os.environ.setdefault('GOMP_SPINCOUNT', '300')
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, ImageDraw, ImageOps  # noqa: E402
