@@ -59,7 +59,7 @@ RESIDENT = 2 << 30              # bytes: smaller sets live on the device, larger
 
 class Setting(NamedTuple):
     """A flag: its default, words for --help, its values: a list or a function of text."""
-    default: object         # True or False: a switch; []: the words that no flag stands before
+    default: object         # False: a switch; []: the words that no flag stands before
     help: str
     values: object = str
     alone: object = None    # what the flag means without a value after it
@@ -116,7 +116,7 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
             if default == []:
                 flag, how = name, {'nargs': '*'}
             elif isinstance(default, bool):
-                how = {'action': argparse.BooleanOptionalAction}
+                how = {'action': 'store_true', 'default': argparse.SUPPRESS}
             elif isinstance(values, list):
                 text, how = f'{", ".join(values)}: {text}', {'choices': values, 'metavar': 'X'}
             elif alone is not None:

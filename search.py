@@ -62,7 +62,7 @@ SEARCH = {
     'arch_learning_rate': Setting(3e-4, 'of the alphas', number(float, 0)),
     'arch_weight_decay': Setting(1e-3, 'of the alphas', number(float, 0)),
     'frozen_epochs': Setting(0, 'first epochs, of the weights alone', number(int, 0)),
-    'hessian': Setting(None, "log the Hessian's largest eigenvalue by N epochs", number(int, 1)),
+    'hessian': Setting(None, "log the Hessian's largest eigenvalue every X epochs", number(int, 1)),
     'early_stop': Setting(False, 'stop when that eigenvalue grows (RobustDARTS)'),
     'candidates': Setting(None, 'cells to score; else all of nb201, 1000 of darts', number(int, 1)),
     'score': Setting('auto', 'by which oneshot takes a cell; auto: valid_loss, of random labels '

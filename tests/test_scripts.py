@@ -276,7 +276,7 @@ def test_every_flag_is_in_a_table_of_this_file(capsys):
         with pytest.raises(SystemExit):
             module.main(['--help'])
         words = capsys.readouterr().out.split('examples:')[0].replace(',', ' ').split()
-        flags = {word[2:] for word in words if re.match('--(?!no-|help)', word)}
+        flags = {word[2:] for word in words if re.match('--(?!help)', word)}
         assert flags == table.keys() | SAME | elsewhere[script]
 
 
@@ -320,7 +320,7 @@ def test_help_shows_the_defaults_of_what_stands_beside_it(script, flags, capsys)
               'genotype', 'nesterov', 'optimizer', *re.findall(r'--(\w+)', flags)}
     for name, value in vars(module.parse(flags.split())).items():
         if value not in (None, False) and name not in unsaid:
-            flag = f'--{"no-" if value is True else ""}{name} '
+            flag = f'--{name} '
             assert f'({value})' in words[words.rindex(flag):].split(' --')[0]
 
 
@@ -330,7 +330,7 @@ def test_there_are_at_most_78_flags(capsys):
         with pytest.raises(SystemExit):
             main(['--help'])
         flags |= {word.strip(',') for word in capsys.readouterr().out.split('examples')[0].split()
-                  if re.match('--(?!no-|help)', word)}
+                  if re.match('--(?!help)', word)}
     assert 60 < len(flags) <= 78
 
 
