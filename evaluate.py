@@ -4,7 +4,7 @@
     python evaluate.py runs/NAME [runs/NAME ...]        # a table, seeds of one setting in a line
     python evaluate.py runs/retrain-* --csv table.csv
     python evaluate.py runs/search-* --plot curves.svg  # what runs did, by epoch (matplotlib)
-    python evaluate.py runs/NAME --predict photo.jpg    # classes of pictures, as CSV
+    python evaluate.py runs/NAME --predict photo.jpg    # class and probabilities, as CSV
     python evaluate.py runs/NAME --scores scores.csv    # a probability for each test image, label
     python evaluate.py runs/NAME --genotype             # the cell in DARTS's words, to paste there
     python evaluate.py --arch DARTS_V2                  # its parameters and multiply-adds
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (DATA, DEFAULTS, REAL, Batches, Progress, Setting, UserError,
+from generate_data import (CHEXPERT, DATA, DEFAULTS, REAL, Batches, Progress, Setting, UserError,
                            choose_device, is_image, leave, load_file, number, one_line_errors,
                            parse_flags, read, read_chexpert, read_image, readable, sha256_of_files,
                            taken, world, write_file)
@@ -104,10 +104,10 @@ def areas(scores, labels, classes):
 def mean_area(scores, labels, classes, names=()):
     """Mean area under the ROC curve, of those `names` that are classes; None if one is undefined.
 
-    If none of them is a class, it is the mean of all classes whose area is defined.
+    Without names it is the mean of all classes whose area is defined.
     """
     values = areas(scores, labels, classes)
-    chosen = [values.get(name) for name in names if name in classes] or list(values.values())
+    chosen = [values.get(name) for name in names or values if name in classes]
     return float(np.mean(chosen)) if chosen and None not in chosen else None
 
 
@@ -122,8 +122,7 @@ class Metric(NamedTuple):
 METRICS = {
     'error': Metric('error %', 2, top_error),
     'top5_error': Metric('top-5 error %', 2, partial(top_error, k=5)),
-    'auroc_tasks': Metric('AUROC, 5 tasks or all', 3, partial(mean_area, names=TASKS),
-                          multilabel=True),
+    'auroc_tasks': Metric('AUROC, 5 tasks', 3, partial(mean_area, names=TASKS), multilabel=True),
     'auroc': Metric('AUROC, all labels', 3, mean_area, multilabel=True),
 }
 
@@ -388,6 +387,8 @@ def read_test(meta, data_dir=None, table=None):
             name = data_dir
         elif not Path(name).exists():
             raise UserError(f'{name}: the training data are gone. Say where with --data_dir.')
+    if table and meta['classes'] != list(CHEXPERT):
+        raise UserError("--test_labels: this network was not trained on CheXpert's labels")
     if table:
         data = read_chexpert('chexpert', settings, 'test', table)
         print(f'tested on the {len(np.unique(data.studies))} studies of {table}', file=sys.stderr)
@@ -614,21 +615,23 @@ def plot(rows, path):
             scored.setdefault((row['space'], row['score']), []).append(row)
     for (space, by), runs in scored.items():
         panels.append((f'cells of {space}, scored by {by}', 4, draw_scores, [runs]))
-    fits = [row for row in rows if row.get('gap') is not None]
-    if len(fits) > 2:
-        panels.append(('fit and generalization, one dot per network', 2.4, draw_fits, [fits]))
-    elif len(rows) == 1 and 'tested' in rows[0]:
+    for name, label in (('test_error', 'test error, %'), ('test_auroc', 'test AUROC')):
+        fits = [row for row in rows if row.get('fit_loss') and row.get(name) is not None]
+        if len(fits) > 2:
+            panels.append(('fit and generalization, one dot per network', 2.4, draw_fits,
+                           [fits, name, label]))
+    if len(rows) == 1 and 'tested' in rows[0]:
         panels.append(('test', 6, draw_test, rows))
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
     heights = [panel[1] for panel in panels]
-    figure = Figure((8, sum(heights)), layout='constrained')
+    figure = Figure((8, sum(heights) + 0.2 * len(colours)), layout='constrained')
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (title, _, draw, arguments) in zip(axes, panels):
         axis.set_title(title, fontsize=10, loc='left')
         draw(axis, *arguments)
     handles = [Line2D([], [], color=c, label=name) for name, c in colours.items()]
-    figure.legend(handles=handles, loc='outside lower center', ncols=2, fontsize=9)
+    figure.legend(handles=handles, loc='outside lower center', fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=Path(path).suffix[1:], dpi=120)
     write_file(path, buffer.getvalue())
@@ -664,11 +667,11 @@ def draw_scores(axis, rows):
     axis.grid(alpha=0.3)
 
 
-def draw_fits(axis, rows):
+def draw_fits(axis, rows, name, label):
     """One dot per retraining; the axis is logarithmic, because most losses are close to 0."""
     for row in rows:
-        axis.plot(row['fit_loss'], row['test_error'], 'o', color=row['colour'], alpha=0.7)
-    axis.set(xscale='log', xlabel='loss on training images', ylabel='test error, %')
+        axis.plot(row['fit_loss'], row[name], 'o', color=row['colour'], alpha=0.7)
+    axis.set(xscale='log', xlabel='loss on training images', ylabel=label)
     axis.grid(alpha=0.3)
 
 
@@ -733,7 +736,7 @@ COST = {
 
 @torch.no_grad()
 def show_predictions(run, target, device):
-    """Print the class of each picture and its probability, or the probability of each label."""
+    """Print the class of each picture, and the probability of each class or label."""
     if not Path(run, 'weights.pt').exists():
         raise UserError(f'--predict: {run} is no finished retraining: give one')
     network, meta = load_weights(Path(run) / 'weights.pt')
@@ -750,18 +753,15 @@ def show_predictions(run, target, device):
         names = ', '.join(map(str, broken))
         print(f'left out, since they cannot be read: {names}', file=sys.stderr)
     writer = csv.writer(sys.stdout, lineterminator='\n')
-    columns = meta['classes'] if meta['multilabel'] else ['class', 'probability']
-    writer.writerow(['file', *columns])
+    writer.writerow(['file', *([] if meta['multilabel'] else ['class']), *meta['classes']])
     mean, std = torch.tensor(meta['mean']) * 255, torch.tensor(meta['std']) * 255
     for path in sorted({*paths} - {*broken}):           # prepared as for a test
         pixels = read_image(path, meta['image_size'], meta.get('zoom', 1.0))
         x = (torch.from_numpy(pixels.copy()).float() - mean) / std
         logits = network(x.permute(2, 0, 1).unsqueeze(0).to(device)).squeeze(0)
-        if meta['multilabel']:
-            writer.writerow([path, *(f'{p:.6g}' for p in logits.sigmoid().tolist())])
-        else:
-            shares = logits.softmax(0)
-            writer.writerow([path, meta['classes'][shares.argmax()], f'{shares.max():.6g}'])
+        found = [] if meta['multilabel'] else [meta['classes'][logits.argmax()]]
+        p = logits.sigmoid() if meta['multilabel'] else logits.softmax(0)
+        writer.writerow([path, *found, *(f'{share:.6g}' for share in p.tolist())])
 
 
 def write_probabilities(path, run):

@@ -128,10 +128,13 @@ SAID = {'train_loss': 'training loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}
         'skips_cell': '{} skips', 'truth_for_analysis_only': 'CIFAR-10, known: {[cifar10]:.2f}%',
         'kept_after_epochs': 'kept: the network after epoch {}',
         'holdout_loss': 'held-out loss {:.3f}', 'holdout_error': 'held-out error {:.2f}%',
-        'holdout_auroc_tasks': 'held-out AUROC {:.3f}',
-        'test_error': 'test error {:.2f}%', 'test_auroc_tasks': 'test AUROC {:.3f}',
+        'holdout_auroc_tasks': 'held-out AUROC of 5 tasks {:.3f}',
+        'holdout_auroc': 'held-out AUROC of all labels {:.3f}',
+        'test_error': 'test error {:.2f}%', 'test_auroc_tasks': 'test AUROC of 5 tasks {:.3f}',
+        'test_auroc': 'test AUROC of all labels {:.3f}',
         'fit_error': 'final training error {:.2f}%',
-        'fit_auroc_tasks': 'final training AUROC {:.3f}'}
+        'fit_auroc_tasks': 'final training AUROC of 5 tasks {:.3f}',
+        'fit_auroc': 'final training AUROC of all labels {:.3f}'}
 
 
 def settle(doc, tables, argv, presets, defaults_for):
@@ -768,8 +771,10 @@ def main(argv=None):
 
 def badness(line):
     """By what an epoch is chosen on held-out images: the error, or 1 - AUROC, or the loss."""
-    area = line.get('holdout_auroc_tasks')
-    return line.get('holdout_error', line['holdout_loss'] if area is None else 1 - area)
+    for name in ('holdout_auroc_tasks', 'holdout_auroc'):
+        if line.get(name) is not None:
+            return 1 - line[name]
+    return line.get('holdout_error', line['holdout_loss'])
 
 
 def finish(run, args, data, test_data, stem, genotype, found_by, weights):

@@ -76,6 +76,8 @@ TABLE = [
     ('own', 'folder own/train/empty', 'search', '--data own --image_size 8', 'empty'),
     ('own', 'folder own/val/cow', 'retrain', '--arch DARTS_V2 --data own --image_size 8', 'cow'),
     ('', 'folder own', 'search', '--data own', 'own'),
+    ('', 'folder own/cats', 'search', '--data own', 'folders in it: cats'),
+    ('net', '', 'evaluate', 'net --test_labels t.csv', '--test_labels'),
     ('', '', 'search', '--batch_size 40', 'images of its split of data/noise'),
     ('own', '', 'search', '--data own --image_size 8', 'the 4 images of its split of own'),
     ('', '', 'search', '--epochs 1' + 400 * '0', '--epochs'),

@@ -187,7 +187,7 @@ def test_split_is_stratified_exact_and_drawn_by_seed():
 
 @pytest.mark.parametrize('augment', ['standard', 'crop', 'imagenet', 'affine'])
 def test_augmentation_in_workers_depends_on_seed_epoch_and_image_alone(augment, monkeypatch):
-    folder_of_images('tree', 'a', n=10, size=(96, 72))
+    folder_of_images('tree', 'ab', n=5, size=(96, 72))
     size = 65 if augment == 'imagenet' else 16
     data = g.read('tree', {'image_size': size, 'test_fraction': 0.0})
     state = torch.get_rng_state()

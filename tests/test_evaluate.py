@@ -168,7 +168,8 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
             *SIZES)
         rows = list(csv.DictReader(printed(capsys, size, '--predict', 'photos/val').splitlines()))
         wrong = [row['class'] != Path(row['file']).parent.name for row in rows]
-        assert len(rows) == 24 and all(0 < float(row['probability']) <= 1 for row in rows)
+        assert len(rows) == 24 and all(
+            float(row[row['class']]) == max(map(float, [*row.values()][2:])) for row in rows)
         assert reports(capsys, size)[0]['test_error'] == pytest.approx(100 * np.mean(wrong))
     alone = printed(capsys, size, '--predict', rows[3]['file']).splitlines()
     assert alone[1] == ','.join(rows[3].values())
@@ -184,7 +185,7 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
                for line in lines)
     scores = {(os.path.relpath(line['image']), line['label']): line['score'] for line in lines}
     for row in rows:
-        assert f'{float(scores[row["file"], row["class"]]):.6g}' == row['probability']
+        assert f'{float(scores[row["file"], "dog"]):.6g}' == row['dog']
     one_line(capsys, evaluate.main([size, '16', '--scores', 's.csv']), '--scores')
     axis, row = Figure().subplots(), {'tested': (np.eye(2), np.arange(2), ['cat', '\u732b'], [])}
     evaluate.draw_test(axis, row)

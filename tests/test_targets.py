@@ -206,6 +206,16 @@ def test_pictures_without_val_hold_out_the_same_share_of_each_class(capsys):
     assert 'pictures are held out as a test' in capsys.readouterr().err
 
 
+def test_few_pictures_change_sides_when_others_come_or_go():
+    folder_of_images('own', n=20)
+    before = {split: set(g.read('own', {}, split).files) for split in ('train', 'test')}
+    assert [len(files) for files in before.values()] == [32, 8]
+    for k in (3, 11):
+        Path(f'own/cat/{k}.png').unlink()
+    after = {split: set(g.read('own', {}, split).files) for split in ('train', 'test')}
+    assert len(before['train'] & after['test']) + len(before['test'] & after['train']) <= 1
+
+
 def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
     for split in ('train', 'val'):
         folder_of_images(f'own/{split}')
@@ -279,6 +289,12 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
         mine = np.array([scores['/'.join(study.split('/')[-2:]), name] for study in rows])
         truth = np.array([float(r[name] or 0) for r in rows.values()])
         assert evaluate.auroc(mine, truth) == pytest.approx(area)
+    uncertain = [{'Study': study.split('/', 1)[1], **dict.fromkeys(g.CHEXPERT, '-1.0')}
+                 for study in rows]
+    write_rows('d/unsure.csv', uncertain, ['Study', *COLUMNS[5:]])
+    settings = {'data_dir': 'd', 'image_size': 16, 'uncertain': 'ones', 'views': 'all'}
+    data = g.read_chexpert('chexpert', settings, 'test', 'd/unsure.csv')
+    assert (data.labels == -1).all()                    # which no metric counts
     next(Path('d/test').glob('*/*')).rename('d/moved')
     one_line(capsys, evaluate.main(['n', '--test_labels', 'd/labels.csv']), 'has no views')
     one_line(capsys, retrain.main([*flags, '--data', 'chexpert', '--arch', 'r', '--save', 's',
