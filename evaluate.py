@@ -530,7 +530,9 @@ def table(rows):
         repeat = tuple(row['settings'].get(name) for name in REPEATS)
         same = groups.setdefault(key, {}).setdefault(repeat, row)
         if same is not row:
-            print(f'{row["run"]} is left out, since it repeats {same["run"]}', file=sys.stderr)
+            other = '' if row['genotype'] == same['genotype'] else ' (but found another cell)'
+            print(f'{row["run"]} is left out, since it repeats {same["run"]}{other}',
+                  file=sys.stderr)
     for (group, own), (other_group, other) in combinations(groups, 2):
         differ = {name for name, _ in own ^ other}
         if group == other_group and not differ & large:
@@ -577,7 +579,7 @@ def print_table(lines):
 # Panels: a title, and how the entries of the log begin whose mean is drawn
 PANELS = {
     'training loss': 'train_loss', 'training accuracy, %': 'train_accuracy',
-    'held-out loss': 'valid_loss', 'held-out accuracy, %': 'valid_accuracy',
+    "loss on the alphas' images": 'valid_loss', "accuracy on them, %": 'valid_accuracy',
     'entropy of the alphas, nats': 'entropy_', 'skips, mean over the cells': 'skips_',
     'true CIFAR-10 accuracy, % (80: or less)': 'truth_', 'held-out error, %': 'holdout_error',
     'held-out AUROC': 'holdout_auroc_tasks', 'test error, %': 'test_error',

@@ -105,7 +105,8 @@ def find_genotype(arch):
     if not os.path.isfile(path):
         raise UserError(f'--arch {arch:.60}: neither a genotype.json, nor a search that has ended, '
                         f'nor one of {", ".join(PUBLISHED)}')
-    with readable(f"{path}: no JSON object and no Genotype(...) in DARTS's words", 'Mend it.'):
+    with readable(f"{path}: no JSON object and no Genotype(...) in DARTS's words",
+                  'It must have one of them, and nothing else.'):
         text = path.read_text()
         fields = json.loads(text) if text.lstrip()[:1] == '{' else parse_darts(text)
         found_by = {key: fields.get(key) for key in ('data', 'method', 'seed', 'arch_data')}

@@ -123,7 +123,7 @@ QUICK = dict(num_images=1000, epochs=2, steps_per_epoch=40, batch_size=32, init_
 FIT_IMAGES = 10000          # training images on which the fit is measured at the end
 # How the line of an epoch that a run prints shows entries of its log
 SAID = {'train_loss': 'training loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}',
-        'valid_loss': 'held-out loss {:.3f}', 'valid_accuracy': 'held-out accuracy {:.1%}',
+        'valid_loss': "loss on the alphas' images {:.3f}", 'valid_accuracy': 'accuracy {:.1%}',
         'skips_normal': '{} skips in the normal cell', 'skips_reduce': '{} in the reduction cell',
         'skips_cell': '{} skips', 'truth_for_analysis_only': 'CIFAR-10, known: {[cifar10]:.2f}%',
         'kept_after_epochs': 'kept: the network after epoch {}',
@@ -317,15 +317,21 @@ class Run:
     def write_args(self, data):
         """Write args.json and scripts/ of a new run; one that goes on must have the same data."""
         about, sha256 = self.folder / 'args.json', None
+        scripts = sorted(Path(__file__).resolve().parent.glob('*.py'))
         if data is not None:
             labels = hashlib.sha256(data.labels.tobytes()).hexdigest()
             sha256 = {'images': data.sha256(), 'labels': labels}
         if about.exists():
             if read_json(about).get('data_sha256') != sha256:
                 raise UserError(f'{self.folder} was run on other images or labels: bring them back')
+            for script in scripts:
+                began = self.folder / 'scripts' / script.name
+                if not began.exists() or began.read_bytes() != script.read_bytes():
+                    print(f'note: {script.name} is not as it was when {self.folder} began',
+                          file=sys.stderr)
             return
         (self.folder / 'scripts').mkdir(exist_ok=True)
-        for script in Path(__file__).resolve().parent.glob('*.py'):
+        for script in scripts:
             shutil.copy(script, self.folder / 'scripts')
         write_file(about, json.dumps({
             'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),

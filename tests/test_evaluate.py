@@ -87,11 +87,13 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     assert float(first['cifar10_std']) == pytest.approx(deviation)
     run(search.main, 'w', *TINY, '--init_channels', '8', '--max_steps', '1')
     shutil.copytree('s1', 'again')
+    shutil.copy('s0/genotype.json', 'again')            # as by other code
     assert evaluate.main(['s0', 's1', 'w', 'again']) == 0       # none averaged with others
     said = capsys.readouterr()
     head, first, second = said.out.splitlines()[-3:]
     assert 'init_channels=4 max_steps=1  2' in first and 'init_channels=8 max_steps=1  1' in second
-    assert 'settings' in head and 'again is left out, since it repeats s1' in said.err
+    assert 'settings' in head
+    assert 'again is left out, since it repeats s1 (but found another cell)' in said.err
     run(search.main, 'l', *TINY, '--preset', 'laptop', '--arch_weight_decay', '0')
     run(search.main, 'm', *TINY, '--preset', 'laptop')
     _, *lines = printed(capsys, 's0', 'l', 'm').splitlines()

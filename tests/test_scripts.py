@@ -199,6 +199,16 @@ def test_a_lost_log_is_written_again_a_lost_checkpoint_starts_again_and_the_end_
     assert 'r is finished' in said and 'next: python' in said
 
 
+def test_a_resumed_run_says_that_the_code_has_changed(capsys):
+    flags = [*TINY, '--max_steps', '1', '--resume']
+    run(search.main, 'r', *flags)
+    Path('r/genotype.json').unlink()
+    Path('r/scripts/search.py').write_text('other')
+    capsys.readouterr()
+    run(search.main, 'r', *flags)
+    assert capsys.readouterr().err.splitlines()[-1].startswith('note: search.py is not as it was')
+
+
 def test_resume_with_other_images_is_refused(capsys):
     make_set('set')
     flags = ['--data', 'set', *SIZES, '--resume']
