@@ -398,8 +398,8 @@ def read_test(meta, data_dir=None, table=None):
         raise UserError(f'{name} has no test images any more: bring them back')
     files = meta.get('test_files')
     if files and sha256_of_files(data.files) != files:
-        raise UserError(f'{data.name}: files were added, removed or changed since this training: '
-                        'the test images are others. Undo it, or retrain with another --save')
+        raise UserError(f'{data.name}: files were added, removed or changed since this training, '
+                        'or older code drew the test: undo it, or retrain with another --save')
     unknown = sorted(set(data.classes) - set(meta['classes']))
     if unknown or data.multilabel and data.classes != meta['classes']:
         raise UserError(f'{data.name}: the network does not know {", ".join(unknown[:5])}: give '
@@ -579,18 +579,24 @@ def print_table(lines):
 # Panels: a title, and how the entries of the log begin whose mean is drawn
 PANELS = {
     'training loss': 'train_loss', 'training accuracy, %': 'train_accuracy',
-    "loss on the alphas' images": 'valid_loss', "accuracy on them, %": 'valid_accuracy',
+    "loss on the alphas' images": 'valid_loss',
+    "accuracy on the alphas' images, %": 'valid_accuracy',
     'entropy of the alphas, nats': 'entropy_', 'skips, mean over the cells': 'skips_',
     'true CIFAR-10 accuracy, % (80: or less)': 'truth_', 'held-out error, %': 'holdout_error',
-    'held-out AUROC': 'holdout_auroc_tasks', 'test error, %': 'test_error',
-    'test AUROC': 'test_auroc_tasks',
+    'held-out AUROC, 5 tasks': 'holdout_auroc_tasks', 'held-out AUROC, all': 'holdout_auroc',
+    'test error, %': 'test_error', 'test AUROC, 5 tasks': 'test_auroc_tasks',
+    'test AUROC, all': 'test_auroc',
 }
 
 
 def mean_of(line, start):
-    """Mean of a log line's values whose names begin with `start`, or None; accuracies in %."""
+    """Mean of a log line's values named `start`, or so beginning if it ends in _; or None.
+
+    Accuracies are in per cent.
+    """
     values = [value['cifar10'] if isinstance(value, dict) else value
-              for name, value in line.items() if name.startswith(start) and value is not None]
+              for name, value in line.items() if value is not None
+              and (name == start or start.endswith('_') and name.startswith(start))]
     scale = 100 if start.endswith('_accuracy') else 1
     return scale * sum(values) / len(values) if values else None
 
@@ -810,7 +816,9 @@ def main(argv=None):
         mend = 'does not go with --arch: leave it out' if s['arch'] else 'needs --arch: add it'
         raise UserError(f'{"RUNS" if min(unused) == "runs" else "--" + min(unused)} {mend}')
     for name in ('csv', 'plot', 'scores'):      # which are written after the tests
-        path = Path(s[name] or 'unused')
+        if not s[name]:
+            continue
+        path = Path(s[name])
         if not path.resolve().parent.is_dir() or path.exists() and not path.is_file():
             raise UserError(f'--{name} {path}: give a file in a folder that exists')
     if s['plot'] and Path(s['plot']).suffix not in ('.png', '.svg', '.pdf'):

@@ -333,8 +333,8 @@ DATA = {
                          ['fractal', 'spectrum', 'deadleaves', 'train']),
     'fresh': Setting(0, 'draw the images anew after so many epochs; 0: never', number(int, 0), 1),
     'difficulty': Setting('medium', 'of generated images', list(DIFFICULTY)),
-    'uncertain': Setting('mixed', 'what -1.0 of CheXpert becomes; mixed: ones for Atelectasis and '
-                         'Edema, else zeros', ['mixed', 'ones', 'zeros', 'ignore']),
+    'uncertain': Setting('mixed', 'what -1.0 of CheXpert becomes in training; mixed: ones for '
+                         'Atelectasis and Edema, else zeros', ['mixed', 'ones', 'zeros', 'ignore']),
     'test_fraction': Setting(0.2, 'of pictures without val/, held out', number(float, 0, below=1)),
     'skip_broken': Setting(False, 'leave out pictures that cannot be read'),
     'views': Setting('frontal', 'of CheXpert', ['frontal', 'all'])}
@@ -1550,9 +1550,10 @@ class Batches:
         n = len(self.indices)
         return n // self.batch_size if self.shuffle else -(-n // self.batch_size)
 
-    def epoch(self, epoch=0, start=0):
-        """Batches start, start + 1, ... of an epoch."""
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
+    def epoch(self, epoch=0, start=0, again=0):
+        """Batches start, start + 1, ... of an epoch; `again` another number for another order."""
+        sequence = np.random.SeedSequence([self.seed, epoch + again])
+        rng = np.random.Generator(np.random.Philox(sequence))
         n, step = len(self.indices), self.batch_size
         indices = self.indices[rng.permutation(n)] if self.shuffle else self.indices
         draws = torch.from_numpy(rng.random((n, 11), np.float32)).to(self.device)
@@ -1563,7 +1564,7 @@ class Batches:
         to_load = [indices[part] for part in parts]
         if self.images is not None:             # they are here, but perhaps of another turn
             to_load = [rows[self.turns[rows] != turn] for rows in to_load]
-        loaded = self.load(to_load, epoch, turn)
+        loaded = self.load(to_load, epoch + again, turn)
         for part, rows in zip(parts, to_load):
             if len(rows):
                 x = next(loaded).to(self.device, non_blocking=True)

@@ -97,7 +97,7 @@ def find_genotype(arch):
     arch: a published name, a string of NAS-Bench-201, a search, its genotype.json, or a file in
     DARTS's words. found_by: `data`, `method`, and of a search `seed`, `arch_data`, `settings`.
     """
-    if arch in PUBLISHED and not os.path.isdir(arch):
+    if arch in PUBLISHED and not Path(arch, 'genotype.json').exists():
         return PUBLISHED[arch], {'data': 'published', 'method': arch}
     if arch.startswith('|'):
         return from_plain(arch, '--arch'), {'data': 'given', 'method': short_name(arch)}
@@ -110,7 +110,9 @@ def find_genotype(arch):
         text = path.read_text()
         fields = json.loads(text) if text.lstrip()[:1] == '{' else parse_darts(text)
         found_by = {key: fields.get(key) for key in ('data', 'method', 'seed', 'arch_data')}
-        if (about := path.with_name('args.json')).exists():
+    about = path.with_name('args.json')
+    if path.name == 'genotype.json' and about.exists():
+        with readable(f'{about} is damaged', 'Search again, or remove it.'):
             found_by['settings'] = json.loads(about.read_text())['settings']
     found_by['method'] = found_by['method'] or path.stem
     return from_plain(fields, str(path)), found_by

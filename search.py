@@ -830,8 +830,9 @@ def parse(argv):
     if not trains:
         idle.update(dict.fromkeys(SCHEDULE.keys() - {'batch_size'} | {'augment', 'amp'}, True))
     refuse_idle(typed, idle)
-    if args.epochs <= args.frozen_epochs * method.stages:
-        raise UserError(f'--frozen_epochs {args.frozen_epochs} leaves the alphas none: take fewer')
+    for name in ('frozen_epochs', 'warmup_epochs'):
+        if args.epochs <= getattr(args, name) * method.stages:
+            raise UserError(f'--{name} {getattr(args, name)} are all epochs of a stage: take fewer')
     for name in ('unrolled', 'early_stop', 'hessian'):
         if getattr(args, name) and method.stochastic:
             raise UserError(f'--{name}: {args.method} draws anew for every loss: leave it out')
@@ -883,7 +884,7 @@ def endless(batches, epoch, run):
     """
     turn, step = divmod(run.step, len(batches))
     while True:
-        yield from batches.epoch(epoch + turn * run.epochs, step)
+        yield from batches.epoch(epoch, step, turn * run.epochs)
         turn, step = turn + 1, 0
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import evaluate
 import search
-from generate_data import Batches
+from generate_data import Batches, read
 from genotypes import (distinct_cells, expression, from_plain, from_string,
                        nas_bench_201, random_genotype, random_string, to_string, truth)
 from model_search import NB201
@@ -288,6 +288,9 @@ def test_images_of_the_alphas_begin_again_in_another_order_if_they_are_fewer():
         assert all(torch.equal(x, y) for (x, _), y in zip(rest, whole[at.step:], strict=True))
     turns = [torch.cat(whole[k:k + 4]).flatten(1) for k in (0, 4)]
     assert not torch.equal(*turns) and torch.equal(*(turn.sort(0).values for turn in turns))
+    batches = Batches(read('n', {'fresh': 2}), range(16), 4, torch.device('cpu'), workers=0)
+    assert len(list(itertools.islice(search.endless(batches, 1, SimpleNamespace(
+        step=0, epochs=3)), 10))) == 10 and (batches.turns == 0).all()      # epochs 0, 1: one draw
 
 
 def test_every_stage_of_pdarts_has_the_whole_warm_up():
