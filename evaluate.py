@@ -7,7 +7,7 @@
     python evaluate.py runs/NAME --predict photo.jpg    # class and probabilities, as CSV
     python evaluate.py runs/NAME --scores scores.csv    # a probability for each test image, label
     python evaluate.py runs/NAME --genotype             # the cell in DARTS's words, to paste there
-    python evaluate.py --arch DARTS_V2                  # its parameters and multiply-adds
+    python evaluate.py --arch DARTS_V2 --plot cell.svg  # parameters, multiply-adds, a drawing
 
 A retrained network is tested anew from its weights.pt. The true accuracy of a cell of
 NAS-Bench-201 is looked up. `params, full size` of a search are those of the network that retrain.py
@@ -723,7 +723,7 @@ RUNS = {
     'runs': Setting([], 'folders of runs'),
     'json': Setting(False, 'print one JSON line for each run'),
     'csv': Setting(None, 'write the table to this file'),
-    'plot': Setting(None, 'draw what the runs did by epoch: .png, .svg or .pdf'),
+    'plot': Setting(None, 'draw runs by epoch: .png, .svg or .pdf; of --arch the cells: .svg'),
     'predict': Setting(None, 'a picture, or a folder of pictures, for one retrained network'),
     'scores': Setting(None, 'CSV of one retraining: image (or study), label, score, true'),
     'genotype': Setting(False, "print the cell of one run in DARTS's words"),
@@ -811,7 +811,7 @@ def main(argv=None):
 
     tables = {'runs': RUNS, 'or the cost of a network': COST}
     s, typed, _ = parse_flags(__doc__, tables, argv, defaults_for)
-    unused = (RUNS if s['arch'] else COST).keys() & (typed.keys() - {'json', 'gpu'})
+    unused = (RUNS if s['arch'] else COST).keys() & (typed.keys() - {'json', 'gpu', 'plot'})
     if unused:
         mend = 'does not go with --arch: leave it out' if s['arch'] else 'needs --arch: add it'
         raise UserError(f'{"RUNS" if min(unused) == "runs" else "--" + min(unused)} {mend}')
@@ -821,15 +821,18 @@ def main(argv=None):
         path = Path(s[name])
         if not path.resolve().parent.is_dir() or path.exists() and not path.is_file():
             raise UserError(f'--{name} {path}: give a file in a folder that exists')
-    if s['plot'] and Path(s['plot']).suffix not in ('.png', '.svg', '.pdf'):
-        raise UserError(f'--plot {s["plot"]}: name it .png, .svg or .pdf')
-    if s['plot'] and not find_spec('matplotlib'):
+    suffixes = ['.svg'] if s['arch'] else ['.png', '.svg', '.pdf']
+    if s['plot'] and Path(s['plot']).suffix not in suffixes:
+        raise UserError(f'--plot {s["plot"]}: its name must end in {" or ".join(suffixes)}')
+    if s['plot'] and not s['arch'] and not find_spec('matplotlib'):
         raise UserError('--plot needs matplotlib: pip install matplotlib')
     if s['arch']:
         genotype, size = find_genotype(s['arch'])[0], s['image_size']
         check_layers(genotype, s['layers'])
         stem = stem_for(s['stem'], size, s['init_channels'])
         counts = cost(genotype, s['init_channels'], s['layers'], s['num_classes'], size, stem)
+        if s['plot']:
+            write_file(s['plot'], genotypes.draw(genotype, s['arch']))
         lines = [f'{name:<18} {count:>15,}' for name, count in counts.items()]
         return print(json.dumps(counts) if s['json'] else '\n'.join(lines))
     if not s['runs']:
@@ -849,7 +852,16 @@ def main(argv=None):
             raise UserError(f'{run}: no such folder. Give the folders of runs.')
     trained = any((Path(run) / 'weights.pt').exists() for run in folders)
     device = choose_device(s['gpu'] if trained else -1)
-    rows = [report(run, device, s['data_dir'], s['test_labels']) for run in folders]
+    rows = []
+    for run in folders:
+        try:
+            rows.append(report(run, device, s['data_dir'], s['test_labels']))
+        except UserError as error:
+            if len(folders) == 1:
+                raise
+            print(f'{run} is left out: {error}', file=sys.stderr)
+    if not rows:
+        raise UserError('none of these runs can be read')
     if s['scores']:
         write_probabilities(s['scores'], rows[0])
     done = [row for row in rows if row['finished']]

@@ -1264,11 +1264,13 @@ def read_chexpert_table(path, uncertain):
                 raise ValueError(f'no column {name}')
         for row in reader:
             paths.append(re.sub('^.*/(?=(train|valid|test)/)', '', row.get('Path') or row['Study']))
-            labels.append([float(row[name] or 0) for name in CHEXPERT])
-        labels = np.array(labels)
-        other = labels[~np.isin(labels, [-1, 0, 1])]
-        if not paths or len(other):
-            raise ValueError(f'a label is {other[0]}' if paths else 'no rows')
+            with readable(f'{path}, line {reader.line_num}', 'Use 1.0, 0.0, -1.0 and blank cells.'):
+                labels.append([float(row[name] or 0) for name in CHEXPERT])
+                if other := {*labels[-1]} - {-1, 0, 1}:
+                    raise ValueError(f'a label is {min(other)}')
+        if not paths:
+            raise ValueError('no rows')
+    labels = np.array(labels)
     unknown = labels == -1
     labels[unknown] = {'ones': 1, 'ignore': -1}.get(uncertain, 0)
     if uncertain == 'mixed':

@@ -113,6 +113,7 @@ TABLE = [
     ('', '', 'evaluate', 'norun', 'norun'),
     ('', '', 'evaluate', '', 'nothing to evaluate'),
     ('', '', 'evaluate', '--arch DARTS_V2 --csv t.csv', '--csv'),
+    ('', '', 'evaluate', '--arch DARTS_V2 --plot cell.png', '.svg'),
     ('', '', 'evaluate', '--arch DARTS_V2 --stem imagenet --image_size 16', '16 px'),
     ('', '', 'evaluate', '--arch |none~0|+|none~0|none~1|+|none~0|none~1|none~2| --layers 6', '6'),
     ('own', '', 'evaluate', 'own', 'args.json'),

@@ -233,6 +233,14 @@ def test_a_test_split_that_is_drawn_anew_is_refused_and_too_few_pictures_have_no
     folder_of_images('few')
     run(retrain.main, 'r', *flags, '--data', 'few')
     assert 'no test' in capsys.readouterr().err and 'test_n' not in reports(capsys, 'r')[0]
+    assert evaluate.main(['net', 'r', '--gpu', '-1']) == 0      # the other one is reported
+    said = capsys.readouterr()
+    assert said.out.startswith('r\n') and 'net is left out' in said.err
+
+
+def test_a_cell_is_drawn(capsys):
+    assert 'multiply_adds' in printed(capsys, '--arch', 'PDARTS', '--plot', 'cell.svg')
+    assert 'dil_conv_5x5' in Path('cell.svg').read_text()
 
 
 def test_an_area_of_few_positives_has_no_interval():

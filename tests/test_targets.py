@@ -183,7 +183,7 @@ def test_chexpert_that_is_damaged_is_one_line():
     table = Path('d/CheXpert-v1.0-small/train.csv')
     whole = table.read_text()
     for text, needle in ((whole.replace('Edema', 'Oedema'), 'Edema'),
-                         (whole.replace('-1.0', '-2.0', 1), '-2.0'),
+                         (whole.replace('-1.0', '-2.0', 1), 'line 2 (a label is -2.0)'),
                          (','.join(whole.split(',')[:-3]), 'no cell'),     # cut in its last line
                          (whole.splitlines()[0] + '\n', 'no rows'),
                          (whole.replace('patient0000', 'patient9990'), 'patient99900'),

@@ -517,7 +517,7 @@ def first_study():
 
 
 def print_no_search():
-    """What takes no search: the lines to compare with."""
+    """What takes no search; returns percentile of the best of 100, rank correlation of all."""
     accuracy, percentile = space()
     params = np.array([row['params'] for row in nas_bench_201()[0].values()], float)
     rank = np.array([truth(cell)['percentile'] for cell in nas_bench_201()[0]])
@@ -530,7 +530,7 @@ def print_no_search():
     numbers = worth(*np.array([[row['params'], row['cifar10']] for row in cells], float).T)
     print('{} distinct cells by parameters: rank correlation {:.3f}, better half {:.3f}, best cell '
           '{:.1f}, ten best {:.1f}\n'.format(len(cells), *numbers))
-    return best
+    return best, numbers[0]
 
 
 def print_expressivity():
@@ -623,19 +623,18 @@ def print_power(repeats=2000):
 
 
 def draw_study(path):
-    """One panel: percentiles of found cells, and of the same operations shuffled, by data."""
+    """Two panels by data: percentiles of found cells, and how scores rank all of them."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         sys.exit('--plot needs matplotlib: pip install matplotlib')
     plt.rcParams.update({'font.size': 9, 'svg.hashsalt': 'study', 'svg.fonttype': 'none'})
     scoring, gradient = read_rows('scoring.csv'), read_rows('gradient.csv')
-    groups = [(title, scoring, part) for part, title in
-              (('C', 'training-free'), ('B', 'one-shot, 1,000 images'), ('Bbest', 'one-shot'))]
-    groups += [(title, gradient, part) for part, title in
-               (('A1', 'by gradient'), ('A2', 'by gradient, alphas on train'))]
-    groups.append(('by gradient, first study', first_study(), 'held out'))
-    lines = []                                  # label, colour, shuffled, percentiles by method
+    groups = [('one-shot, 1,000 images', scoring, 'B'), ('one-shot', scoring, 'Bbest'),
+              ('by gradient', gradient, 'A1'), ('by gradient, alphas on train', gradient, 'A2'),
+              ('by gradient, first study', first_study(), 'held out'),
+              ('training-free', scoring, 'C')]
+    lines = []                                  # label, colour, rows
     for title, rows, part in groups:
         if part in parts() and not complete(rows, part):
             continue
@@ -643,33 +642,31 @@ def draw_study(path):
         keys = dict.fromkeys((row['arm'], row['method'] if part == 'C' else '') for row in rows)
         for arm, method in keys:
             mine = [row for row in rows if row['arm'] == arm and method in ('', row['method'])]
-            by = {}
-            for row in mine:
-                by.setdefault(row['method'], []).append(row['percentile'])
             colour = f'C{KINDS.index(arm)}' if arm in KINDS else 'dimgray'
             lines.append((f'{title}: {method + " " if method else ""}{arm} ({len(mine)})', colour,
-                          [row['shuffled'] for row in mine], list(by.values())))
-    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.25 * len(lines)), layout='constrained')
-    for y, (_, colour, shuffled, found) in enumerate(lines):
-        means = [np.mean(values) for values in found]
-        axis.plot(np.mean(means), y, 'o', color=colour)
-        axis.plot(np.mean(shuffled), y, 'o', color=colour, mfc='none')
-        if len(shuffled) > 3:
-            axis.plot(interval(*contrast(*[(values, [0.0]) for values in found])), [y, y], '-',
-                      color=colour)
-        ticks = found[0] if len(shuffled) <= 3 else means if len(found) > 1 else []
-        axis.plot(ticks, [y + 0.25] * len(ticks), '|', color=colour, ms=5)
-    for value, style, label in ((50, '--', 'random cell'), (print_no_search(), '-.',
-                                'best of 100 by parameters'),
-                                (truth(NB201_LARGEST)['percentile'], ':', 'largest network'),
-                                (100, '-', 'best cell')):
-        axis.axvline(value, color='gray', ls=style, lw=1, label=label, zorder=0)
-    axis.plot([], [], 'ko', label='found cells, mean and 95% interval')
-    axis.plot([], [], 'ko', mfc='none', label='same operations on shuffled edges')
-    axis.plot([], [], 'k|', label='a method, or a seed of three')
-    axis.set(yticks=range(len(lines)), yticklabels=[line[0] for line in lines],
-             ylim=(len(lines) - 0.5, -0.5), xlim=(20, 101),
-             xlabel='percentile of the cell among all of NAS-Bench-201')
+                          mine))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 0.25 * len(lines)), layout='constrained',
+                                sharey=True, width_ratios=(3, 2))
+    found, ranked = axes
+    best_of_100, rho_of_parameters = print_no_search()
+    for y, (_, colour, rows) in enumerate(lines):
+        found.plot(np.mean([row['shuffled'] for row in rows]), y, 'o', color=colour, mfc='none')
+        draw_mean(found, y, colour, rows, 'percentile')
+        if 'rho' in rows[0]:
+            draw_mean(ranked, y, colour, rows, 'rho')
+    lines_to_compare = ((50, '--', 'random cell'), (best_of_100, '-.', 'best of 100 by parameters'),
+                        (truth(NB201_LARGEST)['percentile'], ':', 'largest network'),
+                        (100, '-', 'best cell'))
+    for value, style, label in lines_to_compare:
+        found.axvline(value, color='gray', ls=style, lw=1, label=label, zorder=0)
+    ranked.axvline(rho_of_parameters, color='gray', ls=(0, (1, 4)), label='number of parameters')
+    found.plot([], [], 'ko', label='mean and 95% interval')
+    found.plot([], [], 'ko', mfc='none', label='same operations on shuffled edges')
+    found.plot([], [], 'k|', label='a method, or a seed of three')
+    found.set(yticks=range(len(lines)), yticklabels=[line[0] for line in lines],
+              ylim=(len(lines) - 0.5, -0.5), xlim=(20, 101),
+              xlabel='percentile of the cell found, among all of NAS-Bench-201')
+    ranked.set(xlim=(0.2, 0.9), xlabel='rank correlation, all scores')
     figure.legend(loc='outside lower center', ncols=3, fontsize=8)
     save(figure, path)
     if not complete(scoring, 'Bdose'):
@@ -682,6 +679,21 @@ def draw_study(path):
     axis.set(xlabel='accuracy on the training images', ylabel='rank correlation with the truth')
     axis.legend()
     save(figure, Path(path).with_stem(Path(path).stem + '-dose'))
+
+
+def draw_mean(axis, y, colour, rows, outcome):
+    """A dot and its interval, with a tick for each method, or for each of three seeds."""
+    by = {}
+    for row in rows:
+        by.setdefault(row['method'], []).append(row[outcome])
+    samples = list(by.values())
+    means = [np.mean(values) for values in samples]
+    axis.plot(np.mean(means), y, 'o', color=colour)
+    if len(rows) > 3:
+        ends = interval(*contrast(*[(values, [0.0]) for values in samples]))
+        axis.plot(ends, [y, y], '-', color=colour)
+    ticks = samples[0] if len(rows) <= 3 else means if len(means) > 1 else []
+    axis.plot(ticks, [y + 0.25] * len(ticks), '|', color=colour, ms=5)
 
 
 def save(figure, path):
