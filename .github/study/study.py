@@ -669,16 +669,28 @@ def draw_study(path):
     ranked.set(xlim=(0.2, 0.9), xlabel='rank correlation, all scores')
     figure.legend(loc='outside lower center', ncols=3, fontsize=8)
     save(figure, path)
-    if not complete(scoring, 'Bdose'):
-        return
-    dots = [row for row in scoring if row['part'] in ('B', 'Bdose') and row['score'] == SCORES[0]]
-    figure, axis = plt.subplots(figsize=(6, 4), layout='constrained')
-    for kind in dict.fromkeys(row['arm'].split('@')[0] for row in dots):
-        mine = [row for row in dots if row['arm'].split('@')[0] == kind]
-        axis.plot([row['fit'] for row in mine], [row['rho'] for row in mine], '.', label=kind)
-    axis.set(xlabel='accuracy on the training images', ylabel='rank correlation with the truth')
-    axis.legend()
-    save(figure, Path(path).with_stem(Path(path).stem + '-dose'))
+    if complete(scoring, 'Bdose'):
+        figure, axis = plt.subplots(figsize=(7, 4.5), layout='constrained')
+        draw_dose(axis, [row for row in scoring if row['part'] in ('B', 'Bdose')
+                         and row['score'] == SCORES[0]])
+        save(figure, Path(path).with_stem(Path(path).stem + '-dose'))
+
+
+def draw_dose(axis, rows):
+    """Rank correlation over fit: a dot for each supernet, a line through the means by images."""
+    for k, kind in enumerate([*KINDS, 'half_random']):
+        means = []
+        for arm, images in ((f'{kind}@250', '250'), (kind, '1,000'), (f'{kind}@4000', '4,000'),
+                            (f'{kind}@16000', '16,000')):
+            points = np.array([(row['fit'], row['rho']) for row in rows if row['arm'] == arm])
+            if len(points):
+                axis.plot(*points.T, '.', color=f'C{k}', alpha=0.3)
+                means.append(points.mean(0))
+                axis.annotate(images, means[-1], (3, 4), textcoords='offset points', fontsize=7)
+        axis.plot(*np.transpose(means), 'o-', color=f'C{k}', label=kind)
+    axis.set(xlabel='accuracy on the training images, at the end',
+             ylabel='rank correlation of training losses and true accuracies')
+    axis.legend(title='data; numbers: images', fontsize=8)
 
 
 def draw_mean(axis, y, colour, rows, outcome):
