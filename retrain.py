@@ -534,10 +534,11 @@ class GraphedStep:
     WARM_UP steps a graph is made, and kept if no list is off by more than TOLERANCE of its change.
     """
     WARM_UP, TOLERANCE = 3, 0.05
+    works = True                # until a capture fails
 
     def __init__(self, step, changed, device, on=True):
         self.step, self.changed, self.device = step, changed, device
-        self.on, self.calls, self.graph = on and device.type == 'cuda', 0, None
+        self.on, self.calls, self.graph = on and self.works and device.type == 'cuda', 0, None
         # One stream for eager steps and capture: autograd keeps the stream that it met first.
         self.stream = torch.cuda.Stream(device) if self.on else None
 
@@ -563,30 +564,35 @@ class GraphedStep:
             return graph, self.step(*self.batch)
 
     def first_replay(self, batch):
-        """Capture and replay the step, take it back, take the eager step, and compare the two."""
-        self.on, self.batch, reason = False, [t.clone() for t in batch], None
-        changed, states = self.changed(), random_states(self.device)
-        before, replayed = copy.deepcopy(changed), {}
+        """Take the eager step; then capture and replay it from the same start, and compare."""
+        self.on, self.batch, changed = False, [t.clone() for t in batch], self.changed()
+        start, before = random_states(self.device), copy.deepcopy(changed)
+        result = self.step(*batch)
+        end, eager = random_states(self.device), copy.deepcopy(changed)
         try:
+            self.put_back(before, start, changed)
             graph, self.result = self.capture()
-            set_random_states(states, self.device)
+            set_random_states(start, self.device)
             graph.replay()
-            replayed = copy.deepcopy(changed)
-        except RuntimeError as error:
+            reason = difference(before, changed, eager, self.TOLERANCE)
+        except RuntimeError as error:           # or there is no memory for a graph
             reason = f'capture failed ({str(error).splitlines()[0][:100]})'
-            if self.device.type == 'cuda':      # before torch 2.14 it would count as capturing on
+            GraphedStep.works = False           # the allocator may think that it captures on
+            if self.device.type == 'cuda':      # before torch 2.14 the generator would as well
                 generator = torch.cuda.default_generators[self.device.index]
                 generator.graphsafe_set_state(generator.clone_state())
-        for t, old in zip(chain(*changed.values()), chain(*before.values())):
-            t.data.copy_(old)
-            t.grad = None                       # of a capture that broke off
-        set_random_states(states, self.device)
-        result = self.step(*batch)
-        reason = reason or difference(before, replayed, changed, self.TOLERANCE)
+        self.put_back(eager, end, changed)
         if reason:
             print(f'no CUDA graph: {reason}; going on without', file=sys.stderr)
         self.graph = None if reason else graph
         return result
+
+    def put_back(self, values, states, changed):
+        """Give all that a step changes these values, and torch's generators these states."""
+        for t, value in zip(chain(*changed.values()), chain(*values.values())):
+            t.data.copy_(value)
+            t.grad = None                       # of a capture that broke off
+        set_random_states(states, self.device)
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ def batches(count):
 def test_graphed_step_takes_the_eager_steps(monkeypatch, capsys, spoil, message):
     """Every call is one step on its own batch, whether the graph is taken or refused."""
     monkeypatch.setattr(Emulated, 'spoil', spoil)
+    monkeypatch.setattr(GraphedStep, 'works', True)
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: None)
     monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
     network, step, changed = search_step()
@@ -60,6 +61,7 @@ def test_graphed_step_takes_the_eager_steps(monkeypatch, capsys, spoil, message)
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(),
                                                  again.state_dict().values()))
     assert (graphed.graph is not None) == (spoil is None)
+    assert GraphedStep.works == (spoil != 'capture')
     error = capsys.readouterr().err
     assert error.count('\n') == bool(spoil) and message in error
 
