@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CHEXPERT, DATA, DEFAULTS, REAL, Batches, Progress, Setting, UserError,
-                           choose_device, is_image, leave, load_file, number, one_line_errors,
-                           parse_flags, read, read_chexpert, read_image, readable, sha256_of_files,
-                           taken, world, write_file)
+from generate_data import (CHEXPERT, DATA, DEFAULTS, KINDS, REAL, Batches, Progress, Setting,
+                           UserError, choose_device, is_image, leave, load_file, names_in, number,
+                           one_line_errors, parse_flags, read, read_chexpert, read_image, readable,
+                           sha256_of_files, taken, world, write_file)
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ EVALUATION_BATCH = 250, 50      # images up to 64 px, and above; it changes no r
 DRAWS = 1000                    # of the bootstrap
 # Settings that change rounding at most: they may differ on resume, and between runs of a table.
 MAY_DIFFER = {'save', 'resume', 'gpu', 'graph', 'workers', 'checkpoint_minutes', 'data_dir',
-              'download'}
+              'download', 'typed'}
 
 # ---- Loss and metrics -----------------------------------------------------------------------
 
@@ -280,10 +280,13 @@ def read_run(run):
     Of a search also what is known of its cell, of a retraining the metrics of the last epoch.
     """
     folder = Path(run)
+    if not (folder / 'args.json').exists():
+        raise UserError(f'{folder}: no run. Give the folders of runs, for example runs/*')
     about = read_json(folder / 'args.json')
     settings, log = about['settings'], read_log(folder)
     row = {'run': str(folder), 'type': 'search' if 'method' in settings else 'retrain',
            'finished': False, 'settings': settings, 'command': about['command'],
+           'data_sha256': (about.get('data_sha256') or {}).get('images'),
            'git_commit': about.get('git_commit'), 'device': about['hardware']['device'],
            'seed': settings['seed'], 'genotype': None,
            'epochs': sum('cells' not in line for line in log),
@@ -376,7 +379,8 @@ def read_test(meta, data_dir=None, table=None):
     """
     if not (meta['has_test'] or table):
         return None
-    settings = {**meta['settings'], 'image_size': meta['image_size']}
+    settings = {**meta['settings'], 'image_size': meta['image_size'],
+                'test_names': meta.get('test_names')}
     name = meta['data']
     if data_dir:
         settings['data_dir'] = data_dir
@@ -396,10 +400,12 @@ def read_test(meta, data_dir=None, table=None):
         data = read(name, settings, 'test')
     if data is None:
         raise UserError(f'{name} has no test images any more: bring them back')
-    files = meta.get('test_files')
-    if files and sha256_of_files(data.files) != files:
-        raise UserError(f'{data.name}: files were added, removed or changed since this training, '
-                        'or older code drew the test: undo it, or retrain with another --save')
+    names, files = settings['test_names'], meta.get('test_files')
+    gone = sorted({*names}.difference(names_in(name, data.files))) if names else []
+    if gone or files and sha256_of_files(data.files) != files:
+        what = f'of the test pictures {", ".join(gone[:5])} are gone' if gone else \
+            'test pictures have changed'
+        raise UserError(f'{name}: {what} since this training: bring them back')
     unknown = sorted(set(data.classes) - set(meta['classes']))
     if unknown or data.multilabel and data.classes != meta['classes']:
         raise UserError(f'{data.name}: the network does not know {", ".join(unknown[:5])}: give '
@@ -446,7 +452,7 @@ def report(run, device, data_dir=None, test_labels=None):
 # ---- One run, and the table of several ------------------------------------------------------
 
 
-HIDDEN = 'run', 'finished', 'log', 'settings', 'search_settings', 'tested'
+HIDDEN = 'run', 'finished', 'log', 'settings', 'search_settings', 'tested', 'data_sha256'
 
 
 def show(row):
@@ -505,6 +511,8 @@ def columns():
 
 GROUPS = 'type', 'space', 'searched_on', 'method', 'arch_data', 'trained_on'
 REPEATS = 'seed', 'data_seed', 'arch', 'genotype'       # settings in which runs of a line differ
+NAMED = {'data', 'space', 'method', 'unrolled', 'perturb', 'arch_data', 'source', 'generator',
+         'difficulty', 'label_mode', 'label_noise', 'fresh'}        # settings that GROUPS tell
 
 
 def own_settings(settings, prefix=''):
@@ -517,15 +525,19 @@ def own_settings(settings, prefix=''):
 def table(rows):
     """Runs that differ only in their seeds, in one line: [{group, n, measure, measure_std}].
 
-    `settings` of a line: how it was shortened, and what else differs within its data and method;
-    those of the search begin with search_.
+    `settings` of a line: what was typed, and what else differs within its data and method; those
+    of the search begin with search_. Runs on other images are in other lines.
     """
     large = {'quick', 'preset', 'search_quick', 'search_preset'}        # which change many others
     groups, shown, lines = {}, {*large, 'max_steps', 'search_max_steps'}, []
     for row in rows:
-        own = own_settings(row['settings'])
-        if row.get('search_settings'):
-            own |= own_settings(row['search_settings'], 'search_')
+        own, search = own_settings(row['settings']), row.get('search_settings') or {}
+        shown.update(row['settings'].get('typed', ()))
+        shown.update(f'search_{name}' for name in search.get('typed', ()) if name not in NAMED)
+        if row['data_sha256'] and row['settings']['data'] not in KINDS:     # a folder may change
+            own.add(('images', row['data_sha256'][:6]))
+        if search:
+            own |= own_settings(search, 'search_')
         key = tuple(row.get(name) for name in GROUPS), frozenset(own)
         repeat = tuple(row['settings'].get(name) for name in REPEATS)
         same = groups.setdefault(key, {}).setdefault(repeat, row)
@@ -539,7 +551,7 @@ def table(rows):
             shown |= differ
     for (group, own), runs in groups.items():
         own, runs, words = dict(own), runs.values(), []
-        for name in sorted(shown & own.keys()):
+        for name in sorted((shown & own.keys()) - NAMED):
             if own[name] is True:
                 words.append(name)
             elif own[name] is not False and own[name] not in (None, 'auto'):
@@ -727,7 +739,7 @@ RUNS = {
     'predict': Setting(None, 'a picture, or a folder of pictures, for one retrained network'),
     'scores': Setting(None, 'CSV of one retraining: image (or study), label, score, true'),
     'genotype': Setting(False, "print the cell of one run in DARTS's words"),
-    'data_dir': Setting(None, 'where the real data are now'),
+    'data_dir': Setting(None, 'where the real data, or the folder of pictures, are now'),
     'gpu': Setting(0, 'CUDA device, -1: the CPU', number(int, -1)),
     'test_labels': Setting(None, "a CSV of CheXpert's test set"),
 }
@@ -831,9 +843,12 @@ def main(argv=None):
         check_layers(genotype, s['layers'])
         stem = stem_for(s['stem'], size, s['init_channels'])
         counts = cost(genotype, s['init_channels'], s['layers'], s['num_classes'], size, stem)
+        if isinstance(genotype, str):
+            counts.update(genotypes.truth(genotype))
         if s['plot']:
             write_file(s['plot'], genotypes.draw(genotype, s['arch']))
-        lines = [f'{name:<18} {count:>15,}' for name, count in counts.items()]
+            print(f'wrote {s["plot"]}', file=sys.stderr)
+        lines = [f'{name:<18} {round(count, 2):>15,}' for name, count in counts.items()]
         return print(json.dumps(counts) if s['json'] else '\n'.join(lines))
     if not s['runs']:
         raise UserError('nothing to evaluate: give the folders of runs, or --arch NAME')
@@ -847,9 +862,6 @@ def main(argv=None):
     folders = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))
     if s['scores'] and len(folders) > 1:
         raise UserError('--scores takes one run: leave the others out')
-    for run in folders:
-        if not Path(run).is_dir():
-            raise UserError(f'{run}: no such folder. Give the folders of runs.')
     trained = any((Path(run) / 'weights.pt').exists() for run in folders)
     device = choose_device(s['gpu'] if trained else -1)
     rows = []

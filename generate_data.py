@@ -160,7 +160,7 @@ def one_line_errors(main):
             message = f'{error.filename or "a file"}: {error.strerror or error}. Check the path, ' \
                       'the permissions of its folder, and the free space.'
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            print('stopped', file=sys.stderr)
             return 130
         print(f'{Path(main.__globals__["__file__"]).name}: error: {message}', file=sys.stderr)
         return 2
@@ -217,7 +217,7 @@ def readable(what, mend):
     """Turn whatever fails in the block into the UserError `what` (why). `mend`"""
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -288,26 +288,34 @@ def choose_device(gpu, tf32=False):
         mallopt(-3, 1 << 30)                        # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)                  # M_TRIM_THRESHOLD
     set_tf32(tf32)
-    cuda = gpu >= 0 and torch.cuda.is_available()
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and world()[1] == 1:
-        gpu = int(os.environ['LOCAL_RANK']) if cuda else gpu
+    cuda, shared = gpu >= 0 and torch.cuda.is_available(), int(os.environ.get('WORLD_SIZE', 1)) > 1
+    device = torch.device('cpu')
+    if cuda:
+        gpu = int(os.environ['LOCAL_RANK']) if shared else gpu
+        device = torch.device('cuda', gpu)
+        torch.backends.cudnn.deterministic = True
+        with readable(f'--gpu {gpu} cannot be used', 'Use another one, or -1 for the CPU.'):
+            torch.cuda.set_device(gpu)
+    if shared and world()[1] == 1:
         # torchrun keeps its store when it starts the processes again: without a prefix they would
         # find the addresses of those that died.
         store, rank, processes = next(torch.distributed.rendezvous('env://'))
         attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
         torch.distributed.init_process_group(
             'nccl' if cuda else 'gloo', timeout=timedelta(minutes=10), rank=rank,
-            world_size=processes, store=torch.distributed.PrefixStore(attempt, store))
+            world_size=processes, store=torch.distributed.PrefixStore(attempt, store),
+            device_id=device if cuda else None)
         if world()[0]:                          # one process speaks
             sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
-    if cuda:
-        torch.backends.cudnn.deterministic = True
-        with readable(f'--gpu {gpu} cannot be used', 'Use another one, or -1 for the CPU.'):
-            torch.cuda.set_device(gpu)
-    elif gpu >= 0 and not world()[0]:
+    if gpu >= 0 and not cuda and not world()[0]:
         print(f'no CUDA on this machine: --gpu {gpu} runs on the CPU '
               f'({torch.get_num_threads()} threads)', file=sys.stderr)
-    return torch.device('cuda', gpu) if cuda else torch.device('cpu')
+    return device
+
+
+def has_bf16(device):
+    """Whether a GPU computes in bf16: from Ampere on. (torch's own test counts emulation.)"""
+    return device.type == 'cuda' and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def set_tf32(on):
@@ -324,7 +332,7 @@ DATA = {
     'image_size': Setting(None, 'pixels; else 32, or the size of the data', number(int, 8, 4096)),
     'data_seed': Setting(None, "of unreal data; without it the run's seed", number(int, 0)),
     'num_images': Setting(50000, 'of an unreal set', number(int, 1, 10 ** 9)),
-    'num_classes': Setting(10, 'of an unreal set', number(int, 1, 10 ** 6)),
+    'num_classes': Setting(10, 'of an unreal set', number(int, 2, 10 ** 6)),
     'multilabel': Setting(False, 'labels of 0 or 1: of noise and fractals'),
     'source': Setting('cifar10', 'its images get new labels, or train a generator', name_or_path),
     'label_mode': Setting('uniform', 'how labels are drawn', ['uniform', 'balanced', 'permute']),
@@ -797,7 +805,7 @@ def flow_loss(network, x, y):
     y = torch.cat([y[:, :-1] * (1 - drop), drop], 1)
     t = torch.randn(len(x), device=x.device).sigmoid()
     noise = torch.randn_like(x)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bf16(x.device)):
         velocity = network(torch.lerp(noise, x, t[:, None, None, None]), t, y)
     return (velocity.float() - (x - noise)).square().mean()
 
@@ -806,8 +814,8 @@ def train_flow(source, path, steps, seed, device):
     """Return a UNet with averaged weights; goes on from a checkpoint at `path`, bit for bit."""
     torch.manual_seed(seed)
     network = UNet(len(source.classes)).to(device)
-    average = AveragedModel(network, multi_avg_fn=lambda averages, weights, n: torch._foreach_lerp_(
-        averages, weights, 1 - min(0.999, float(n) / (float(n) + 10))))
+    average = AveragedModel(network, multi_avg_fn=lambda averages, weights, _: torch._foreach_lerp_(
+        averages, weights, 1 - min(0.999, step / (step + 10))))
     adam = torch.optim.Adam(network.parameters())
     parts = {'network': network, 'average': average, 'adam': adam}
     about = [source.sha256(), hashlib.sha256(source.labels.tobytes()).hexdigest(), source.classes,
@@ -1253,8 +1261,8 @@ def read_chexpert_table(path, uncertain):
     uncertain: what -1.0 becomes; ignore: -1, which losses and metrics leave out. Blank cells are
     zeros.
     """
-    paths, labels = [], []
-    mend = 'Check its path, or --data_dir, which has CheXpert-v1.0-small/ in it.'
+    rows = {}
+    mend = "It needs Path (or Study) and CheXpert's 14 labels; or else check its path, --data_dir."
     with readable(f'{path} is no CSV file of CheXpert', mend), \
             open(path, newline='', encoding='utf-8-sig') as file:
         reader = csv.DictReader(file, restval='no cell')
@@ -1263,19 +1271,22 @@ def read_chexpert_table(path, uncertain):
             if name not in names:
                 raise ValueError(f'no column {name}')
         for row in reader:
-            paths.append(re.sub('^.*/(?=(train|valid|test)/)', '', row.get('Path') or row['Study']))
-            with readable(f'{path}, line {reader.line_num}', 'Use 1.0, 0.0, -1.0 and blank cells.'):
-                labels.append([float(row[name] or 0) for name in CHEXPERT])
-                if other := {*labels[-1]} - {-1, 0, 1}:
+            inside = re.sub('^.*/(?=(train|valid|test)/)', '', row.get('Path') or row['Study'])
+            with readable(f'{path}, line {reader.line_num}', 'Paths end in patientX/studyY/view1_'
+                          'frontal.jpg, each in one row; labels are 1.0, 0.0, -1.0 or blank.'):
+                if inside in rows or not re.search('patient[^/]*/study[^/]*(/[^/]*)?$', inside):
+                    raise ValueError(f'the path is {inside}')
+                rows[inside] = [float(row[name] or 0) for name in CHEXPERT]
+                if other := {*rows[inside]} - {-1, 0, 1}:
                     raise ValueError(f'a label is {min(other)}')
-        if not paths:
+        if not rows:
             raise ValueError('no rows')
-    labels = np.array(labels)
+    labels = np.array([*rows.values()])
     unknown = labels == -1
     labels[unknown] = {'ones': 1, 'ignore': -1}.get(uncertain, 0)
     if uncertain == 'mixed':
         labels[unknown & np.isin(list(CHEXPERT), ['Atelectasis', 'Edema'])] = 1
-    return paths, labels.astype(np.int8)
+    return list(rows), labels.astype(np.int8)
 
 
 REAL = {'cifar10': read_cifar, 'cifar100': read_cifar, 'imagenet': read_imagenet,
@@ -1308,7 +1319,11 @@ def read_folder(root, split, s):
         files, labels, is_test = files[fine], labels[fine], is_test[fine]
         if len({*labels[~is_test]}) < len(classes[0]):
             raise UserError(f'{root}: a class has no pictures that can be read. Remove its folder.')
-    if len(trees) == 1:
+    if split == 'train':
+        print(f'{root}: {len(files)} pictures of {", ".join(classes[0])[:200]}', file=sys.stderr)
+    if len(trees) == 1 and s.get('test_names'):     # those of a training, whatever came since
+        is_test = np.isin(names_in(root, files), s['test_names'])
+    elif len(trees) == 1:
         for k in range(len(classes[0])):        # by a hash: few change sides if others come or go
             rows = sorted(np.flatnonzero(labels == k), key=lambda row: hashlib.sha256(
                 os.fsencode(files[row].name)).digest())
@@ -1325,6 +1340,11 @@ def read_folder(root, split, s):
     mean, std = mean_and_std(decode(train[some], size))
     mine = is_test == (split == 'test')
     return data_of_files(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
+
+
+def names_in(root, files):
+    """The paths of files in a folder, as texts relative to it."""
+    return [file.relative_to(root).as_posix() for file in files]
 
 
 def data_of_files(name, split, classes, files, labels, mean, std, size):

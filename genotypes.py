@@ -53,7 +53,9 @@ def from_plain(value, source='genotype'):
                 raise ValueError(f'{cell} has {len(pairs)} operations')
             for k, (name, state) in enumerate(pairs):
                 twice = k % 2 and state == pairs[k - 1][1]
-                if name not in known or not 0 <= state < 2 + k // 2 or twice:
+                if name not in known:
+                    raise ValueError(f'{cell}[{k}] is {name}; known: {", ".join(sorted(known))}')
+                if not 0 <= state < 2 + k // 2 or twice:
                     raise ValueError(f'{cell}[{k}] cannot be {name}:{state}')
             concat = tuple(map(int, value[cell + '_concat']))
             if not concat or len({*concat}) < len(concat) or not {*concat} <= {*ALL_NODES}:
@@ -85,17 +87,24 @@ def random_genotype(seed):
 
 
 def parse_darts(text):
-    """{field: value} of DARTS's `NAME = Genotype(normal=[...], normal_concat=range(2, 6), ...)`."""
+    """{field: value} of the one `Genotype(normal=[...], normal_concat=range(2, 6), ...)` in a text.
+
+    It may stand in a line of DARTS's log.
+    """
     text = re.sub(r'range\(2, ?6\)', '[2, 3, 4, 5]', text)     # a literal; nothing is run
-    statement, = ast.parse(text.strip()).body
-    return {word.arg: ast.literal_eval(word.value) for word in statement.value.keywords}
+    found = re.findall(r'\bGenotype\((?:[^()]|\([^()]*\))*\)', text)
+    if len(found) != 1:
+        raise ValueError(f'{len(found)} times Genotype(...)')
+    words = ast.parse(found[0], mode='eval').body.keywords
+    return {word.arg: ast.literal_eval(word.value) for word in words}
 
 
 def find_genotype(arch):
     """(genotype, found_by) of what `--arch` names; UserError says in one line what is wrong.
 
-    arch: a published name, a string of NAS-Bench-201, a search, its genotype.json, or a file in
-    DARTS's words. found_by: `data`, `method`, and of a search `seed`, `arch_data`, `settings`.
+    arch: a published name, a string of NAS-Bench-201, a search, its genotype.json, or a file with
+    such a string or in DARTS's words. found_by: `data`, `method`, and of a search `seed`,
+    `arch_data`, `settings`.
     """
     if arch in PUBLISHED and not Path(arch, 'genotype.json').exists():
         return PUBLISHED[arch], {'data': 'published', 'method': arch}
@@ -105,10 +114,13 @@ def find_genotype(arch):
     if not os.path.isfile(path):
         raise UserError(f'--arch {arch:.60}: neither a genotype.json, nor a search that has ended, '
                         f'nor one of {", ".join(PUBLISHED)}')
-    with readable(f"{path}: no JSON object and no Genotype(...) in DARTS's words",
-                  'It must have one of them, and nothing else.'):
-        text = path.read_text()
-        fields = json.loads(text) if text.lstrip()[:1] == '{' else parse_darts(text)
+    with readable(f'{path}: no genotype', 'It must have a JSON object, one Genotype(...) as DARTS '
+                  'writes it, or a string of NAS-Bench-201.'):
+        text = path.read_text().strip()
+        if text[:1] == '|':
+            fields = {'arch_str': text}
+        else:
+            fields = json.loads(text) if text[:1] == '{' else parse_darts(text)
         found_by = {key: fields.get(key) for key in ('data', 'method', 'seed', 'arch_data')}
     about = path.with_name('args.json')
     if path.name == 'genotype.json' and about.exists():

@@ -35,9 +35,10 @@ from types import SimpleNamespace
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, Setting, UserError,
-                           choose_device, find_or_make, leave, load_file, name_or_path,
-                           number, one_line_errors, parse_flags, read, readable, refuse_idle,
-                           sha256_of_files, stratified_split, taken, world, write_file)
+                           choose_device, find_or_make, has_bf16, leave, load_file,
+                           name_or_path, names_in, number, one_line_errors, parse_flags, read,
+                           readable, refuse_idle, sha256_of_files, stratified_split, taken, world,
+                           write_file)
 from evaluate import (COST, MAY_DIFFER, check_layers, correct, gather, loss_of, read_json, read_log,
                       stem_for, test)
 
@@ -124,8 +125,8 @@ FIT_IMAGES = 10000          # training images on which the fit is measured at th
 # How the line of an epoch that a run prints shows entries of its log
 SAID = {'train_loss': 'training loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}',
         'valid_loss': "loss on the alphas' images {:.3f}", 'valid_accuracy': 'accuracy {:.1%}',
-        'skips_normal': '{} skips in the normal cell', 'skips_reduce': '{} in the reduction cell',
-        'skips_cell': '{} skips', 'truth_for_analysis_only': 'CIFAR-10, known: {[cifar10]:.2f}%',
+        'skips_normal': 'skips in the normal cell: {}', 'skips_reduce': 'in the reduction cell: {}',
+        'skips_cell': 'skips: {}', 'truth_for_analysis_only': 'CIFAR-10, known: {[cifar10]:.2f}%',
         'kept_after_epochs': 'kept: the network after epoch {}',
         'holdout_loss': 'held-out loss {:.3f}', 'holdout_error': 'held-out error {:.2f}%',
         'holdout_auroc_tasks': 'held-out AUROC of 5 tasks {:.3f}',
@@ -171,7 +172,7 @@ def settle(doc, tables, argv, presets, defaults_for):
         s['learning_rate'] *= s['batch_size'] / rate_for
     if 'learning_rate_min' not in typed:
         s['learning_rate_min'] = min(s['learning_rate_min'], s['learning_rate'])
-    args = SimpleNamespace(**s)
+    args = SimpleNamespace(**s, typed=sorted(typed))        # for the table of evaluate.py
     parts = args.grad_accum * int(os.environ.get('WORLD_SIZE', 1))
     if args.batch_size % parts or args.batch_size // parts < 2:
         raise UserError(f'--batch_size {args.batch_size} makes no {parts} parts of two images or '
@@ -250,6 +251,8 @@ class Run:
         self.checkpoint, self.log = {}, []
         self.epoch = self.step = self.epochs = 0        # where to go on, and where it ends
         self.caught = self.stop = 0             # the signal that came, that all have agreed on
+        if args.amp and device.type == 'cuda' and not has_bf16(device):
+            raise UserError('--amp needs a GPU with bf16, Ampere or newer: leave it out')
         if is_first():
             self.check_folder()
         if self.finished:
@@ -265,7 +268,8 @@ class Run:
         if not self.args.resume:
             raise UserError(f'{self.folder} holds a run: --resume it, or choose another --save')
         before, now = read_json(about)['settings'], vars(self.args)
-        for name in sorted((now.keys() | before.keys()) - MAY_DIFFER):
+        names = sorted((now.keys() | before.keys()) - MAY_DIFFER)
+        for name in ('seed', *names):           # the seeds of data follow it
             if now.get(name) != before.get(name):
                 raise UserError(f'{self.folder} was run with --{name} {before.get(name)!s:.60}, '
                                 f'not {now.get(name)!s:.60}: give the same, or another --save')
@@ -354,10 +358,11 @@ class Run:
         """
         # On a CPU the first step may take a minute.
         slow = self.total and self.device.type == 'cpu' and self.args.preset != 'laptop'
+        done = min(self.epoch * self.steps + self.step, self.total)
         print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}: {self.folder}'
+              + (f'; going on after step {done:,}' if done else '')
               + ('; timing the first step' if slow else ''))
         self.sums, self.objects, self.state, saved = sums, objects, state, self.checkpoint
-        done = min(self.epoch * self.steps + self.step, self.total)
         hint = '; --preset laptop or --quick takes minutes' if slow else ''
         self.progress = Progress(self.total, 'steps', done, hint)
         if not saved:
@@ -722,7 +727,8 @@ def main(argv=None):
     batches = Batches(data, rows, size, device, args.augment,
                       args.cutout_length if args.cutout else 0, 2 * args.seed, True, args.workers)
     run.plan(len(batches))
-    fit_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), FIT_IMAGES)).astype(int)]
+    few = 1000 if args.quick else None
+    fit_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), few or FIT_IMAGES)).astype(int)]
     test_data = read(args.data, vars(args), 'test') if data.kind == 'real' else None
 
     def measure(part, data, rows):
@@ -769,7 +775,7 @@ def main(argv=None):
                     line.update(measure('holdout', data, held),
                                 kept_after_epochs=bad.index(min(bad)) + 1)
             if test_data:
-                line.update(measure('test', test_data, range(len(test_data))))
+                line.update(measure('test', test_data, range(len(test_data))[:few]))
             if is_last:                         # without augmentation, in evaluation mode
                 line.update(measure('fit', data, fit_rows))
             measured = [line.get(f'{part}_loss', 0.0) for part in ('holdout', 'test', 'fit')]
@@ -800,6 +806,7 @@ def finish(run, args, data, test_data, stem, genotype, found_by, weights):
             'std': data.std, 'image_size': data.image_size, 'zoom': data.zoom,
             'multilabel': data.multilabel, 'has_test': test_data is not None,
             'test_files': sha256_of_files(test_data.files) if is_drawn else None,
+            'test_names': names_in(args.data, test_data.files) if is_drawn else None,
             'data': args.data if args.data in REAL else str(Path(args.data).resolve()),
             'settings': {'data_dir': str(Path(args.data_dir).resolve()),
                          'uncertain': args.uncertain, 'views': args.views,

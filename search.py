@@ -1016,7 +1016,8 @@ def finish(run, args, genotype, **notes):
 def say(args, genotype):
     """Print the cells that were found, what is known of them, and the next command."""
     if 'conv' not in str(genotype if isinstance(genotype, str) else genotype.normal):
-        print('this cell has no convolution, the search has collapsed: better retrain another one')
+        print('this cell has no convolution, the search has collapsed: better retrain another one, '
+              'PC_DARTS_cifar for example')
     if isinstance(genotype, str):
         print(genotype)
         print('known of this cell: CIFAR-10 {cifar10:.2f}%, CIFAR-100 {cifar100:.2f}%, '
@@ -1033,7 +1034,9 @@ def next_command(args):
     """The command that retrains what was found, on the real data that the search was for."""
     target = args.source if args.data == 'random_labels' else args.data
     if target in KINDS or Path(target, 'meta.json').exists():
-        target = 'chexpert' if args.multilabel else 'cifar10'
+        several = args.multilabel or target not in KINDS and read_json(
+            Path(target, 'meta.json'))['settings'].get('multilabel')
+        target = 'chexpert' if several else 'cifar10'
         target = args.preset if args.preset in REAL else target
     words = ['python', 'retrain.py', '--arch', args.save, '--data', target]
     if args.quick:
@@ -1044,6 +1047,9 @@ def next_command(args):
         words += ['--auxiliary', '--cutout']
     if target in CIFAR and not Path(args.data_dir, CIFAR[target][0]).is_dir():
         words.append('--download')
+    elif target in ('imagenet', 'chexpert') and has_own_images(args.data) \
+            and args.data_dir == INPUT['data_dir'].default:
+        words += ['--data_dir', 'DIR']          # which this search did not need
     names = ['image_size', 'test_fraction', 'skip_broken']
     if target in REAL:
         names = ['data_dir', 'uncertain', 'views']

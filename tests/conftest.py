@@ -247,7 +247,7 @@ def same_run(a, b):
 def one_line(capsys, status, needle):
     """The command ended with one line for the user, which names the thing."""
     said = [line for line in capsys.readouterr().err.splitlines()
-            if not re.match(r'warning|making|wrote|tested|no CUDA|[\d,]+/', line)]   # progress, too
+            if not re.match(r'warning|making|wrote|tested|no CUDA|[\d,]+/|\S+: \d+ pict', line)]
     assert status == 2 and len(said) == 1, said
     assert re.match(r'\w+\.py: error: ', said[0]) and needle in said[0], said
     assert len(said[0]) < 400

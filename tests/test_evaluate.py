@@ -91,8 +91,8 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     assert evaluate.main(['s0', 's1', 'w', 'again']) == 0       # none averaged with others
     said = capsys.readouterr()
     head, first, second = said.out.splitlines()[-3:]
-    assert 'init_channels=4 max_steps=1  2' in first and 'init_channels=8 max_steps=1  1' in second
-    assert 'settings' in head
+    assert ' init_channels=4 ' in first and ' init_channels=8 ' in second and 'settings' in head
+    assert ' epochs=2 ' in first and ' data=' not in first      # typed, and in no other column
     assert 'again is left out, since it repeats s1 (but found another cell)' in said.err
     run(search.main, 'l', *TINY, '--preset', 'laptop', '--arch_weight_decay', '0')
     run(search.main, 'm', *TINY, '--preset', 'laptop')
@@ -214,22 +214,35 @@ def test_a_cell_goes_to_darts_and_comes_back(capsys):
     run(search.main, 's', *DARTS, '--max_steps', '1')
     text = printed(capsys, 's', '--genotype')
     assert text.startswith("Genotype(normal=[('") and 'normal_concat=[2, 3, 4, 5], red' in text
-    Path('cell.txt').write_text(f'FOUND = {text}'.replace('[2, 3, 4, 5]', 'range(2, 6)'))
+    text_of_log = f'2019-01-01 01:02:03 genotype = {text}'.replace('[2, 3, 4, 5]', 'range(2, 6)')
+    Path('cell.txt').write_text(text_of_log)
     assert find_genotype('cell.txt') == (find_genotype('s')[0], dict.fromkeys(
         ('data', 'seed', 'arch_data'), None) | {'method': 'cell'})
     run(retrain.main, 'net', '--arch', 'cell.txt', *RETRAIN[2:])
     assert printed(capsys, 'net', '--genotype') == text
     run(search.main, 'c', *TINY, '--max_steps', '1')
-    assert printed(capsys, 'c', '--genotype') == find_genotype('c')[0] + '\n'
+    text = printed(capsys, 'c', '--genotype')
+    assert text == find_genotype('c')[0] + '\n'
+    Path('cell.txt').write_text(text)
+    assert find_genotype('cell.txt')[0] == find_genotype('c')[0]
+    assert 'imagenet16' in printed(capsys, '--arch', 'cell.txt')
 
 
-def test_a_test_split_that_is_drawn_anew_is_refused_and_too_few_pictures_have_none(capsys):
+def test_a_test_split_stays_that_of_the_training_and_too_few_pictures_have_none(capsys):
     folder_of_images('photos', n=10)
     flags = ['--arch', 'DARTS_V1', '--image_size', '8', *SIZES, '--batch_size', '4']
     run(retrain.main, 'net', *flags, '--data', 'photos')
     assert reports(capsys, 'net')[0]['test_n'] == 4
-    Path('photos/cat/0.png').unlink()
-    one_line(capsys, evaluate.main(['net', '--gpu', '-1']), 'added, removed or changed')
+    before = reports(capsys, 'net')
+    for k in range(30, 60):                             # pictures that come change no test
+        shutil.copy('photos/dog/0.png', f'photos/dog/{k}.png')
+    assert reports(capsys, 'net') == before
+    run(retrain.main, 'other', *flags, '--data', 'photos', '--seed', '1')
+    *_, first, second = printed(capsys, 'net', 'other').splitlines()
+    assert ' images=' in first and ' images=' in second
+    rows = evaluate.load_weights('net/weights.pt')[1]['test_names']
+    Path('photos', rows[0]).unlink()
+    one_line(capsys, evaluate.main(['net', '--gpu', '-1']), rows[0])
     folder_of_images('few')
     run(retrain.main, 'r', *flags, '--data', 'few')
     assert 'no test' in capsys.readouterr().err and 'test_n' not in reports(capsys, 'r')[0]

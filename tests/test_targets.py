@@ -186,6 +186,8 @@ def test_chexpert_that_is_damaged_is_one_line():
                          (whole.replace('-1.0', '-2.0', 1), 'line 2 (a label is -2.0)'),
                          (','.join(whole.split(',')[:-3]), 'no cell'),     # cut in its last line
                          (whole.splitlines()[0] + '\n', 'no rows'),
+                         (whole + whole.splitlines()[-1] + '\n', 'view1_frontal.jpg'),
+                         (whole.replace('/patient00003/study1/', '/ward/'), 'line 8 (the path is'),
                          (whole.replace('patient0000', 'patient9990'), 'patient99900'),
                          ('\0\0', 'CSV')):
         table.write_text(text)
