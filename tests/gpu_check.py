@@ -3,7 +3,8 @@
     python tests/gpu_check.py                   # on any machine with CUDA
 
 First equality with the textbook on the device, in float64 and float32, eager and as a CUDA graph.
-Then the time, calls, and memory of the textbook's steps and of ours, eager and as a graph, and the
+Then each method's graph against its eager steps, batch by batch, while rates and draws change. Then
+the time, calls, and memory of the textbook's steps and of ours, eager and as a graph, and the
 hours of a whole run. Without CUDA it says so and does nothing.
 """
 import sys
@@ -15,6 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import benchmark
 import generate_data
 import retrain
+import search
 from model_search import Network
 
 import textbook
@@ -28,6 +30,9 @@ RUNS = {                        # name: (step, images in it, steps of the full p
 WAYS = {                        # name: (side, graph, more flags)
     'textbook': ('book', False, []), 'eager': ('ours', False, []), 'graph': ('ours', True, []),
     'graph, TF32': ('ours', True, ['--tf32']), 'graph, bf16': ('ours', True, ['--amp'])}
+
+METHODS = ['darts', 'darts --unrolled', 'darts --grad_accum 2', 'pcdarts', 'sdarts', 'dartsminus',
+           'sdarts --perturb adversarial', 'betadarts', 'pdarts --space darts --layers 5']
 
 
 def relative(a, b):
@@ -61,6 +66,32 @@ def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16
     return out
 
 
+def replays(flags, device, graph):
+    """(weights and alphas of a method after 8 steps, whether a graph was captured).
+
+    Each step has its own batch, and after the fifth what changes by epoch changes.
+    """
+    torch.manual_seed(0)
+    args = search.parse(['--space', 'nb201', '--cells_per_stage', '1', '--init_channels', '8',
+                         '--batch_size', '16', '--method', *flags.split()])
+    method = search.METHODS[args.method](args, 10, 'cifar', device)
+    network = method.build()
+    sgd, adam = search.optimizers(network, args)
+
+    def step(*batch):
+        return search.bilevel_step(method, batch[:2], batch[2:], sgd, adam)
+
+    step = retrain.GraphedStep(step, lambda: retrain.tensors_of_a_step(network, sgd, adam), device,
+                               graph)
+    for k in range(8):
+        method.stage = 2                            # of pdarts, whose skips are dropped
+        method.begin_epoch(5 * (k > 4), 10, 0)
+        sgd.param_groups[0]['lr'].fill_(0.025 / (1 + k))
+        step(*benchmark.batch(16, 16, device), *benchmark.batch(16, 16, device))
+    tensors = [*network.weights, *network.architecture_parameters()]
+    return torch.cat([t.detach().flatten() for t in tensors]), step.graph is not None
+
+
 def timing(name, way, device, seconds=6.0):
     """{'ms', 'calls', 'peak_mib', 'images_per_second', 'n'} of a step."""
     case, images, steps = RUNS[name]
@@ -83,6 +114,8 @@ def timing(name, way, device, seconds=6.0):
         if count % 10 == 0:
             synchronize()
     synchronize()
+    if graph and device.type == 'cuda' and step.func.graph is None:
+        sys.exit(f'{name}, {way}: no CUDA graph')
     ms = 1000 * (time.perf_counter() - began) / count
     generate_data.set_tf32(False)
     return {'ms': ms, 'calls': calls.count, 'peak_mib': retrain.peak_memory_mib(device),
@@ -105,8 +138,14 @@ def main():
             if graph and not row['captured']:
                 sys.exit(f'{name}: no CUDA graph')
             limit = 1e-9 if dtype == torch.float64 else 1e-2
-            if max(row['logits'], row['alpha gradients']) > limit:
+            moved = row['weights'] > (1e-6 if dtype == torch.float64 else 1e-2)
+            if max(row['logits'], row['alpha gradients']) > limit or moved and not unrolled:
                 sys.exit(f'{name}: differs from the textbook')
+    for flags in METHODS:
+        (eager, _), (graphed, captured) = (replays(flags, device, on) for on in (False, True))
+        benchmark.show(flags, {'difference': relative(graphed, eager), 'captured': captured})
+        if not captured or not relative(graphed, eager) < 1e-3:
+            sys.exit(f'{flags}: no CUDA graph, or another result')
     for name in RUNS:
         for way in WAYS:
             benchmark.show(f'{name + ", " + way:<38}', timing(name, way, device))

@@ -91,6 +91,9 @@ def test_gpu_check_compares_and_times_steps(monkeypatch, capsys):
     for run, way in (('search', 'textbook'), ('search', 'graph'), ('retrain', 'graph')):
         row = gpu_check.timing(run, way, CPU, 0.0)
         assert row['ms'] > 0 and row['n'] == 3 and row['calls'] > 100
+    for flags in gpu_check.METHODS:
+        result, captured = gpu_check.replays(f'{flags} --init_channels 4', CPU, True)
+        assert result.isfinite().all() and not captured
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     gpu_check.main()
     assert 'no CUDA' in capsys.readouterr().out
