@@ -469,6 +469,8 @@ def show(row):
             for label in row['tested'][2]:
                 if label not in value:
                     print(f'  {label:<28} no AUROC: all positive, or none')
+        elif value is None and 'auroc' in name:
+            print(f'  {columns()[name][0]:<25} not defined: a label has one value only')
         elif value is not None and name not in HIDDEN:
             words = name.replace('fit', 'final training').replace('holdout', 'held-out')
             header, digits = columns().get(name, (words.replace('_', ' '), None))

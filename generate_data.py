@@ -1649,7 +1649,8 @@ def main(argv=None):
     if not kind or not out:
         raise UserError('Give --kind and --out (see --help).')
     unused = {*DATA, 'generator_steps'} - taken(kind, s)
-    refuse_idle(typed, dict.fromkeys(unused, True), f'for --kind {kind}')
+    what = kind + (f' --generator {s["generator"]}' if kind == 'generated' else '')
+    refuse_idle(typed, dict.fromkeys(unused, True), f'for --kind {what}')
     both = [os.path.realpath(out), os.path.realpath(s['source'])]
     if s['source'] not in REAL and os.path.commonpath(both) in both:
         raise UserError(f'--out {out}: it or --source lies in the other. Write elsewhere.')
