@@ -400,18 +400,24 @@ def read_test(meta, data_dir=None, table=None):
         data = read(name, settings, 'test')
     if data is None:
         raise UserError(f'{name} has no test images any more: bring them back')
-    names, files = settings['test_names'], meta.get('test_files')
-    gone = sorted({*names}.difference(names_in(name, data.files))) if names else []
-    if gone or files and sha256_of_files(data.files) != files:
-        what = f'of the test pictures {", ".join(gone[:5])} are gone' if gone else \
-            'test pictures have changed'
-        raise UserError(f'{name}: {what} since this training: bring them back')
-    unknown = sorted(set(data.classes) - set(meta['classes']))
+    if settings['test_names']:
+        gone = sorted({*settings['test_names']}.difference(names_in(name, data.files)))
+        if gone:
+            raise UserError(f'{name}: test pictures are gone since this training: bring back '
+                            + ', '.join(gone[:5]))
+    files = meta.get('test_files')
+    if files and sha256_of_files(data.files) != files:
+        raise UserError(f'{name}: test pictures have changed since this training: bring them back')
+    there = data.classes
+    if not data.multilabel:
+        there = [data.classes[k] for k in np.unique(data.labels)]
+    unknown = sorted({*there} - {*meta['classes']})
     if unknown or data.multilabel and data.classes != meta['classes']:
         raise UserError(f'{data.name}: the network does not know {", ".join(unknown[:5])}: give '
                         'the data that it was trained on')
     if not data.multilabel:
-        place = np.array([meta['classes'].index(name) for name in data.classes])
+        place = np.array([meta['classes'].index(name) if name in there else -1
+                          for name in data.classes])
         data = replace(data, labels=place[data.labels], classes=meta['classes'])
     return replace(data, mean=meta['mean'], std=meta['std'])
 
@@ -470,7 +476,7 @@ def show(row):
                 if label not in value:
                     print(f'  {label:<28} no AUROC: all positive, or none')
         elif value is None and 'auroc' in name:
-            print(f'  {columns()[name][0]:<25} not defined: a label has one value only')
+            print(f'  {columns()[name][0]:<25} not defined')
         elif value is not None and name not in HIDDEN:
             words = name.replace('fit', 'final training').replace('holdout', 'held-out')
             header, digits = columns().get(name, (words.replace('_', ' '), None))
@@ -514,7 +520,7 @@ def columns():
 GROUPS = 'type', 'space', 'searched_on', 'method', 'arch_data', 'trained_on'
 REPEATS = 'seed', 'data_seed', 'arch', 'genotype'       # settings in which runs of a line differ
 NAMED = {'data', 'space', 'method', 'unrolled', 'perturb', 'arch_data', 'source', 'generator',
-         'difficulty', 'label_mode', 'label_noise', 'fresh'}        # settings that GROUPS tell
+         'difficulty', 'label_mode', 'label_noise', 'fresh'}        # settings in other columns
 
 
 def own_settings(settings, prefix=''):
@@ -528,7 +534,8 @@ def table(rows):
     """Runs that differ only in their seeds, in one line: [{group, n, measure, measure_std}].
 
     `settings` of a line: what was typed, and what else differs within its data and method; those
-    of the search begin with search_. Runs on other images are in other lines.
+    of the search begin with search_. Runs whose --data is real and has other images are in
+    other lines.
     """
     large = {'quick', 'preset', 'search_quick', 'search_preset'}        # which change many others
     groups, shown, lines = {}, {*large, 'max_steps', 'search_max_steps'}, []
@@ -904,6 +911,7 @@ def main(argv=None):
     for name in ('csv', 'plot', 'scores'):
         if s[name]:
             print(f'wrote {s[name]}', file=sys.stderr)
+    return 2 if len(rows) < len(folders) else 0
 
 
 if __name__ == '__main__':

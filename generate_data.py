@@ -160,7 +160,7 @@ def one_line_errors(main):
             message = f'{error.filename or "a file"}: {error.strerror or error}. Check the path, ' \
                       'the permissions of its folder, and the free space.'
         except KeyboardInterrupt:
-            print('stopped', file=sys.stderr)
+            print('\nstopped', file=sys.stderr)
             return 130
         print(f'{Path(main.__globals__["__file__"]).name}: error: {message}', file=sys.stderr)
         return 2
@@ -1046,6 +1046,7 @@ class Data:
     files: list = None          # paths, if each image has its own file
     zoom: float = 1.0           # shorter side of a file to the side that is cut out of it
     on_device: torch.Tensor = None      # the images, put there by Batches
+    is_drawn: bool = False      # whether its test is a share of the same folders
     fresh: int = 0              # after so many epochs the images are drawn anew, by
     draw: object = None         # draw(places) -> uint8 (n, H, W, 3); N places a turn
 
@@ -1271,7 +1272,8 @@ def read_chexpert_table(path, uncertain):
             if name not in names:
                 raise ValueError(f'no column {name}')
         for row in reader:
-            inside = re.sub('^.*/(?=(train|valid|test)/)', '', row.get('Path') or row['Study'])
+            inside = row['Study' if 'Study' in names else 'Path']
+            inside = re.sub('^.*/(?=(train|valid|test)/)', '', inside)
             with readable(f'{path}, line {reader.line_num}', 'Paths end in patientX/studyY/view1_'
                           'frontal.jpg, each in one row; labels are 1.0, 0.0, -1.0 or blank.'):
                 if inside in rows or not re.search('patient[^/]*/study[^/]*(/[^/]*)?$', inside):
@@ -1319,27 +1321,33 @@ def read_folder(root, split, s):
         files, labels, is_test = files[fine], labels[fine], is_test[fine]
         if len({*labels[~is_test]}) < len(classes[0]):
             raise UserError(f'{root}: a class has no pictures that can be read. Remove its folder.')
-    if split == 'train':
-        print(f'{root}: {len(files)} pictures of {", ".join(classes[0])[:200]}', file=sys.stderr)
-    if len(trees) == 1 and s.get('test_names'):     # those of a training, whatever came since
-        is_test = np.isin(names_in(root, files), s['test_names'])
+    known = s.get('test_names')                 # of a training, whatever came since
+    if known:
+        is_test = np.isin(names_in(root, files), known)
     elif len(trees) == 1:
         for k in range(len(classes[0])):        # by a hash: few change sides if others come or go
             rows = sorted(np.flatnonzero(labels == k), key=lambda row: hashlib.sha256(
                 os.fsencode(files[row].name)).digest())
             is_test[rows[math.ceil(len(rows) * (1 - s['test_fraction']) - 1e-8):]] = True
-        if split == 'train' and is_test.any():
-            print(f'{root}: {is_test.sum()} of {len(files)} pictures are held out as a test',
-                  file=sys.stderr)
+    if split == 'train' and not world()[0]:
+        print(f'{root}: {len(files)} pictures of {", ".join(classes[0])[:200]}; '
+              f'{is_test.sum()} are the test', file=sys.stderr)
     if split == 'test' and not is_test.any():
-        if s['test_fraction']:
+        if s['test_fraction'] and not known:
             print(f'{root}: no class has pictures enough to hold out: no test', file=sys.stderr)
         return None
-    size, train = s['image_size'] or 32, files[~is_test]
-    some = np.linspace(0, len(train) - 1, min(len(train), 2000)).astype(int)
-    mean, std = mean_and_std(decode(train[some], size))
+    # A training's mean and deviation are known, and its training images may be gone.
+    size, shown = s['image_size'] or 32, files[is_test if known else ~is_test]
+    mean, std = mean_and_std(decode(shown[evenly(len(shown), 2000)], size))
     mine = is_test == (split == 'test')
-    return data_of_files(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
+    data = data_of_files(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
+    data.is_drawn = len(trees) == 1
+    return data
+
+
+def evenly(n, most):
+    """Up to so many of n rows, from all over."""
+    return np.linspace(0, n - 1, min(n, most)).astype(int)
 
 
 def names_in(root, files):

@@ -92,9 +92,9 @@ def parse_darts(text):
     It may stand in a line of DARTS's log.
     """
     text = re.sub(r'range\(2, ?6\)', '[2, 3, 4, 5]', text)     # a literal; nothing is run
-    found = re.findall(r'\bGenotype\((?:[^()]|\([^()]*\))*\)', text)
+    found = re.findall(r'\bGenotype\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)', text)
     if len(found) != 1:
-        raise ValueError(f'{len(found)} times Genotype(...)')
+        raise ValueError(f'it has {len(found)} of Genotype(...)')
     words = ast.parse(found[0], mode='eval').body.keywords
     return {word.arg: ast.literal_eval(word.value) for word in words}
 

@@ -35,7 +35,7 @@ from types import SimpleNamespace
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, Setting, UserError,
-                           choose_device, find_or_make, has_bf16, leave, load_file,
+                           choose_device, evenly, find_or_make, has_bf16, leave, load_file,
                            name_or_path, names_in, number, one_line_errors, parse_flags, read,
                            readable, refuse_idle, sha256_of_files, stratified_split, taken, world,
                            write_file)
@@ -727,9 +727,10 @@ def main(argv=None):
     batches = Batches(data, rows, size, device, args.augment,
                       args.cutout_length if args.cutout else 0, 2 * args.seed, True, args.workers)
     run.plan(len(batches))
-    few = 1000 if args.quick else None
-    fit_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), few or FIT_IMAGES)).astype(int)]
+    fit_rows = rows[evenly(len(rows), 1000 if args.quick else FIT_IMAGES)]
     test_data = read(args.data, vars(args), 'test') if data.kind == 'real' else None
+    if test_data:
+        test_rows = evenly(len(test_data), 1000 if args.quick else len(test_data))
 
     def measure(part, data, rows):
         return test(part, network, data, rows, device, args.workers)
@@ -775,7 +776,7 @@ def main(argv=None):
                     line.update(measure('holdout', data, held),
                                 kept_after_epochs=bad.index(min(bad)) + 1)
             if test_data:
-                line.update(measure('test', test_data, range(len(test_data))[:few]))
+                line.update(measure('test', test_data, test_rows))
             if is_last:                         # without augmentation, in evaluation mode
                 line.update(measure('fit', data, fit_rows))
             measured = [line.get(f'{part}_loss', 0.0) for part in ('holdout', 'test', 'fit')]
@@ -797,9 +798,7 @@ def badness(line):
 
 def finish(run, args, data, test_data, stem, genotype, found_by, weights):
     """Write weights.pt, and say what came out and what comes next."""
-    # A test split that is drawn from a folder is another one if pictures come or go.
-    is_drawn = test_data and test_data.files and \
-        test_data.files[0].parent in {file.parent for file in data.files}
+    is_drawn = test_data and test_data.is_drawn     # then it stays, if pictures come or go
     meta = {'arch': args.arch, 'genotype': plain(genotype), 'found_by': found_by,
             'init_channels': args.init_channels, 'layers': args.layers,
             'auxiliary': args.auxiliary, 'stem': stem, 'classes': data.classes, 'mean': data.mean,

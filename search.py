@@ -25,8 +25,9 @@ from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CIFAR, KINDS, REAL, Batches, Progress, Setting, UserError,
-                           choose_device, find_or_make, leave, number, one_line_errors, refuse_idle,
-                           set_tf32, stratified_split, suited, world, write_file)
+                           choose_device, evenly, find_or_make, kind_of, leave, number,
+                           one_line_errors, refuse_idle, set_tf32, stratified_split, suited, world,
+                           write_file)
 from evaluate import (COST, correct, data_name, gather, loss_of, method_name, read_json, stem_for,
                       write_csv)
 from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, average, batch_of, draw_apart,
@@ -361,7 +362,7 @@ class OneShot(Darts):
     def fixed_batch(self, batches, count):
         """(x, y): up to `count` images from all over a half, as they are; always the same ones."""
         rows = batches.indices
-        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(int)]
+        rows = rows[evenly(len(rows), count)]
         fixed = Batches(batches.data, rows, len(rows), self.device, shuffle=False, workers=0)
         fixed.indices = rows                    # in every process all of them
         return next(fixed.epoch())
@@ -1032,12 +1033,18 @@ def say(args, genotype):
 
 def next_command(args):
     """The command that retrains what was found, on the real data that the search was for."""
-    target = args.source if args.data == 'random_labels' else args.data
-    if target in KINDS or Path(target, 'meta.json').exists():
-        several = args.multilabel or target not in KINDS and read_json(
-            Path(target, 'meta.json'))['settings'].get('multilabel')
-        target = 'chexpert' if several else 'cifar10'
-        target = args.preset if args.preset in REAL else target
+    target, made = args.data, vars(args)
+    if Path(target, 'meta.json').exists():
+        about = read_json(Path(target, 'meta.json'))
+        target, made = about['kind'], about['settings']
+    if target in KINDS:
+        own = kind_of(target, made).settings.split()
+        usual = args.preset if args.preset in REAL else 'cifar10'
+        if 'multilabel' in own and made['multilabel']:
+            usual = 'chexpert'
+        target = made['source'] if 'source' in own else usual
+        if Path(target, 'meta.json').exists():      # labels of an unreal set
+            target = usual
     words = ['python', 'retrain.py', '--arch', args.save, '--data', target]
     if args.quick:
         words.append('--quick')

@@ -230,23 +230,31 @@ def test_a_cell_goes_to_darts_and_comes_back(capsys):
 
 def test_a_test_split_stays_that_of_the_training_and_too_few_pictures_have_none(capsys):
     folder_of_images('photos', n=10)
+    for path in [*Path('photos').glob('*/*.png')]:      # each in a folder of its own
+        path.with_suffix('').mkdir()
+        shutil.move(path, path.with_suffix('') / path.name)
     flags = ['--arch', 'DARTS_V1', '--image_size', '8', *SIZES, '--batch_size', '4']
     run(retrain.main, 'net', *flags, '--data', 'photos')
     assert reports(capsys, 'net')[0]['test_n'] == 4
     before = reports(capsys, 'net')
     for k in range(30, 60):                             # pictures that come change no test
-        shutil.copy('photos/dog/0.png', f'photos/dog/{k}.png')
+        shutil.copy('photos/dog/0/0.png', f'photos/dog/{k}.png')
     assert reports(capsys, 'net') == before
     run(retrain.main, 'other', *flags, '--data', 'photos', '--seed', '1')
     *_, first, second = printed(capsys, 'net', 'other').splitlines()
     assert ' images=' in first and ' images=' in second
     rows = evaluate.load_weights('net/weights.pt')[1]['test_names']
+    for path in {*Path('photos').rglob('*.png')} - {Path('photos', row) for row in rows}:
+        path.unlink()                                   # also without its training pictures
+    Path('photos/bird').mkdir()
+    shutil.copy(Path('photos', rows[0]), 'photos/bird/0.png')
+    assert reports(capsys, 'net') == before
     Path('photos', rows[0]).unlink()
     one_line(capsys, evaluate.main(['net', '--gpu', '-1']), rows[0])
     folder_of_images('few')
     run(retrain.main, 'r', *flags, '--data', 'few')
     assert 'no test' in capsys.readouterr().err and 'test_n' not in reports(capsys, 'r')[0]
-    assert evaluate.main(['net', 'r', '--gpu', '-1']) == 0      # the other one is reported
+    assert evaluate.main(['net', 'r', '--gpu', '-1']) == 2      # the other one is reported
     said = capsys.readouterr()
     assert said.out.startswith('r\n') and 'net is left out' in said.err
 

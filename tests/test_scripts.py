@@ -417,11 +417,14 @@ def test_names_of_runs_are_short_without_bars_and_differ():
     ('--data chexpert --uncertain ones --data_dir d --preset cifar --image_size 16',
      '--data chexpert --data_dir d --uncertain ones --gpu -1'),
     ('--data noise --multilabel', '--data chexpert --data_dir DIR --gpu -1'),
+    ('--data written --data_dir d', '--data chexpert --data_dir d --gpu -1'),
     ('--data own --preset chexpert --image_size 224 --train_portion 0.5 --valid_fraction 0.5',
      '--data own --image_size 224 --gpu -1')])
 def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):
     folder_of_images('own', n=16)
     chexpert('d', patients=20)
+    generate_data.main(['--kind', 'random_labels', '--source', 'chexpert', '--data_dir', 'd',
+                        '--image_size', '8', '--out', 'written'])
     noise = ['--num_images', '64'] if 'noise' in flags else []
     sizes = SIZES[2:] if 'laptop' in flags else SIZES
     run(search.main, 'my run', '--image_size', '8', *sizes, '--batch_size', '4', '--max_steps', '0',

@@ -205,7 +205,7 @@ def test_pictures_without_val_hold_out_the_same_share_of_each_class(capsys):
     assert np.array_equal(again.images, test.images)
     whole = {'image_size': 8, 'test_fraction': 0.0}
     assert len(g.read('own', whole)) == 16 and g.read('own', whole, 'test') is None
-    assert 'pictures are held out as a test' in capsys.readouterr().err
+    assert '16 pictures of cat, dog; 2 are the test' in capsys.readouterr().err
 
 
 def test_few_pictures_change_sides_when_others_come_or_go():
