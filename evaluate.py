@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CHEXPERT, DATA, DEFAULTS, KINDS, REAL, Batches, Progress, Setting,
-                           UserError, choose_device, is_image, leave, load_file, names_in, number,
+                           UserError, choose_device, is_image, leave, load_file, number,
                            one_line_errors, parse_flags, read, read_chexpert, read_image, readable,
                            sha256_of_files, taken, world, write_file)
 
@@ -400,13 +400,11 @@ def read_test(meta, data_dir=None, table=None):
         data = read(name, settings, 'test')
     if data is None:
         raise UserError(f'{name} has no test images any more: bring them back')
-    if settings['test_names']:
-        gone = sorted({*settings['test_names']}.difference(names_in(name, data.files)))
-        if gone:
-            raise UserError(f'{name}: test pictures are gone since this training: bring back '
-                            + ', '.join(gone[:5]))
-    files = meta.get('test_files')
-    if files and sha256_of_files(data.files) != files:
+    names, files = settings['test_names'] or (), meta.get('test_files')
+    if len(names) > len(data):
+        print(f'{name}: {len(names) - len(data)} of {len(names)} test pictures are gone: tested on '
+              'the others', file=sys.stderr)
+    elif files and sha256_of_files(data.files) != files:
         raise UserError(f'{name}: test pictures have changed since this training: bring them back')
     there = data.classes
     if not data.multilabel:
@@ -508,9 +506,10 @@ def columns():
     for part, word in (('test', 'test'), ('fit', 'final training'), ('holdout', 'held-out')):
         for name, metric in METRICS.items():
             out[f'{part}_{name}'] = (f'{word} {metric.header}', metric.digits)
-    return {**out, 'gap': ('test - training, points', 2), 'fit_loss': ('final training loss', 3),
-            'cifar10': ('CIFAR-10 %', 2), 'cifar100': ('CIFAR-100 %', 2),
-            'imagenet16': ('ImageNet16 %', 2), 'percentile': ('percentile', 1),
+    return {**out, 'test_n': ('test n', 0), 'gap': ('test - training, points', 2),
+            'fit_loss': ('final training loss', 3), 'cifar10': ('CIFAR-10 %', 2),
+            'cifar100': ('CIFAR-100 %', 2), 'imagenet16': ('ImageNet16 %', 2),
+            'percentile': ('percentile', 1),
             'spearman': ('rank correlation', 3), 'spearman_given_params': ('given params', 3),
             'skips': ('skips', 1), 'nones': ('nones', 1), 'skips_normal': ('skips (normal)', 1),
             'params': ('params', 0), 'params_full_size': ('params, full size', 0),
@@ -544,7 +543,7 @@ def table(rows):
         shown.update(row['settings'].get('typed', ()))
         shown.update(f'search_{name}' for name in search.get('typed', ()) if name not in NAMED)
         if row['data_sha256'] and row['settings']['data'] not in KINDS:     # a folder may change
-            own.add(('images', row['data_sha256'][:6]))
+            own.add(('images_sha256', row['data_sha256'][:6]))
         if search:
             own |= own_settings(search, 'search_')
         key = tuple(row.get(name) for name in GROUPS), frozenset(own)
@@ -747,7 +746,7 @@ RUNS = {
     'plot': Setting(None, 'draw runs by epoch: .png, .svg or .pdf; of --arch the cells: .svg'),
     'predict': Setting(None, 'a picture, or a folder of pictures, for one retrained network'),
     'scores': Setting(None, 'CSV of one retraining: image (or study), label, score, true'),
-    'genotype': Setting(False, "print the cell of one run in DARTS's words"),
+    'genotype': Setting(False, "print the cell of one run, or of --arch, in DARTS's words"),
     'data_dir': Setting(None, 'where the real data, or the folder of pictures, are now'),
     'gpu': Setting(0, 'CUDA device, -1: the CPU', number(int, -1)),
     'test_labels': Setting(None, "a CSV of CheXpert's test set"),
@@ -814,13 +813,16 @@ def write_csv(path, rows):
     write_file(path, text.getvalue())
 
 
-def show_genotype(run):
-    """Print the cell of a search or a retraining in DARTS's words, or its NAS-Bench-201 string."""
+def genotype_of(run):
+    """The cell of a search or a retraining."""
     weights = Path(run) / 'weights.pt'
     if weights.exists():
-        found = from_plain(load_weights(weights)[1]['genotype'])
-    else:
-        found, _ = find_genotype(run)
+        return from_plain(load_weights(weights)[1]['genotype'])
+    return find_genotype(run)[0]
+
+
+def show_genotype(found):
+    """Print a cell in DARTS's words, or its NAS-Bench-201 string."""
     print(found if isinstance(found, str) else genotypes.Genotype(*map(list, found)))
 
 
@@ -832,7 +834,8 @@ def main(argv=None):
 
     tables = {'runs': RUNS, 'or the cost of a network': COST}
     s, typed, _ = parse_flags(__doc__, tables, argv, defaults_for)
-    unused = (RUNS if s['arch'] else COST).keys() & (typed.keys() - {'json', 'gpu', 'plot'})
+    others = RUNS.keys() - {'json', 'gpu', 'plot', 'genotype'} if s['arch'] else COST.keys()
+    unused = typed.keys() & others
     if unused:
         mend = 'does not go with --arch: leave it out' if s['arch'] else 'needs --arch: add it'
         raise UserError(f'{"RUNS" if min(unused) == "runs" else "--" + min(unused)} {mend}')
@@ -852,6 +855,8 @@ def main(argv=None):
         check_layers(genotype, s['layers'])
         stem = stem_for(s['stem'], size, s['init_channels'])
         counts = cost(genotype, s['init_channels'], s['layers'], s['num_classes'], size, stem)
+        if s['genotype']:
+            return show_genotype(genotype)
         if isinstance(genotype, str):
             counts.update(genotypes.truth(genotype))
         if s['plot']:
@@ -867,7 +872,7 @@ def main(argv=None):
     if s['predict']:
         return show_predictions(s['runs'][0], s['predict'], choose_device(s['gpu']))
     if s['genotype']:
-        return show_genotype(s['runs'][0])
+        return show_genotype(genotype_of(s['runs'][0]))
     folders = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))
     if s['scores'] and len(folders) > 1:
         raise UserError('--scores takes one run: leave the others out')

@@ -112,6 +112,8 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
         group = parser.add_argument_group(title)
         for name, (default, text, values, alone) in table.items():
             defaults[name] = default
+            if values is str and isinstance(default, (int, float)):
+                values = type(default)
             flag, how = f'--{name}', {'type': values, 'metavar': 'X'}
             if default == []:
                 flag, how = name, {'nargs': '*'}
@@ -122,7 +124,7 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
             elif alone is not None:
                 how.update(nargs='?', const=alone)
             group.add_argument(flag, help=text, **how)
-    typed = vars(parser.parse_args(argv))
+    typed = vars(parser.parse_intermixed_args(argv))
     wants_help = typed.pop('help', False)
     defaults.update(defaults_for(typed, {**defaults, **typed}))
     if wants_help:
@@ -1275,12 +1277,15 @@ def read_chexpert_table(path, uncertain):
             inside = row['Study' if 'Study' in names else 'Path']
             inside = re.sub('^.*/(?=(train|valid|test)/)', '', inside)
             with readable(f'{path}, line {reader.line_num}', 'Paths end in patientX/studyY/view1_'
-                          'frontal.jpg, each in one row; labels are 1.0, 0.0, -1.0 or blank.'):
-                if inside in rows or not re.search('patient[^/]*/study[^/]*(/[^/]*)?$', inside):
+                          'frontal.jpg, and labels are 1.0, 0.0, -1.0 or blank.'):
+                if inside in rows:
+                    raise ValueError(f'{inside} has a row already')
+                if not re.search('patient[^/]*/study[^/]*(/[^/]*)?$', inside):
                     raise ValueError(f'the path is {inside}')
+                for name in CHEXPERT:
+                    if row[name] not in ('', '0', '0.0', '1', '1.0', '-1', '-1.0'):
+                        raise ValueError(f'{name} is {row[name]}')
                 rows[inside] = [float(row[name] or 0) for name in CHEXPERT]
-                if other := {*rows[inside]} - {-1, 0, 1}:
-                    raise ValueError(f'a label is {min(other)}')
         if not rows:
             raise ValueError('no rows')
     labels = np.array([*rows.values()])

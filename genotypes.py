@@ -269,7 +269,8 @@ PC_DARTS_image = parse_cells(
     'sep_conv_3x3:2 sep_conv_3x3:1 sep_conv_5x5:0 sep_conv_3x3:3')
 
 PUBLISHED = {'DARTS_V1': DARTS_V1, 'DARTS_V2': DARTS_V2, 'PDARTS': PDARTS,
-             'PC_DARTS_cifar': PC_DARTS_cifar, 'PC_DARTS_image': PC_DARTS_image}
+             'PC_DARTS_cifar': PC_DARTS_cifar, 'PC_DARTS_image': PC_DARTS_image,
+             'NB201_LARGEST': NB201_LARGEST}
 
 
 # ---- Drawing --------------------------------------------------------------------------------

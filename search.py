@@ -409,7 +409,7 @@ class OneShot(Darts):
         (rank, processes), rows = world(), {}
         sizes = {key: len(weights) for key, weights in weights_by_operation(self.network).items()}
         repeats = 1 if self.trains else self.args.repeats
-        progress = Progress(repeats * len(cells), 'cells')
+        progress = Progress(repeats * len(cells), 'scores')
         for repeat in range(repeats):
             if repeat:
                 self.build()
@@ -1016,7 +1016,8 @@ def finish(run, args, genotype, **notes):
 
 def say(args, genotype):
     """Print the cells that were found, what is known of them, and the next command."""
-    if 'conv' not in str(genotype if isinstance(genotype, str) else genotype.normal):
+    on_paths = expression(genotype)[0] if isinstance(genotype, str) else str(genotype.normal)
+    if 'conv' not in on_paths:
         print('this cell has no convolution, the search has collapsed: better retrain another one, '
               'PC_DARTS_cifar for example')
     if isinstance(genotype, str):

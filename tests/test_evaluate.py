@@ -1,6 +1,7 @@
 """evaluate.py: metrics by hand, tables, reports, plots and predictions of runs."""
 import csv
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     assert '54.30\n' in out and '15,231' in out and '-39.46' in out
     values = [truth(arch)['cifar10'] for arch in (SKIPS, CONVS, POINTS)]
     mean, deviation = np.mean(values), np.std(values, ddof=1)
+    assert len(reports(capsys, 's0', '--gpu', '-1', 's1')) == 2     # also after flags
     run(search.main, 't', *TINY, '--arch_data', 'train', '--max_steps', '1')
     out = printed(capsys, 's0', 's1', 's2', 's0/', 't', '--csv', 't.csv')
     head, first, second = out.splitlines()
@@ -226,6 +228,7 @@ def test_a_cell_goes_to_darts_and_comes_back(capsys):
     Path('cell.txt').write_text(text)
     assert find_genotype('cell.txt')[0] == find_genotype('c')[0]
     assert 'imagenet16' in printed(capsys, '--arch', 'cell.txt')
+    assert printed(capsys, '--arch', 'cell.txt', '--genotype') == text
 
 
 def test_a_test_split_stays_that_of_the_training_and_too_few_pictures_have_none(capsys):
@@ -242,7 +245,7 @@ def test_a_test_split_stays_that_of_the_training_and_too_few_pictures_have_none(
     assert reports(capsys, 'net') == before
     run(retrain.main, 'other', *flags, '--data', 'photos', '--seed', '1')
     *_, first, second = printed(capsys, 'net', 'other').splitlines()
-    assert ' images=' in first and ' images=' in second
+    assert ' images_sha256=' in first and ' images_sha256=' in second
     rows = evaluate.load_weights('net/weights.pt')[1]['test_names']
     for path in {*Path('photos').rglob('*.png')} - {Path('photos', row) for row in rows}:
         path.unlink()                                   # also without its training pictures
@@ -250,7 +253,12 @@ def test_a_test_split_stays_that_of_the_training_and_too_few_pictures_have_none(
     shutil.copy(Path('photos', rows[0]), 'photos/bird/0.png')
     assert reports(capsys, 'net') == before
     Path('photos', rows[0]).unlink()
-    one_line(capsys, evaluate.main(['net', '--gpu', '-1']), rows[0])
+    assert evaluate.main(['net', '--gpu', '-1']) == 0
+    said = capsys.readouterr()
+    assert ' 1 of 4 test pictures are gone' in said.err and re.search('test n +3', said.out)
+    Path('photos', rows[1]).write_bytes(Path('photos', rows[1]).read_bytes() + b'.')
+    shutil.copy(Path('photos', rows[1]), Path('photos', rows[0]))
+    one_line(capsys, evaluate.main(['net', '--gpu', '-1']), 'have changed')
     folder_of_images('few')
     run(retrain.main, 'r', *flags, '--data', 'few')
     assert 'no test' in capsys.readouterr().err and 'test_n' not in reports(capsys, 'r')[0]
