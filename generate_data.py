@@ -1303,7 +1303,8 @@ REAL = {'cifar10': read_cifar, 'cifar100': read_cifar, 'imagenet': read_imagenet
 def read_folder(root, split, s):
     """Pictures, a folder for each class: root/train and root/val (or test), or root alone.
 
-    Without val/ a share test_fraction of each class, always the same, is the test split. With
+    Without val/ a share test_fraction of each class, always the same, is the test split; with
+    test_names, paths in root, it is these, as they were when a network was trained. With
     skip_broken pictures that cannot be read are left out; else they are named, all at once.
     """
     trees = [root]
