@@ -30,7 +30,7 @@ from typing import NamedTuple
 from generate_data import (CHEXPERT, DATA, DEFAULTS, KINDS, REAL, Batches, Progress, Setting,
                            UserError, choose_device, is_image, leave, load_file, number,
                            one_line_errors, parse_flags, read, read_chexpert, read_image, readable,
-                           sha256_of_files, taken, world, write_file)
+                           settings_of, world, write_file)
 
 import numpy as np
 import torch
@@ -107,7 +107,8 @@ def mean_area(scores, labels, classes, names=()):
     Without names it is the mean of all classes whose area is defined.
     """
     values = areas(scores, labels, classes)
-    chosen = [values.get(name) for name in names or values if name in classes]
+    names = names or values
+    chosen = [values.get(name) for name in names if name in classes]
     return float(np.mean(chosen)) if chosen and None not in chosen else None
 
 
@@ -119,12 +120,22 @@ class Metric(NamedTuple):
     multilabel: bool = False    # for several labels per image
 
 
+PARTS = {'test': 'test', 'fit': 'final training', 'holdout': 'held-out'}    # that are measured
 METRICS = {
     'error': Metric('error %', 2, top_error),
     'top5_error': Metric('top-5 error %', 2, partial(top_error, k=5)),
     'auroc_tasks': Metric('AUROC, 5 tasks', 3, partial(mean_area, names=TASKS), multilabel=True),
     'auroc': Metric('AUROC, all labels', 3, mean_area, multilabel=True),
 }
+
+
+def metric_columns():
+    """{part_METRIC: (header, digits)}, for the table, the line of an epoch and the plots."""
+    out = {}
+    for part, word in PARTS.items():
+        for name, metric in METRICS.items():
+            out[f'{part}_{name}'] = (f'{word} {metric.header}', metric.digits)
+    return out
 
 
 def gather(value):
@@ -192,12 +203,6 @@ def bootstrap(scores, labels, classes):
 # ---- Architectures and networks -------------------------------------------------------------
 
 
-def check_layers(genotype, layers):
-    """UserError if a network of NAS-Bench-201 would not have three equal stages."""
-    if isinstance(genotype, str) and (layers < 5 or layers % 3 != 2):
-        raise UserError(f'--layers {layers}: NAS-Bench-201 has 3 N + 2: take 5, 8, 11, 14, 17, ...')
-
-
 def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32, stem='cifar'):
     """Parameters without and with the auxiliary head; multiply-adds of convolutions and linears."""
     with torch.device('meta'):
@@ -209,19 +214,6 @@ def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32, s
     head = sum(p.numel() for p in network.auxiliary_head.parameters())
     return {'params': params - head, 'params_auxiliary': params,
             'multiply_adds': counter.get_total_flops() // 2}
-
-
-def stem_for(stem, image_size, init_channels, auxiliary=False):
-    """'cifar' or 'imagenet' for --stem; UserError if it leaves too few pixels."""
-    if stem == 'auto':
-        stem = 'imagenet' if image_size > 64 else 'cifar'
-    least = {'cifar': (8, 29), 'imagenet': (32, 193)}[stem]
-    if stem == 'imagenet' and init_channels == 1:
-        raise UserError('--init_channels 1: --stem imagenet halves it. Use 2 or more.')
-    if image_size < least[auxiliary]:
-        raise UserError(f'{image_size} px are too few: --stem {stem} needs {least[0]}, with '
-                        f'--auxiliary {least[1]}')
-    return stem
 
 
 def load_weights(path):
@@ -259,7 +251,7 @@ def method_name(settings):
         name += ', second order'
     if settings['method'] == 'sdarts' and settings['perturb'] != 'random':
         name += ', adversarial'
-    if settings.get('max_steps') == 0:
+    if settings['epochs'] == 0:
         name += ', no steps'
     return name
 
@@ -267,7 +259,7 @@ def method_name(settings):
 def data_name(settings):
     """--data, with what makes it another kind of data."""
     settings = {**DEFAULTS, **settings}
-    name, used = settings['data'], taken(settings['data'], settings)
+    name, used = settings['data'], settings_of(settings['data'], settings)
     for key in ('source', 'generator', 'difficulty', 'label_mode', 'label_noise', 'fresh'):
         if key in used and settings[key] != DEFAULTS[key]:
             name += f', {key} {settings[key]}'
@@ -280,8 +272,6 @@ def read_run(run):
     Of a search also what is known of its cell, of a retraining the metrics of the last epoch.
     """
     folder = Path(run)
-    if not (folder / 'args.json').exists():
-        raise UserError(f'{folder}: no run. Give the folders of runs, for example runs/*')
     about = read_json(folder / 'args.json')
     settings, log = about['settings'], read_log(folder)
     row = {'run': str(folder), 'type': 'search' if 'method' in settings else 'retrain',
@@ -365,10 +355,9 @@ def ranking(folder):
     if 'cifar10' not in scores:
         return out
     truth, params, value = scores.pop('cifar10'), scores.pop('cell_params'), scores[by]
-    best = truth[np.argsort(-value, kind='stable')[:10]]
     return {**out, 'spearman': spearman(value, truth),
             'spearman_given_params': spearman(value, truth, params),
-            'best_of_top_10': float(best.max()), 'spearman_of_params': spearman(params, truth),
+            'spearman_of_params': spearman(params, truth),
             'spearman_by_score': {name: spearman(scores[name], truth) for name in sorted(scores)}}
 
 
@@ -379,17 +368,12 @@ def read_test(meta, data_dir=None, table=None):
     """
     if not (meta['has_test'] or table):
         return None
-    settings = {**meta['settings'], 'image_size': meta['image_size'],
-                'test_names': meta.get('test_names')}
+    settings = {**meta['settings'], 'image_size': meta['image_size']}
     name = meta['data']
-    if data_dir:
-        settings['data_dir'] = data_dir
+    settings['data_dir'] = data_dir or settings['data_dir']
     if name not in REAL and not table:
-        if data_dir and Path(name).exists():    # it is that of other runs, if several are tested
-            print(f'{name} is still there: it is tested, not --data_dir', file=sys.stderr)
-        elif data_dir:
-            name = data_dir
-        elif not Path(name).exists():
+        name = data_dir or name
+        if not Path(name).exists():
             raise UserError(f'{name}: the training data are gone. Say where with --data_dir.')
     if table and meta['classes'] != list(CHEXPERT):
         raise UserError("--test_labels: this network was not trained on CheXpert's labels")
@@ -400,12 +384,6 @@ def read_test(meta, data_dir=None, table=None):
         data = read(name, settings, 'test')
     if data is None:
         raise UserError(f'{name} has no test images any more: bring them back')
-    names, files = settings['test_names'] or (), meta.get('test_files')
-    if len(names) > len(data):
-        print(f'{name}: {len(names) - len(data)} of {len(names)} test pictures are gone: tested on '
-              'the others', file=sys.stderr)
-    elif files and sha256_of_files(data.files) != files:
-        raise UserError(f'{name}: test pictures have changed since this training: bring them back')
     there = data.classes
     if not data.multilabel:
         there = [data.classes[k] for k in np.unique(data.labels)]
@@ -502,11 +480,7 @@ def text_of(name, value, digits=None):
 
 def columns():
     """{measure: (header, digits)} of the table, in its order."""
-    out = {}
-    for part, word in (('test', 'test'), ('fit', 'final training'), ('holdout', 'held-out')):
-        for name, metric in METRICS.items():
-            out[f'{part}_{name}'] = (f'{word} {metric.header}', metric.digits)
-    return {**out, 'test_n': ('test n', 0), 'gap': ('test - training, points', 2),
+    return {**metric_columns(), 'test_n': ('test n', 0), 'gap': ('test - training, points', 2),
             'fit_loss': ('final training loss', 3), 'cifar10': ('CIFAR-10 %', 2),
             'cifar100': ('CIFAR-100 %', 2), 'imagenet16': ('ImageNet16 %', 2),
             'percentile': ('percentile', 1),
@@ -522,10 +496,10 @@ NAMED = {'data', 'space', 'method', 'unrolled', 'perturb', 'arch_data', 'source'
          'difficulty', 'label_mode', 'label_noise', 'fresh'}        # settings in other columns
 
 
-def own_settings(settings, prefix=''):
+def compared_settings(settings, prefix=''):
     """{(prefix + name, value)} of what runs of one line have in common."""
     own = settings.keys() - MAY_DIFFER - set(REPEATS)
-    own -= DATA.keys() - taken(settings['data'], {**DEFAULTS, **settings})
+    own -= DATA.keys() - settings_of(settings['data'], {**DEFAULTS, **settings})
     return {(prefix + name, settings[name]) for name in own}
 
 
@@ -537,24 +511,22 @@ def table(rows):
     other lines.
     """
     large = {'quick', 'preset', 'search_quick', 'search_preset'}        # which change many others
-    groups, shown, lines = {}, {*large, 'max_steps', 'search_max_steps'}, []
+    groups, shown, lines = {}, set(large), []
     for row in rows:
-        own, search = own_settings(row['settings']), row.get('search_settings') or {}
+        own, search = compared_settings(row['settings']), row.get('search_settings') or {}
         shown.update(row['settings'].get('typed', ()))
         shown.update(f'search_{name}' for name in search.get('typed', ()) if name not in NAMED)
         if row['data_sha256'] and row['settings']['data'] not in KINDS:     # a folder may change
             own.add(('images_sha256', row['data_sha256'][:6]))
         if search:
-            own |= own_settings(search, 'search_')
+            own |= compared_settings(search, 'search_')
         key = tuple(row.get(name) for name in GROUPS), frozenset(own)
         repeat = tuple(row['settings'].get(name) for name in REPEATS)
         same = groups.setdefault(key, {}).setdefault(repeat, row)
         if same is not row:
-            other = '' if row['genotype'] == same['genotype'] else ' (but found another cell)'
-            print(f'{row["run"]} is left out, since it repeats {same["run"]}{other}',
-                  file=sys.stderr)
+            print(f'{row["run"]} is left out, since it repeats {same["run"]}', file=sys.stderr)
     for (group, own), (other_group, other) in combinations(groups, 2):
-        differ = {name for name, _ in own ^ other}
+        differ = {name for name, _ in own ^ other}      # in which the two lines differ
         if group == other_group and not differ & large:
             shown |= differ
     for (group, own), runs in groups.items():
@@ -596,16 +568,13 @@ def print_table(lines):
 # ---- Plots ----------------------------------------------------------------------------------
 
 
-# Panels: a title, and how the entries of the log begin whose mean is drawn
+# Panels, beside those of the METRICS: how the entries of the log begin whose mean is drawn
 PANELS = {
     'training loss': 'train_loss', 'training accuracy, %': 'train_accuracy',
     "loss on the alphas' images": 'valid_loss',
     "accuracy on the alphas' images, %": 'valid_accuracy',
     'entropy of the alphas, nats': 'entropy_', 'skips, mean over the cells': 'skips_',
-    'true CIFAR-10 accuracy, % (80: or less)': 'truth_', 'held-out error, %': 'holdout_error',
-    'held-out AUROC, 5 tasks': 'holdout_auroc_tasks', 'held-out AUROC, all': 'holdout_auroc',
-    'test error, %': 'test_error', 'test AUROC, 5 tasks': 'test_auroc_tasks',
-    'test AUROC, all': 'test_auroc',
+    'true CIFAR-10 accuracy, % (80: or less)': 'truth_',
 }
 
 
@@ -634,7 +603,11 @@ def plot(rows, path):
             if row.get(key):
                 group += words + row[key]
         row['colour'] = colours.setdefault(group, palette[len(colours) % 20])
-    for title, start in PANELS.items():
+    curves = dict(PANELS)
+    for name, (header, _) in metric_columns().items():
+        if not name.startswith('fit_'):         # which is measured once
+            curves[header] = name
+    for title, start in curves.items():
         if any(mean_of(line, start) is not None for row in rows for line in row['log']):
             panels.append((title, 2.4, draw_curves, [rows, start]))
     scored = {}                                 # {(space, score): runs}
@@ -705,7 +678,7 @@ def draw_fits(axis, rows, name, label):
 
 def draw_test(axis, row):
     """The confusion matrix of a test, or the ROC curve of each label."""
-    from matplotlib import colormaps, font_manager
+    from matplotlib import colormaps
     scores, labels, classes, _ = row['tested']
     if labels.ndim == 1:
         counts = np.zeros((len(classes), len(classes)), int)
@@ -713,14 +686,8 @@ def draw_test(axis, row):
         axis.imshow(counts, cmap='Blues')
         axis.set(xlabel='predicted class', ylabel='true class')
         if len(classes) <= 20:
-            font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
-            known, names = font.get_charmap().keys(), list(classes)
-            for k, name in enumerate(classes):
-                if not known >= {*map(ord, name)}:
-                    print(f'{name} is {k} in the plot, whose font lacks its letters')
-                    names[k] = str(k)
-            axis.set_xticks(range(len(names)), names, rotation=90)
-            axis.set_yticks(range(len(names)), names)
+            axis.set_xticks(range(len(classes)), classes, rotation=90)
+            axis.set_yticks(range(len(classes)), classes)
             for (true, predicted), count in np.ndenumerate(counts):
                 axis.text(predicted, true, count, ha='center', va='center', fontsize=8,
                           color='white' if count > counts.max() / 2 else 'black')
@@ -739,8 +706,9 @@ def draw_test(axis, row):
 
 # ---- Flags, predictions and files -----------------------------------------------------------
 
-RUNS = {
+FLAGS = {
     'runs': Setting([], 'folders of runs'),
+    'arch': Setting(None, "a published name, a genotype.json, a search, or DARTS's text"),
     'json': Setting(False, 'print one JSON line for each run'),
     'csv': Setting(None, 'write the table to this file'),
     'plot': Setting(None, 'draw runs by epoch: .png, .svg or .pdf; of --arch the cells: .svg'),
@@ -751,22 +719,11 @@ RUNS = {
     'gpu': Setting(0, 'CUDA device, -1: the CPU', number(int, -1)),
     'test_labels': Setting(None, "a CSV of CheXpert's test set"),
 }
-COST = {
-    'arch': Setting(None, "a published name, a genotype.json, a search, or DARTS's text"),
-    'init_channels': Setting(36, 'of NAS-Bench-201 by default 16', number(int, 1, 4096)),
-    'layers': Setting(20, 'cells; of NAS-Bench-201 by default 17', number(int, 1, 200)),
-    'num_classes': Setting(10, 'classes of the network', number(int, 1, 10 ** 6)),
-    'image_size': Setting(32, 'pixels', number(int, 8, 4096)),
-    'stem': Setting('auto', 'one convolution, or three of stride 2; auto: these above 64 px',
-                    ['auto', 'cifar', 'imagenet']),
-}
 
 
 @torch.no_grad()
 def show_predictions(run, target, device):
     """Print the class of each picture, and the probability of each class or label."""
-    if not Path(run, 'weights.pt').exists():
-        raise UserError(f'--predict: {run} is no finished retraining: give one')
     network, meta = load_weights(Path(run) / 'weights.pt')
     network.to(device)
     paths = [Path(target)]
@@ -815,10 +772,8 @@ def write_csv(path, rows):
 
 def genotype_of(run):
     """The cell of a search or a retraining."""
-    weights = Path(run) / 'weights.pt'
-    if weights.exists():
-        return from_plain(load_weights(weights)[1]['genotype'])
-    return find_genotype(run)[0]
+    trained = read_json(Path(run, 'args.json'))['settings'].get('genotype')
+    return from_plain(json.loads(trained)) if trained else find_genotype(run)[0]
 
 
 def show_genotype(found):
@@ -828,17 +783,12 @@ def show_genotype(found):
 
 @one_line_errors
 def main(argv=None):
-    def defaults_for(typed, chosen):
-        is_string = chosen['arch'] and isinstance(find_genotype(chosen['arch'])[0], str)
-        return {'init_channels': 16, 'layers': 17} if is_string else {}
-
-    tables = {'runs': RUNS, 'or the cost of a network': COST}
-    s, typed, _ = parse_flags(__doc__, tables, argv, defaults_for)
-    others = RUNS.keys() - {'json', 'gpu', 'plot', 'genotype'} if s['arch'] else COST.keys()
-    unused = typed.keys() & others
-    if unused:
-        mend = 'does not go with --arch: leave it out' if s['arch'] else 'needs --arch: add it'
-        raise UserError(f'{"RUNS" if min(unused) == "runs" else "--" + min(unused)} {mend}')
+    s, typed, _ = parse_flags(__doc__, {'flags': FLAGS}, argv)
+    if bool(s['runs']) == bool(s['arch']):
+        raise UserError('give either the folders of runs, or --arch NAME')
+    unused = typed.keys() - {'arch', 'json', 'plot', 'genotype', 'gpu'}
+    if s['arch'] and unused:
+        raise UserError(f'--{min(unused)} does not go with --arch: leave it out')
     for name in ('csv', 'plot', 'scores'):      # which are written after the tests
         if not s[name]:
             continue
@@ -851,21 +801,20 @@ def main(argv=None):
     if s['plot'] and not s['arch'] and not find_spec('matplotlib'):
         raise UserError('--plot needs matplotlib: pip install matplotlib')
     if s['arch']:
-        genotype, size = find_genotype(s['arch'])[0], s['image_size']
-        check_layers(genotype, s['layers'])
-        stem = stem_for(s['stem'], size, s['init_channels'])
-        counts = cost(genotype, s['init_channels'], s['layers'], s['num_classes'], size, stem)
+        genotype = find_genotype(s['arch'])[0]
         if s['genotype']:
             return show_genotype(genotype)
         if isinstance(genotype, str):
-            counts.update(genotypes.truth(genotype))
+            counts = {**cost(genotype, 16, 17), **genotypes.truth(genotype)}
+        else:
+            counts = cost(genotype)
+            large = cost(genotype, 48, 14, 1000, 224, 'imagenet')
+            counts.update({f'imagenet_{name}': count for name, count in large.items()})
         if s['plot']:
             write_file(s['plot'], genotypes.draw(genotype, s['arch']))
             print(f'wrote {s["plot"]}', file=sys.stderr)
-        lines = [f'{name:<18} {round(count, 2):>15,}' for name, count in counts.items()]
+        lines = [f'{name:<25} {round(count, 2):>15,}' for name, count in counts.items()]
         return print(json.dumps(counts) if s['json'] else '\n'.join(lines))
-    if not s['runs']:
-        raise UserError('nothing to evaluate: give the folders of runs, or --arch NAME')
     for name in ('predict', 'genotype'):
         if s[name] and (len(s['runs']) > 1 or typed.keys() - {'runs', name, 'gpu'}):
             raise UserError(f'--{name} takes one run and no other flag: leave the others out')
@@ -886,8 +835,6 @@ def main(argv=None):
             if len(folders) == 1:
                 raise
             print(f'{run} is left out: {error}', file=sys.stderr)
-    if not rows:
-        raise UserError('none of these runs can be read')
     if s['scores']:
         write_probabilities(s['scores'], rows[0])
     done = [row for row in rows if row['finished']]

@@ -59,7 +59,7 @@ RESIDENT = 2 << 30              # bytes: smaller sets live on the device, larger
 
 class Setting(NamedTuple):
     """A flag: its default, words for --help, its values: a list or a function of text."""
-    default: object         # False: a switch; []: the words that no flag stands before
+    default: object         # False: a switch; []: positional arguments
     help: str
     values: object = str
     alone: object = None    # what the flag means without a value after it
@@ -183,7 +183,7 @@ def leave(status):
 
 
 def write_file(path, content):
-    """Write text, bytes, or by torch.save anything else; `path` is the old file or the new one."""
+    """Write text, bytes, or anything else by torch.save. A kill leaves the old or the new file."""
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.tmp')
     if isinstance(content, str):
@@ -216,7 +216,7 @@ def load_file(path, mend):
 
 @contextlib.contextmanager
 def readable(what, mend):
-    """Turn whatever fails in the block into the UserError `what` (why). `mend`"""
+    """Any error in the block becomes a UserError: what (the error). mend"""
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -249,7 +249,7 @@ class Progress:
         """done: units in all, counted from the very start; text: shown at the end of the line."""
         now, count = time.monotonic(), done - self.first
         spent = now - self.start
-        if world()[0] or not count or spent < 1:        # what is short gets no line
+        if world()[0] or not count or spent < 1:        # short work prints nothing
             return
         each = spent / count
         left = timedelta(seconds=round(each * (self.total - done)))
@@ -368,8 +368,8 @@ class Made(NamedTuple):
     source: object = None   # the Data that has the images, instead of chunks
 
 
-def taken(name, s):
-    """The set of settings that `--data name` makes something of."""
+def settings_of(name, s):
+    """Names of the settings that `--data name` uses."""
     names = {'data_dir', 'download', 'image_size'}
     if name in KINDS:
         names |= {'data_seed', *kind_of(name, s).settings.split()}
@@ -406,9 +406,9 @@ PIXELS, LABELS, CHOICE = 0, 1, 2          # independent streams of one seed
 def philox(seed, stream, places, n):
     """uint64 (len(places), n): n integers for each place. Philox makes four at a time."""
     blocks, raw = -(-n // 4), []
-    for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):  # places in a row
-        bits = np.random.Philox(np.random.SeedSequence([seed, stream]))
-        raw.append(bits.advance(int(run[0]) * blocks).random_raw(len(run) * blocks * 4))
+    for row in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):      # places in a row
+        bits = np.random.Philox([seed, stream]).advance(int(row[0]) * blocks)
+        raw.append(bits.random_raw(len(row) * blocks * 4))
     return np.concatenate(raw).reshape(len(places), -1)[:, :n]
 
 
@@ -932,9 +932,9 @@ def new_folder(out):
             shutil.rmtree(new, ignore_errors=True)
 
 
-def own_settings(name, s):
+def set_settings(name, s):
     """{setting: value} of what a set of this kind depends on; folders as absolute paths."""
-    used = taken(name, s)
+    used = settings_of(name, s)
     own = {key: s[key] for key in DATA if key in used - {'data_dir', 'download', 'fresh'}}
     if 'source' in own and own['source'] not in REAL:
         own['source'] = str(Path(own['source']).resolve())
@@ -945,7 +945,7 @@ def own_settings(name, s):
 
 def make_set(out, name, s, device):
     """Write a set into the folder `out`: images.npy (not of a source), labels, meta.json, sheet."""
-    own = own_settings(name, s)
+    own = set_settings(name, s)
     with new_folder(out) as folder:
         made = kind_of(name, s).make({**s, 'out': out, 'image_size': own['image_size']}, device)
         labels, source = np.ascontiguousarray(made.labels), made.source
@@ -998,7 +998,7 @@ def mean_and_std(images):
 
 
 def sheet_rows(labels):
-    """Up to 100 images: the first of each class, then the first of all; sorted by class if any."""
+    """Rows of up to 100 images: one of each class, then the first; single labels are sorted."""
     rows, classes = np.arange(len(labels)), labels
     if labels.ndim == 2:
         rows, classes = np.nonzero(labels == 1)
@@ -1048,7 +1048,6 @@ class Data:
     files: list = None          # paths, if each image has its own file
     zoom: float = 1.0           # shorter side of a file to the side that is cut out of it
     on_device: torch.Tensor = None      # the images, put there by Batches
-    is_drawn: bool = False      # whether its test is a share of the same folders
     fresh: int = 0              # after so many epochs the images are drawn anew, by
     draw: object = None         # draw(places) -> uint8 (n, H, W, 3); N places a turn
 
@@ -1095,21 +1094,18 @@ class Data:
 
     def sha256(self):
         """Of the images, or of the names and sizes of their files if they are not in memory."""
-        if self.images is None:
-            return sha256_of_files(self.files)
-        return hashlib.sha256(self.images).hexdigest()
-
-
-def sha256_of_files(paths):
-    """Of their names and sizes."""
-    names = [f'{path.parent.name}/{path.name} {path.stat().st_size}' for path in paths]
-    return hashlib.sha256(os.fsencode('\n'.join(names))).hexdigest()
+        content = self.images
+        if content is None:
+            names = [f'{path.parent.name}/{path.name} {path.stat().st_size}' for path in self.files]
+            content = os.fsencode('\n'.join(names))
+        return hashlib.sha256(content).hexdigest()
 
 
 def read(name, s, split='train'):
     """Data of one split, 'train' or 'test', or None: `name` is one of REAL or a folder's path.
 
-    s: settings of DATA, or some. Real images are resized to image_size; a written set never is.
+    s: some settings of DATA; the others have their defaults. Real images are resized to image_size;
+    a written set never is.
     """
     s = {**DEFAULTS, **s}
     if name in REAL:
@@ -1303,9 +1299,9 @@ REAL = {'cifar10': read_cifar, 'cifar100': read_cifar, 'imagenet': read_imagenet
 def read_folder(root, split, s):
     """Pictures, a folder for each class: root/train and root/val (or test), or root alone.
 
-    Without val/ a share test_fraction of each class, always the same, is the test split; with
-    test_names, paths in root, it is these, as they were when a network was trained. With
-    skip_broken pictures that cannot be read are left out; else they are named, all at once.
+    Without val/ about a share test_fraction is the test split. A picture's side is a hash of its
+    path in root, so that it stays, whatever other pictures come or go. With skip_broken pictures
+    that cannot be read are left out; else they are named, all at once.
     """
     trees = [root]
     if (root / 'train').is_dir():
@@ -1313,8 +1309,11 @@ def read_folder(root, split, s):
         trees = [root / 'train', *tests[:1]]
     classes, files, labels = zip(*map(list_images, trees))
     check_classes(classes[0], classes[-1], trees[-1])
-    is_test = np.arange(sum(map(len, files))) >= len(files[0])
+    is_test = np.arange(sum(map(len, files))) >= len(files[0])      # those of the second tree
     files, labels = np.concatenate(files), np.concatenate(labels)
+    if len(trees) == 1:
+        is_test = np.array([share_of(file.relative_to(root)) < s['test_fraction']
+                            for file in files])
     # The training split is read first, and tries the pictures of both.
     if s['skip_broken'] or (split == 'train' and len(files) <= 20000):
         fine = try_pictures(files, trees if split == 'train' else [])
@@ -1325,40 +1324,30 @@ def read_folder(root, split, s):
         if not fine.all() and split == 'train':
             print(f'{root}: {(~fine).sum()} broken pictures are left out', file=sys.stderr)
         files, labels, is_test = files[fine], labels[fine], is_test[fine]
-        if len({*labels[~is_test]}) < len(classes[0]):
-            raise UserError(f'{root}: a class has no pictures that can be read. Remove its folder.')
-    known = s.get('test_names')                 # of a training, whatever came since
-    if known:
-        is_test = np.isin(names_in(root, files), known)
-    elif len(trees) == 1:
-        for k in range(len(classes[0])):        # by a hash: few change sides if others come or go
-            rows = sorted(np.flatnonzero(labels == k), key=lambda row: hashlib.sha256(
-                os.fsencode(files[row].name)).digest())
-            is_test[rows[math.ceil(len(rows) * (1 - s['test_fraction']) - 1e-8):]] = True
-    if split == 'train' and not world()[0]:
-        print(f'{root}: {len(files)} pictures of {", ".join(classes[0])[:200]}; '
-              f'{is_test.sum()} are the test', file=sys.stderr)
-    if split == 'test' and not is_test.any():
-        if s['test_fraction'] and not known:
-            print(f'{root}: no class has pictures enough to hold out: no test', file=sys.stderr)
+    if split == 'train':
+        empty = {*range(len(classes[0]))} - {*labels[~is_test]}
+        if empty:
+            raise UserError(f'{root}: {classes[0][min(empty)]} has no pictures to train on. Add '
+                            'some, remove its folder, or give --test_fraction 0.')
+        if not world()[0]:
+            print(f'{root}: {len(files)} pictures of {", ".join(classes[0])[:200]}; '
+                  f'{is_test.sum()} are the test', file=sys.stderr)
+    elif not is_test.any():
         return None
-    # A training's mean and deviation are known, and its training images may be gone.
-    size, shown = s['image_size'] or 32, files[is_test if known else ~is_test]
+    size, mine = s['image_size'] or 32, is_test == (split == 'test')
+    shown = files[mine] if is_test.all() else files[~is_test]       # the training's may be gone
     mean, std = mean_and_std(decode(shown[evenly(len(shown), 2000)], size))
-    mine = is_test == (split == 'test')
-    data = data_of_files(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
-    data.is_drawn = len(trees) == 1
-    return data
+    return data_of_files(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
+
+
+def share_of(path):
+    """A number from 0 to 1, uniform over paths, that a path always has."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:4], 'big') / 2 ** 32
 
 
 def evenly(n, most):
     """Up to so many of n rows, from all over."""
     return np.linspace(0, n - 1, min(n, most)).astype(int)
-
-
-def names_in(root, files):
-    """The paths of files in a folder, as texts relative to it."""
-    return [file.relative_to(root).as_posix() for file in files]
 
 
 def data_of_files(name, split, classes, files, labels, mean, std, size):
@@ -1443,7 +1432,7 @@ def resize(image, size, zoom=1, crop=False):
     """
     if image.mode == 'F':
         raise UserError(f'{image.filename}: its pixels are fractions. Save it with 8 or 16 bits.')
-    # It lies on its side until it is turned; of a TIFF Pillow gives the size of the turned one.
+    # EXIF may say that a picture lies on its side. Of a TIFF Pillow gives the turned size already.
     turned = image.format != 'TIFF' and image.getexif().get(274, 1) > 4
     w, h = image.size[::-1] if turned else image.size
     if crop:
@@ -1477,7 +1466,7 @@ def find_or_make(name, s):
     """
     if name not in KINDS:
         return read(name, s)
-    own = own_settings(name, s)
+    own = set_settings(name, s)
     usual = {**DEFAULTS, 'image_size': None if 'source' in own else 32}
     parts = [f'{key}={Path(str(value)).name}' for key, value in own.items()
              if value != usual[key] and key != 'data_seed']
@@ -1508,7 +1497,7 @@ def stratified_split(labels, fraction, seed, patients=None):
         chosen, _ = stratified_split(np.zeros(len(names), int), fraction, seed)
         first = np.isin(whose, chosen)
         return np.flatnonzero(first), np.flatnonzero(~first)
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(labels)])))
+    rng = np.random.Generator(np.random.Philox([seed, len(labels)]))
     groups = labels if labels.ndim == 1 else np.zeros(len(labels), np.int64)
     order = np.lexsort((rng.random(len(labels)), groups))
     grouped = groups[order]
@@ -1588,8 +1577,7 @@ class Batches:
 
     def epoch(self, epoch=0, start=0, again=0):
         """Batches start, start + 1, ... of an epoch; `again` another number for another order."""
-        sequence = np.random.SeedSequence([self.seed, epoch + again])
-        rng = np.random.Generator(np.random.Philox(sequence))
+        rng = np.random.Generator(np.random.Philox([self.seed, epoch + again]))
         n, step = len(self.indices), self.batch_size
         indices = self.indices[rng.permutation(n)] if self.shuffle else self.indices
         draws = torch.from_numpy(rng.random((n, 11), np.float32)).to(self.device)
@@ -1662,12 +1650,9 @@ def main(argv=None):
     kind, out = s['kind'], s['out']
     if not kind or not out:
         raise UserError('Give --kind and --out (see --help).')
-    unused = {*DATA, 'generator_steps'} - taken(kind, s)
+    unused = {*DATA, 'generator_steps'} - settings_of(kind, s)
     what = kind + (f' --generator {s["generator"]}' if kind == 'generated' else '')
     refuse_idle(typed, dict.fromkeys(unused, True), f'for --kind {what}')
-    both = [os.path.realpath(out), os.path.realpath(s['source'])]
-    if s['source'] not in REAL and os.path.commonpath(both) in both:
-        raise UserError(f'--out {out}: it or --source lies in the other. Write elsewhere.')
     make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']))
     print(f'wrote {out}: look at {Path(out, "sheet.png")}')
     print(f'next: python search.py --data {shlex.quote(out)}')

@@ -149,12 +149,9 @@ def to_string(operations):
 def from_string(text, source='genotype'):
     """The six operations of an official string; UserError names `source` and what is wrong."""
     names = [pair.split('~')[0] for pair in text.replace('+', '').split('|') if pair]
-    for name in names:
-        if name not in NB201_OPERATIONS:
-            raise UserError(f'{source}: unknown operation {name!r}; known: '
-                             + ', '.join(NB201_OPERATIONS))
-    if len(names) != 6 or to_string(names) != text:
-        raise UserError(f'{source}: {text!r} is not of the form {to_string(["op"] * 6)}')
+    if len(names) != 6 or to_string(names) != text or not {*names} <= {*NB201_OPERATIONS}:
+        raise UserError(f'{source}: {text:.150} is not of the form {to_string(["op"] * 6)}, where '
+                        f'op is one of {", ".join(NB201_OPERATIONS)}')
     return tuple(names)
 
 

@@ -228,9 +228,9 @@ class Cell(nn.Module):
         for mixed_op, leaving in zip(self.mixed_ops, self.leaving):
             order = [self.space.edges.index(edge) for edge in leaving]
             own = None if weights is None else torch.stack([weights[k] for k in order])
+            drawn = None if best is None else [best[k] for k in order]
             # What is not drawn, NAS-Bench-201's code adds as a number, for its gradient.
-            out.append(mixed_op.factors(own, best and [best[k] for k in order],
-                                        self.space.inputs == 1))
+            out.append(mixed_op.factors(own, drawn, self.space.inputs == 1))
         return out
 
     def forward(self, s0, s1, factors=None, shares=None, drop_path_prob=None, memo=None):
@@ -358,7 +358,8 @@ class Network(nn.Module):
         self.space = space = NB201 if isinstance(genotype, str) else space
         self.partial, self.drop_path_prob, self.mix, self.memo = partial, None, None, None
         channels, reduction_before = init_channels, stem == 'imagenet'
-        # As published, only a derived network's stem for large images is as wide as its cells.
+        # As published, the stem has C channels in NAS-Bench-201 and in a derived network for large
+        # images, else 3C.
         narrow = space.inputs == 1 or stem == 'imagenet' and genotype is not None
         before = last = channels if narrow else 3 * channels
         if stem == 'imagenet':

@@ -36,11 +36,10 @@ from types import SimpleNamespace
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, Setting, UserError,
                            choose_device, evenly, find_or_make, has_bf16, leave, load_file,
-                           name_or_path, names_in, number, one_line_errors, parse_flags, read,
-                           readable, refuse_idle, sha256_of_files, stratified_split, taken, world,
-                           write_file)
-from evaluate import (COST, MAY_DIFFER, check_layers, correct, gather, loss_of, read_json, read_log,
-                      stem_for, test)
+                           name_or_path, number, one_line_errors, parse_flags, read, readable,
+                           refuse_idle, settings_of, stratified_split, world, write_file)
+from evaluate import (MAY_DIFFER, correct, gather, loss_of, metric_columns, read_json, read_log,
+                      test)
 
 import numpy as np
 import torch
@@ -59,7 +58,6 @@ INPUT = {
 SCHEDULE = {
     'epochs': Setting(600, 'passes over the data', number(int, 1)),
     'steps_per_epoch': Setting(None, 'fewer than the data give', number(int, 1)),
-    'max_steps': Setting(None, 'steps in all; every schedule is scaled to them', number(int, 0)),
     'batch_size': Setting(96, 'of all processes together', number(int, 2)),
     'grad_accum': Setting(1, 'parts in which a batch is computed, to save memory', number(int, 1)),
     'learning_rate': Setting(0.025, 'of the weights', number(float, 0)),
@@ -85,21 +83,21 @@ RUN = {
 }
 NETWORK = {
     'arch': Setting(None, "a name, a genotype.json, a search, or DARTS's text", name_or_path),
-    'init_channels': Setting(36, 'channels of the first cell', number(int, 1, 4096)),
+    'init_channels': Setting(36, 'channels of the first cell', number(int, 2, 4096)),
     'layers': Setting(20, 'cells', number(int, 1, 200)),
-    'stem': COST['stem'],
+    'stem': Setting('auto', 'one convolution, or three of stride 2; auto: these above 64 px',
+                    ['auto', 'cifar', 'imagenet']),
     'auxiliary': Setting(False, 'a second head while training'),
     'drop_path_prob': Setting(0.2, 'at the end, reached linearly', number(float, 0, below=1)),
-    'cutout': Setting(False, 'blank a square of each image'),
-    'cutout_length': Setting(16, 'pixels', number(int, 1)),
+    'cutout': Setting(0, 'side of a square that is blanked; 0: none', number(int, 0), alone=16),
 }
 RECIPE = {
     'label_smoothing': Setting(0.0, 'share spread over all classes', number(float, 0, below=1)),
     'holdout_patients': Setting(0.0, 'share that chooses the epoch', number(float, 0, below=1)),
     'train_portion': Setting(1.0, 'share of the images, or their number', number(float, above=0)),
 }
-# A preset's, and no flags: the optimizer, sgd or adam, and the schedule, cosine or linear; the
-# weight of the auxiliary loss, and whether batches are smaller if there are few images
+# Set by a preset only, without flags: the optimizer, sgd or adam, and the schedule, cosine or
+# linear; the weight of the auxiliary loss, and whether batches are smaller if there are few images
 FIXED = dict(optimizer='sgd', nesterov=False, schedule='cosine', auxiliary_weight=0.4,
              fit_batch=False)
 # nb201: the benchmark's recipe, by default for its cells. ImageNet: that of PC-DARTS and P-DARTS,
@@ -122,20 +120,13 @@ PRESETS = {
 QUICK = dict(num_images=1000, epochs=2, steps_per_epoch=40, batch_size=32, init_channels=8,
              layers=5, warmup_epochs=0)
 FIT_IMAGES = 10000          # training images on which the fit is measured at the end
-# How the line of an epoch that a run prints shows entries of its log
+# How the line of an epoch that a run prints shows entries of its log, beside the METRICS
 SAID = {'train_loss': 'training loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}',
         'valid_loss': "loss on the alphas' images {:.3f}", 'valid_accuracy': 'accuracy {:.1%}',
         'skips_normal': 'skips in the normal cell: {}', 'skips_reduce': 'in the reduction cell: {}',
         'skips_cell': 'skips: {}', 'truth_for_analysis_only': 'CIFAR-10, known: {[cifar10]:.2f}%',
         'kept_after_epochs': 'kept: the network after epoch {}',
-        'holdout_loss': 'held-out loss {:.3f}', 'holdout_error': 'held-out error {:.2f}%',
-        'holdout_auroc_tasks': 'held-out AUROC of 5 tasks {:.3f}',
-        'holdout_auroc': 'held-out AUROC of all labels {:.3f}',
-        'test_error': 'test error {:.2f}%', 'test_auroc_tasks': 'test AUROC of 5 tasks {:.3f}',
-        'test_auroc': 'test AUROC of all labels {:.3f}',
-        'fit_error': 'final training error {:.2f}%',
-        'fit_auroc_tasks': 'final training AUROC of 5 tasks {:.3f}',
-        'fit_auroc': 'final training AUROC of all labels {:.3f}'}
+        'holdout_loss': 'held-out loss {:.3f}'}
 
 
 def settle(doc, tables, argv, presets, defaults_for):
@@ -148,7 +139,7 @@ def settle(doc, tables, argv, presets, defaults_for):
         if preset == 'auto':
             real = chosen['source'] if chosen['data'] == 'random_labels' else chosen['data']
             preset = real if real in presets else 'cifar'
-        out, known = defaults_for(typed, chosen, preset), taken(chosen['data'], chosen)
+        out, known = defaults_for(typed, chosen, preset), settings_of(chosen['data'], chosen)
         if Path(chosen['data'], 'meta.json').exists():
             known.discard('image_size')             # a written set has its own
         return {name: out[name] for name in out if name not in DATA or name in known}
@@ -159,13 +150,13 @@ def settle(doc, tables, argv, presets, defaults_for):
         most_used.update({name: table[name] for name in FIRST if name in table})
         tables[title] = {name: table[name] for name in table if name not in FIRST}
     s, typed, defaults = parse_flags(doc, {'most used': most_used, **tables}, argv, merged)
-    refuse_idle(typed, dict.fromkeys(DATA.keys() - taken(s['data'], s), True),
+    refuse_idle(typed, dict.fromkeys(DATA.keys() - settings_of(s['data'], s), True),
                 f'for --data {s["data"]}')
     if s['data_seed'] is None:
         s['data_seed'] = s['seed']
     for name in {'warmup_epochs', 'frozen_epochs'} & (s.keys() - typed.keys()):
         share = defaults[name] / defaults['epochs']     # stays as it is, but never all epochs
-        s[name] = min(round(share * s['epochs']), s['epochs'] - 1)
+        s[name] = min(round(share * s['epochs']), max(0, s['epochs'] - 1))
     s['fit_batch'] = s['fit_batch'] and 'batch_size' not in typed
     rate_for = s.pop('rate_for', None)
     if rate_for and 'learning_rate' not in typed:
@@ -177,11 +168,20 @@ def settle(doc, tables, argv, presets, defaults_for):
     if args.batch_size % parts or args.batch_size // parts < 2:
         raise UserError(f'--batch_size {args.batch_size} makes no {parts} parts of two images or '
                         'more, for --grad_accum and processes: take a multiple')
-    if args.warmup_epochs >= args.epochs:
+    if args.warmup_epochs >= max(1, args.epochs):
         raise UserError(f'--warmup_epochs must be below --epochs {args.epochs}')
-    if args.learning_rate_min > args.learning_rate:
-        raise UserError(f'--learning_rate_min is more than --learning_rate {args.learning_rate}')
     return args, typed, defaults
+
+
+def stem_for(stem, image_size, auxiliary=False):
+    """'cifar' or 'imagenet' for --stem; UserError if it leaves too few pixels."""
+    if stem == 'auto':
+        stem = 'imagenet' if image_size > 64 else 'cifar'
+    least = {'cifar': (8, 29), 'imagenet': (32, 193)}[stem]
+    if image_size < least[auxiliary]:
+        raise UserError(f'{image_size} px are too few: --stem {stem} needs {least[0]}, with '
+                        f'--auxiliary {least[1]}')
+    return stem
 
 
 def batch_of(args, images):
@@ -210,11 +210,10 @@ def run_name(script, first, args, typed, defaults):
     return str(Path('runs', '-'.join(words)))
 
 
-def learning_rate_at(args, epoch, epochs, stages=1):
+def learning_rate_at(args, epoch, epochs):
     """Learning rate of an epoch: a fall to learning_rate_min, scaled by the warm-up at the start.
 
-    Of several stages with so many epochs each has its own fall and warm-up.
-
+    epochs: of the run, or of a stage, which has its own fall and warm-up.
     linear: as PC-DARTS on ImageNet: lr (E-5-e) / (E-5), then lr (E-e) / (5 (E-5)), for E = 250.
     """
     tail = round(epochs / 50)
@@ -224,9 +223,8 @@ def learning_rate_at(args, epoch, epochs, stages=1):
         left = (epochs - tail - epoch) / (epochs - tail)
     else:
         left = (epochs - epoch) / (tail * (epochs - tail))
-    rise = round(args.warmup_epochs * stages * epochs / args.epochs)
     rate = args.learning_rate_min + (args.learning_rate - args.learning_rate_min) * left
-    return rate * min(1.0, (epoch + 1) / rise) if rise else rate
+    return rate * min(1.0, (epoch + 1) / max(1, args.warmup_epochs))
 
 
 # ---- The folder of a run --------------------------------------------------------------------
@@ -236,7 +234,7 @@ class Run:
     """A run's folder: args.json, scripts/, checkpoint.pt with the log in it, log.jsonl, a result.
 
     run = Run(args, device, 'weights.pt')   UserError if the folder is not of these settings
-    run.plan(full)                          epochs and steps, of data that give `full` steps
+    run.plan(full)                          of data that give `full` steps an epoch
     with run.on(data):                      takes the folder for this process, reads the checkpoint
         run.start(...)                      loads the checkpoint into networks and optimizers
         for epoch in range(run.epoch, run.epochs):
@@ -275,21 +273,13 @@ class Run:
                                 f'not {now.get(name)!s:.60}: give the same, or another --save')
 
     def plan(self, full):
-        """Set epochs, steps of an epoch and total steps, of data that give `full` steps an epoch.
-
-        Without --steps_per_epoch, --max_steps shortens the epochs rather than their number, so that
-        everything that goes by epochs keeps its shape.
-        """
+        """Set epochs, steps of an epoch and total, of data that give `full` steps an epoch."""
         args = self.args
-        steps, total = args.steps_per_epoch or full, args.max_steps
+        steps = args.steps_per_epoch or full
         if steps > full and not (args.quick or args.preset == 'laptop'):
             raise UserError(f'--steps_per_epoch {steps}: the data give only {full}')
-        steps = min(steps, full)
-        if total is not None and not args.steps_per_epoch:
-            steps = min(full, max(1, math.ceil(total / args.epochs)))
-        self.steps = steps
-        self.total = args.epochs * steps if total is None else min(total, args.epochs * steps)
-        self.epochs = math.ceil(self.total / steps)
+        self.epochs, self.steps = args.epochs, min(steps, full)
+        self.total = self.epochs * self.steps
 
     @contextlib.contextmanager
     def on(self, data):
@@ -358,7 +348,7 @@ class Run:
         """
         # On a CPU the first step may take a minute.
         slow = self.total and self.device.type == 'cpu' and self.args.preset != 'laptop'
-        done = min(self.epoch * self.steps + self.step, self.total)
+        done = self.epoch * self.steps + self.step
         print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}: {self.folder}'
               + (f'; going on after step {done:,}' if done else '')
               + ('; timing the first step' if slow else ''))
@@ -382,13 +372,12 @@ class Run:
         """Take the steps of an epoch that are left; True if a signal stopped the run.
 
         draws: batches, each the arguments of step_of, which returns what the sums get. Sets the
-        epoch's steps, last, its seconds and its last batch.
+        epoch's seconds and its last batch.
         """
         tensors = list(self.objects['network'].parameters())
-        self.last = min(self.steps, self.total - epoch * self.steps)
         self.saved = time.time()
         began = self.saved - (self.checkpoint['seconds'] if self.step else 0.0)
-        for step, batch in zip(range(self.step, self.last), draws):
+        for step, batch in zip(range(self.step, self.steps), draws):
             self.sums += step_of(*batch)
             self.progress.update(epoch * self.steps + step + 1, f'epoch {epoch + 1}/{self.epochs}')
             if self.due(epoch, step, [self.sums, *tensors]):
@@ -409,14 +398,15 @@ class Run:
         return self.save(epoch + 1, 0)
 
     def due(self, epoch, step, tensors):
-        """Whether to save after a step, the last of an epoch apart, after which the run saves.
+        """Whether to save now. (After the last step of an epoch end_epoch saves.)
 
         UserError if `tensors` are not finite; a GPU, which would wait, checks every 50 steps.
         """
         caught, waited, alone = self.caught, time.time() - self.saved, world()[1] == 1
-        limit, is_last = 60 * self.args.checkpoint_minutes, step + 1 == self.last
+        limit, is_last = 60 * self.args.checkpoint_minutes, step + 1 == self.steps
         looks = self.device.type == 'cpu' or step % 50 == 49 or is_last
-        if not (looks or alone and (caught or waited > limit)):
+        urgent = alone and (caught or waited > limit)
+        if not looks and not urgent:
             return False
         self.check_finite(tensors, epoch * self.steps + step)
         if not alone:                           # all save and stop at the same step
@@ -457,8 +447,12 @@ class Run:
 
 def summary(line):
     """What is worth saying of a line of the log."""
-    return ', '.join(text.format(line[name]) for name, text in SAID.items()
-                     if line.get(name) is not None)
+    texts = [text.format(line[name]) for name, text in SAID.items() if line.get(name) is not None]
+    for name, (header, digits) in metric_columns().items():
+        if line.get(name) is not None:
+            unit = '%' if header.endswith('%') else ''
+            texts.append(f'{header.removesuffix(" %")} {line[name]:.{digits}f}{unit}')
+    return ', '.join(texts)
 
 
 def git_commit():
@@ -683,7 +677,7 @@ def split_rows(data, args):
 def parse(argv):
     """Settings as a namespace: typed, over --quick, over the preset, over DARTS's."""
     def defaults_for(typed, chosen, preset):
-        if (preset, chosen['preset']) == ('cifar', 'auto') and chosen['arch'] \
+        if chosen['preset'] == 'auto' and preset == 'cifar' and chosen['arch'] \
                 and isinstance(find_genotype(chosen['arch'])[0], str):
             preset = 'nb201'
         out = {**FIXED, **PRESETS[preset]}
@@ -698,11 +692,10 @@ def parse(argv):
     if not args.arch:
         raise UserError('give --arch: a published name, a genotype.json or a search')
     genotype, _ = find_genotype(args.arch)
-    check_layers(genotype, args.layers)
+    if isinstance(genotype, str) and (args.layers < 5 or args.layers % 3 != 2):
+        raise UserError(f'--layers {args.layers}: NAS-Bench-201 has 3 N + 2: take 5, 8, 11, ...')
     args.genotype = to_json(genotype)           # a resumed run has the same
-    if args.max_steps == 0:
-        raise UserError('--max_steps 0: nothing would be trained; take 1 or more')
-    refuse_idle(typed, {'cutout_length': not args.cutout, 'momentum': args.optimizer == 'adam'})
+    refuse_idle(typed, {'momentum': args.optimizer == 'adam'})
     args.save = args.save or run_name('retrain', [args.data, args.arch], args, typed, defaults)
     return args
 
@@ -719,13 +712,13 @@ def main(argv=None):
     # Data: images to train on, to choose the epoch on, to measure the fit on, and to test on.
     data = find_or_make(args.data, vars(args))
     genotype, found_by = find_genotype(args.arch)
-    stem = stem_for(args.stem, data.image_size, args.init_channels, args.auxiliary)
+    stem = stem_for(args.stem, data.image_size, args.auxiliary)
     if args.label_smoothing and data.multilabel:
         raise UserError('--label_smoothing does not go with several labels an image: give 0')
     rows, held = split_rows(data, args)
     size = batch_of(args, len(rows))
-    batches = Batches(data, rows, size, device, args.augment,
-                      args.cutout_length if args.cutout else 0, 2 * args.seed, True, args.workers)
+    batches = Batches(data, rows, size, device, args.augment, args.cutout, 2 * args.seed,
+                      workers=args.workers)
     run.plan(len(batches))
     fit_rows = rows[evenly(len(rows), 1000 if args.quick else FIT_IMAGES)]
     test_data = read(args.data, vars(args), 'test') if data.kind == 'real' else None
@@ -762,7 +755,7 @@ def main(argv=None):
             if run.train(epoch, batches.epoch(epoch, run.step), step):
                 return 128 + run.stop
             start_alike(network)                # with the running statistics of the first process
-            loss, right = average([run.sums])[0].div(run.last).tolist()
+            loss, right = average([run.sums])[0].div(run.steps).tolist()
             line = {'learning_rate': learning_rate, 'drop_path_prob': drop_path_prob,
                     'train_loss': loss, 'train_accuracy': right * world()[1] / size}
             is_last = epoch + 1 == run.epochs
@@ -780,8 +773,8 @@ def main(argv=None):
             if is_last:                         # without augmentation, in evaluation mode
                 line.update(measure('fit', data, fit_rows))
             measured = [line.get(f'{part}_loss', 0.0) for part in ('holdout', 'test', 'fit')]
-            run.check_finite([torch.tensor(measured)], epoch * run.steps + run.last)
-            if run.end_epoch(epoch, line, run.last * size):
+            run.check_finite([torch.tensor(measured)], epoch * run.steps + run.steps)
+            if run.end_epoch(epoch, line, run.steps * size):
                 return 128 + run.stop
         if is_first():
             finish(run, args, data, test_data, stem, genotype, found_by,
@@ -798,18 +791,13 @@ def badness(line):
 
 def finish(run, args, data, test_data, stem, genotype, found_by, weights):
     """Write weights.pt, and say what came out and what comes next."""
-    is_drawn = test_data and test_data.is_drawn     # then it stays, if pictures come or go
     meta = {'arch': args.arch, 'genotype': plain(genotype), 'found_by': found_by,
             'init_channels': args.init_channels, 'layers': args.layers,
             'auxiliary': args.auxiliary, 'stem': stem, 'classes': data.classes, 'mean': data.mean,
             'std': data.std, 'image_size': data.image_size, 'zoom': data.zoom,
             'multilabel': data.multilabel, 'has_test': test_data is not None,
-            'test_files': sha256_of_files(test_data.files) if is_drawn else None,
-            'test_names': names_in(args.data, test_data.files) if is_drawn else None,
             'data': args.data if args.data in REAL else str(Path(args.data).resolve()),
-            'settings': {'data_dir': str(Path(args.data_dir).resolve()),
-                         'uncertain': args.uncertain, 'views': args.views,
-                         'test_fraction': args.test_fraction, 'skip_broken': args.skip_broken}}
+            'settings': {**vars(args), 'data_dir': str(Path(args.data_dir).resolve())}}
     write_file(run.folder / 'weights.pt', {'network': weights, 'meta': meta})
     say(args, run.log[-1])
 

@@ -28,11 +28,10 @@ from generate_data import (CIFAR, KINDS, REAL, Batches, Progress, Setting, UserE
                            choose_device, evenly, find_or_make, kind_of, leave, number,
                            one_line_errors, refuse_idle, set_tf32, stratified_split, suited, world,
                            write_file)
-from evaluate import (COST, correct, data_name, gather, loss_of, method_name, read_json, stem_for,
-                      write_csv)
-from retrain import (INPUT, RUN, SCHEDULE, GraphedStep, Run, average, batch_of, draw_apart,
+from evaluate import correct, data_name, gather, loss_of, method_name, read_json, write_csv
+from retrain import (INPUT, NETWORK, RUN, SCHEDULE, GraphedStep, Run, average, batch_of, draw_apart,
                      is_first, learning_rate_at, make_optimizer, peak_memory_mib, run_name,
-                     settle, start_alike, tensors_of_a_step)
+                     settle, start_alike, stem_for, tensors_of_a_step)
 
 import numpy as np
 import torch
@@ -53,10 +52,10 @@ SEARCH = {
     'arch_data': Setting('valid', "alphas' images; valid: held out", ['valid', 'train', 'none']),
     'perturb': Setting('random', 'perturbation of sdarts', ['random', 'adversarial']),
     'partial': Setting(1, 'operations see 1/partial of the channels', number(int, 1)),
-    'init_channels': Setting(16, 'channels of the first cell', number(int, 1)),
+    'init_channels': Setting(16, 'channels of the first cell', number(int, 2)),
     'layers': Setting(8, 'cells; of pdarts in its first stage', number(int, 3, 200)),
     'cells_per_stage': Setting(5, 'of nb201', number(int, 1, 60)),
-    'stem': COST['stem'],
+    'stem': NETWORK['stem'],
     'train_portion': Setting(0.5, "the weights' share of images, or number, to a half",
                              number(float, above=0)),
     'valid_fraction': Setting(None, "the alphas' share", number(float, above=0, below=1)),
@@ -131,8 +130,8 @@ class Darts:
         start_alike(self.network)
         return self.network
 
-    def begin_epoch(self, epoch, epochs, frozen):
-        """Set and return what changes by epoch; the first `frozen` leave the alphas as they are."""
+    def begin_epoch(self, epoch, epochs):
+        """Set and return what changes by epoch; `epochs`: of the run, or of this stage."""
         return {}
 
     def set_tensors(self, **numbers):
@@ -195,10 +194,10 @@ class PDarts(Darts):
             for row in order[:, :self.KEEP[self.stage]].sort(1).values:
                 self.kept[cell_type].append([names[k] for k in row])
 
-    def begin_epoch(self, epoch, epochs, frozen):
-        share = (epochs - 1 - epoch) / epochs
-        if epoch >= frozen:                     # published for stages of 25 epochs
-            share = math.exp(-0.2 * (epoch - frozen) * 25 / epochs)
+    def begin_epoch(self, epoch, epochs):
+        share, trained = (epochs - 1 - epoch) / epochs, epoch - self.args.frozen_epochs
+        if trained >= 0:                        # published for stages of 25 epochs
+            share = math.exp(-0.2 * trained * 25 / epochs)
         dropout = self.DROPOUT[self.stage] * share
         for module in self.network.modules():
             if isinstance(module, DroppedSkip):
@@ -228,7 +227,7 @@ class Gdas(Darts):
     recipe_on = {'darts': dict(layers=6, batch_size=256, weight_decay=5e-4, nesterov=True)}
     stochastic = one_path = True
 
-    def begin_epoch(self, epoch, epochs, frozen):
+    def begin_epoch(self, epoch, epochs):
         return self.set_tensors(temperature=10 - 9.9 * epoch / max(1, epochs - 1))
 
     def mix(self, cell_type, p):
@@ -244,7 +243,7 @@ class DartsMinus(Darts):
     """DARTS- (2009.01027): an auxiliary skip on every edge, outside the softmax; it fades."""
     extras = {'auxiliary_skip': skip_connect}
 
-    def begin_epoch(self, epoch, epochs, frozen):
+    def begin_epoch(self, epoch, epochs):
         return self.set_tensors(skip_weight=1 - epoch / epochs)
 
     def mix(self, cell_type, p):
@@ -255,7 +254,7 @@ class BetaDarts(Darts):
     """Beta-DARTS (2203.01665): the alphas' loss gets lambda times the mean of logsumexp(alpha)."""
     recipe_on = {'nb201': dict(epochs=100, nesterov=False, weight_decay=3e-4)}
 
-    def begin_epoch(self, epoch, epochs, frozen):
+    def begin_epoch(self, epoch, epochs):
         return self.set_tensors(lambda_=50 * (epoch / epochs))
 
     def alpha_gradients(self, grads):
@@ -277,7 +276,7 @@ class SDarts(Darts):
     recipe_on = {'nb201': dict(epochs=100, nesterov=False, weight_decay=3e-4)}
     near = None             # the perturbation, while the weights are trained
 
-    def begin_epoch(self, epoch, epochs, frozen):
+    def begin_epoch(self, epoch, epochs):
         return self.set_tensors(radius=0.03 + 0.27 * (epoch / epochs))
 
     def mix(self, cell_type, p):
@@ -662,8 +661,8 @@ def second_order(method, train, valid, sgd):
     return [a - eta * (p - n) / (2 * eps) for a, p, n in zip(dalpha, *sides)], loss, right
 
 
-def architecture_step(method, train, valid, sgd, adam, moments=()):
-    """Step the alphas: (loss, right answers) on valid before it; adds to the moments."""
+def architecture_step(method, train, valid, sgd, adam):
+    """Step the alphas; returns (loss, right answers) on valid before it."""
     alphas, args = method.network.architecture_parameters(), method.args
     if args.arch_data == 'none':                # the control: only what a method adds by itself
         loss = right = torch.zeros((), device=alphas[0].device)
@@ -672,8 +671,6 @@ def architecture_step(method, train, valid, sgd, adam, moments=()):
         grads, loss, right = second_order(method, train, valid, sgd)
     else:
         grads, loss, right = first_order(method, valid)
-    for pair, grad in zip(moments, grads):
-        pair += torch.stack([grad, grad.square()])
     for alpha, grad in zip(alphas, method.alpha_gradients(grads)):
         alpha.grad = grad
     if args.arch_grad_clip:
@@ -700,9 +697,9 @@ def weight_step(method, train, sgd):
     return loss, right
 
 
-def bilevel_step(method, train, valid, sgd, adam, frozen=False, moments=()):
+def bilevel_step(method, train, valid, sgd, adam, frozen=False):
     """Step the alphas, unless `frozen`, then the weights: (4,), loss and right of each batch."""
-    parts = () if frozen else architecture_step(method, train, valid, sgd, adam, moments)
+    parts = () if frozen else architecture_step(method, train, valid, sgd, adam)
     sums = torch.stack([*weight_step(method, train, sgd), *parts])
     return torch.cat([sums, torch.zeros_like(sums)]) if frozen else sums
 
@@ -720,29 +717,24 @@ def optimizers(network, args):
 # ---- What the log says of the alphas --------------------------------------------------------
 
 
-def describe(network, moments, steps, seed):
-    """What log.jsonl says of the alphas after an epoch of so many steps.
+def describe(network, seed):
+    """What log.jsonl says of the alphas after an epoch.
 
     By cell type: entropy in nats and margin of the first operation, means over edges; skips of the
-    genotype; edges whose strongest operation is none; signal: the norm of the mean architecture
-    gradient over the epoch's steps, by the norm of its standard deviation.
+    genotype; edges whose strongest operation is none.
     """
     genotype, line = network.genotype(seed), {}
     none = list(network.space.operations).index('none')
-    for cell_type, (total, squares) in zip(network.space.cell_types, moments):
+    for cell_type in network.space.cell_types:
         p = network.probabilities(cell_type).detach().double().cpu()
         first, second = p.sort(1, descending=True).values[:, :2].unbind(1)
         names = from_string(genotype) if isinstance(genotype, str) \
             else [op for op, _ in getattr(genotype, cell_type)]
-        mean = total.double() / max(1, steps)
-        deviation = (squares.double() / max(1, steps) - mean.square()).clamp(min=0).sqrt().norm()
-        known = steps > 1 and deviation         # of one step rounding is left
         line.update({
             f'entropy_{cell_type}': -torch.xlogy(p, p).sum(1).mean().item(),
             f'margin_{cell_type}': (first - second).mean().item(),
             f'skips_{cell_type}': names.count('skip_connect'),
-            f'none_{cell_type}': (p.argmax(1) == none).sum().item(),
-            f'signal_{cell_type}': (mean.norm() / deviation).item() if known else None})
+            f'none_{cell_type}': (p.argmax(1) == none).sum().item()})
     if isinstance(genotype, str):
         line['truth_for_analysis_only'] = truth(genotype)
     alphas = {name: alpha.detach().cpu().tolist() for name, alpha in network.alphas.items()}
@@ -815,7 +807,8 @@ def parse(argv):
 
     table = {'method': Setting('darts', 'how to search', list(METHODS)), **SEARCH}
     data = {**INPUT, 'data': INPUT['data']._replace(default='noise')}
-    tables = {'method': table, 'data': data, 'schedule': SCHEDULE}
+    epochs = SCHEDULE['epochs']._replace(values=number(int, 0))         # 0: untrained alphas
+    tables = {'method': table, 'data': data, 'schedule': {**SCHEDULE, 'epochs': epochs}}
     args, typed, defaults = settle(__doc__, tables, argv, PRESETS, defaults_for)
     method = METHODS[args.method]
     if args.space not in method.spaces:
@@ -826,19 +819,21 @@ def parse(argv):
             'score': len(method.scores) < 2, 'repeats': method.trains,
             'layers': args.space == 'nb201',
             'valid_fraction': args.arch_data != 'valid' or not trains}
+    if method.stochastic or args.arch_data == 'none':   # losses are drawn anew, or there is none
+        idle.update(unrolled=True, hessian=True, early_stop=True)
     if method.scores or not trains:
         idle.update(dict.fromkeys(ALPHAS, True))
     if not trains:
         idle.update(dict.fromkeys(SCHEDULE.keys() - {'batch_size'} | {'augment', 'amp'}, True))
     refuse_idle(typed, idle)
     for name in ('frozen_epochs', 'warmup_epochs'):
-        if args.epochs <= getattr(args, name) * method.stages:
+        if 0 < args.epochs <= getattr(args, name) * method.stages:
             raise UserError(f'--{name} {getattr(args, name)} are all epochs of a stage: take fewer')
-    for name in ('unrolled', 'early_stop', 'hessian'):
-        if getattr(args, name) and method.stochastic:
-            raise UserError(f'--{name}: {args.method} draws anew for every loss: leave it out')
-        if getattr(args, name) and args.arch_data == 'none':
-            raise UserError(f'--{name} needs a loss of the alphas: leave out --arch_data none')
+    if 0 < args.epochs < method.stages:
+        raise UserError(f'--epochs {args.epochs}: {args.method} has {method.stages} stages')
+    if args.early_stop and (math.ceil(args.epochs / args.hessian)
+                            - math.ceil(args.frozen_epochs / args.hessian)) < 9:
+        raise UserError('--early_stop needs nine eigenvalues: give more --epochs, or --hessian 1')
     if args.init_channels % args.partial:
         raise UserError(f'--init_channels must be a multiple of --partial {args.partial}')
     words = [args.data, args.method] if method.searches else [args.method]
@@ -879,7 +874,7 @@ def make_batches(data, args, device):
 
 
 def endless(batches, epoch, run):
-    """Yield the batches of an epoch from run.step on, and then of the next turns, without end.
+    """Yield the batches of an epoch from run.step on; after the last, again in another order.
 
     As in PC-DARTS on ImageNet, where the alphas have a quarter of the weights' images.
     """
@@ -903,19 +898,13 @@ def main(argv=None):
         return
 
     data = find_or_make(args.data, vars(args))
-    stem = stem_for(args.stem, data.image_size, args.init_channels)
+    stem = stem_for(args.stem, data.image_size)
     batches = make_batches(data, args, device)
     run.plan(len(batches[0]))
     method = METHODS[args.method](args, len(data.classes), stem, device, batches)
     if not method.trains:
         run.epochs = run.total = 0
-    if 0 < run.epochs < method.stages:
-        raise UserError(f'--epochs and --max_steps: {args.method} needs {method.stages} epochs')
     stage_starts = [k * run.epochs // method.stages for k in range(method.stages + 1)]
-    frozen = round(args.frozen_epochs * run.epochs / args.epochs)       # epochs of each stage
-    if args.early_stop and (math.ceil(run.epochs / args.hessian)
-                            - math.ceil(frozen / args.hessian)) < 9:
-        raise UserError('--early_stop needs nine eigenvalues: give more --epochs, or --hessian 1')
 
     with run.on(data):
         torch.manual_seed(args.seed)
@@ -923,21 +912,18 @@ def main(argv=None):
         method.kept = run.checkpoint.get('kept')
         network = method.build()
         sgd, adam = optimizers(network, args)
-        zeros = [torch.zeros(2, *a.shape) for a in network.architecture_parameters()]
-        moments = [t.to(device) for t in run.checkpoint.get('moments', zeros)]
         run.start(f'{method_name(vars(args))} on {data.name} ({len(data):,} images of '
                   f'{data.image_size} px, {len(data.classes)} classes)',
                   torch.zeros(4, device=device),        # what bilevel_step returns
                   dict(network=network, sgd=sgd, adam=adam),
-                  lambda: dict(stage=method.stage, kept=method.kept,
-                               moments=[t.cpu() for t in moments]))
+                  lambda: dict(stage=method.stage, kept=method.kept))
 
         def step(is_frozen, *batch):
-            # With one stream both are the same batch: alphas on train, or frozen.
-            return bilevel_step(method, batch[:2], batch[-2:], sgd, adam, is_frozen, moments)
+            # Training images and labels, then those of the alphas: without them the same ones.
+            return bilevel_step(method, batch[:2], batch[-2:], sgd, adam, is_frozen)
 
         def changed():
-            return {**tensors_of_a_step(network, sgd, adam), 'moments': moments}
+            return tensors_of_a_step(network, sgd, adam)
 
         use_graph = args.graph == 'auto' and world()[1] == 1 and not method.one_path
         steps = {}                              # {(stage, whether the alphas are frozen): step}
@@ -951,13 +937,13 @@ def main(argv=None):
                 run.objects = dict(network=network, sgd=sgd, adam=adam)
             began, ended = stage_starts[method.stage:method.stage + 2]
             past, length = epoch - began, ended - began
-            is_frozen = past < min(frozen, length - 1) or bool(method.scores)
+            is_frozen = past < min(args.frozen_epochs, length - 1) or bool(method.scores)
             key = method.stage, is_frozen
             if key not in steps:                # a CUDA graph holds the memory of a step: keep one
                 steps = {key: GraphedStep(partial(step, is_frozen), changed, device, use_graph)}
-            learning_rate = learning_rate_at(args, past, length, method.stages)
+            learning_rate = learning_rate_at(args, past, length)
             sgd.param_groups[0]['lr'].fill_(learning_rate)
-            numbers = method.begin_epoch(past, length, frozen)
+            numbers = method.begin_epoch(past, length)
             streams = [endless(b, epoch, run) for b in batches[:1 if is_frozen else 2]]
             draws = (sum(pair, ()) for pair in zip(*streams))   # images and labels of each stream
             if run.train(epoch, draws, steps[key]):
@@ -965,14 +951,13 @@ def main(argv=None):
             start_alike(network)                # also if processes have GPUs of other kinds
             size = batches[0].batch_size
             has_valid = not is_frozen and args.arch_data != 'none'
-            line = {'steps': run.last, 'learning_rate': learning_rate, **numbers,
-                    **rates(run.sums, run.last, size, has_valid)}
+            line = {'steps': run.steps, 'learning_rate': learning_rate, **numbers,
+                    **rates(run.sums, run.steps, size, has_valid)}
             if not method.scores:
-                line.update(describe(network, moments, run.last, args.seed))
+                line.update(describe(network, args.seed))
             if args.hessian and not is_frozen and epoch % args.hessian == 0:
                 line['eigenvalue'] = largest_eigenvalue(network, run.batch[-2:], args)
-            torch._foreach_zero_(moments)
-            if run.end_epoch(epoch, line, len(streams) * run.last * size):
+            if run.end_epoch(epoch, line, len(streams) * run.steps * size):
                 return 128 + run.stop
         began = time.time()
         genotype, notes = method.result()

@@ -183,7 +183,7 @@ def methods(n=5):
                                  *flags])
             method = search.METHODS[args.method](args, 10, 'cifar', CPU)
             network = method.build()
-            method.begin_epoch(10, 50, 0)
+            method.begin_epoch(10, 50)
             functions[name] = functools.partial(search.bilevel_step, method, *data,
                                                 *search.optimizers(network, args))
             if name == 'darts' and space == 'nb201':

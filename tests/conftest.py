@@ -34,6 +34,7 @@ ONESHOT = [*TINY, '--method', 'oneshot', '--candidates', '12']
 UNTRAINED = [*NOISE, '--space', 'nb201', '--init_channels', '4', '--cells_per_stage', '1',
              '--batch_size', '8', '--candidates', '6', '--gpu', '-1']       # of naswot, say
 RETRAIN = ['--arch', 'DARTS_V2', *NOISE, *SIZES]
+ONE_STEP = ['--epochs', '1', '--steps_per_epoch', '1']
 
 
 @pytest.fixture(autouse=True)

@@ -85,7 +85,7 @@ def replays(flags, device, graph):
                                graph)
     for k in range(8):
         method.stage = 2                            # of pdarts, whose skips are dropped
-        method.begin_epoch(5 * (k > 4), 10, 0)
+        method.begin_epoch(5 * (k > 4), 10)
         sgd.param_groups[0]['lr'].fill_(0.025 / (1 + k))
         step(*benchmark.batch(16, 16, device), *benchmark.batch(16, 16, device))
     tensors = [*network.weights, *network.architecture_parameters()]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOISE, RETRAIN, TINY, folder_of_images, make_set, one_line, run
+from conftest import NOISE, ONE_STEP, RETRAIN, TINY, folder_of_images, make_set, one_line, run
 
 import evaluate
 import generate_data
@@ -32,7 +32,7 @@ def make(what):
         folder_of_images('own/val')
     elif what:
         main, flags = {'run': (search.main, TINY), 'net': (retrain.main, RETRAIN)}[what]
-        run(main, what, *flags, '--max_steps', '1')
+        run(main, what, *flags)
 
 
 def damage(how, path, *more):
@@ -57,18 +57,16 @@ REFUSED = {
     'generate': '''--label_noise 0.5 --kind noise --out x; --label_mode permute --kind noise --out x
         --multilabel --kind generated --generator spectrum --out x''',
     'search': '''--nosuch 3; --batch_size 0; --batch_size 8 --grad_accum 3; --learning_rate nan
-        --learning_rate_min 1; --partial 3; --steps_per_epoch 9999
+        --partial 3; --steps_per_epoch 9999
         --frozen_epochs 2; --warmup_epochs 2; --unrolled --method gdas; --hessian 1 --arch_data none
         --arch_data train --method oneshot; --repeats 2 --method oneshot; --score angle
         --candidates 5; --fresh --data cifar10; --fresh 2 --data random_labels''',
-    'retrain': '''--auxiliary --arch DARTS_V2; --cutout_length 8 --arch DARTS_V2
-        --drop_path_prob 1 --arch DARTS_V2'''}
+    'retrain': '''--auxiliary --arch DARTS_V2; --drop_path_prob 1 --arch DARTS_V2'''}
 ARCH = '--arch genotype.json --data noise'
 TABLE = [
     # what is there, what is done to it, script, flags, what the line names
     ('', '', 'generate', '--kind random_labels --out x --source nowhere', 'nowhere'),
     ('', '', 'generate', '--kind random_labels --out x', 'cifar-10-batches-py'),
-    ('own', '', 'generate', '--kind random_labels --source own --out own/x', 'own/x'),
     ('', 'put file {', 'generate', '--kind noise --out file/x', 'file'),
     ('own', '', 'search', '--save own', 'own'),
     ('set', 'cut set/meta.json 60', 'search', '--data set', 'meta.json'),
@@ -93,10 +91,10 @@ TABLE = [
     ('', '', 'search', '--method naswot --augment crop', '--augment'),
     ('', '', 'search', '--method random', '--epochs'),
     ('', '', 'search', '--early_stop', 'nine'),
-    ('', '', 'search', '--early_stop --max_steps 5', 'nine'),
+    ('', '', 'search', '--early_stop --epochs 5', 'nine'),
     ('', '', 'retrain', '', '--arch'),
     ('', '', 'retrain', '--arch DARTS_V3', 'DARTS_V3'),
-    ('', '', 'retrain', '--arch |x~0|', "unknown operation 'x'"),
+    ('', '', 'retrain', '--arch |x~0|', 'op is one of'),
     ('', 'put genotype.json [1]', 'retrain', ARCH, '0 of Genotype(...)'),
     ('net', '', 'retrain', '--arch net', 'net'),
     ('', 'put genotype.json {', 'retrain', ARCH, 'genotype.json'),
@@ -111,18 +109,19 @@ TABLE = [
     ('', genotype(reduce_concat=[2, 2, 3]), 'retrain', ARCH, 'reduce_concat'),
     ('', 'put genotype.json {}', 'retrain', '--data noise --arch ' + 'Genotype' * 40, 'neither'),
     ('', '', 'evaluate', 'norun', 'norun'),
-    ('', '', 'evaluate', '', 'nothing to evaluate'),
+    ('', '', 'evaluate', '', 'runs, or --arch'),
     ('', '', 'evaluate', '--arch DARTS_V2 --csv t.csv', '--csv'),
     ('', '', 'evaluate', '--arch DARTS_V2 --plot cell.png', '.svg'),
-    ('', '', 'evaluate', '--arch DARTS_V2 --stem imagenet --image_size 16', '16 px'),
-    ('', '', 'evaluate', '--arch |none~0|+|none~0|none~1|+|none~0|none~1|none~2| --layers 6', '6'),
-    ('own', '', 'evaluate', 'own', 'own: no run'),
+    ('', '', 'evaluate', '--arch DARTS_V2 run', 'runs, or --arch'),
+    ('', '', 'search', '--space darts --stem imagenet', '8 px'),
+    ('', '', 'retrain', '--arch |none~0|+|none~0|none~1|+|none~0|none~1|none~2| --layers 6', '6'),
+    ('own', '', 'evaluate', 'own', 'own/args.json'),
     ('run', 'put run/args.json {', 'evaluate', 'run', 'args.json'),
     ('run', '', 'evaluate', 'run --csv nowhere/t.csv', 'nowhere'),
     ('run', '', 'evaluate', 'run --plot p.txt', 'p.txt'),
     ('run', 'folder p.svg', 'evaluate', 'run --plot p.svg', 'p.svg'),
     ('run', 'drop run/genotype.json', 'evaluate', 'run --csv t.csv', 'none of these runs'),
-    ('run', '', 'evaluate', 'run --predict own', 'no finished retraining'),
+    ('run', '', 'evaluate', 'run --predict own', 'run/weights.pt'),
     ('net', 'cut net/weights.pt 2000', 'evaluate', 'net', 'weights.pt'),
     ('net', '', 'evaluate', 'net --predict nowhere.png', 'nowhere.png'),
     ('net', '', 'evaluate', 'net --scores s.csv', 'test images'),
@@ -158,7 +157,7 @@ def test_one_line_and_nothing_left(there, change, script, flags, needle, capsys)
 @pytest.mark.parametrize('main, flags, result', [
     (search.main, TINY, 'genotype.json'), (retrain.main, RETRAIN, 'weights.pt')])
 def test_a_damaged_checkpoint_or_one_of_another_network_is_refused(main, flags, result, capsys):
-    run(main, 'run', *flags, '--max_steps', '1')
+    run(main, 'run', *flags, *ONE_STEP)
     path = Path('run/checkpoint.pt')
     content = torch.load(path, weights_only=True)
     Path('run', result).unlink()
@@ -166,7 +165,7 @@ def test_a_damaged_checkpoint_or_one_of_another_network_is_refused(main, flags, 
     torch.save(content, path)
     for damaged in (path.read_bytes(), path.read_bytes()[:1000]):
         path.write_bytes(damaged)
-        again = [*flags, '--max_steps', '1', '--save', 'run', '--resume']
+        again = [*flags, *ONE_STEP, '--save', 'run', '--resume']
         one_line(capsys, main(again), 'checkpoint.pt')
 
 
@@ -194,7 +193,7 @@ def test_a_last_step_that_diverges_leaves_no_weights(capsys):
 
 
 def test_a_run_that_another_process_holds_is_refused(capsys):
-    flags = [*TINY, '--max_steps', '1', '--resume']
+    flags = [*TINY, *ONE_STEP, '--resume']
     run(search.main, 'run', *flags)
     Path('run/genotype.json').unlink()
     code = 'import fcntl; f = open("run/.lock", "a"); fcntl.lockf(f, fcntl.LOCK_EX); input()'
@@ -209,13 +208,13 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(capsys, monkeypatch):
     def fail(path):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
-    run(search.main, 'run', *TINY, '--max_steps', '1')
+    run(search.main, 'run', *TINY, *ONE_STEP)
     Path('run/genotype.json').unlink()
     kept = Path('run/checkpoint.pt').read_bytes()
     monkeypatch.setattr(os, 'fsync', fail)
     flags = ['--kind', 'noise', '--out', 'n', *NOISE[2:]]
     one_line(capsys, generate_data.main(flags), 'No space')
-    one_line(capsys, search.main([*TINY, '--max_steps', '1', '--save', 'run', '--resume']),
+    one_line(capsys, search.main([*TINY, *ONE_STEP, '--save', 'run', '--resume']),
              'No space')
     assert not Path('n').exists() and Path('run/checkpoint.pt').read_bytes() == kept
     assert not [path for path in files() if '.tmp' in path]

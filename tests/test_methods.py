@@ -51,7 +51,7 @@ def straight_through(alpha, gumbel, temperature):
 @pytest.mark.parametrize('space', ['darts', 'nb201'])
 def test_gdas_draws_one_operation_straight_through(float64, monkeypatch, space):
     method, ours, book, pairs = with_textbook('--method', 'gdas', '--space', space)
-    assert [method.begin_epoch(e, 250, 0)['temperature'] for e in (0, 249)] == \
+    assert [method.begin_epoch(e, 250)['temperature'] for e in (0, 249)] == \
         pytest.approx([10, 0.1])
     method.set_tensors(temperature=0.7)
     exponentials = [torch.rand_like(alpha) + 0.1 for alpha in book.alphas]
@@ -99,7 +99,7 @@ def test_a_step_computes_only_the_operations_that_are_drawn_and_draws_anew(metho
         if '.blocks.' in name and name.count('.') == 6:
             module.register_forward_hook(lambda module, *_: calls.append(module))
     sgd, _ = search.optimizers(network, method.args)
-    method.begin_epoch(0, 1, 0)
+    method.begin_epoch(0, 1)
     for _ in range(3):
         calls.clear()
         search.weight_step(method, batch(), sgd)
@@ -112,7 +112,7 @@ def test_a_step_computes_only_the_operations_that_are_drawn_and_draws_anew(metho
 
 def test_dartsminus_adds_an_auxiliary_skip_that_does_not_count(float64):
     method, ours, book, pairs = with_textbook('--space', 'nb201', '--method', 'dartsminus')
-    assert [method.begin_epoch(e, 50, 0)['skip_weight'] for e in (0, 25)] == [1, 0.5]
+    assert [method.begin_epoch(e, 50)['skip_weight'] for e in (0, 25)] == [1, 0.5]
     method.set_tensors(skip_weight=0.3)
     book.mix = lambda alpha: F.softmax(alpha, 1) + 0.3 * torch.tensor([0., 1, 0, 0, 0])
     same_gradients(method, book, batch())
@@ -125,7 +125,7 @@ def test_dartsminus_adds_an_auxiliary_skip_that_does_not_count(float64):
 def test_betadarts_adds_lambda_times_the_mean_of_logsumexp_to_the_alphas_loss(float64):
     method, ours, book, pairs = with_textbook('--space', 'nb201', '--method', 'betadarts')
     sgd, adam = search.optimizers(ours, method.args)
-    assert [method.begin_epoch(e, 50, 0)['lambda_'] for e in (0, 25)] == [0, 25]
+    assert [method.begin_epoch(e, 50)['lambda_'] for e in (0, 25)] == [0, 25]
     method.set_tensors(lambda_=2.5)
     train, valid = batch(), batch()
     book_adam = textbook.Step(book, False).adam
@@ -153,7 +153,7 @@ def to_simplex(q):
 def test_sdarts_trains_the_weights_with_perturbed_edges(float64, space, perturb, monkeypatch):
     method, ours, book, pairs = with_textbook('--space', space, '--method', 'sdarts',
                                               '--perturb', perturb)
-    assert [method.begin_epoch(e, 50, 0)['radius'] for e in (0, 25)] == pytest.approx([0.03, 0.165])
+    assert [method.begin_epoch(e, 50)['radius'] for e in (0, 25)] == pytest.approx([0.03, 0.165])
     method.set_tensors(radius=0.2)
     plain, train, valid = book.mix, batch(), batch()
     cells, starts = [id(a) for a in book.alphas], [torch.rand_like(a) for a in book.alphas]
@@ -245,7 +245,7 @@ def test_restriction_to_two_skips_strikes_out_the_weakest(float64):
 def test_pdarts_from_start_to_genotype(monkeypatch):
     """Cells, frozen epochs and dropout of the three stages, in a run."""
     def look(given, _):
-        method, *_, frozen, _ = given
+        method, *_, frozen = given
         skips = [m for m in method.network.modules() if isinstance(m, search.DroppedSkip)]
         seen.append((len(method.network.cells), frozen, skips[0].probability.item()))
 
@@ -295,7 +295,7 @@ def test_images_of_the_alphas_begin_again_in_another_order_if_they_are_fewer():
 
 def test_every_stage_of_pdarts_has_the_whole_warm_up():
     args = search.parse(['--method', 'pdarts', '--warmup_epochs', '5'])
-    rates = [search.learning_rate_at(args, epoch, 25, stages=3) for epoch in range(5)]
+    rates = [search.learning_rate_at(args, epoch, 25) for epoch in range(5)]
     whole = [args.learning_rate * (1 + math.cos(math.pi * epoch / 25)) / 2 for epoch in range(5)]
     assert rates == pytest.approx([rate * (k + 1) / 5 for k, rate in enumerate(whole)])
 
@@ -334,19 +334,15 @@ def test_early_stop_takes_the_genotype_of_then_and_resumes(monkeypatch):
     assert ['eigenvalue' in line for line in lines] == [False, True]    # of alphas that are trained
 
 
-def test_what_the_log_says_of_the_alphas(monkeypatch, capsys):
-    grads = []
-    watch(monkeypatch, 'first_order', lambda given, out: grads.append(out[0][0].double()))
+def test_what_the_log_says_of_the_alphas(capsys):
     lines = run(search.main, 'r', *TINY, '--epochs', '3', '--hessian', '2', '--arch_learning_rate',
                 '0.05')
     assert [line.get('eigenvalue') is not None for line in lines] == [True, False, True]
-    for k, line in enumerate(lines):
+    for line in lines:
         p = F.softmax(torch.tensor(line['alphas']['cell']).double(), 1)
         first, second = p.topk(2)[0].T
-        steps = torch.stack(grads[2 * k:2 * k + 2])                 # mean over deviation
-        signal = steps.mean(0).norm() / steps.std(0, unbiased=False).norm()
         for name, value in (('entropy', -(p * p.log()).sum(1).mean()),
-                            ('margin', (first - second).mean()), ('signal', signal)):
+                            ('margin', (first - second).mean())):
             assert line[f'{name}_cell'] == pytest.approx(value.item(), rel=1e-4)
         names = [list(NB201.operations)[k] for k in p.argmax(1)]
         assert line['genotype'] == to_string(names)
@@ -367,7 +363,7 @@ def test_arch_data_are_other_images_or_the_same_or_none(monkeypatch):
     assert all(torch.equal(seen[k][0], seen[k + 4][0]) for k in range(4))       # the same half
     first, last = log('none')
     assert np.abs(last['alphas']['cell']).sum() <= np.abs(first['alphas']['cell']).sum()
-    assert first['valid_loss'] is None and first['signal_cell'] is None
+    assert first['valid_loss'] is None
     assert log('train')[-1]['valid_loss'] is not None
 
 
@@ -524,7 +520,7 @@ def test_equal_cells_of_nb201_are_scored_once():
 @pytest.mark.parametrize('name', ['oneshot', 'naswot', 'snip', 'synflow'])
 @pytest.mark.parametrize('space', ['darts', 'nb201'])
 def test_every_scoring_method_takes_the_best_of_its_scores(name, space, capsys):
-    some = ['--max_steps', '2', *SIZES[2:]] if name == 'oneshot' else ['--repeats', '2']
+    some = [*SIZES[2:], '--epochs', '1'] if name == 'oneshot' else ['--repeats', '2']
     some += SIZES[:2] if space == 'darts' else []
     flags = [*UNTRAINED, '--space', space, *some]
     lines = run(search.main, 'run', *flags, '--method', name, '--candidates', '6')
@@ -561,8 +557,6 @@ def test_score_and_repeats_have_an_effect_and_rank_correlations_are_those_of_sci
     assert row['spearman'] == pytest.approx(spearmanr(value, truth)[0])
     left = [v - np.polyval(np.polyfit(params, v, 1), params) for v in (value, truth)]
     assert row['spearman_given_params'] == pytest.approx(np.corrcoef(*left)[0, 1])
-    best = np.argsort(-scores[by], kind='stable')[:10]
-    assert row['best_of_top_10'] == scores['cifar10'][best].max()
 
 
 def test_the_slightest_alpha_decides_and_equal_ones_are_broken_by_seed():

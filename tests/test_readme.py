@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (DARTS, NOISE, RETRAIN, ROOT, TINY, one_line, reports, run, same_run,
+from conftest import (DARTS, NOISE, ONE_STEP, RETRAIN, ROOT, TINY, one_line, reports, run, same_run,
                       stop_in_every_step)
 
 import evaluate
@@ -50,8 +50,7 @@ def parsed(script, words):
         flags = {word[2:] for word in argv[1:] if word.startswith('--')}
         assert flags <= {*generate_data.DATA, 'kind', 'out', 'seed', 'gpu', 'generator_steps'}
     elif script == 'evaluate':
-        tables = {'runs': evaluate.RUNS, 'cost': evaluate.COST}
-        generate_data.parse_flags(evaluate.__doc__, tables, argv)
+        generate_data.parse_flags(evaluate.__doc__, {'flags': evaluate.FLAGS}, argv)
 
 
 @pytest.mark.parametrize('page', PAGES)
@@ -131,7 +130,7 @@ def test_the_section_has_the_five_usual_changes():
 
 def test_a_method(scripts, capsys):
     modules = scripts('search.py', 'below', 'METHODS')
-    run(modules['search'].main, 'found', *TINY, '--method', 'entropy', '--max_steps', '1')
+    run(modules['search'].main, 'found', *TINY, '--method', 'entropy', *ONE_STEP)
     assert report(modules, capsys)['method'] == 'entropy'
     args = modules['search'].parse([*TINY, '--method', 'entropy'])
     method = modules['search'].METHODS['entropy'](args, 4, 'cifar', torch.device('cpu'))
@@ -153,7 +152,7 @@ def test_an_optimiser_of_the_alphas(scripts, capsys):
 
 def test_a_kind_of_data(scripts, capsys):
     modules = scripts('generate_data.py', 'below', 'KINDS')
-    flags = ['--data', 'uniform', *NOISE[2:], *TINY[len(NOISE):], '--max_steps', '1']
+    flags = ['--data', 'uniform', *NOISE[2:], *TINY[len(NOISE):], *ONE_STEP]
     run(modules['search'].main, 'found', *flags)
     assert report(modules, capsys)['searched_on'] == 'uniform'
     assert modules['generate_data'].main(['--kind', 'uniform', '--out', 'set', *NOISE[2:]]) == 0
@@ -161,7 +160,7 @@ def test_a_kind_of_data(scripts, capsys):
 
 
 def test_an_operation(scripts, capsys):
-    run(search.main, 'before', *DARTS, '--max_steps', '1')
+    run(search.main, 'before', *DARTS, *ONE_STEP, '--seed', '1')
     modules = scripts('operations.py', 'below', 'OPERATIONS')
     modules['search'].PDarts.MORE_CELLS = 0, 0, 0
     for method, steps in (('darts', '1'), ('gdas', '1'), ('pdarts', '3')):
@@ -175,9 +174,9 @@ def test_an_operation(scripts, capsys):
     run(modules['retrain'].main, 'found', '--arch', 'own.json', *RETRAIN[2:])
     row = report(modules, capsys)
     assert row['genotype']['normal'][0] == ['conv_7x1_1x7', 0] and row['params'] > 0
-    # Runs from before and after make one table; without the operation its run is one line.
+    # Runs from before and after are seeds of one line; without the operation its run is an error.
     assert modules['evaluate'].main(['before', 'darts', 'found', '--gpu', '-1']) == 0
-    assert capsys.readouterr().out.count('\n') == 4
+    assert capsys.readouterr().out.count('\n') == 3
     one_line(capsys, evaluate.main(['found', '--gpu', '-1']), 'conv_7x1_1x7')
 
 

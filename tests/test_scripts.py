@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (DARTS, NOISE, ONESHOT, RETRAIN, ROOT, SIZES, TINY, chexpert, fake_cifar,
-                      folder_of_images, make_set, one_line, run, same_run, stop_in_every_step)
+from conftest import (DARTS, NOISE, ONE_STEP, ONESHOT, RETRAIN, ROOT, SIZES, TINY, chexpert,
+                      fake_cifar, folder_of_images, make_set, one_line, run, same_run,
+                      stop_in_every_step)
 
 import evaluate
 import generate_data
@@ -87,7 +88,7 @@ def test_controls_need_no_data_or_no_steps(flags, draw):
     assert search.main(['--method', 'random', '--space', flags[-1], '--seed', '5',
                         '--save', 'r']) == 0
     assert found('r') == draw(5) and not Path('data').exists()
-    assert run(search.main, 'untrained', *flags, '--max_steps', '0') == []
+    assert run(search.main, 'untrained', *flags, '--epochs', '0') == []
     torch.manual_seed(0)
     network = search.Darts(search.parse(flags), 10, 'cifar', torch.device('cpu')).build()
     assert found('untrained') == network.genotype()
@@ -200,7 +201,7 @@ def test_a_lost_log_is_written_again_a_lost_checkpoint_starts_again_and_the_end_
 
 
 def test_a_resumed_run_says_that_the_code_has_changed(capsys):
-    flags = [*TINY, '--max_steps', '1', '--resume']
+    flags = [*TINY, *ONE_STEP, '--resume']
     run(search.main, 'r', *flags)
     Path('r/genotype.json').unlink()
     Path('r/scripts/search.py').write_text('other')
@@ -237,7 +238,7 @@ generator spectrum, difficulty hard: --data generated
 fresh: --epochs 2
 uncertain ones, views all: chexpert
 test_fraction 0.1: own
-augment standard, epochs 3, steps_per_epoch 1, max_steps 3, batch_size 4, grad_accum 2
+augment standard, epochs 3, steps_per_epoch 1, batch_size 4, grad_accum 2
 learning_rate 0.1, learning_rate_min 0.01, momentum 0.1, weight_decay 0.1, grad_clip 0.1
 warmup_epochs 2: --epochs 3
 stem imagenet: --image_size 32
@@ -251,10 +252,9 @@ space darts: --epochs 1
 layers 4: --space darts --epochs 1
 preset chexpert: --num_images 400""")
 RETRAIN_FLAGS = table(SHARED + """
-arch PDARTS, layers 4, drop_path_prob 0.9, cutout, label_smoothing 0.1
+arch PDARTS, layers 4, drop_path_prob 0.9, cutout 4, label_smoothing 0.1
 holdout_patients 0.2, train_portion 0.5, preset nb201
-auxiliary: --image_size 32
-cutout_length 4: --cutout""")
+auxiliary: --image_size 32""")
 SCRIPTS = {'search': (search, TINY, SEARCH_FLAGS), 'retrain': (retrain, RETRAIN, RETRAIN_FLAGS)}
 SAME = evaluate.MAY_DIFFER - {'typed'} | {'tf32'}       # flags that change no result on a CPU
 PLACES = {'random_labels': '--data random_labels --image_size 8',
@@ -268,7 +268,7 @@ def result(tmp_path_factory):
     folder, known = tmp_path_factory.mktemp('shared'), {}
     fake_cifar(folder / 'data')
     chexpert(folder / 'data', patients=40)
-    folder_of_images(folder / 'own', n=20, size=(8, 8))
+    folder_of_images(folder / 'own', n=30, size=(8, 8))
 
     def log_of(script, flags):
         os.chdir(folder)
@@ -361,15 +361,13 @@ def test_typed_wins_over_quick_over_preset_over_method_over_space():
 
 def test_schedules_keep_their_shape_in_shorter_runs():
     for flags, lengths in (
-            ('', (50, 97, 4850, 15)), ('--max_steps 100', (50, 2, 100, 15)),
-            ('--steps_per_epoch 20 --max_steps 210', (11, 20, 210, 3)),
+            ('', (50, 97, 4850, 15)), ('--steps_per_epoch 2', (50, 2, 100, 15)),
             ('--epochs 10', (10, 97, 970, 3)), ('--epochs 10 --frozen_epochs 5', (10, 97, 970, 5)),
             ('--quick', (3, 4, 12, 0))):
         args = search.parse(['--method', 'pcdarts', '--save', 'r', *flags.split()])
         plan = retrain.Run(args, torch.device('cpu'), 'genotype.json')
         plan.plan(97)
-        frozen = round(args.frozen_epochs * plan.epochs / args.epochs)
-        assert (plan.epochs, plan.steps, plan.total, frozen) == lengths, flags
+        assert (plan.epochs, plan.steps, plan.total, args.frozen_epochs) == lengths, flags
     args = search.parse(['--epochs', '4'])
     assert np.allclose([retrain.learning_rate_at(args, epoch, 4) for epoch in range(4)],
                        0.001 + 0.024 * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2)
@@ -427,7 +425,7 @@ def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):
                         '--image_size', '8', '--out', 'written'])
     noise = ['--num_images', '64'] if 'noise' in flags else []
     sizes = SIZES[2:] if 'laptop' in flags else SIZES
-    run(search.main, 'my run', '--image_size', '8', *sizes, '--batch_size', '4', '--max_steps', '0',
+    run(search.main, 'my run', '--image_size', '8', *sizes, '--batch_size', '4', '--epochs', '0',
         *noise, *flags.split())
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == f"next: python retrain.py --arch 'my run' {expected}"

@@ -192,7 +192,6 @@ def rows_of(run):
         last = run['log'][-1]
         alphas = ' '.join(f'{alpha:.9g}' for alpha in np.ravel(last['alphas']['cell']))
         return 'gradient.csv', [{**row, 'fit': f'{last["train_accuracy"]:.4f}',
-                                 'signal': f'{last["signal_cell"] or math.nan:.4g}',
                                  'alphas': alphas}]
     row['fit'] = f'{training[-1]["train_accuracy"]:.4f}' if training else ''
     return 'scoring.csv', [{**row, 'score': score, 'genotype': run['genotype']
