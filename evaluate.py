@@ -9,6 +9,8 @@
     python evaluate.py runs/NAME --genotype             # the cell in DARTS's words, to paste there
     python evaluate.py --arch DARTS_V2 --plot cell.svg  # parameters, multiply-adds, a drawing
 
+The networks of --arch are those of the papers: for CIFAR C=36 and 20 cells, for ImageNet C=48, 14
+cells and 224 px, in NAS-Bench-201 C=16 and 17 cells.
 A retrained network is tested anew from its weights.pt. The true accuracy of a cell of
 NAS-Bench-201 is looked up. `params, full size` of a search are those of the network that retrain.py
 makes of its cell by default.
@@ -120,12 +122,12 @@ class Metric(NamedTuple):
     multilabel: bool = False    # for several labels per image
 
 
-PARTS = {'test': 'test', 'fit': 'final training', 'holdout': 'held-out'}    # that are measured
+PARTS = {'test': 'test', 'fit': 'final training', 'holdout': 'held-out'}    # words in headers
 METRICS = {
     'error': Metric('error %', 2, top_error),
     'top5_error': Metric('top-5 error %', 2, partial(top_error, k=5)),
-    'auroc_tasks': Metric('AUROC, 5 tasks', 3, partial(mean_area, names=TASKS), multilabel=True),
-    'auroc': Metric('AUROC, all labels', 3, mean_area, multilabel=True),
+    'auroc_tasks': Metric('AUROC of 5 tasks', 3, partial(mean_area, names=TASKS), multilabel=True),
+    'auroc': Metric('AUROC of all labels', 3, mean_area, multilabel=True),
 }
 
 
@@ -568,7 +570,7 @@ def print_table(lines):
 # ---- Plots ----------------------------------------------------------------------------------
 
 
-# Panels, beside those of the METRICS: how the entries of the log begin whose mean is drawn
+# Panels, in addition to those of the METRICS: how the entries of the log begin whose mean is drawn
 PANELS = {
     'training loss': 'train_loss', 'training accuracy, %': 'train_accuracy',
     "loss on the alphas' images": 'valid_loss',

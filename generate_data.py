@@ -216,7 +216,7 @@ def load_file(path, mend):
 
 @contextlib.contextmanager
 def readable(what, mend):
-    """Any error in the block becomes a UserError: what (the error). mend"""
+    """Turn any error in the block into a UserError with the text `what (error). mend`."""
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -932,7 +932,7 @@ def new_folder(out):
             shutil.rmtree(new, ignore_errors=True)
 
 
-def set_settings(name, s):
+def settings_of_set(name, s):
     """{setting: value} of what a set of this kind depends on; folders as absolute paths."""
     used = settings_of(name, s)
     own = {key: s[key] for key in DATA if key in used - {'data_dir', 'download', 'fresh'}}
@@ -945,7 +945,7 @@ def set_settings(name, s):
 
 def make_set(out, name, s, device):
     """Write a set into the folder `out`: images.npy (not of a source), labels, meta.json, sheet."""
-    own = set_settings(name, s)
+    own = settings_of_set(name, s)
     with new_folder(out) as folder:
         made = kind_of(name, s).make({**s, 'out': out, 'image_size': own['image_size']}, device)
         labels, source = np.ascontiguousarray(made.labels), made.source
@@ -998,7 +998,7 @@ def mean_and_std(images):
 
 
 def sheet_rows(labels):
-    """Rows of up to 100 images: one of each class, then the first; single labels are sorted."""
+    """Rows of 100 images: one of each class, then the first; by class if each has one label."""
     rows, classes = np.arange(len(labels)), labels
     if labels.ndim == 2:
         rows, classes = np.nonzero(labels == 1)
@@ -1299,9 +1299,9 @@ REAL = {'cifar10': read_cifar, 'cifar100': read_cifar, 'imagenet': read_imagenet
 def read_folder(root, split, s):
     """Pictures, a folder for each class: root/train and root/val (or test), or root alone.
 
-    Without val/ about a share test_fraction is the test split. A picture's side is a hash of its
-    path in root, so that it stays, whatever other pictures come or go. With skip_broken pictures
-    that cannot be read are left out; else they are named, all at once.
+    Without val/ about test_fraction of the pictures are the test split. A hash of a picture's path
+    decides, so it keeps its side if others come or go. With skip_broken pictures that cannot be
+    read are left out; else they are named, all at once.
     """
     trees = [root]
     if (root / 'train').is_dir():
@@ -1312,7 +1312,7 @@ def read_folder(root, split, s):
     is_test = np.arange(sum(map(len, files))) >= len(files[0])      # those of the second tree
     files, labels = np.concatenate(files), np.concatenate(labels)
     if len(trees) == 1:
-        is_test = np.array([share_of(file.relative_to(root)) < s['test_fraction']
+        is_test = np.array([share_of(file.relative_to(trees[0])) < s['test_fraction']
                             for file in files])
     # The training split is read first, and tries the pictures of both.
     if s['skip_broken'] or (split == 'train' and len(files) <= 20000):
@@ -1328,7 +1328,7 @@ def read_folder(root, split, s):
         empty = {*range(len(classes[0]))} - {*labels[~is_test]}
         if empty:
             raise UserError(f'{root}: {classes[0][min(empty)]} has no pictures to train on. Add '
-                            'some, remove its folder, or give --test_fraction 0.')
+                            'some, or remove its folder.')
         if not world()[0]:
             print(f'{root}: {len(files)} pictures of {", ".join(classes[0])[:200]}; '
                   f'{is_test.sum()} are the test', file=sys.stderr)
@@ -1341,7 +1341,7 @@ def read_folder(root, split, s):
 
 
 def share_of(path):
-    """A number from 0 to 1, uniform over paths, that a path always has."""
+    """Return a number in [0, 1) that depends on the path alone, uniform over paths."""
     return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:4], 'big') / 2 ** 32
 
 
@@ -1466,7 +1466,7 @@ def find_or_make(name, s):
     """
     if name not in KINDS:
         return read(name, s)
-    own = set_settings(name, s)
+    own = settings_of_set(name, s)
     usual = {**DEFAULTS, 'image_size': None if 'source' in own else 32}
     parts = [f'{key}={Path(str(value)).name}' for key, value in own.items()
              if value != usual[key] and key != 'data_seed']
@@ -1653,6 +1653,9 @@ def main(argv=None):
     unused = {*DATA, 'generator_steps'} - settings_of(kind, s)
     what = kind + (f' --generator {s["generator"]}' if kind == 'generated' else '')
     refuse_idle(typed, dict.fromkeys(unused, True), f'for --kind {what}')
+    both = [os.path.realpath(out), os.path.realpath(s['source'])]
+    if s['source'] not in REAL and os.path.commonpath(both) in both:
+        raise UserError(f'--out {out}: it or --source lies in the other. Write elsewhere.')
     make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']))
     print(f'wrote {out}: look at {Path(out, "sheet.png")}')
     print(f'next: python search.py --data {shlex.quote(out)}')

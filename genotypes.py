@@ -150,8 +150,8 @@ def from_string(text, source='genotype'):
     """The six operations of an official string; UserError names `source` and what is wrong."""
     names = [pair.split('~')[0] for pair in text.replace('+', '').split('|') if pair]
     if len(names) != 6 or to_string(names) != text or not {*names} <= {*NB201_OPERATIONS}:
-        raise UserError(f'{source}: {text:.150} is not of the form {to_string(["op"] * 6)}, where '
-                        f'op is one of {", ".join(NB201_OPERATIONS)}')
+        raise UserError(f'{source}: {text[:150]!r} is not of the form {to_string(["op"] * 6)}, '
+                        f'where op is one of {", ".join(NB201_OPERATIONS)}')
     return tuple(names)
 
 

@@ -89,7 +89,7 @@ NETWORK = {
                     ['auto', 'cifar', 'imagenet']),
     'auxiliary': Setting(False, 'a second head while training'),
     'drop_path_prob': Setting(0.2, 'at the end, reached linearly', number(float, 0, below=1)),
-    'cutout': Setting(0, 'side of a square that is blanked; 0: none', number(int, 0), alone=16),
+    'cutout': Setting(0, 'pixels of a blanked square; alone: 16; 0: none', number(int, 0), 16),
 }
 RECIPE = {
     'label_smoothing': Setting(0.0, 'share spread over all classes', number(float, 0, below=1)),
@@ -120,13 +120,12 @@ PRESETS = {
 QUICK = dict(num_images=1000, epochs=2, steps_per_epoch=40, batch_size=32, init_channels=8,
              layers=5, warmup_epochs=0)
 FIT_IMAGES = 10000          # training images on which the fit is measured at the end
-# How the line of an epoch that a run prints shows entries of its log, beside the METRICS
+# How the line of an epoch that a run prints shows entries of its log, in addition to the METRICS
 SAID = {'train_loss': 'training loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}',
         'valid_loss': "loss on the alphas' images {:.3f}", 'valid_accuracy': 'accuracy {:.1%}',
         'skips_normal': 'skips in the normal cell: {}', 'skips_reduce': 'in the reduction cell: {}',
         'skips_cell': 'skips: {}', 'truth_for_analysis_only': 'CIFAR-10, known: {[cifar10]:.2f}%',
-        'kept_after_epochs': 'kept: the network after epoch {}',
-        'holdout_loss': 'held-out loss {:.3f}'}
+        'kept_after_epochs': 'kept: the network after epoch {}'}
 
 
 def settle(doc, tables, argv, presets, defaults_for):
@@ -234,7 +233,7 @@ class Run:
     """A run's folder: args.json, scripts/, checkpoint.pt with the log in it, log.jsonl, a result.
 
     run = Run(args, device, 'weights.pt')   UserError if the folder is not of these settings
-    run.plan(full)                          of data that give `full` steps an epoch
+    run.plan(full)                          sets epochs and steps, if the data give `full` of them
     with run.on(data):                      takes the folder for this process, reads the checkpoint
         run.start(...)                      loads the checkpoint into networks and optimizers
         for epoch in range(run.epoch, run.epochs):
@@ -797,7 +796,8 @@ def finish(run, args, data, test_data, stem, genotype, found_by, weights):
             'std': data.std, 'image_size': data.image_size, 'zoom': data.zoom,
             'multilabel': data.multilabel, 'has_test': test_data is not None,
             'data': args.data if args.data in REAL else str(Path(args.data).resolve()),
-            'settings': {**vars(args), 'data_dir': str(Path(args.data_dir).resolve())}}
+            'settings': {**vars(args), 'data_dir': str(Path(args.data_dir).resolve()),
+                         'download': False}}
     write_file(run.folder / 'weights.pt', {'network': weights, 'meta': meta})
     say(args, run.log[-1])
 

@@ -662,7 +662,7 @@ def second_order(method, train, valid, sgd):
 
 
 def architecture_step(method, train, valid, sgd, adam):
-    """Step the alphas; returns (loss, right answers) on valid before it."""
+    """Step the alphas; return (loss, right answers) on valid before it."""
     alphas, args = method.network.architecture_parameters(), method.args
     if args.arch_data == 'none':                # the control: only what a method adds by itself
         loss = right = torch.zeros((), device=alphas[0].device)
@@ -807,7 +807,7 @@ def parse(argv):
 
     table = {'method': Setting('darts', 'how to search', list(METHODS)), **SEARCH}
     data = {**INPUT, 'data': INPUT['data']._replace(default='noise')}
-    epochs = SCHEDULE['epochs']._replace(values=number(int, 0))         # 0: untrained alphas
+    epochs = Setting(50, 'passes over the data; 0: untrained alphas', number(int, 0))
     tables = {'method': table, 'data': data, 'schedule': {**SCHEDULE, 'epochs': epochs}}
     args, typed, defaults = settle(__doc__, tables, argv, PRESETS, defaults_for)
     method = METHODS[args.method]
@@ -819,7 +819,7 @@ def parse(argv):
             'score': len(method.scores) < 2, 'repeats': method.trains,
             'layers': args.space == 'nb201',
             'valid_fraction': args.arch_data != 'valid' or not trains}
-    if method.stochastic or args.arch_data == 'none':   # losses are drawn anew, or there is none
+    if method.stochastic or args.arch_data == 'none':   # each loss is another, or there is none
         idle.update(unrolled=True, hessian=True, early_stop=True)
     if method.scores or not trains:
         idle.update(dict.fromkeys(ALPHAS, True))
@@ -830,7 +830,8 @@ def parse(argv):
         if 0 < args.epochs <= getattr(args, name) * method.stages:
             raise UserError(f'--{name} {getattr(args, name)} are all epochs of a stage: take fewer')
     if 0 < args.epochs < method.stages:
-        raise UserError(f'--epochs {args.epochs}: {args.method} has {method.stages} stages')
+        raise UserError(f'--epochs {args.epochs}: {args.method} has {method.stages} stages. '
+                        'Give as many or more.')
     if args.early_stop and (math.ceil(args.epochs / args.hessian)
                             - math.ceil(args.frozen_epochs / args.hessian)) < 9:
         raise UserError('--early_stop needs nine eigenvalues: give more --epochs, or --hessian 1')
@@ -919,7 +920,7 @@ def main(argv=None):
                   lambda: dict(stage=method.stage, kept=method.kept))
 
         def step(is_frozen, *batch):
-            # Training images and labels, then those of the alphas: without them the same ones.
+            # Images and labels for the weights, then for the alphas; one stream is for both.
             return bilevel_step(method, batch[:2], batch[-2:], sgd, adam, is_frozen)
 
         def changed():

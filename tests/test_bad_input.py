@@ -67,6 +67,7 @@ TABLE = [
     # what is there, what is done to it, script, flags, what the line names
     ('', '', 'generate', '--kind random_labels --out x --source nowhere', 'nowhere'),
     ('', '', 'generate', '--kind random_labels --out x', 'cifar-10-batches-py'),
+    ('own', '', 'generate', '--kind random_labels --source own --out own/x', 'own/x'),
     ('', 'put file {', 'generate', '--kind noise --out file/x', 'file'),
     ('own', '', 'search', '--save own', 'own'),
     ('set', 'cut set/meta.json 60', 'search', '--data set', 'meta.json'),

@@ -293,7 +293,7 @@ def test_images_of_the_alphas_begin_again_in_another_order_if_they_are_fewer():
         step=0, epochs=3)), 10))) == 10 and (batches.turns == 0).all()      # epochs 0, 1: one draw
 
 
-def test_every_stage_of_pdarts_has_the_whole_warm_up():
+def test_warm_up():
     args = search.parse(['--method', 'pdarts', '--warmup_epochs', '5'])
     rates = [search.learning_rate_at(args, epoch, 25) for epoch in range(5)]
     whole = [args.learning_rate * (1 + math.cos(math.pi * epoch / 25)) / 2 for epoch in range(5)]
