@@ -439,8 +439,10 @@ def print_scoring(rows, part):
     print_table(table)
     if part == 'Bdose':
         dots = [row for row in rows if row['part'] in ('B', part) and row['score'] == SCORES[0]]
-        r = stats.spearmanr([row['fit'] for row in dots], [row['rho'] for row in dots]).statistic
-        print(f'Rank correlation of fit and rho over {len(dots)} supernets of B and Bdose: {r:.2f}')
+        fit = [row['fit'] for row in dots]
+        print(f'Rank correlations of fit and outcomes over {len(dots)} supernets of B and Bdose:')
+        for name in ('rho', 'given_params'):
+            print(f'{name} {stats.spearmanr(fit, [row[name] for row in dots]).statistic:.2f}')
     if part == 'Bbest' and complete(rows, 'B'):
         real = sample(rows, 'rho', part, 'cifar10@25000', score='valid_accuracy')
         others = {kind: sample(rows, 'rho', 'B', kind, score=SCORES[0]) for kind in UNREAL}
