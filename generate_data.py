@@ -15,6 +15,7 @@ A set appears when it is complete, so you can simply repeat a run that was stopp
 `--generator train` keeps its training in OUT.generator/ and goes on from there.
 """
 import argparse
+import atexit
 import contextlib
 import csv
 import ctypes
@@ -25,6 +26,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -1608,6 +1610,8 @@ class Batches:
             multiprocessing_context='fork' if self.workers else None,       # shares the images
             pin_memory=self.device.type == 'cuda', generator=torch.Generator())
         # Workers get no signal that is sent to all: it would end them before the run has saved.
+        atexit.unregister(kill_workers)
+        atexit.register(kill_workers)
         signals = signal.SIGINT, signal.SIGTERM
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         try:
@@ -1636,6 +1640,13 @@ class Batches:
             rows, columns = ((at >= start) & (at < start + self.cutout)).unbind(1)
             x = x * (~(rows[:, None, :, None] & columns[:, None, None])).float()
         return x
+
+
+def kill_workers():
+    """End the workers that are left at the end of a script, which block Python's SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch would call it an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 @one_line_errors

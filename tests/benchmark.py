@@ -4,6 +4,7 @@
     python tests/benchmark.py --only darts1_b16
     python tests/benchmark.py --imagenet        # steps at 224 px, and the batches that fit a GPU
     python tests/benchmark.py --methods         # every method's step; NAS-Bench-201's textbook
+    python tests/benchmark.py --gpu             # equality and speed on a CUDA device, 8 minutes
     python tests/benchmark.py --probe FOLDER    # how learnable a data set is
 
 A search step is one architecture and one weight step (C=16, 8 cells, 32 px); a retrain step one
@@ -28,7 +29,6 @@ import search
 from genotypes import DARTS_V2
 from model_search import Network
 
-import numpy as np
 import textbook
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,7 +41,6 @@ class Case(NamedTuple):
     batch: int
     repeats: int            # 0: memory only
     pixels: int = 32
-    width: int = 16         # C of a search
 
 
 CASES = {
@@ -76,7 +75,7 @@ def steps(case, sides=('ours', 'book'), device=CPU, graph=False, flags=()):
     """
     torch.manual_seed(0)
     retraining, large = case.partial == 0, case.pixels > 64
-    shape, extra = (case.width, 1000 if large else 10, 8), {'partial': case.partial}
+    shape, extra = (16, 1000 if large else 10, 8), {'partial': case.partial}
     if retraining:
         shape = (48, 1000, 14, DARTS_V2) if large else (36, 10, 20, DARTS_V2)
         extra = {'auxiliary': True}
@@ -93,7 +92,8 @@ def steps(case, sides=('ours', 'book'), device=CPU, graph=False, flags=()):
             network.drop_path_prob, data = torch.tensor(0.1, device=device), data[:2]
             step, changed = retrain_step(network, flags)
         elif side == 'ours':
-            step, changed = search_step(network, case.unrolled, flags)
+            more = ['--unrolled'] * case.unrolled
+            step, changed, *_ = search_step([*flags, *more], device, network)
         else:
             step, changed = textbook.Step(network, case.unrolled), None
         step = retrain.GraphedStep(step, changed, device, graph and side == 'ours')
@@ -101,14 +101,14 @@ def steps(case, sides=('ours', 'book'), device=CPU, graph=False, flags=()):
     return functions
 
 
-def search_step(network, unrolled, flags=()):
-    """(our step, what it changes), with search.py's own optimizers."""
-    args = search.parse([*flags, *(['--unrolled'] if unrolled else [])])
-    method = search.Darts(args, 10, 'cifar', next(network.parameters()).device)
-    method.network = network
-    sgd, adam = search.optimizers(network, args)
-    return (lambda a, b, c, d: search.bilevel_step(method, (a, b), (c, d), sgd, adam),
-            lambda: retrain.tensors_of_a_step(network, sgd, adam))
+def search_step(flags, device=CPU, network=None):
+    """(our step, what it changes, method, SGD) by search.py's flags; without a network its own."""
+    args = search.parse(flags)
+    method = search.METHODS[args.method](args, 10, 'cifar', device)
+    method.network = network or method.build()
+    sgd, adam = search.optimizers(method.network, args)
+    return (lambda *batches: search.bilevel_step(method, batches[:2], batches[2:], sgd, adam),
+            lambda: retrain.tensors_of_a_step(method.network, sgd, adam), method, sgd)
 
 
 def retrain_step(network, flags=()):
@@ -165,43 +165,36 @@ def show(name, row):
 SETTINGS = {'darts, 8 cells, batch 16, 32 px': ('darts', 8, 16, 32),
             'nb201, N=5, batch 16, 32 px': ('nb201', 5, 16, 32),
             'nb201, N=1, batch 64, 16 px': ('nb201', 1, 64, 16)}
-METHODS = {'darts': [], 'pcdarts': [], 'gdas': [], 'sdarts': [],
-           'sdarts adversarial': ['--perturb', 'adversarial'], 'dartsminus': [], 'betadarts': []}
+METHODS = ['darts', 'pcdarts', 'gdas', 'sdarts', 'sdarts --perturb adversarial', 'dartsminus',
+           'betadarts']
 
 
 def methods(n=5):
-    """{setting, method: CPU seconds of a first-order step, and those of DARTS by them}.
-
-    In NAS-Bench-201 the textbook's supernet beside them, with the weights of the one of DARTS.
-    """
+    """{setting, method: CPU seconds of a first-order step}; in NAS-Bench-201 the textbook's too."""
     rows = {}
     for setting, (space, cells, size, pixels) in SETTINGS.items():
-        data, functions = (batch(size, pixels), batch(size, pixels)), {}
-        for name, flags in METHODS.items():
-            length = '--layers' if space == 'darts' else '--cells_per_stage'
-            args = search.parse(['--space', space, '--method', name.split()[0], length, str(cells),
-                                 *flags])
-            method = search.METHODS[args.method](args, 10, 'cifar', CPU)
-            network = method.build()
+        data, functions = (*batch(size, pixels), *batch(size, pixels)), {}
+        length = '--layers' if space == 'darts' else '--cells_per_stage'
+        for name in METHODS:
+            step, _, method, _ = search_step(['--space', space, length, str(cells), '--method',
+                                              *name.split()])
             method.begin_epoch(10, 50)
-            functions[name] = functools.partial(search.bilevel_step, method, *data,
-                                                *search.optimizers(network, args))
-            if name == 'darts' and space == 'nb201':
-                book = textbook.NB201Network(16, 10, cells)
-                textbook.copy_weights(network, book)
-                functions['textbook'] = functools.partial(textbook.Step(book, False),
-                                                           *sum(data, ()))
-        taken = seconds(functions, n)
-        for name, value in taken.items():
-            rows[f'{setting}, {name}'] = {'cpu_seconds': value,
-                                          'darts_by_it': taken['darts'] / value}
+            functions[name] = functools.partial(step, *data)
+        if space == 'nb201':
+            book = textbook.Step(textbook.NB201Network(16, 10, cells), False)
+            functions['textbook'] = functools.partial(book, *data)
+        for name, value in seconds(functions, n).items():
+            rows[f'{setting}, {name}'] = {'cpu_seconds': value}
     return rows
 
 
-def fit_probe(data, rows):
-    """Train four convolutions on some images of a Data: 10 epochs, batch 128, Adam 1e-3."""
+def probe(folder):
+    """Per cent right on a tenth of a set: of four convolutions trained on the rest, and 1-NN."""
     torch.manual_seed(0)
-    layers = [torch.nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)]    # to 64 px
+    data = generate_data.read(folder, {})
+    train, test = generate_data.stratified_split(data.labels, 0.9, 0)
+    pool = torch.nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)        # to 64 px
+    layers = [pool]
     for c_in, c_out in ((3, 32), (32, 64), (64, 128), (128, 128)):
         layers += [torch.nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
                    torch.nn.BatchNorm2d(c_out), torch.nn.ReLU(),
@@ -210,49 +203,148 @@ def fit_probe(data, rows):
                                   torch.nn.Linear(128, len(data.classes)))
     network.to(memory_format=torch.channels_last)
     adam = torch.optim.Adam(network.parameters(), 1e-3)
-    batches = generate_data.Batches(data, rows, min(128, len(rows)), CPU)
+    batches = generate_data.Batches(data, train, min(128, len(train)), CPU)
     for epoch in range(10):
         for x, y in batches.epoch(epoch):
             torch.nn.functional.cross_entropy(network(x), y).backward()
             adam.step()
             adam.zero_grad()
-    return network.eval()
+    right, known = torch.zeros(2), generate_data.Batches(data, train, 200, CPU, shuffle=False)
+    known, labels = map(torch.cat, zip(*((pool(x).flatten(1), y) for x, y in known.epoch())))
+    network.eval()
+    with torch.no_grad():
+        for x, y in generate_data.Batches(data, test, 200, CPU, shuffle=False).epoch():
+            nearest = labels[torch.cdist(pool(x).flatten(1), known).argmin(1)]
+            right += torch.stack([(network(x).argmax(1) == y).sum(), (nearest == y).sum()])
+    names = 'network', 'nearest_neighbour'
+    return {folder: dict(zip(names, (100 * right / len(test)).tolist()), n_test=len(test))}
 
 
-def nearest_neighbour(data, rows):
-    """predict(x): scores of the class that the nearest of some images has, by pixels."""
-    pool = torch.nn.AvgPool2d(max(1, data.image_size // 64), ceil_mode=True)
-    batches = generate_data.Batches(data, rows, 200, CPU, shuffle=False)
-    known, labels = map(torch.cat, zip(*batches.epoch()))
-    known, eye = pool(known).flatten(1), torch.eye(len(data.classes))
-    return lambda x: eye[labels[torch.cdist(pool(x).flatten(1), known).argmin(1)]]
+# On a GPU: equality with the textbook, eager and as a graph; each method's graph against its eager
+# steps, while rates and draws change; time, calls and memory of a step, hours of a whole run.
+
+RUNS = {                        # name: (step, images in it, steps of the full published run)
+    'darts, first order': (Case(1, False, 64, 0), 128, 50 * (25000 // 64)),
+    'darts, second order': (Case(1, True, 64, 0), 128, 50 * (25000 // 64)),
+    'pcdarts': (Case(4, False, 256, 0), 512, 50 * (25000 // 256)),
+    'retrain DARTS_V2': (Case(0, False, 96, 0), 96, 600 * (50000 // 96))}
+WAYS = {                        # name: (side, graph, more flags)
+    'textbook': ('book', False, []), 'eager': ('ours', False, []), 'graph': ('ours', True, []),
+    'graph, TF32': ('ours', True, ['--tf32']), 'graph, bf16': ('ours', True, ['--amp'])}
+
+GRAPHED = ['darts', 'darts --unrolled', 'darts --grad_accum 2', 'pcdarts', 'sdarts', 'dartsminus',
+           'sdarts --perturb adversarial', 'betadarts', 'pdarts --space darts --layers 5']
 
 
-@torch.no_grad()
-def accuracy(predict, data, rows):
-    """Per cent right of predict(x) -> scores (B, classes)."""
-    batches = generate_data.Batches(data, rows, 200, CPU, shuffle=False)
-    right = sum((predict(x).argmax(1) == y).sum().item() for x, y in batches.epoch())
-    return 100 * right / len(rows)
+def relative(a, b):
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
-def probe(folder, against, data_dir):
-    """Train on nine tenths, test on the rest; `against` a real set also each on the other."""
-    data = generate_data.read(folder, {})
-    train, test = generate_data.stratified_split(data.labels, 0.9, 0)
-    found = {'network': accuracy(fit_probe(data, train), data, test),
-             'nearest_neighbour': accuracy(nearest_neighbour(data, train), data, test),
-             'n_test': len(test)}
-    if against:
-        s = {'data_dir': data_dir, 'image_size': data.image_size}
-        real = generate_data.read(against, s)
-        held_out = generate_data.read(against, s, 'test') or real
-        as_many = np.sort(np.random.default_rng(0).permutation(len(real))[:len(data)])
-        made, learned = fit_probe(data, range(len(data))), fit_probe(real, as_many)
-        found.update(generated_to_real=accuracy(made, held_out, range(len(held_out))),
-                     real_to_generated=accuracy(learned, data, range(len(data))),
-                     real_to_real=accuracy(learned, held_out, range(len(held_out))))
-    return {folder: found}
+def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16):
+    """Largest relative differences to the textbook; a graph is captured at the fourth step of 5."""
+    torch.manual_seed(0)
+    ours = Network(width, 10, layers, partial=partial)
+    book = textbook.Network(width, 10, layers, partial=partial)
+    textbook.copy_weights(ours, book)
+    ours, book = ours.to(device, dtype), book.to(device, dtype)
+    (x, y), (x2, y2) = (batch(size, device=device) for _ in range(2))
+    x, x2 = x.to(dtype), x2.to(dtype)
+    logits = ours(x), book(x)
+    out = {'logits': relative(*logits)}
+    grads = [torch.autograd.grad(torch.nn.functional.cross_entropy(z, y), list(p))
+             for z, p in zip(logits, (ours.alphas.values(), book.alphas))]
+    out['alpha gradients'] = max(map(relative, *grads))
+    textbook.copy_weights(ours, book)               # of the running statistics
+    step, changed, *_ = search_step(['--unrolled'] * unrolled, device, ours)
+    step = retrain.GraphedStep(step, changed, device, graph)
+    book_step = textbook.Step(book, unrolled)
+    for _ in range(5):
+        step(x, y, x2, y2)
+        book_step(x, y, x2, y2)
+    pairs = textbook.pairs_of_weights(ours, book)
+    out['weights'] = max(relative(a[block], b) for a, block, b in pairs if a.requires_grad)
+    out['captured'] = step.graph is not None
+    return out
+
+
+def replays(flags, device, graph):
+    """(weights and alphas of a method after 8 steps, whether a graph was captured).
+
+    Each step has its own batch, and after the fifth what changes by epoch changes.
+    """
+    torch.manual_seed(0)
+    step, changed, method, sgd = search_step(
+        ['--space', 'nb201', '--cells_per_stage', '1', '--init_channels', '8', '--batch_size', '16',
+         '--method', *flags.split()], device)
+    step = retrain.GraphedStep(step, changed, device, graph)
+    for k in range(8):
+        method.stage = 2                            # of pdarts, whose skips are dropped
+        method.begin_epoch(5 * (k > 4), 10)
+        sgd.param_groups[0]['lr'].fill_(0.025 / (1 + k))
+        step(*batch(16, 16, device), *batch(16, 16, device))
+    tensors = [*method.network.weights, *method.network.architecture_parameters()]
+    return torch.cat([t.detach().flatten() for t in tensors]), step.graph is not None
+
+
+def timing(name, way, device, seconds=6.0):
+    """{'ms', 'calls', 'peak_mib', 'images_per_second', 'n'} of a step."""
+    case, images, total = RUNS[name]
+    side, graph, flags = WAYS[way]
+    generate_data.set_tf32('--tf32' in flags)
+    step = steps(case, {'ours', side}, device, graph, flags)[side]
+    step()                                          # optimizers make their buffers
+    with Calls() as calls:
+        step()
+    synchronize = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(retrain.GraphedStep.WARM_UP + 1):
+        step()
+    synchronize()
+    began, count = time.perf_counter(), 0
+    while count < 3 or time.perf_counter() - began < seconds:
+        step()
+        count += 1
+        if count % 10 == 0:
+            synchronize()
+    synchronize()
+    if graph and device.type == 'cuda' and step.func.graph is None:
+        sys.exit(f'{name}, {way}: no CUDA graph')
+    ms = 1000 * (time.perf_counter() - began) / count
+    generate_data.set_tf32(False)
+    return {'ms': ms, 'calls': calls.count, 'peak_mib': retrain.peak_memory_mib(device),
+            'images_per_second': 1000 * images / ms, 'n': count,
+            'hours of a run': total / 3.6e6 * ms}
+
+
+def check_gpu():
+    """Check and time everything on a CUDA device, in one table. Under 8 minutes."""
+    if not torch.cuda.is_available():
+        print('no CUDA on this machine: nothing to check here')
+        return
+    device = generate_data.choose_device(0)
+    print(retrain.hardware(device), 'torch', torch.__version__)
+    for partial, unrolled in ((1, False), (1, True), (4, False)):
+        # In float64 without a graph, whose learning rate is float32.
+        for dtype, graph in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+            row = equality(device, dtype, partial, unrolled, graph)
+            name = f'{dtype}, K={partial}, unrolled={unrolled}, graph={graph}'
+            show(name, row)
+            if graph and not row['captured']:
+                sys.exit(f'{name}: no CUDA graph')
+            limit = 1e-9 if dtype == torch.float64 else 1e-2
+            moved = row['weights'] > (1e-6 if dtype == torch.float64 else 1e-2)
+            if max(row['logits'], row['alpha gradients']) > limit or moved and not unrolled:
+                sys.exit(f'{name}: differs from the textbook')
+    for flags in GRAPHED:
+        (eager, _), (graphed, captured) = (replays(flags, device, on) for on in (False, True))
+        show(flags, {'difference': relative(graphed, eager), 'captured': captured})
+        if not captured or not relative(graphed, eager) < 1e-3:
+            sys.exit(f'{flags}: no CUDA graph, or another result')
+    for name in RUNS:
+        for way in WAYS:
+            show(f'{name + ", " + way:<38}', timing(name, way, device))
+            torch.cuda.empty_cache()
 
 
 def main(argv=None):
@@ -260,11 +352,12 @@ def main(argv=None):
     parser.add_argument('--only', choices=[*CASES, *IMAGENET], help='one case')
     parser.add_argument('--imagenet', action='store_true', help='steps at 224 px')
     parser.add_argument('--methods', action='store_true', help="every method's step")
+    parser.add_argument('--gpu', action='store_true', help='equality and speed on a CUDA device')
     parser.add_argument('--peak', choices=['ours', 'book'], help=argparse.SUPPRESS)
     parser.add_argument('--probe', metavar='FOLDER', help='how learnable a data set is')
-    parser.add_argument('--against', help='with --probe: the real set that its generator learned')
-    parser.add_argument('--data_dir', default='data', help='of --against')
     args = parser.parse_args(argv)
+    if args.gpu:
+        return check_gpu()
     device = generate_data.choose_device(-1)
     if args.peak:
         step = steps({**CASES, **IMAGENET}[args.only], {'ours', args.peak})[args.peak]
@@ -273,7 +366,7 @@ def main(argv=None):
         print(retrain.peak_memory_mib(CPU) - held)
         return
     if args.probe:
-        results = probe(args.probe, args.against, args.data_dir)
+        results = probe(args.probe)
     elif args.methods:
         results = methods()
     else:

@@ -36,12 +36,15 @@ def make(what):
 
 
 def damage(how, path, *more):
-    """drop: without the file; cut: its first bytes only; put: other text; folder: a new folder."""
+    """drop the file; cut: its first bytes only; flip a bit; put other text; folder: a new one."""
     path = Path(path)
     if how == 'drop':
         path.unlink()
     elif how == 'folder':
         path.mkdir(parents=True)
+    elif how == 'flip':
+        old = path.read_bytes()
+        path.write_bytes(old[:-20] + bytes([old[-20] ^ 1]) + old[-19:])
     elif how == 'cut':
         path.write_bytes(path.read_bytes()[:int(*more)])
     else:
@@ -57,11 +60,15 @@ REFUSED = {
     'generate': '''--label_noise 0.5 --kind noise --out x; --label_mode permute --kind noise --out x
         --multilabel --kind generated --generator spectrum --out x''',
     'search': '''--nosuch 3; --batch_size 0; --batch_size 8 --grad_accum 3; --learning_rate nan
-        --partial 3; --steps_per_epoch 9999
+        --partial 3; --steps_per_epoch 9999; --layers 5; --early_stop; --early_stop --epochs 5
+        --method pdarts; --epochs 2 --space darts --method pdarts --frozen_epochs 0
+        --epochs 2 --method synflow; --epochs 2 --method random; --augment crop --method naswot
+        --stem imagenet --space darts
         --frozen_epochs 2; --warmup_epochs 2; --unrolled --method gdas; --hessian 1 --arch_data none
         --arch_data train --method oneshot; --repeats 2 --method oneshot; --score angle
         --candidates 5; --fresh --data cifar10; --fresh 2 --data random_labels''',
-    'retrain': '''--auxiliary --arch DARTS_V2; --drop_path_prob 1 --arch DARTS_V2'''}
+    'retrain': '--arch DARTS_V3; --auxiliary --arch DARTS_V2; --drop_path_prob 1 --arch DARTS_V2',
+    'evaluate': '--csv t.csv --arch DARTS_V2; --plot cell.png --arch DARTS_V2'}
 ARCH = '--arch genotype.json --data noise'
 TABLE = [
     # what is there, what is done to it, script, flags, what the line names
@@ -71,6 +78,8 @@ TABLE = [
     ('', 'put file {', 'generate', '--kind noise --out file/x', 'file'),
     ('own', '', 'search', '--save own', 'own'),
     ('set', 'cut set/meta.json 60', 'search', '--data set', 'meta.json'),
+    ('set', 'flip set/images.npy', 'search', '--data set', 'other images'),
+    ('set', 'flip set/labels.npy', 'search', '--data set', 'other labels'),
     ('set', '', 'search', '--data set --image_size 16', '--image_size 8'),
     ('own', 'folder own/train/empty', 'search', '--data own --image_size 8', 'empty'),
     ('own', 'folder own/val/cow', 'retrain', '--arch DARTS_V2 --data own --image_size 8', 'cow'),
@@ -81,20 +90,11 @@ TABLE = [
     ('own', '', 'search', '--data own --image_size 8', 'the 4 images of its split of own'),
     ('', '', 'search', '--epochs 1' + 400 * '0', '--epochs'),
     ('', '', 'search', '--train_portion 0.8 --valid_fraction 0.3', 'more than all'),
-    ('', '', 'search', '--method pdarts', '--space nb201'),
-    ('', '', 'search', '--space darts --method pdarts --frozen_epochs 0', '--epochs'),
-    ('', '', 'search', '--method synflow', '--epochs'),
     ('run', '', 'search', '--save run', '--resume'),
     ('run', 'drop run/genotype.json', 'search', '--save run --resume --init_channels 8',
      '--init_channels'),
-    ('', '', 'search', '--layers 5', '--layers'),
     ('', '', 'search', '--train_portion 60 --valid_fraction 0.7', 'more than all'),
-    ('', '', 'search', '--method naswot --augment crop', '--augment'),
-    ('', '', 'search', '--method random', '--epochs'),
-    ('', '', 'search', '--early_stop', 'nine'),
-    ('', '', 'search', '--early_stop --epochs 5', 'nine'),
     ('', '', 'retrain', '', '--arch'),
-    ('', '', 'retrain', '--arch DARTS_V3', 'DARTS_V3'),
     ('', '', 'retrain', '--arch |x~0|', 'op is one of'),
     ('', 'put genotype.json [1]', 'retrain', ARCH, '0 of Genotype(...)'),
     ('net', '', 'retrain', '--arch net', 'net'),
@@ -111,10 +111,7 @@ TABLE = [
     ('', 'put genotype.json {}', 'retrain', '--data noise --arch ' + 'Genotype' * 40, 'neither'),
     ('', '', 'evaluate', 'norun', 'norun'),
     ('', '', 'evaluate', '', 'runs, or --arch'),
-    ('', '', 'evaluate', '--arch DARTS_V2 --csv t.csv', '--csv'),
-    ('', '', 'evaluate', '--arch DARTS_V2 --plot cell.png', '.svg'),
     ('', '', 'evaluate', '--arch DARTS_V2 run', 'runs, or --arch'),
-    ('', '', 'search', '--space darts --stem imagenet', '8 px'),
     ('', '', 'retrain', '--arch |none~0|+|none~0|none~1|+|none~0|none~1|none~2| --layers 6', '6'),
     ('own', '', 'evaluate', 'own', 'own/args.json'),
     ('run', 'put run/args.json {', 'evaluate', 'run', 'args.json'),

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import fake_cifar, folder_of_images, make_set, one_line
+from conftest import fake_cifar, folder_of_images, make_set, one_line, refused
 from PIL import Image
 
 import generate_data as g
@@ -31,11 +31,6 @@ def test_noise_and_labels_are_the_same_bytes_everywhere():
     labels = g.draw_labels(0, 1000, 10)
     assert hashlib.sha256(labels.astype('<i8').tobytes()).hexdigest() == \
         'f85b9bbe6c772afc3f46f694754099a58aed0c9580bba6000d347bd70aaecdef'
-    assert (g.noise_images(0, range(41, 64), 32) == images[41:]).all()
-    assert (g.noise_images(3, [4, 1], 9) == g.noise_images(3, range(5), 9)[[4, 1]]).all()
-    assert abs(images.mean() - 127.5) < 0.5 and abs(images.std() - 32) < 0.5
-    small, large = make_set('a', '--seed', '5'), make_set('b', '--seed', '5', '--image_size', '16')
-    assert (small.labels == large.labels).all()
 
 
 def test_label_modes_and_label_noise():
@@ -65,27 +60,12 @@ def test_a_written_set_is_read_back_and_never_replaced(capsys):
     assert json.loads(Path('n/meta.json').read_text()) == meta
 
 
-def test_a_sheet_shows_every_class_and_names_that_fit(monkeypatch):
+def test_a_sheet_shows_every_class():
     labels, several = np.array([0] * 500 + [1, 2]), np.zeros((300, 3), np.uint8)
     several[250, 2] = 1
     assert len(g.sheet_rows(labels)) == 100 and set(labels[g.sheet_rows(labels)]) == {0, 1, 2}
     assert len(g.sheet_rows(several)) == 100 and 250 in g.sheet_rows(several)
     assert len({k % 250 for k in g.sheet_rows(np.arange(3000) % 250)}) == 100
-    texts = []
-    monkeypatch.setattr(g.ImageDraw.ImageDraw, 'text', lambda pen, at, text, *_: texts.append(text))
-    folder_of_images('own', ('cat', '\u732b', 'long ' * 9))
-    make_set('r', '--source', 'own', kind='random_labels')
-    assert ' 3 of 3 classes' in texts[0] and {'cat', '2'} < {*texts}
-    assert any(text[:9] == 'long long' and text[-1] == '\u2026' for text in texts)
-
-
-def test_a_set_above_1_gb_says_its_size_first(capsys):
-    images = g.noise_images(0, range(9), 8)
-    assert (g.write_images('n.npy', 9, np.array_split(images, 2)) == images).all()
-    assert not capsys.readouterr().err
-    with pytest.raises(ValueError):                     # the file ends after nine of them
-        g.write_images('n.npy', 10 ** 7, [images])
-    assert '10,000,000 images of 8 px: 1.9 GB' in capsys.readouterr().err
 
 
 def test_a_log_file_gets_a_line_of_progress_before_10_s_of_silence(capsys, monkeypatch):
@@ -110,8 +90,7 @@ def test_random_labels_refer_to_their_source():
     assert (data.images == source.images).all() and (data.labels != source.labels).any()
     assert data.mean == source.mean and data.classes == list('abcdefghij')
     Path('data').rename('moved')
-    with pytest.raises(g.UserError, match='--data_dir'):
-        g.read('r', {})
+    refused('--data_dir', g.read, 'r', {})
     assert len(g.read('r', {'data_dir': 'moved'})) == 100
     assert g.main(['--kind', 'random_labels', '--out', 'small', '--image_size', '16', '--data_dir',
                    'moved']) == 0
@@ -119,26 +98,26 @@ def test_random_labels_refer_to_their_source():
 
 
 def test_folders_are_named_by_settings_and_never_mixed_up():
-    def find_or_make(kind, **changed):
-        return g.find_or_make(kind, {**g.DEFAULTS, 'data_seed': 0, **changed})
+    def find_or_make(kind, match=None, **changed):
+        s = {**g.DEFAULTS, 'data_seed': 0, **changed}
+        refused(match, g.find_or_make, kind, s) if match else g.find_or_make(kind, s)
 
     fake_cifar()
-    folder_of_images('a/own', size=(8, 8))
+    folder_of_images('a/own', ('cat', '\u732b', 'long ' * 9), size=(8, 8))
     folder_of_images('b/own', size=(8, 8), n=5)
     find_or_make('noise', num_images=20, image_size=8, label_mode='balanced')
     find_or_make('random_labels', label_noise=0.5, data_seed=4)
-    find_or_make('random_labels', source='a/own')
+    find_or_make('random_labels', source='a/own')       # with names that the sheet has to cut
     assert names('data') == [
         'cifar-10-batches-py', 'noise-image_size=8-num_images=20-label_mode=balanced-seed0',
         'random_labels-label_noise=0.5-seed4', 'random_labels-source=own-seed0']
-    with pytest.raises(g.UserError, match='was made with another source'):
-        find_or_make('random_labels', source='b/own')
+    find_or_make('random_labels', 'was made with another source', source='b/own')
     folder = Path('cifar-10-batches-py')
     shutil.copytree('data' / folder, 'other' / folder)
     shutil.copy('data' / folder / 'test_batch', 'other' / folder / 'data_batch_1')
     find_or_make('random_labels', label_noise=0.5, data_seed=4)         # found again
-    with pytest.raises(g.UserError, match='not as they were'):
-        find_or_make('random_labels', label_noise=0.5, data_seed=4, data_dir='other')
+    find_or_make('random_labels', 'not as they were', label_noise=0.5, data_seed=4,
+                 data_dir='other')
 
 
 def make_or_wait(folder):
@@ -163,16 +142,6 @@ def test_a_killed_run_leaves_no_set_or_a_whole_one(moment):
     os.wait()
     assert not Path('n').exists()
     assert len(make_set('n', '--num_images', '30')) == 30 and names() == ['n']
-
-
-@pytest.mark.parametrize('file', ['images.npy', 'labels.npy'])
-def test_a_flipped_bit_of_a_set_is_one_line(file):
-    make_set('set')
-    content = bytearray(Path('set', file).read_bytes())
-    content[-20] ^= 1
-    Path('set', file).write_bytes(content)
-    with pytest.raises(g.UserError, match=f'other {file[:6]}'):
-        g.read('set', {})
 
 
 def test_split_is_stratified_exact_and_drawn_by_seed():
@@ -204,8 +173,7 @@ def test_augmentation_in_workers_depends_on_seed_epoch_and_image_alone(augment, 
     if size == 65:                                      # whose images are read in every epoch
         Path('tree/a/3.png').write_bytes(b'no image')
         for workers in (0, 2):
-            with pytest.raises(g.UserError, match='3.png: not a readable image'):
-                epoch(workers)
+            refused('3.png: not a readable image', epoch, workers)
 
 
 def test_augmentation_and_order_are_those_of_plain_loops():
@@ -359,9 +327,8 @@ def test_trained_generator_stops_and_goes_on(capsys, monkeypatch):
     assert generate('made', '--generator', 'train', '--source', 'labels', '--generator_steps', '1',
                     '--num_images', '10') == 0
     assert {*map(tuple, g.read('made', {}).labels)} <= {*map(tuple, labels)}
-    with pytest.raises(g.UserError, match='generate_data.py'):
-        g.find_or_make('generated', {**g.DEFAULTS, 'generator': 'train', 'source': 'own',
-                                     'data_seed': 0})
+    s = {**g.DEFAULTS, 'generator': 'train', 'source': 'own', 'data_seed': 0}
+    refused('generate_data.py', g.find_or_make, 'generated', s)
 
 
 def test_flow_is_a_straight_line_between_noise_and_images():

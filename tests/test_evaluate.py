@@ -1,7 +1,6 @@
 """evaluate.py: metrics by hand, tables, reports, plots and predictions of runs."""
 import csv
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from generate_data import read
 from genotypes import find_genotype, nas_bench_201, to_string, truth
 
 
-def test_errors_by_hand():
+def test_errors_by_hand(monkeypatch):
     scores = torch.tensor([[3., 2, 1, 0, 0, 9], [1, 2, 3, 0, 0, 0], [0, 0, 0, 0, 0, 1]])
     labels, names = torch.tensor([0, 2, 5]), list('abcdef')
     assert evaluate.measure('fit', 0.5, scores, labels, names) == {
@@ -27,6 +26,9 @@ def test_errors_by_hand():
     assert two['fit_top5_error'] is None
     assert evaluate.correct(scores, labels) == 2
     assert evaluate.correct(torch.tensor([[1., -1]]), torch.tensor([[1., 1]])) == 0.5
+    metric = evaluate.Metric('three', 1, lambda *_: torch.tensor(3))
+    monkeypatch.setitem(evaluate.METRICS, 'three', metric)
+    assert type(evaluate.measure('fit', 0.5, scores, labels, names)['fit_three']) is float
 
 
 def test_areas_under_curves_by_hand_of_unknown_labels_and_with_intervals():
@@ -49,6 +51,8 @@ def test_areas_under_curves_by_hand_of_unknown_labels_and_with_intervals():
     assert none is None
     low, high = evaluate.bootstrap(scores, labels, names)['Edema']
     assert low < areas['Edema'] < high and 0.04 < high - low < 0.15     # about .76 +- .03
+    few, enough = (evaluate.area_text(0.9, 0.8, 1, n) for n in (9, 10))
+    assert 'too few' in few and enough == '0.900 (95%: 0.800 to 1.000), 10 positive'
 
 
 SKIPS, CONVS, POINTS = (to_string([name] * 6) for name in (
@@ -122,21 +126,11 @@ def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
     assert not Path('r.svg').exists()
 
 
-def test_a_metric_may_return_a_number_of_numpy_or_torch(monkeypatch):
-    for value in (np.float32(3), torch.tensor(3)):
-        metric = evaluate.Metric('three', 1, lambda *_, value=value: value)
-        monkeypatch.setitem(evaluate.METRICS, 'three', metric)
-        found = evaluate.measure('test', 0.0, torch.randn(4, 2), torch.zeros(4).long(), ['a', 'b'])
-        assert type(found['test_three']) is float and found['test_three'] == 3
-
-
-def test_what_is_not_the_same_search_has_a_name_of_its_own(capsys):
-    for flags, name in ((['--epochs', '0'], 'darts, no steps'),
-                        (['--unrolled', *ONE_STEP], 'darts, second order'),
-                        (['--method', 'sdarts', '--perturb', 'adversarial', '--unrolled',
-                          *ONE_STEP], 'sdarts, second order, adversarial')):
-        run(search.main, name, *TINY, *flags)
-        assert reports(capsys, name)[0]['method'] == name
+def test_what_is_not_the_same_search_has_a_name_of_its_own():
+    for flags, name in (('--epochs 0', 'darts, no steps'), ('--unrolled', 'darts, second order'),
+                        ('--method sdarts --perturb adversarial --unrolled',
+                         'sdarts, second order, adversarial')):
+        assert evaluate.method_name(vars(search.parse(flags.split()))) == name
 
 
 def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(capsys):
@@ -182,7 +176,8 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     said = capsys.readouterr()
     assert said.out.count('photos/') == 24 and 'bad.png' not in said.out and 'bad.png' in said.err
     Path('photos/val/cat/bad.png').unlink()
-    assert evaluate.main([size, '--scores', 's.csv']) == 0
+    assert evaluate.main([size, '--scores', 's.csv', '--plot', 'p.svg']) == 0
+    assert 'predicted class' in Path('p.svg').read_text()       # a confusion matrix
     lines = read_rows('s.csv')
     assert list(lines[0]) == ['image', 'label', 'score', 'true'] and len(lines) == 24 * 3
     assert all((line['true'] == '1') == (Path(line['image']).parent.name == line['label'])
@@ -255,14 +250,3 @@ def test_a_test_keeps_its_pictures_if_others_come_or_go(capsys):
     assert evaluate.main(['net', 'r', '--gpu', '-1']) == 2      # the other one is reported
     said = capsys.readouterr()
     assert said.out.startswith('r\n') and 'net is left out' in said.err
-
-
-def test_a_cell_is_drawn(capsys):
-    said = printed(capsys, '--arch', 'PDARTS', '--plot', 'cell.svg')
-    assert re.search('imagenet_multiply_adds +5[0-9]{2},', said)
-    assert 'dil_conv_5x5' in Path('cell.svg').read_text()
-
-
-def test_an_area_of_few_positives_has_no_interval():
-    assert evaluate.area_text(0.9, 0.8, 1.0, 9) == '0.900 (too few for an interval), 9 positive'
-    assert evaluate.area_text(0.9, 0.8, 1.0, 10) == '0.900 (95%: 0.800 to 1.000), 10 positive'

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (DARTS, NOISE, ONE_STEP, ONESHOT, RETRAIN, ROOT, SIZES, TINY, chexpert,
+from conftest import (DARTS, NOISE, ONESHOT, RETRAIN, ROOT, SIZES, TINY, chexpert,
                       fake_cifar, folder_of_images, make_set, one_line, run, same_run,
                       stop_in_every_step)
 
@@ -24,10 +24,11 @@ import evaluate
 import generate_data
 import retrain
 import search
-from genotypes import PUBLISHED, from_plain, random_genotype, random_string, to_json
+from genotypes import (PUBLISHED, find_genotype, from_plain, random_genotype, random_string,
+                       to_json)
 
 
-def test_a_search_leaves_its_result_its_log_and_the_scripts(capsys):
+def test_a_search_leaves_its_result_its_log_and_the_scripts():
     lines = run(search.main, 'r', *TINY)
     names = {path.name for path in Path('r').iterdir() if not path.name.startswith('.')}
     assert names == {'args.json', 'log.jsonl', 'genotype.json', 'genotype.svg', 'checkpoint.pt',
@@ -43,7 +44,6 @@ def test_a_search_leaves_its_result_its_log_and_the_scripts(capsys):
     assert {'settings', 'versions', 'git_commit', 'hardware', 'command'} <= set(about)
     data, = Path('data').glob('noise-*')
     assert about['data_sha256'] == json.loads((data / 'meta.json').read_text())['sha256']
-    assert 'next: python retrain.py --arch r' in capsys.readouterr().out
 
 
 def test_a_long_run_on_a_cpu_says_at_its_first_step_how_to_make_it_shorter(capsys, monkeypatch):
@@ -82,16 +82,13 @@ def test_the_epoch_that_is_kept_is_the_one_that_is_best_on_held_out_images():
 
 @pytest.mark.parametrize('flags, draw', [(DARTS, random_genotype), (TINY, random_string)])
 def test_controls_need_no_data_or_no_steps(flags, draw):
-    def found(save):
-        return from_plain(json.loads(Path(save, 'genotype.json').read_text()))
-
     assert search.main(['--method', 'random', '--space', flags[-1], '--seed', '5',
                         '--save', 'r']) == 0
-    assert found('r') == draw(5) and not Path('data').exists()
+    assert find_genotype('r')[0] == draw(5) and not Path('data').exists()
     assert run(search.main, 'untrained', *flags, '--epochs', '0') == []
     torch.manual_seed(0)
     network = search.Darts(search.parse(flags), 10, 'cifar', torch.device('cpu')).build()
-    assert found('untrained') == network.genotype()
+    assert find_genotype('untrained')[0] == network.genotype()
 
 
 def test_search_and_retrain_on_real_images(real_data):
@@ -134,15 +131,14 @@ def test_stopped_in_every_step_equals_never_stopped(name, monkeypatch):
 def test_kill_9_at_random_moments():
     flags = [*TINY, '--epochs', '30', '--checkpoint_minutes', '0', '--resume']
     run(search.main, 'whole', *flags)
-    command, rng = [sys.executable, ROOT / 'search.py', *flags, '--save', 'killed'], \
-        random.Random(0)
+    command = [sys.executable, ROOT / 'search.py', *flags, '--save', 'killed']
     path = Path('killed/checkpoint.pt')
     for _ in range(3):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             while not Path('killed/.lock').exists() and process.poll() is None:
                 time.sleep(0.02)
             before = path.exists() and path.stat().st_mtime_ns
-            time.sleep(rng.uniform(0, 0.2))
+            time.sleep(random.uniform(0, 0.2))
             while before and path.stat().st_mtime_ns == before and process.poll() is None:
                 time.sleep(0.01)                        # at least a step further
             process.kill()
@@ -172,21 +168,13 @@ def test_a_signal_while_cells_are_scored_ends_the_run_at_once(monkeypatch):
     assert run(search.main, 'r', *ONESHOT, '--resume') == run(search.main, 'whole', *ONESHOT)
 
 
-def test_a_resumed_training_of_another_cell_is_refused(capsys):
-    Path('cell.json').write_text(to_json(random_genotype(0)))
-    flags = ['--arch', 'cell.json', *RETRAIN[2:], '--save', 'r']
-    assert retrain.main(flags) == 0
-    Path('r/weights.pt').unlink()
-    Path('cell.json').write_text(to_json(random_genotype(1)))
-    one_line(capsys, retrain.main([*flags, '--resume']), '--genotype')
-
-
 @pytest.mark.parametrize('main, flags', [(search.main, TINY), (retrain.main, RETRAIN)])
 def test_a_lost_log_is_written_again_a_lost_checkpoint_starts_again_and_the_end_is_skipped(
         main, flags, capsys):
     Path('r/scripts').mkdir(parents=True)               # killed before its first file
     whole, path = run(main, 'r', *flags, '--resume'), Path('r/log.jsonl')
     lines = path.read_text().splitlines(keepends=True)
+    Path('r/scripts/search.py').write_text('other')
     for lost in ('log.jsonl', 'checkpoint.pt', 'lines'):
         for name in ('genotype.json', 'weights.pt', lost):
             Path('r', name).unlink(missing_ok=True)
@@ -194,20 +182,10 @@ def test_a_lost_log_is_written_again_a_lost_checkpoint_starts_again_and_the_end_
             path.write_text(lines[0] + '{"epoch": 1, "tor')
         assert run(main, 'r', *flags, '--resume') == whole
     shutil.rmtree('data')
-    capsys.readouterr()
+    assert 'note: search.py is not as it was' in capsys.readouterr().err
     assert run(main, 'r', *flags, '--resume') == whole and not Path('data').exists()
     said = capsys.readouterr().out
     assert 'r is finished' in said and 'next: python' in said
-
-
-def test_a_resumed_run_says_that_the_code_has_changed(capsys):
-    flags = [*TINY, *ONE_STEP, '--resume']
-    run(search.main, 'r', *flags)
-    Path('r/genotype.json').unlink()
-    Path('r/scripts/search.py').write_text('other')
-    capsys.readouterr()
-    run(search.main, 'r', *flags)
-    assert capsys.readouterr().err.splitlines()[-1].startswith('note: search.py is not as it was')
 
 
 def test_resume_with_other_images_is_refused(capsys):
@@ -351,7 +329,6 @@ def test_typed_wins_over_quick_over_preset_over_method_over_space():
             ('epochs', '--method gdas --preset laptop --quick', 3),
             ('epochs', '--method gdas --preset laptop --quick --epochs 7', 7),
             ('weight_decay', '--space nb201', 5e-4),
-            ('weight_decay', '--space nb201 --method betadarts', 3e-4),
             ('nesterov', '', False), ('nesterov', '--preset laptop', True),
             ('train_portion', '--quick --train_portion 0.3', 0.3),
             ('hessian', '', None), ('hessian', '--early_stop', 2)):
@@ -393,9 +370,7 @@ def test_names_of_runs_hold_what_was_typed_and_nothing_that_was_derived():
         Path(f'runs/{k}/genotype.json').write_text(to_json(PUBLISHED['DARTS_V1']))
     assert name('--arch runs/a', retrain) == name('--arch runs/a/genotype.json', retrain) \
         == 'runs/retrain-cifar10-a-seed0' != name('--arch runs/b', retrain)
-
-
-def test_names_of_runs_are_short_without_bars_and_differ():
+    # All are short, without bars, and differ.
     arch = f'--arch {shlex.quote(random_string(0))} --data '
     names = [name(arch + 'random_labels --label_noise 0.5 --seed 3', retrain),
              name(arch + 'cifar10 --preset laptop', retrain)]

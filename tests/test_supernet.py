@@ -147,9 +147,7 @@ def test_genotype_rule_on_ties_and_none():
     first = (('max_pool_3x3', 0), ('max_pool_3x3', 1))          # ties keep the lower index
     assert genotype.normal[:2] == first and genotype.reduce == first * 4
     assert genotype.normal_concat == genotype.reduce_concat == (2, 3, 4, 5)
-
-
-def test_a_genotype_of_partial_channels_is_of_alpha_times_beta():
+    # Of partial channels: of alpha times beta.
     network = Network(8, 10, 1, partial=4)
     with torch.no_grad():
         for alpha in network.architecture_parameters():

@@ -264,8 +264,7 @@ class NB201Network(nn.Module):
         x = F.relu(self.last(x))
         return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
-    def weights(self):
-        return [p for name, p in self.named_parameters() if not name.startswith('alphas')]
+    weights = Network.weights
 
 
 def architecture_gradients(network, train, valid, sgd, unrolled):

@@ -41,6 +41,7 @@ LEVEL = 0.05                    # of every test
 MARGIN_B = 0.05                 # of rank correlations
 MARGINS_A = 4.5, 7.0            # of E2; 7 of E2 are about 10 percentile points
 PLACEMENT = 10.0                # points within which placements are equal
+NEAR_CHANCE = 0.15              # accuracy on the training images, chosen when Bdose was known
 
 
 # ---------------------------------------------------------------------------------------------
@@ -439,10 +440,11 @@ def print_scoring(rows, part):
     print_table(table)
     if part == 'Bdose':
         dots = [row for row in rows if row['part'] in ('B', part) and row['score'] == SCORES[0]]
-        fit = [row['fit'] for row in dots]
-        print(f'Rank correlations of fit and outcomes over {len(dots)} supernets of B and Bdose:')
-        for name in ('rho', 'given_params'):
-            print(f'{name} {stats.spearmanr(fit, [row[name] for row in dots]).statistic:.2f}')
+        for some in (dots, [row for row in dots if row['fit'] > NEAR_CHANCE]):
+            print(f'Rank correlations of fit, over {len(some)} supernets of B and Bdose, with')
+            for name in ('rho', 'given_params'):
+                r = stats.spearmanr([row['fit'] for row in some], [row[name] for row in some])
+                print(f'{name} {r.statistic:.2f}')
     if part == 'Bbest' and complete(rows, 'B'):
         real = sample(rows, 'rho', part, 'cifar10@25000', score='valid_accuracy')
         others = {kind: sample(rows, 'rho', 'B', kind, score=SCORES[0]) for kind in UNREAL}
@@ -687,11 +689,13 @@ def draw_dose(axis, rows):
             if len(points):
                 axis.plot(*points.T, '.', color=f'C{k}', alpha=0.3)
                 means.append(points.mean(0))
-                axis.annotate(images, means[-1], (3, 4), textcoords='offset points', fontsize=7)
+                if means[-1][0] < 0.9:              # the others lie on top of one another
+                    axis.annotate(images, means[-1], (6, 9 * (2 - k)), color=f'C{k}', fontsize=8,
+                                  textcoords='offset points')
         axis.plot(*np.transpose(means), 'o-', color=f'C{k}', label=kind)
-    axis.set(xlabel='accuracy on the training images, at the end',
+    axis.set(xlim=(0.07, 1.09), xlabel='accuracy on the training images, at the end',
              ylabel='rank correlation of training losses and true accuracies')
-    axis.legend(title='data; numbers: images', fontsize=8)
+    axis.legend(title='data; numbers: images, if not fitted', fontsize=8)
 
 
 def draw_mean(axis, y, colour, rows, outcome):
