@@ -89,7 +89,7 @@ NETWORK = {
                     ['auto', 'cifar', 'imagenet']),
     'auxiliary': Setting(False, 'a second head while training'),
     'drop_path_prob': Setting(0.2, 'at the end, reached linearly', number(float, 0, below=1)),
-    'cutout': Setting(0, 'pixels of a blanked square; alone: 16; 0: none', number(int, 0), 16),
+    'cutout': Setting(0, 'side of a blanked square, pixels; alone: 16; 0: no', number(int, 0), 16),
 }
 RECIPE = {
     'label_smoothing': Setting(0.0, 'share spread over all classes', number(float, 0, below=1)),
