@@ -163,9 +163,9 @@ def one_line_errors(main):
         except OSError as error:
             message = f'{error.filename or "a file"}: {error.strerror or error}. Check the path, ' \
                       'the permissions of its folder, and the free space.'
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:      # of a Run with its signal
             print('\nstopped', file=sys.stderr)
-            return 130
+            return 128 + (error.args or [signal.SIGINT])[0]
         print(f'{Path(main.__globals__["__file__"]).name}: error: {message}', file=sys.stderr)
         return 2
     return wrapped
@@ -173,6 +173,7 @@ def one_line_errors(main):
 
 def leave(status):
     """End the script; above 128 by that signal, so that a loop in a shell stops too."""
+    kill_workers()
     if status > 128:
         signal.signal(status - 128, signal.SIG_DFL)
         os.kill(os.getpid(), status - 128)
@@ -930,6 +931,9 @@ def new_folder(out):
             new.mkdir()
             yield new
             os.replace(new, out)
+        except OSError as error:
+            error.filename = error.filename or str(out)     # which a full disk does not say
+            raise
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
@@ -1092,7 +1096,11 @@ class Data:
                 for transform in transforms_of(augment):
                     image = transform(image)
                 images.append(np.asarray(image))
-        return torch.from_numpy(np.stack(images))
+        batch = torch.from_numpy(np.stack(images))
+        if torch.utils.data.get_worker_info():      # later torch would lose it, and wait for ever
+            with readable('/dev/shm is full', 'Take fewer --workers, or a smaller --batch_size.'):
+                batch.share_memory_()
+        return batch
 
     def sha256(self):
         """Of the images, or of the names and sizes of their files if they are not in memory."""

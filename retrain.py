@@ -336,7 +336,7 @@ class Run:
 
     def catch(self, signum, _frame):
         if self.caught or self.epoch >= self.epochs:    # the second one, or one with no step left
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(signum)
         self.caught = signum
 
     def start(self, what, sums, objects, state):
