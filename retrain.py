@@ -772,7 +772,7 @@ def main(argv=None):
             if is_last:                         # without augmentation, in evaluation mode
                 line.update(measure('fit', data, fit_rows))
             measured = [line.get(f'{part}_loss', 0.0) for part in ('holdout', 'test', 'fit')]
-            run.check_finite([torch.tensor(measured)], epoch * run.steps + run.steps)
+            run.check_finite([torch.tensor(measured)], (epoch + 1) * run.steps)
             if run.end_epoch(epoch, line, run.steps * size):
                 return 128 + run.stop
         if is_first():

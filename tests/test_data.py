@@ -170,6 +170,12 @@ def test_augmentation_in_workers_depends_on_seed_epoch_and_image_alone(augment, 
     assert torch.equal(whole, epoch(2)) and torch.equal(whole[6:], epoch(1, start=3))
     assert all((whole != x).any() for x in (epoch(epoch=2), epoch(seed=5)))
     assert torch.equal(state, torch.get_rng_state())    # a run that goes on draws the same
+    def full(batch):
+        raise RuntimeError('No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, 'share_memory_', full)
+        refused('/dev/shm is full', epoch, 2)
     if size == 65:                                      # whose images are read in every epoch
         Path('tree/a/3.png').write_bytes(b'no image')
         for workers in (0, 2):
