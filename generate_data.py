@@ -158,6 +158,10 @@ def one_line_errors(main):
             message = str(error)
         except (torch.OutOfMemoryError, MemoryError):
             message = 'out of memory: take a smaller --batch_size, or fewer or smaller images'
+        except RuntimeError as error:
+            if 'DataLoader worker' not in str(error):
+                raise
+            message = 'a worker was killed, perhaps for its memory: take fewer --workers'
         except BrokenPipeError:                 # the reader of a pipe has gone, as `head` does
             return 141
         except OSError as error:

@@ -160,6 +160,13 @@ def test_a_stopped_run_saves_and_dies_of_its_signal_so_that_a_shell_loop_stops()
     assert process.returncode == -signal.SIGTERM and 'stopped and saved in r' in said
 
 
+def test_a_worker_that_is_killed_ends_the_run_with_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(generate_data.Data, '__getitem__',
+                        lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    flags = ['--augment', 'crop', '--workers', '1', '--save', 'r']
+    one_line(capsys, search.main([*TINY, *flags]), 'a worker was killed')
+
+
 def test_a_signal_while_cells_are_scored_ends_the_run_at_once(monkeypatch):
     original = search.OneShot.score
     monkeypatch.setattr(search.OneShot, 'score', lambda *_: os.kill(os.getpid(), signal.SIGINT))
