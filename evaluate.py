@@ -30,13 +30,12 @@ from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CHEXPERT, DATA, DEFAULTS, KINDS, REAL, Batches, Progress, Setting,
-                           UserError, choose_device, is_image, leave, load_file, number,
-                           one_line_errors, parse_flags, read, read_chexpert, read_image, readable,
-                           settings_of, world, write_file)
+                           UserError, choose_device, is_image, leave, load_file,
+                           num_processes, number, one_line_errors, parse_flags, read,
+                           read_chexpert, read_image, readable, settings_of, write_file)
 
 import numpy as np
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,7 +64,7 @@ def loss_of(logits, y, smoothing=0.0):
 
 
 def correct(logits, y):
-    """How many of a batch are right, or the sum of each image's share of right known labels."""
+    """How many of a batch are right; with several labels each image counts by its right share."""
     if y.dim() == 2:
         known = y >= 0
         right = ((logits > 0) == (y > 0.5)) & known
@@ -142,7 +141,7 @@ def metric_columns():
 
 def gather(value):
     """[value of each process], of plain types and tensors on the CPU."""
-    values = [None] * world()[1]
+    values = [None] * num_processes()
     if len(values) == 1:
         return [value]
     torch.distributed.all_gather_object(values, value)
@@ -304,7 +303,9 @@ def read_run(run):
 
 
 def look_up(genotype):
-    """A cell's skips, parameters and, of NAS-Bench-201, what is known: also less the largest's."""
+    """Skips and parameters of a cell; in NAS-Bench-201 also its true accuracies, and how many
+    points they are above those of the largest network.
+    """
     if not isinstance(genotype, str):
         found = {}
         for cell in ('normal', 'reduce'):
@@ -351,7 +352,7 @@ def spearman(a, b, given=None):
 
 
 def ranking(folder):
-    """How well the scores of a search rank its cells, where the truth is known."""
+    """How well the scores of a search rank its cells; without the truth only their number."""
     scores, by = read_cell_scores(folder)
     out = {'score': by, 'cells': len(scores[by])}
     if 'cifar10' not in scores:
@@ -386,14 +387,12 @@ def read_test(meta, data_dir=None, table=None):
         data = read(name, settings, 'test')
     if data is None:
         raise UserError(f'{name} has no test images any more: bring them back')
-    there = data.classes
-    if not data.multilabel:
-        there = [data.classes[k] for k in np.unique(data.labels)]
-    unknown = sorted({*there} - {*meta['classes']})
-    if unknown or data.multilabel and data.classes != meta['classes']:
-        raise UserError(f'{data.name}: the network does not know {", ".join(unknown[:5])}: give '
-                        'the data that it was trained on')
-    if not data.multilabel:
+    if not data.multilabel:                     # CheXpert's labels are always the same
+        there = {data.classes[k] for k in np.unique(data.labels)}
+        unknown = sorted(there - {*meta['classes']})
+        if unknown:
+            raise UserError(f'{data.name}: the network does not know {", ".join(unknown[:5])}: '
+                            'give the data that it was trained on')
         place = np.array([meta['classes'].index(name) if name in there else -1
                           for name in data.classes])
         data = replace(data, labels=place[data.labels], classes=meta['classes'])
@@ -508,11 +507,11 @@ def compared_settings(settings, prefix=''):
 def table(rows):
     """Runs that differ only in their seeds, in one line: [{group, n, measure, measure_std}].
 
-    `settings` of a line: what was typed, and what else differs within its data and method; those
-    of the search begin with search_. Runs whose --data is real and has other images are in
-    other lines.
+    `settings` of a line: what was typed, and in what lines of the same data and method differ;
+    those of the search begin with search_. Runs on other images of a real --data are in other
+    lines.
     """
-    large = {'quick', 'preset', 'search_quick', 'search_preset'}        # which change many others
+    large = {'quick', 'preset', 'search_quick', 'search_preset'}        # each changes many others
     groups, shown, lines = {}, set(large), []
     for row in rows:
         own, search = compared_settings(row['settings']), row.get('search_settings') or {}
@@ -570,7 +569,8 @@ def print_table(lines):
 # ---- Plots ----------------------------------------------------------------------------------
 
 
-# Panels, in addition to those of the METRICS: how the entries of the log begin whose mean is drawn
+# Curves besides the METRICS: {title: name of an entry of the log; or how the names begin, with _ at
+# its end, of entries whose mean is drawn}
 PANELS = {
     'training loss': 'train_loss', 'training accuracy, %': 'train_accuracy',
     "loss on the alphas' images": 'valid_loss',
@@ -593,7 +593,7 @@ def mean_of(line, start):
 
 
 def plot(rows, path):
-    """Draw what runs did by epoch, and of retrainings one's test, or the fit of three and more."""
+    """Draw curves by epoch and scores of cells; of one retraining its test, of three the fits."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

@@ -43,8 +43,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-# Idle threads of OpenMP soon wait asleep. If they spin on, they take the cores from other runs:
-# two searches at once are then many times as slow. OpenMP reads this when torch is loaded.
+# Idle threads of OpenMP spin before they sleep. Long spinning takes the cores from other runs: two
+# searches at once are then many times as slow. OpenMP reads this when torch is loaded.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -67,18 +67,18 @@ class Setting(NamedTuple):
     alone: object = None    # what the flag means without a value after it
 
 
-def number(kind, low=-2 ** 62, high=2 ** 62, above=-math.inf, below=math.inf):
-    """Values of a Setting: int or float (`kind`) from low to high, over `above`, under `below`."""
+def number(convert, low=-2 ** 62, high=2 ** 62, above=-math.inf, below=math.inf):
+    """Values of a Setting, by `convert`, int or float: low to high, over `above`, under `below`."""
     def parse(text):
         with contextlib.suppress(ValueError):
-            value = kind(text)
+            value = convert(text)
             if low <= value <= high and above < value < below:
                 return value
         start = f'above {above}' if above > low else f'from {low}'
         end = f' to {high}' if high < 2 ** 62 else ''
         if below < high:
             end = f' and below {below}'
-        what = 'whole number' if kind is int else 'number'
+        what = 'whole number' if convert is int else 'number'
         raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {what} {start}{end}')
     return parse
 
@@ -120,7 +120,7 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
             if default == []:
                 flag, how = name, {'nargs': '*'}
             elif isinstance(default, bool):
-                how = {'action': 'store_true', 'default': argparse.SUPPRESS}
+                how = {'action': 'store_true'}
             elif isinstance(values, list):
                 text, how = f'{", ".join(values)}: {text}', {'choices': values, 'metavar': 'X'}
             elif alone is not None:
@@ -181,7 +181,7 @@ def leave(status):
     if status > 128:
         signal.signal(status - 128, signal.SIG_DFL)
         os.kill(os.getpid(), status - 128)
-    if world()[1] > 1:                          # torch's threads sometimes abort an orderly end
+    if num_processes() > 1:                     # torch's threads sometimes abort an orderly end
         if status == 0:
             torch.distributed.barrier()
         sys.stdout.flush()
@@ -240,6 +240,16 @@ def world():
     return (group.get_rank(), group.get_world_size()) if shared else (0, 1)
 
 
+def num_processes():
+    """How many processes share this run."""
+    return world()[1]
+
+
+def is_first():
+    """Whether this is the first process of the run, which prints and writes its files."""
+    return world()[0] == 0
+
+
 class Progress:
     """A line with what is done, the rate and the time left; in a log file a new one every 8 s.
 
@@ -256,7 +266,7 @@ class Progress:
         """done: units in all, counted from the very start; text: shown at the end of the line."""
         now, count = time.monotonic(), done - self.first
         spent = now - self.start
-        if world()[0] or not count or spent < 1:        # short work prints nothing
+        if not is_first() or not count or spent < 1:        # short work prints nothing
             return
         each = spent / count
         left = timedelta(seconds=round(each * (self.total - done)))
@@ -281,7 +291,7 @@ class Progress:
         self.close()
 
     def close(self):
-        if self.terminal and not world()[0]:
+        if self.terminal and is_first():
             print(' ' * 118, end='\r', file=sys.stderr, flush=True)
 
 
@@ -305,7 +315,7 @@ def choose_device(gpu, tf32=False):
         torch.backends.cudnn.deterministic = True
         with readable(f'--gpu {gpu} cannot be used', 'Use another one, or -1 for the CPU.'):
             torch.cuda.set_device(gpu)
-    if shared and world()[1] == 1:
+    if shared and num_processes() == 1:
         # torchrun keeps its store when it starts the processes again: without a prefix they would
         # find the addresses of those that died.
         store, rank, processes = next(torch.distributed.rendezvous('env://'))
@@ -314,9 +324,9 @@ def choose_device(gpu, tf32=False):
             'nccl' if cuda else 'gloo', timeout=timedelta(minutes=10), rank=rank,
             world_size=processes, store=torch.distributed.PrefixStore(attempt, store),
             device_id=device if cuda else None)
-        if world()[0]:                          # one process speaks
+        if not is_first():                      # one process speaks
             sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
-    if gpu >= 0 and not cuda and not world()[0]:
+    if gpu >= 0 and not cuda and is_first():
         print(f'no CUDA on this machine: --gpu {gpu} runs on the CPU '
               f'({torch.get_num_threads()} threads)', file=sys.stderr)
     return device
@@ -397,10 +407,10 @@ def kind_of(name, s):
 
 
 def refuse_idle(typed, idle, where='beside the other flags'):
-    """UserError for what was typed and has no effect; idle: {name: whether it has none}."""
-    for name in sorted(typed.keys() & idle.keys()):
-        if idle[name]:
-            raise UserError(f'--{name} means nothing {where}. Leave it out.')
+    """UserError for the first flag that was typed and is among `idle`, which have no effect."""
+    names = typed.keys() & idle
+    if names:
+        raise UserError(f'--{min(names)} means nothing {where}. Leave it out.')
 
 
 # ---- Noise and random labels ----------------------------------------------------------------
@@ -421,8 +431,8 @@ def philox(seed, stream, places, n):
 
 # A uniform 16-bit number -> a pixel of N(127.5, 32), clipped at 0 and 255, 3.98 deviations away
 GAUSS = statistics.NormalDist(127.5, 32)
-EDGES = [round(65536 * GAUSS.cdf(pixel + 0.5)) for pixel in range(255)]
-NORMAL = np.searchsorted(EDGES, np.arange(65536), side='right').astype(np.uint8)
+THRESHOLDS = [round(65536 * GAUSS.cdf(pixel + 0.5)) for pixel in range(255)]
+NORMAL = np.searchsorted(THRESHOLDS, np.arange(65536), side='right').astype(np.uint8)
 
 
 def uint16s(seed, stream, places, n):
@@ -1008,7 +1018,10 @@ def mean_and_std(images):
 
 
 def sheet_rows(labels):
-    """Rows of 100 images: one of each class, then the first; by class if each has one label."""
+    """Up to 100 rows for the sheet: the first of each class, then the first of all.
+
+    They are sorted by class if each image has one label, else by place.
+    """
     rows, classes = np.arange(len(labels)), labels
     if labels.ndim == 2:
         rows, classes = np.nonzero(labels == 1)
@@ -1072,10 +1085,13 @@ class Data:
     def __len__(self):
         return len(self.labels)
 
-    @property
-    def patients(self):
-        """Of each image the patient, who is in one half of a split only; None without studies."""
-        return None if self.studies is None else np.array([s.split('/')[0] for s in self.studies])
+    def split(self, rows, fraction, seed):
+        """Split rows in two as stratified_split does; no patient is in both parts."""
+        patients = None
+        if self.studies is not None:
+            patients = np.array([study.split('/')[0] for study in self.studies[rows]])
+        parts = stratified_split(self.labels[rows], fraction, seed, patients)
+        return [rows[part] for part in parts]
 
     def image(self, k, crop=False):
         """uint8 (H, W, 3) of the k-th image; crop: a part of it, drawn by torch's generator."""
@@ -1156,8 +1172,7 @@ def read_written(folder, s):
             if data.small and data.sha256() != meta['sha256']['images']:
                 raise ValueError('other images')
             return data
-    where = {'data_dir': s['data_dir'], 'download': s['download']}
-    source = read(own['source'], {**own, **where})
+    source = read(own['source'], {**own, 'data_dir': s['data_dir'], 'download': s['download']})
     if source.sha256() != meta['sha256']['images']:
         raise UserError(f'{folder}: the images of {own["source"]} in {s["data_dir"]} are not as '
                         'they were. Give their --data_dir, or make it again.')
@@ -1343,7 +1358,7 @@ def read_folder(root, split, s):
         if empty:
             raise UserError(f'{root}: {classes[0][min(empty)]} has no pictures to train on. Add '
                             'some, or remove its folder.')
-        if not world()[0]:
+        if is_first():
             print(f'{root}: {len(files)} pictures of {", ".join(classes[0])[:200]}; '
                   f'{is_test.sum()} are the test', file=sys.stderr)
     elif not is_test.any():
@@ -1360,7 +1375,7 @@ def share_of(path):
 
 
 def evenly(n, most):
-    """Up to so many of n rows, from all over."""
+    """Up to `most` of n rows, evenly spaced."""
     return np.linspace(0, n - 1, min(n, most)).astype(int)
 
 
@@ -1404,7 +1419,7 @@ def list_images(folder):
 
 
 def try_pictures(files, folders):
-    """Whether each file can be read, bool (N,); says which others lie in the folders."""
+    """Whether each file can be read, bool (N,). Prints which other files the folders hold."""
     for folder in folders:
         others = {path for path in folder.rglob('*') if path.is_file()}.difference(files)
         if others:
@@ -1440,7 +1455,7 @@ def read_image(path, image_size, zoom=1, crop=False):
 
 
 def resize(image, size, zoom=1, crop=False):
-    """uint8 (size, size, 3): the middle of a PIL image, its shorter side `zoom` times as long.
+    """uint8 (size, size, 3): the middle of a PIL image whose shorter side becomes size * zoom.
 
     crop: instead RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator.
     """
@@ -1455,7 +1470,7 @@ def resize(image, size, zoom=1, crop=False):
             torch.empty(1, h, w, device='meta'), (0.08, 1), (3 / 4, 4 / 3))
         how, shares = Image.BILINEAR, (left / w, top / h, (left + wide) / w, (top + high) / h)
         part = min(high, wide) / min(w, h)
-    else:                                           # whole pixels, as if the resized had been cut
+    else:                                           # whole pixels, as if first resized, then cut
         scale, part = round(size * zoom) / min(w, h), 1 / zoom
         how = Image.BILINEAR if zoom > 1 else Image.BICUBIC         # the first as for ImageNet
         wide, high = max(size, round(w * scale)), max(size, round(h * scale))
@@ -1486,7 +1501,7 @@ def find_or_make(name, s):
              if value != usual[key] and key != 'data_seed']
     folder = Path('data', '-'.join([name, *parts, f'seed{own["data_seed"]}']))
     if not folder.exists():
-        if not world()[0]:
+        if is_first():
             print(f'making {folder}', file=sys.stderr)
         try:
             make_set(folder, name, s, torch.device('cpu'))
@@ -1565,11 +1580,9 @@ class Batches:
                             f'its split of {data.name} (--train_portion). Use a smaller one, or '
                             '--preset laptop.')
         self.data, self.indices, self.batch_size = data, np.asarray(indices), batch_size
-        self.part = slice(0, batch_size)
-        if shuffle:
-            self.part = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
-        else:
-            self.indices = self.indices[rank::processes]
+        self.part = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
+        if not shuffle:                         # whole batches of a share of the images
+            self.part, self.indices = slice(0, batch_size), self.indices[rank::processes]
         self.augment = suited(data) if augment == 'auto' else augment
         self.device, self.cutout, self.seed = device, cutout, seed
         self.shuffle, self.workers = shuffle, workers
@@ -1578,19 +1591,19 @@ class Batches:
         labels = torch.from_numpy(np.ascontiguousarray(data.labels))
         self.labels = (labels.float() if data.multilabel else labels).to(device)
         transforms_of(self.augment)             # so that the workers find torchvision loaded
-        self.images = None                      # if they live on the device
+        self.images = None                      # on the device, if the set is small
         if data.small and data.images is not None and self.augment not in IN_WORKERS:
             if data.on_device is None:
                 data.on_device = torch.from_numpy(np.array(data.images)).to(device)
             self.images = data.on_device.clone() if data.fresh else data.on_device
-        self.turns = np.zeros(len(data), int)   # the turn of --fresh that each of them is of
+        self.turns = np.zeros(len(data), int)   # of --fresh: from which drawing each image is
 
     def __len__(self):
         n = len(self.indices)
         return n // self.batch_size if self.shuffle else -(-n // self.batch_size)
 
     def epoch(self, epoch=0, start=0, again=0):
-        """Batches start, start + 1, ... of an epoch; `again` another number for another order."""
+        """Yield batches start, start + 1, ... of an epoch; another `again` is another order."""
         rng = np.random.Generator(np.random.Philox([self.seed, epoch + again]))
         n, step = len(self.indices), self.batch_size
         indices = self.indices[rng.permutation(n)] if self.shuffle else self.indices
@@ -1600,7 +1613,7 @@ class Batches:
                  for k in range(start, len(self))]
         turn = epoch // self.data.fresh if self.data.fresh else 0
         to_load = [indices[part] for part in parts]
-        if self.images is not None:             # they are here, but perhaps of another turn
+        if self.images is not None:             # load only what --fresh draws anew
             to_load = [rows[self.turns[rows] != turn] for rows in to_load]
         loaded = self.load(to_load, epoch + again, turn)
         for part, rows in zip(parts, to_load):
@@ -1636,7 +1649,11 @@ class Batches:
             raise UserError(str(error).split('UserError: ')[-1].strip()) from None
 
     def prepare(self, x, u):
-        """(B, 3, S, S) of uint8 (B, S, S, 3). u (B, 11), 0 to 1: flip, place of cutout, shift."""
+        """Return (B, 3, S, S), normalised and augmented, of uint8 (B, S, S, 3).
+
+        u (B, 11), from 0 to 1: column 0 decides the flip, 1 and 2 place the cutout, 3 and 4 the
+        shift. The others are not used; without them each later image would get other numbers.
+        """
         size = self.data.image_size
         at = torch.arange(size, device=x.device)
         if self.augment == 'standard':
@@ -1673,9 +1690,11 @@ def main(argv=None):
     kind, out = s['kind'], s['out']
     if not kind or not out:
         raise UserError('Give --kind and --out (see --help).')
+    if out in (*KINDS, *REAL):                  # which --data would take for something else
+        raise UserError(f'--out {out} names a kind of data. Use --out data/{out}, for example.')
     unused = {*DATA, 'generator_steps'} - settings_of(kind, s)
     what = kind + (f' --generator {s["generator"]}' if kind == 'generated' else '')
-    refuse_idle(typed, dict.fromkeys(unused, True), f'for --kind {what}')
+    refuse_idle(typed, unused, f'for --kind {what}')
     both = [os.path.realpath(out), os.path.realpath(s['source'])]
     if s['source'] not in REAL and os.path.commonpath(both) in both:
         raise UserError(f'--out {out}: it or --source lies in the other. Write elsewhere.')

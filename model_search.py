@@ -84,12 +84,14 @@ class MixedOp(nn.Module):
                     self.spans.append((start, end))
                 self.blocks[block][name] = operation
 
-    def factors(self, weights, best=None, add_others=False):
-        """What `forward` multiplies with, made once for all cells of a type and width.
+    def factors(self, weights, best, add_others):
+        """What `forward` multiplies with; one result serves all cells of a type and width.
 
-        From weights (E, operations): those of the shared operations, (E, n), and for each block a
-        list, for each of its operations every channel's factor, (edges * C,). best: each edge's
-        one column; then for each edge (name, its weight, sum of the others), None without weights.
+        weights: (E, operations). Returns (shared, blocks). shared (E, n): the weights of the n
+        shared operations. blocks: for each block a list that has, for each of its operations, a
+        factor for each channel, (edges * C,).
+        best: the column that was drawn for each edge. Then it returns for each edge (name, weight,
+        sum of the other weights), where both numbers are None if weights is None.
         """
         if weights is None:
             return [(self.columns[k], None, None) for k in best]
@@ -109,7 +111,10 @@ class MixedOp(nn.Module):
         return shared, factors
 
     def forward(self, state, factors=None):
-        """E maps (B, C, H', W') of a state (B, C, H, W); factors: None without edge weights."""
+        """E maps (B, C, H', W') of a state (B, C, H, W), None where nothing arrives.
+
+        factors: from `factors`, a list if one operation per edge was drawn; None if derived.
+        """
         if isinstance(factors, list):
             return self.forward_drawn(state, factors)
         inputs, out = Inputs(state), [None] * len(self.names)
@@ -128,7 +133,7 @@ class MixedOp(nn.Module):
         return out
 
     def forward_drawn(self, state, drawn):
-        """Only what was drawn is computed; None for an edge without a map. A block has one edge."""
+        """Compute only what was drawn. Each block has one edge, since width is 1."""
         inputs, maps, out = Inputs(state), {}, []
         for e, (name, weight, others) in enumerate(drawn):
             if name == 'none' and weight is None:
@@ -197,7 +202,7 @@ class Cell(nn.Module):
     partial: operations see 1/partial of the channels (PC-DARTS). width: most edges of one call.
     """
     def __init__(self, space, channels_in, channels, reduction, reduction_before, edges, concat,
-                 affine, partial=1, width=None):
+                 affine, partial, width):
         super().__init__()
         if space.inputs == 2:
             before, last = channels_in
@@ -222,22 +227,22 @@ class Cell(nn.Module):
             self.mixed_ops.append(MixedOp(operations, channels // partial, stride, names, affine,
                                           width))
 
-    def factors(self, weights, best=None):
+    def factors(self, weights, best):
         """What each state's MixedOp multiplies with, from weights and `best` as Drawn has them."""
         out = []
         for mixed_op, leaving in zip(self.mixed_ops, self.leaving):
             order = [self.space.edges.index(edge) for edge in leaving]
             own = None if weights is None else torch.stack([weights[k] for k in order])
             drawn = None if best is None else [best[k] for k in order]
-            # What is not drawn, NAS-Bench-201's code adds as a number, for its gradient.
+            # NAS-Bench-201's code adds the weights of what is not drawn, for their gradient.
             out.append(mixed_op.factors(own, drawn, self.space.inputs == 1))
         return out
 
     def forward(self, s0, s1, factors=None, shares=None, drop_path_prob=None, memo=None):
-        """Output of the cell, from s0 and s1, (B, C, H, W), those of the two cells before.
+        """Output of the cell. s0, s1: outputs (B, C, H, W) of the two cells before it.
 
-        factors: from `factors`, or None in a derived cell; shares: from Network.shares. memo: maps
-        of an earlier call with the same s0, s1 and weights, and one operation per edge.
+        factors: from `factors`, or None in a derived cell. shares: from Network.shares. memo: maps
+        of earlier calls with the same s0, s1 and weights; only with one operation per edge.
         """
         states, totals, rests = [s1], {}, []
         if self.space.inputs == 2:
@@ -255,7 +260,7 @@ class Cell(nn.Module):
                 rests.append(rest if mixed_op.stride == 1 else
                              F.max_pool2d(rest, 2, ceil_mode=True))
             if memo is None:
-                maps = mixed_op(x, factors and factors[state])
+                maps = mixed_op(x, None if factors is None else factors[state])
             else:
                 maps = self.recall(memo, state, x, factors)
             for (node, _), names, y in zip(leaving, mixed_op.names, maps):
@@ -419,7 +424,7 @@ class Network(nn.Module):
                 if key not in factors:
                     factors[key] = cell.factors(weights, best)
             s0, s1 = s1, cell(s0, s1, factors.get(key), shares, self.drop_path_prob,
-                              None if layer else self.memo)
+                              self.memo if layer == 0 else None)
             if layer == self.auxiliary_at and self.training:
                 auxiliary_logits = self.auxiliary_head(s1)
         logits = self.classifier(self.last(s1).mean((2, 3)))
@@ -435,7 +440,7 @@ class Network(nn.Module):
             weights = self.mix(cell_type, weights)
         if isinstance(weights, Drawn):
             weights, best = weights
-            if weights is None:
+            if weights is None:                 # one-shot, which has no shares
                 return None, best, None
         shares = self.shares(cell_type)
         return weights if shares is None else weights * shares.unsqueeze(1), best, shares
@@ -466,11 +471,11 @@ class Network(nn.Module):
                 norm.track_running_stats = True
 
     @torch.no_grad()
-    def choice_weights(self, seed=0):
+    def choice_weights(self, seed):
         """[float64 (edges, operations)] of the cell types: probabilities times the edges' shares.
 
-        Alphas can be so small that float32 knows no differences, and `none` would win every tie.
-        Those that are left, to 14 digits, are broken by seed.
+        Very small alphas have equal probabilities in float32, and `none` would win all the ties.
+        Those that are left in float64, to 14 digits, are broken by seed.
         """
         rng, out = torch.Generator().manual_seed(seed), []
         for cell_type in self.space.cell_types:
@@ -490,8 +495,8 @@ class Network(nn.Module):
         return derive(*weights)
 
 
-def cell_edges(genotype, cell_type, space=DARTS, kept=None):
-    """{(node, input): operations} and the concatenated nodes of a cell; None: of the supernet."""
+def cell_edges(genotype, cell_type, space, kept=None):
+    """({(node, input): operations}, nodes to concatenate) of a genotype; None: of the supernet."""
     nodes = space.node_states
     if genotype is None:
         names = kept[cell_type] if kept else \

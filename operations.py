@@ -96,7 +96,9 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class DepthwiseOnCPU(torch.autograd.Function):
-    """5x5 depthwise convolution; in two parts its gradient saves a tenth of a step."""
+    """5x5 depthwise convolution. Its weights' gradient is computed in two parts, columns 0 to 2 and
+    3 to 4, which saves a tenth of a step.
+    """
     @staticmethod
     def forward(ctx, x, weight, stride):
         ctx.save_for_backward(x, weight)
@@ -220,7 +222,7 @@ class DilConv(nn.Module):
 
     def forward(self, inputs):
         h, w = inputs.state.shape[2:]
-        # On CUDA, too: cuDNN has hardly a deterministic dilated convolution in channels_last.
+        # On CUDA too: cuDNN has hardly any deterministic dilated convolution in channels_last.
         on_grids = self.stride == 1 and h % 2 == w % 2 == 0
         if self.stride == 2:
             x = self.depthwise(inputs.grid(0, self.edges))

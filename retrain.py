@@ -35,9 +35,10 @@ from types import SimpleNamespace
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, Setting, UserError,
-                           choose_device, evenly, find_or_make, has_bf16, leave, load_file,
-                           name_or_path, number, one_line_errors, parse_flags, read, readable,
-                           refuse_idle, settings_of, stratified_split, world, write_file)
+                           choose_device, evenly, find_or_make, has_bf16, is_first, leave,
+                           load_file, name_or_path, num_processes, number, one_line_errors,
+                           parse_flags, read, readable, refuse_idle, settings_of, world,
+                           write_file)
 from evaluate import (MAY_DIFFER, correct, gather, loss_of, metric_columns, read_json, read_log,
                       test)
 
@@ -94,7 +95,7 @@ NETWORK = {
 RECIPE = {
     'label_smoothing': Setting(0.0, 'share spread over all classes', number(float, 0, below=1)),
     'holdout_patients': Setting(0.0, 'share that chooses the epoch', number(float, 0, below=1)),
-    'train_portion': Setting(1.0, 'share of the images, or their number', number(float, above=0)),
+    'train_portion': Setting(1.0, 'share of the images; above 1: number', number(float, above=0)),
 }
 # Set by a preset only, without flags: the optimizer, sgd or adam, and the schedule, cosine or
 # linear; the weight of the auxiliary loss, and whether batches are smaller if there are few images
@@ -149,12 +150,11 @@ def settle(doc, tables, argv, presets, defaults_for):
         most_used.update({name: table[name] for name in FIRST if name in table})
         tables[title] = {name: table[name] for name in table if name not in FIRST}
     s, typed, defaults = parse_flags(doc, {'most used': most_used, **tables}, argv, merged)
-    refuse_idle(typed, dict.fromkeys(DATA.keys() - settings_of(s['data'], s), True),
-                f'for --data {s["data"]}')
+    refuse_idle(typed, DATA.keys() - settings_of(s['data'], s), f'for --data {s["data"]}')
     if s['data_seed'] is None:
         s['data_seed'] = s['seed']
     for name in {'warmup_epochs', 'frozen_epochs'} & (s.keys() - typed.keys()):
-        share = defaults[name] / defaults['epochs']     # stays as it is, but never all epochs
+        share = defaults[name] / defaults['epochs']     # is kept, but some epochs are left
         s[name] = min(round(share * s['epochs']), max(0, s['epochs'] - 1))
     s['fit_batch'] = s['fit_batch'] and 'batch_size' not in typed
     rate_for = s.pop('rate_for', None)
@@ -184,10 +184,10 @@ def stem_for(stem, image_size, auxiliary=False):
 
 
 def batch_of(args, images):
-    """--batch_size, by default with --preset laptop less for few images: 20 steps an epoch."""
+    """--batch_size; the laptop's own is less for few images, so that an epoch has 20 steps."""
     if not args.fit_batch:
         return args.batch_size
-    parts = args.grad_accum * world()[1]
+    parts = args.grad_accum * num_processes()
     size = min(args.batch_size, max(8, images // 20))
     return max(2 * parts, size - size % parts)
 
@@ -212,8 +212,8 @@ def run_name(script, first, args, typed, defaults):
 def learning_rate_at(args, epoch, epochs):
     """Learning rate of an epoch: a fall to learning_rate_min, scaled by the warm-up at the start.
 
-    epochs: of the run, or of a stage, which has its own fall and warm-up.
-    linear: as PC-DARTS on ImageNet: lr (E-5-e) / (E-5), then lr (E-e) / (5 (E-5)), for E = 250.
+    epochs: of the run, or of a stage, which has its own fall and warm-up. linear is as PC-DARTS on
+    ImageNet: for E = 250 lr (E-5-e) / (E-5), and in the last five epochs lr (E-e) / (5 (E-5)).
     """
     tail = round(epochs / 50)
     if args.schedule == 'cosine':
@@ -291,7 +291,7 @@ class Run:
                 except OSError:
                     raise UserError(f'{self.folder}: wait for another process there') from None
                 self.write_args(data)
-            if world()[1] > 1:
+            if num_processes() > 1:
                 torch.distributed.barrier()
             path = self.folder / 'checkpoint.pt'
             if path.exists():
@@ -330,7 +330,7 @@ class Run:
             'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
             'settings': vars(self.args), 'data_sha256': sha256, 'git_commit': git_commit(),
             'date': time.strftime('%Y-%m-%d'), 'hardware': hardware(self.device),
-            'world_size': world()[1], 'versions': {'python': platform.python_version(), **{
+            'world_size': num_processes(), 'versions': {'python': platform.python_version(), **{
                 name: version(name) for name in ('torch', 'torchvision', 'numpy', 'pillow')}},
         }, indent=1) + '\n')
 
@@ -342,14 +342,14 @@ class Run:
     def start(self, what, sums, objects, state):
         """Load the checkpoint into `objects`, networks and optimizers, and torch's generators.
 
-        what: said of the run in a line. sums: (n,) zeros, to which the steps of an epoch add.
+        what: the first words that the run prints. sums: (n,) zeros, to which each step adds.
         state(): what the checkpoint holds besides the objects' states and what a Run knows.
         """
         # On a CPU the first step may take a minute.
         slow = self.total and self.device.type == 'cpu' and self.args.preset != 'laptop'
         done = self.epoch * self.steps + self.step
-        print(f'{what}, {self.total:,} steps on {world()[1]} x {self.device.type}: {self.folder}'
-              + (f'; going on after step {done:,}' if done else '')
+        print(f'{what}, {self.total:,} steps on {num_processes()} x {self.device.type}: '
+              f'{self.folder}' + (f'; going on after step {done:,}' if done else '')
               + ('; timing the first step' if slow else ''))
         self.sums, self.objects, self.state, saved = sums, objects, state, self.checkpoint
         hint = '; --preset laptop or --quick takes minutes' if slow else ''
@@ -364,7 +364,7 @@ class Run:
                 target.load_state_dict(content)
         set_random_states(saved['random'][world()[0] % len(saved['random'])], self.device)
         # With another number of processes each takes the mean of their sums.
-        same = len(saved['sums']) == world()[1]
+        same = len(saved['sums']) == num_processes()
         self.sums = (saved['sums'][world()[0]] if same else saved['sums'].mean(0)).to(self.device)
 
     def train(self, epoch, draws, step_of):
@@ -401,7 +401,7 @@ class Run:
 
         UserError if `tensors` are not finite; a GPU, which would wait, checks every 50 steps.
         """
-        caught, waited, alone = self.caught, time.time() - self.saved, world()[1] == 1
+        caught, waited, alone = self.caught, time.time() - self.saved, num_processes() == 1
         limit, is_last = 60 * self.args.checkpoint_minutes, step + 1 == self.steps
         looks = self.device.type == 'cpu' or step % 50 == 49 or is_last
         urgent = alone and (caught or waited > limit)
@@ -424,7 +424,7 @@ class Run:
     def save(self, epoch, step):
         """Write checkpoint and log, `step` steps into `epoch`; True if a signal stops the run."""
         self.epoch, self.step, self.saved = epoch, step, time.time()
-        if world()[1] == 1:                     # a signal may come after the last step as well
+        if num_processes() == 1:                # a signal may come after the last step as well
             self.stop = self.caught
         content = {name: target.state_dict() for name, target in self.objects.items()}
         content.update(self.state(), epoch=epoch, step=step, log=self.log, seconds=self.seconds,
@@ -433,10 +433,9 @@ class Run:
         if is_first():
             write_file(self.folder / 'checkpoint.pt', content)
         self.write_log()
-        if not self.stop:
-            return False
-        print(f'stopped and saved in {self.folder}: run the same with --resume')
-        return True
+        if self.stop:
+            print(f'stopped and saved in {self.folder}: run the same with --resume')
+        return self.stop > 0
 
     def write_log(self):
         if is_first():
@@ -494,11 +493,6 @@ def set_random_states(states, device):
 # ---- The processes of torchrun --------------------------------------------------------------
 
 
-def is_first():
-    """Whether this is the first process of the run, which writes its files."""
-    return world()[0] == 0
-
-
 def draw_apart(seed):
     """From here on each process but the first draws numbers of its own."""
     if not is_first():
@@ -507,17 +501,17 @@ def draw_apart(seed):
 
 def average(tensors):
     """The mean over all processes of each of some tensors of one type, in one all_reduce."""
-    if world()[1] == 1:
+    if num_processes() == 1:
         return list(tensors)
     flat = torch.cat([t.detach().flatten() for t in tensors])
     torch.distributed.all_reduce(flat)
-    parts = (flat / world()[1]).split([t.numel() for t in tensors])
+    parts = (flat / num_processes()).split([t.numel() for t in tensors])
     return [part.view(t.shape) for part, t in zip(parts, tensors)]
 
 
 def start_alike(network):
     """Every process takes the weights, alphas and statistics of the first."""
-    if world()[1] > 1:
+    if num_processes() > 1:
         for t in network.state_dict().values():
             torch.distributed.broadcast(t, 0)
 
@@ -636,7 +630,7 @@ def train_step(network, batch, optimizer, args):
             total = loss + args.auxiliary_weight * more
         (total / len(parts)).backward()
         sums = sums + torch.stack([loss.detach() / len(parts), correct(logits.detach(), y)])
-    if world()[1] > 1:                          # a node that leads nowhere gets no gradient
+    if num_processes() > 1:                     # a node that leads nowhere gets no gradient
         grads = [p.grad for p in network.parameters() if p.grad is not None]
         torch._foreach_copy_(grads, average(grads))
     if args.grad_clip:
@@ -663,14 +657,13 @@ def split_rows(data, args):
     if portion > 1:
         portion /= len(data)
     if portion < 1:
-        rows, _ = stratified_split(data.labels, portion, args.seed, data.patients)
+        rows, _ = data.split(rows, portion, args.seed)
     if not args.holdout_patients:
         return rows, rows[:0]
-    patients = None if data.patients is None else data.patients[rows]
-    kept, held = stratified_split(data.labels[rows], 1 - args.holdout_patients, args.seed, patients)
+    kept, held = data.split(rows, 1 - args.holdout_patients, args.seed)
     if not len(held):
         raise UserError(f'--holdout_patients {args.holdout_patients} is nobody: take more')
-    return rows[kept], rows[held]
+    return kept, held
 
 
 def parse(argv):
@@ -694,7 +687,8 @@ def parse(argv):
     if isinstance(genotype, str) and (args.layers < 5 or args.layers % 3 != 2):
         raise UserError(f'--layers {args.layers}: NAS-Bench-201 has 3 N + 2: take 5, 8, 11, ...')
     args.genotype = to_json(genotype)           # a resumed run has the same
-    refuse_idle(typed, {'momentum': args.optimizer == 'adam'})
+    if args.optimizer == 'adam':
+        refuse_idle(typed, {'momentum'})
     args.save = args.save or run_name('retrain', [args.data, args.arch], args, typed, defaults)
     return args
 
@@ -743,7 +737,7 @@ def main(argv=None):
                   dict(network=network, optimizer=optimizer), lambda: dict(kept=kept))
         step = GraphedStep(lambda *batch: train_step(network, batch, optimizer, args),
                            lambda: tensors_of_a_step(network, optimizer), device,
-                           args.graph == 'auto' and world()[1] == 1)
+                           args.graph == 'auto' and num_processes() == 1)
         for epoch in range(run.epoch, run.epochs):
             learning_rate = learning_rate_at(args, epoch, run.epochs)
             optimizer.param_groups[0]['lr'].fill_(learning_rate)
@@ -756,7 +750,7 @@ def main(argv=None):
             start_alike(network)                # with the running statistics of the first process
             loss, right = average([run.sums])[0].div(run.steps).tolist()
             line = {'learning_rate': learning_rate, 'drop_path_prob': drop_path_prob,
-                    'train_loss': loss, 'train_accuracy': right * world()[1] / size}
+                    'train_loss': loss, 'train_accuracy': right * num_processes() / size}
             is_last = epoch + 1 == run.epochs
             if len(held):
                 line.update(measure('holdout', data, held))

@@ -25,13 +25,13 @@ from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CIFAR, KINDS, REAL, Batches, Progress, Setting, UserError,
-                           choose_device, evenly, find_or_make, kind_of, leave, number,
-                           one_line_errors, refuse_idle, set_tf32, stratified_split, suited, world,
-                           write_file)
+                           choose_device, evenly, find_or_make, is_first, kind_of, leave,
+                           num_processes, number, one_line_errors, refuse_idle, set_tf32, suited,
+                           world, write_file)
 from evaluate import correct, data_name, gather, loss_of, method_name, read_json, write_csv
 from retrain import (INPUT, NETWORK, RUN, SCHEDULE, GraphedStep, Run, average, batch_of, draw_apart,
-                     is_first, learning_rate_at, make_optimizer, peak_memory_mib, run_name,
-                     settle, start_alike, stem_for, tensors_of_a_step)
+                     learning_rate_at, make_optimizer, peak_memory_mib, run_name, settle,
+                     start_alike, stem_for, tensors_of_a_step)
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ SEARCH = {
     'layers': Setting(8, 'cells; of pdarts in its first stage', number(int, 3, 200)),
     'cells_per_stage': Setting(5, 'of nb201', number(int, 1, 60)),
     'stem': NETWORK['stem'],
-    'train_portion': Setting(0.5, "the weights' share of images, or number, to a half",
+    'train_portion': Setting(0.5, "the weights' share of the images; above 1: number, to a half",
                              number(float, above=0)),
     'valid_fraction': Setting(None, "the alphas' share", number(float, above=0, below=1)),
     'arch_learning_rate': Setting(3e-4, 'of the alphas', number(float, 0)),
@@ -72,9 +72,9 @@ SEARCH = {
 # Those that mean nothing for methods that score cells
 ALPHAS = ('unrolled', 'arch_data', 'partial', 'arch_learning_rate', 'arch_weight_decay',
           'frozen_epochs', 'hessian', 'early_stop')
-# arch_grad_clip, the largest norm of the alphas' gradient, is a method's, and no flag; 0: no limit.
-DEFAULTS = dict(epochs=50, batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
-                nesterov=False, arch_grad_clip=0.0, schedule='cosine', fit_batch=False)
+# arch_grad_clip: largest norm of the alphas' gradient, 0: no limit. It has no flag.
+COMMON = dict(epochs=50, batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
+              nesterov=False, arch_grad_clip=0.0, schedule='cosine', fit_batch=False)
 SPACES = {'darts': {}, 'nb201': dict(nesterov=True, weight_decay=5e-4)}     # of its own searches
 # ImageNet: as PC-DARTS searched on it (section 4.3), with the learning rate for 1,024 images.
 # CheXpert: our own choice. laptop: our own, minutes on two cores, for which the alphas move faster.
@@ -113,7 +113,6 @@ class Darts:
         self.args, self.num_classes, self.stem, self.device = args, num_classes, stem, device
         self.batches = batches
         self.stage, self.kept = 0, None         # of P-DARTS: the stage, operations of each edge
-        self.network = None
 
     def build(self):
         """A new supernet; returns it."""
@@ -169,11 +168,12 @@ class PcDarts(Darts):
 class PDarts(Darts):
     """P-DARTS (1904.12760): three stages, each with more cells and fewer operations per edge.
 
-    Skips have dropout, which falls within a stage. The final normal cell has two skips at most.
+    Skips have dropout. In a stage it falls linearly while the alphas are frozen; then it starts
+    again from its full value and decays. The final normal cell has two skips at most.
     """
     recipe = dict(epochs=75, batch_size=96, learning_rate_min=0.0, arch_learning_rate=6e-4,
                   arch_grad_clip=5.0, frozen_epochs=10, layers=5)
-    recipe_on = {'imagenet': dict(frozen_epochs=10)}
+    recipe_on = {'imagenet': dict(frozen_epochs=10)}        # where the preset has 35
     spaces, stages, stochastic, operations = ('darts',), 3, True, {'skip_connect': dropped_skip}
     # By stage: cells more than in the first, operations that an edge keeps, dropout of skips
     MORE_CELLS, KEEP, DROPOUT = (0, 6, 12), (None, 5, 3), (0.0, 0.4, 0.7)
@@ -196,7 +196,7 @@ class PDarts(Darts):
 
     def begin_epoch(self, epoch, epochs):
         share, trained = (epochs - 1 - epoch) / epochs, epoch - self.args.frozen_epochs
-        if trained >= 0:                        # published for stages of 25 epochs
+        if trained >= 0:                        # the decay is published for stages of 25 epochs
             share = math.exp(-0.2 * trained * 25 / epochs)
         dropout = self.DROPOUT[self.stage] * share
         for module in self.network.modules():
@@ -271,7 +271,7 @@ class SDarts(Darts):
 
     --perturb random: by a uniform shift, brought back to the simplex. adversarial: from there
     seven steps of 2 radius / 7 along the sign of the training loss's gradient, each brought back,
-    in evaluation mode as by the authors; no shift if the loss is lower without.
+    in evaluation mode as by the authors. A shift that would lower the loss is left out.
     """
     recipe_on = {'nb201': dict(epochs=100, nesterov=False, weight_decay=3e-4)}
     near = None             # the perturbation, while the weights are trained
@@ -327,12 +327,12 @@ class RandomCell(Darts):
 class OneShot(Darts):
     """One-shot (SPOS, 1904.00420): each step trains one random cell, then all cells are scored.
 
-    Scores use the supernet's weights: loss and accuracy on a fixed batch of held-out and one of
-    training images (with --fresh of the first epoch), with the batch's statistics, and the angle
-    by which training turned the operations on the cell's paths (after RLNAS, 2101.11834).
+    The scores are loss and accuracy, with the batch's statistics, on two fixed batches, of held-out
+    and of training images (with --fresh of the first epoch); and the angle by which training turned
+    the weights on the cell's paths (after RLNAS, 2101.11834).
     """
-    # Chosen on real labels: few images, seen often, whose losses rank cells better than held-out
-    # ones do until a supernet has been trained for much longer.
+    # Chosen on real labels. Losses on few images that are seen often rank cells well; held-out
+    # losses do so only after a much longer training.
     recipe_on = {'laptop': dict(init_channels=8, epochs=259, steps_per_epoch=None, augment='none',
                                 learning_rate=0.1, train_portion=2000.0, score='train_loss')}
     stochastic = one_path = True
@@ -360,19 +360,19 @@ class OneShot(Darts):
 
     def fixed_batch(self, batches, count):
         """(x, y): up to `count` images from all over a half, as they are; always the same ones."""
-        rows = batches.indices
-        rows = rows[evenly(len(rows), count)]
+        rows = batches.indices[evenly(len(batches.indices), count)]
         fixed = Batches(batches.data, rows, len(rows), self.device, shuffle=False, workers=0)
         fixed.indices = rows                    # in every process all of them
         return next(fixed.epoch())
 
     def prepare(self):
-        """Set what `measure` needs for all cells."""
+        """Set what `measure` needs for all cells: two fixed batches, and products of weights."""
         self.halves = [self.fixed_batch(half, self.IMAGES) for half in self.batches]
-        network = self.network
-        torch.manual_seed(self.args.seed)       # as before the first network
-        before, self.network, self.products = weights_by_operation(self.build()), network, {}
-        for key, weights in weights_by_operation(network).items():
+        trained = self.network
+        torch.manual_seed(self.args.seed)       # so that build draws the first network again
+        before = weights_by_operation(self.build())
+        self.network, self.products = trained, {}
+        for key, weights in weights_by_operation(trained).items():
             a, b = before[key].double(), weights.double()
             self.products[key] = torch.stack([a @ b, a @ a, b @ b]).tolist()
 
@@ -598,8 +598,8 @@ def gradients(method, batch, wanted, exact=False):
         loss, right = forward(network, part, args.amp and not exact)
         loss = loss / len(parts)
         if method.one_path:
-            # Not everything is drawn, or even nothing. The square, since the gradient of a plain
-            # sum is one expanded number, which cannot be clipped in place.
+            # This adds 0, and gives a graph if nothing was drawn. It is a square, because the
+            # gradient of a plain sum is one expanded number, which cannot be clipped in place.
             loss = loss + 0 * wanted[0].square().sum()
         grads = torch.autograd.grad(loss, wanted, allow_unused=method.one_path,
                                     materialize_grads=method.one_path)
@@ -793,7 +793,7 @@ def parse(argv):
     def defaults_for(typed, chosen, preset):
         method = METHODS[chosen['method']]
         space = {**chosen, **PRESETS[preset], **typed}['space']
-        out = {**DEFAULTS, **SPACES[space], **method.recipe, **method.recipe_on.get(space, {}),
+        out = {**COMMON, **SPACES[space], **method.recipe, **method.recipe_on.get(space, {}),
                **PRESETS[preset], **method.recipe_on.get(preset, {})}
         if preset == 'laptop' and space == 'darts':
             out.update(init_channels=8, layers=5, batch_size=32)
@@ -819,12 +819,13 @@ def parse(argv):
             'score': len(method.scores) < 2, 'repeats': method.trains,
             'layers': args.space == 'nb201',
             'valid_fraction': args.arch_data != 'valid' or not trains}
+    idle = {name for name in idle if idle[name]}
     if method.stochastic or args.arch_data == 'none':   # each loss is another, or there is none
-        idle.update(unrolled=True, hessian=True, early_stop=True)
+        idle |= {'unrolled', 'hessian', 'early_stop'}
     if method.scores or not trains:
-        idle.update(dict.fromkeys(ALPHAS, True))
+        idle.update(ALPHAS)
     if not trains:
-        idle.update(dict.fromkeys(SCHEDULE.keys() - {'batch_size'} | {'augment', 'amp'}, True))
+        idle |= SCHEDULE.keys() - {'batch_size'} | {'augment', 'amp'}
     refuse_idle(typed, idle)
     for name in ('frozen_epochs', 'warmup_epochs'):
         if 0 < args.epochs <= getattr(args, name) * method.stages:
@@ -851,17 +852,15 @@ def has_own_images(name):
 
 def two_parts(data, args):
     """Disjoint images for the weights, int (n,), and the alphas, (m,); no patient is in both."""
-    portion = args.train_portion                # from 1 on it is their number, up to a half
-    if portion >= 1:
+    portion = args.train_portion                # above 1 it is their number, up to a half
+    if portion > 1:
         portion = min(0.5, portion / len(data))
     if portion + (args.valid_fraction or 0) > 1 + 1e-9:
         raise UserError('--train_portion and --valid_fraction are more than all images: take less')
-    first, rest = stratified_split(data.labels, portion, args.seed, data.patients)
+    first, rest = data.split(np.arange(len(data)), portion, args.seed)
     if not args.valid_fraction:
         return first, rest
-    share = min(1.0, args.valid_fraction / (1 - portion))
-    patients = None if data.patients is None else data.patients[rest]
-    return first, rest[stratified_split(data.labels[rest], share, args.seed, patients)[0]]
+    return first, data.split(rest, min(1.0, args.valid_fraction / (1 - portion)), args.seed)[0]
 
 
 def make_batches(data, args, device):
@@ -926,7 +925,7 @@ def main(argv=None):
         def changed():
             return tensors_of_a_step(network, sgd, adam)
 
-        use_graph = args.graph == 'auto' and world()[1] == 1 and not method.one_path
+        use_graph = args.graph == 'auto' and num_processes() == 1 and not method.one_path
         steps = {}                              # {(stage, whether the alphas are frozen): step}
         for epoch in range(run.epoch, run.epochs):
             if args.early_stop and before_growth(run.log, run.epochs):
@@ -950,10 +949,13 @@ def main(argv=None):
             if run.train(epoch, draws, steps[key]):
                 return 128 + run.stop
             start_alike(network)                # also if processes have GPUs of other kinds
-            size = batches[0].batch_size
-            has_valid = not is_frozen and args.arch_data != 'none'
+            size, has_valid = batches[0].batch_size, not is_frozen and args.arch_data != 'none'
+            loss, right, valid_loss, valid_right = average([run.sums])[0].div(run.steps).tolist()
+            images = size / num_processes()     # of each process
             line = {'steps': run.steps, 'learning_rate': learning_rate, **numbers,
-                    **rates(run.sums, run.steps, size, has_valid)}
+                    'train_loss': loss, 'train_accuracy': right / images,
+                    'valid_loss': valid_loss if has_valid else None,
+                    'valid_accuracy': valid_right / images if has_valid else None}
             if not method.scores:
                 line.update(describe(network, args.seed))
             if args.hessian and not is_frozen and epoch % args.hessian == 0:
@@ -973,15 +975,6 @@ def main(argv=None):
             if args.early_stop:
                 genotype = from_plain(stop['genotype'])
         finish(run, args, genotype, **notes)
-
-
-def rates(sums, steps, batch_size, has_valid):
-    """Mean losses and accuracies of an epoch, for the log; of the alphas' images if has_valid."""
-    train_loss, train_right, valid_loss, valid_right = average([sums])[0].div(steps).tolist()
-    images = batch_size / world()[1]
-    return {'train_loss': train_loss, 'train_accuracy': train_right / images,
-            'valid_loss': valid_loss if has_valid else None,
-            'valid_accuracy': valid_right / images if has_valid else None}
 
 
 def finish(run, args, genotype, **notes):
@@ -1026,12 +1019,12 @@ def next_command(args):
         target, made = about['kind'], about['settings']
     if target in KINDS:
         own = kind_of(target, made).settings.split()
-        usual = args.preset if args.preset in REAL else 'cifar10'
+        real = args.preset if args.preset in REAL else 'cifar10'
         if 'multilabel' in own and made['multilabel']:
-            usual = 'chexpert'
-        target = made['source'] if 'source' in own else usual
+            real = 'chexpert'
+        target = made['source'] if 'source' in own else real
         if Path(target, 'meta.json').exists():      # labels of an unreal set
-            target = usual
+            target = real
     words = ['python', 'retrain.py', '--arch', args.save, '--data', target]
     if args.quick:
         words.append('--quick')
@@ -1039,7 +1032,8 @@ def next_command(args):
         words += ['--preset', 'laptop']
     elif target in CIFAR and args.space == 'darts':
         words += ['--auxiliary', '--cutout']
-    if target in CIFAR and not Path(args.data_dir, CIFAR[target][0]).is_dir():
+    inner, folder = CIFAR.get(target, [None])[0], Path(args.data_dir)
+    if inner and folder.name != inner and not (folder / inner).is_dir():
         words.append('--download')
     elif target in ('imagenet', 'chexpert') and has_own_images(args.data) \
             and args.data_dir == INPUT['data_dir'].default:

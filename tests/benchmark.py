@@ -3,7 +3,6 @@
     python tests/benchmark.py                   # the table; about 20 minutes on two cores
     python tests/benchmark.py --only darts1_b16
     python tests/benchmark.py --imagenet        # steps at 224 px, and the batches that fit a GPU
-    python tests/benchmark.py --methods         # every method's step; NAS-Bench-201's textbook
     python tests/benchmark.py --gpu             # equality and speed on a CUDA device, 8 minutes
     python tests/benchmark.py --probe FOLDER    # how learnable a data set is
 
@@ -69,10 +68,7 @@ def batch(n, size=32, device=CPU):
 
 
 def steps(case, sides=('ours', 'book'), device=CPU, graph=False, flags=()):
-    """{side: a function that takes one step}, the same weights on both sides.
-
-    graph: whether ours is a CUDA graph; flags: more flags for our side.
-    """
+    """{side: a function that takes one step}, of equal weights; graph, flags: of our side."""
     torch.manual_seed(0)
     retraining, large = case.partial == 0, case.pixels > 64
     shape, extra = (16, 1000 if large else 10, 8), {'partial': case.partial}
@@ -161,33 +157,6 @@ def show(name, row):
     print(f'{name:<13}', '  '.join(words), flush=True)
 
 
-# Space, cells or cells a stage, batch, pixels
-SETTINGS = {'darts, 8 cells, batch 16, 32 px': ('darts', 8, 16, 32),
-            'nb201, N=5, batch 16, 32 px': ('nb201', 5, 16, 32),
-            'nb201, N=1, batch 64, 16 px': ('nb201', 1, 64, 16)}
-METHODS = ['darts', 'pcdarts', 'gdas', 'sdarts', 'sdarts --perturb adversarial', 'dartsminus',
-           'betadarts']
-
-
-def methods(n=5):
-    """{setting, method: CPU seconds of a first-order step}; in NAS-Bench-201 the textbook's too."""
-    rows = {}
-    for setting, (space, cells, size, pixels) in SETTINGS.items():
-        data, functions = (*batch(size, pixels), *batch(size, pixels)), {}
-        length = '--layers' if space == 'darts' else '--cells_per_stage'
-        for name in METHODS:
-            step, _, method, _ = search_step(['--space', space, length, str(cells), '--method',
-                                              *name.split()])
-            method.begin_epoch(10, 50)
-            functions[name] = functools.partial(step, *data)
-        if space == 'nb201':
-            book = textbook.Step(textbook.NB201Network(16, 10, cells), False)
-            functions['textbook'] = functools.partial(book, *data)
-        for name, value in seconds(functions, n).items():
-            rows[f'{setting}, {name}'] = {'cpu_seconds': value}
-    return rows
-
-
 def probe(folder):
     """Per cent right on a tenth of a set: of four convolutions trained on the rest, and 1-NN."""
     torch.manual_seed(0)
@@ -220,9 +189,8 @@ def probe(folder):
     return {folder: dict(zip(names, (100 * right / len(test)).tolist()), n_test=len(test))}
 
 
-# On a GPU: equality with the textbook, eager and as a graph; each method's graph against its eager
-# steps, while rates and draws change; time, calls and memory of a step, hours of a whole run.
-
+# On a GPU: equality with the textbook; each method's graph against its eager steps, while rates
+# and draws change; time, calls and memory of a step, hours of a whole run.
 RUNS = {                        # name: (step, images in it, steps of the full published run)
     'darts, first order': (Case(1, False, 64, 0), 128, 50 * (25000 // 64)),
     'darts, second order': (Case(1, True, 64, 0), 128, 50 * (25000 // 64)),
@@ -240,8 +208,8 @@ def relative(a, b):
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
-def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16):
-    """Largest relative differences to the textbook; a graph is captured at the fourth step of 5."""
+def equality(device, dtype, partial, unrolled, width=8, layers=5, size=16):
+    """Largest relative differences to the textbook: at first, and of the weights after 5 steps."""
     torch.manual_seed(0)
     ours = Network(width, 10, layers, partial=partial)
     book = textbook.Network(width, 10, layers, partial=partial)
@@ -255,23 +223,18 @@ def equality(device, dtype, partial, unrolled, graph, width=8, layers=5, size=16
              for z, p in zip(logits, (ours.alphas.values(), book.alphas))]
     out['alpha gradients'] = max(map(relative, *grads))
     textbook.copy_weights(ours, book)               # of the running statistics
-    step, changed, *_ = search_step(['--unrolled'] * unrolled, device, ours)
-    step = retrain.GraphedStep(step, changed, device, graph)
+    step, *_ = search_step(['--unrolled'] * unrolled, device, ours)
     book_step = textbook.Step(book, unrolled)
     for _ in range(5):
         step(x, y, x2, y2)
         book_step(x, y, x2, y2)
     pairs = textbook.pairs_of_weights(ours, book)
     out['weights'] = max(relative(a[block], b) for a, block, b in pairs if a.requires_grad)
-    out['captured'] = step.graph is not None
     return out
 
 
 def replays(flags, device, graph):
-    """(weights and alphas of a method after 8 steps, whether a graph was captured).
-
-    Each step has its own batch, and after the fifth what changes by epoch changes.
-    """
+    """(weights and alphas of a method after 8 steps in two epochs, whether it was captured)."""
     torch.manual_seed(0)
     step, changed, method, sgd = search_step(
         ['--space', 'nb201', '--cells_per_stage', '1', '--init_channels', '8', '--batch_size', '16',
@@ -325,16 +288,11 @@ def check_gpu():
     device = generate_data.choose_device(0)
     print(retrain.hardware(device), 'torch', torch.__version__)
     for partial, unrolled in ((1, False), (1, True), (4, False)):
-        # In float64 without a graph, whose learning rate is float32.
-        for dtype, graph in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
-            row = equality(device, dtype, partial, unrolled, graph)
-            name = f'{dtype}, K={partial}, unrolled={unrolled}, graph={graph}'
-            show(name, row)
-            if graph and not row['captured']:
-                sys.exit(f'{name}: no CUDA graph')
-            limit = 1e-9 if dtype == torch.float64 else 1e-2
-            moved = row['weights'] > (1e-6 if dtype == torch.float64 else 1e-2)
-            if max(row['logits'], row['alpha gradients']) > limit or moved and not unrolled:
+        for dtype, limit, drift in ((torch.float64, 1e-9, 1e-6), (torch.float32, 1e-2, 1e-2)):
+            row, name = equality(device, dtype, partial, unrolled), f'{dtype}, K={partial}'
+            show(f'{name}, unrolled={unrolled}', row)
+            moved = row['weights'] > drift and not unrolled
+            if max(row['logits'], row['alpha gradients']) > limit or moved:
                 sys.exit(f'{name}: differs from the textbook')
     for flags in GRAPHED:
         (eager, _), (graphed, captured) = (replays(flags, device, on) for on in (False, True))
@@ -351,7 +309,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--only', choices=[*CASES, *IMAGENET], help='one case')
     parser.add_argument('--imagenet', action='store_true', help='steps at 224 px')
-    parser.add_argument('--methods', action='store_true', help="every method's step")
     parser.add_argument('--gpu', action='store_true', help='equality and speed on a CUDA device')
     parser.add_argument('--peak', choices=['ours', 'book'], help=argparse.SUPPRESS)
     parser.add_argument('--probe', metavar='FOLDER', help='how learnable a data set is')
@@ -367,8 +324,6 @@ def main(argv=None):
         return
     if args.probe:
         results = probe(args.probe)
-    elif args.methods:
-        results = methods()
     else:
         names = [args.only] if args.only else IMAGENET if args.imagenet else CASES
         results = {name: measure(name) for name in names}

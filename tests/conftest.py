@@ -19,7 +19,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')       # a second one only waits for such small maps
 
-import evaluate  # noqa: E402
 import generate_data  # noqa: E402
 import search  # noqa: E402
 import textbook  # noqa: E402
@@ -40,7 +39,6 @@ ONE_STEP = ['--epochs', '1', '--steps_per_epoch', '1']
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -49,15 +47,6 @@ def float64():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(scope='session')
-def real_data():
-    """A folder with cifar-10-batches-py/: $UNREALNAS_DATA, or data/ of the checkout."""
-    for folder in (os.environ.get('UNREALNAS_DATA'), ROOT / 'data'):
-        if folder and (Path(folder) / 'cifar-10-batches-py').is_dir():
-            return str(folder)
-    pytest.skip('no real CIFAR-10: put cifar-10-batches-py into data/')
 
 
 def make_set(out, *flags, kind='noise'):
@@ -198,16 +187,16 @@ def run(main, save, *flags):
     return log(save)
 
 
-def printed(capsys, *flags, main=None):
-    """What a command of evaluate.py prints."""
+def printed(capsys, *flags):
+    """What a command of evaluate.py prints; in test_readme.py of the copy that is imported."""
     capsys.readouterr()
-    assert (main or evaluate.main)([*flags, '--gpu', '-1']) == 0
+    assert sys.modules['evaluate'].main([*flags, '--gpu', '-1']) == 0
     return capsys.readouterr().out
 
 
-def reports(capsys, *flags, main=None):
+def reports(capsys, *flags):
     """What evaluate.py says of each run."""
-    return [json.loads(row) for row in printed(capsys, *flags, '--json', main=main).splitlines()]
+    return [json.loads(row) for row in printed(capsys, *flags, '--json').splitlines()]
 
 
 def stop_in_every_step(main, save, *flags):

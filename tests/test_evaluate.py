@@ -218,6 +218,8 @@ def test_a_cell_goes_to_darts_and_comes_back(capsys):
     assert find_genotype('cell.txt')[0] == find_genotype('c')[0]
     assert 'imagenet16' in printed(capsys, '--arch', 'cell.txt')
     assert printed(capsys, '--arch', 'cell.txt', '--genotype') == text
+    counts, = reports(capsys, '--arch', 'DARTS_V2', '--plot', 'cell.svg')
+    assert 'dil_conv_3x3' in Path('cell.svg').read_text() and counts['imagenet_params'] == 4718752
 
 
 def test_a_test_keeps_its_pictures_if_others_come_or_go(capsys):

@@ -195,9 +195,20 @@ def test_an_adversarial_perturbation_that_does_no_harm_is_undone(monkeypatch):
     assert torch.equal(method.perturbation(batch())['cell'], ours.probabilities('cell'))
 
 
-def test_pdarts_keeps_the_strongest_operations_and_goes_deeper(float64):
+def test_pdarts_holds_two_skips_keeps_the_strongest_operations_and_goes_deeper(float64):
     method, network = searching('--method', 'pdarts')
     names, sizes = list(network.space.operations), [3]
+    with torch.no_grad():
+        network.alphas['normal'].zero_()
+        network.alphas['normal'][:, names.index('skip_connect')] = 3 + 0.01 * torch.arange(14.)
+        network.alphas['normal'][:, names.index('sep_conv_3x3')] = 1
+        network.alphas['reduce'][:, names.index('skip_connect')] = 3
+    free, (held, _) = network.genotype(), method.result()
+    assert [op for op, _ in free.normal] == ['skip_connect'] * 8 and free.reduce == held.reduce
+    assert sum(op == 'sep_conv_3x3' for op, _ in held.normal) == 6
+    assert [pair for pair in held.normal if pair[0] == 'skip_connect'] == \
+        [('skip_connect', 3), ('skip_connect', 4)]              # the strongest, on the last edges
+    assert network.genotype() == free
     for count in (5, 3):
         with torch.no_grad():
             for alpha in network.alphas.values():
@@ -222,22 +233,6 @@ def test_dropout_on_skips_is_by_element_and_edge():
     assert not torch.equal(first, second)
     y = skip.eval()(Inputs(torch.ones(64, 4, 8, 8)))
     assert torch.equal(y, torch.ones_like(y))
-
-
-def test_restriction_to_two_skips_strikes_out_the_weakest(float64):
-    method, network = searching('--method', 'pdarts')
-    names = list(network.space.operations)
-    with torch.no_grad():
-        network.alphas['normal'].zero_()
-        network.alphas['normal'][:, names.index('skip_connect')] = 3 + 0.01 * torch.arange(14.)
-        network.alphas['normal'][:, names.index('sep_conv_3x3')] = 1
-        network.alphas['reduce'][:, names.index('skip_connect')] = 3
-    free, (held, _) = network.genotype(), method.result()
-    assert [op for op, _ in free.normal] == ['skip_connect'] * 8 and free.reduce == held.reduce
-    assert sum(op == 'sep_conv_3x3' for op, _ in held.normal) == 6
-    assert [pair for pair in held.normal if pair[0] == 'skip_connect'] == \
-        [('skip_connect', 3), ('skip_connect', 4)]              # the strongest, on the last edges
-    assert network.genotype() == free
 
 
 def test_pdarts_from_start_to_genotype(monkeypatch):
@@ -367,16 +362,6 @@ def test_random_cells_are_uniform():
 
 # Methods that score cells
 
-CELLS = textbook.NB201_NAMES
-
-
-def scoring(name):
-    """(method, the textbook's supernet with its weights) in nb201."""
-    method, network, book, _ = with_textbook('--space', 'nb201', '--method', name)
-    network.train()
-    return method, book
-
-
 def network_of(supernet, arch):
     """The textbook's network of a cell, with the weights of its supernet."""
     names = from_string(arch)
@@ -388,13 +373,13 @@ def network_of(supernet, arch):
             cell.load_state_dict(whole.state_dict())
             continue
         for edge, candidates, name in zip(cell.edges, whole.edges, names):
-            chosen = candidates[CELLS.index(name)].state_dict()
+            chosen = candidates[textbook.NB201_NAMES.index(name)].state_dict()
             edge[0].load_state_dict(chosen, strict=False)
     return network
 
 
 def test_scores_of_200_cells_are_those_of_networks_built_cell_by_cell(float64):
-    method, book = scoring('oneshot')
+    method, _, book, _ = with_textbook('--space', 'nb201', '--method', 'oneshot')
     method.halves = [batch(), batch()]
     method.products = {}
     cells = distinct_cells()
@@ -414,7 +399,7 @@ def test_scores_of_200_cells_are_those_of_networks_built_cell_by_cell(float64):
 
 def test_angle_is_that_of_the_weights_on_the_paths_before_and_after(float64):
     torch.manual_seed(0)                        # --seed
-    method, before = scoring('oneshot')
+    method, _, before, _ = with_textbook('--space', 'nb201', '--method', 'oneshot')
     with torch.no_grad():
         for p in method.network.weights:
             p.add_(0.1 * torch.randn_like(p))
@@ -468,7 +453,7 @@ def synflow(network, x, y):
 @pytest.mark.parametrize('formula', [naswot, snip, synflow])
 def test_scores_of_untrained_cells_are_those_of_plain_formulas(float64, formula):
     name, pair = formula.__name__, batch()
-    method, book = scoring(name)
+    method, _, book, _ = with_textbook('--space', 'nb201', '--method', name)
     method.batches = [SimpleNamespace(data=SimpleNamespace(image_size=8))]
     method.fixed_batch = lambda *_: pair
     method.prepare()
@@ -529,7 +514,7 @@ def test_the_slightest_alpha_decides_and_equal_ones_are_broken_by_seed():
     with torch.no_grad():
         network.alphas['cell'].zero_()
     found = Counter(name for seed in range(50) for name in from_string(network.genotype(seed)))
-    assert min(found[name] for name in CELLS) > 30              # of 60 expected
+    assert min(found[name] for name in NB201.operations) > 30              # of 60 expected
     assert network.genotype(3) == network.genotype(3)
     with torch.no_grad():
         network.alphas['cell'][:, 3] = 1e-9                     # float32's softmax is flat

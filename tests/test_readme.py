@@ -20,8 +20,6 @@ import retrain
 import search
 from genotypes import DARTS_V2, random_string, to_json
 
-MODULES = ('operations', 'genotypes', 'model_search', 'generate_data', 'evaluate', 'retrain',
-           'search')
 PAGES = 'README.md', 'tests/README.md', '.github/study/README.md'
 
 
@@ -106,26 +104,21 @@ def scripts(monkeypatch):
         folder.mkdir()
         for path in ROOT.glob('*.py'):
             shutil.copy(path, folder)
+            monkeypatch.delitem(sys.modules, path.stem)
         (folder / 'tests').symlink_to(ROOT / 'tests')
         file, how, name = place
         (folder / file).write_text(pasted((ROOT / file).read_text(), how, name, snippets()[place]))
         monkeypatch.syspath_prepend(folder)
-        for module in MODULES:
-            monkeypatch.delitem(sys.modules, module)
-        modules = {module: importlib.import_module(module) for module in MODULES}
+        modules = {path.stem: importlib.import_module(path.stem) for path in folder.glob('*.py')}
         assert Path(modules['search'].__file__).parent == folder
         return modules
     return make
 
 
-def report(modules, capsys):
-    return reports(capsys, 'found', main=modules['evaluate'].main)[0]
-
-
 def test_a_method(scripts, capsys):
     modules = scripts('search.py', 'below', 'METHODS')
     run(modules['search'].main, 'found', *TINY, '--method', 'entropy', *ONE_STEP)
-    assert report(modules, capsys)['method'] == 'entropy'
+    assert reports(capsys, 'found')[0]['method'] == 'entropy'
     args = modules['search'].parse([*TINY, '--method', 'entropy'])
     method = modules['search'].METHODS['entropy'](args, 4, 'cifar', torch.device('cpu'))
     p = method.build().probabilities('cell')
@@ -139,7 +132,7 @@ def test_an_optimiser_of_the_alphas(scripts, capsys):
     modules = scripts('search.py', 'instead of', 'adam')
     run(modules['search'].main, 'found', *TINY)
     state = torch.load('found/checkpoint.pt', weights_only=True)['adam']['state'][0]
-    assert 'square_avg' in state and report(modules, capsys)['method'] == 'darts'
+    assert 'square_avg' in state and reports(capsys, 'found')[0]['method'] == 'darts'
     assert stop_in_every_step(modules['search'].main, 'parts', *TINY) == 5
     same_run('parts', 'found')
 
@@ -148,7 +141,7 @@ def test_a_kind_of_data(scripts, capsys):
     modules = scripts('generate_data.py', 'below', 'KINDS')
     flags = ['--data', 'uniform', *NOISE[2:], *TINY[len(NOISE):], *ONE_STEP]
     run(modules['search'].main, 'found', *flags)
-    assert report(modules, capsys)['searched_on'] == 'uniform'
+    assert reports(capsys, 'found')[0]['searched_on'] == 'uniform'
     assert modules['generate_data'].main(['--kind', 'uniform', '--out', 'set', *NOISE[2:]]) == 0
     assert abs(modules['generate_data'].read('set', {}).images.astype(float).std() - 74) < 1
 
@@ -166,7 +159,7 @@ def test_an_operation(scripts, capsys):
         'normal': cell, 'normal_concat': [2, 3, 4, 5], 'reduce': cell,
         'reduce_concat': [2, 3, 4, 5]}))
     run(modules['retrain'].main, 'found', '--arch', 'own.json', *RETRAIN[2:])
-    row = report(modules, capsys)
+    row, = reports(capsys, 'found')
     assert row['genotype']['normal'][0] == ['conv_7x1_1x7', 0] and row['params'] > 0
     # Runs from before and after are seeds of one line; without the operation its run is an error.
     assert modules['evaluate'].main(['before', 'darts', 'found', '--gpu', '-1']) == 0
@@ -178,7 +171,7 @@ def test_a_metric(scripts, capsys):
     modules = scripts('evaluate.py', 'below', 'METRICS')
     lines = run(modules['retrain'].main, 'found', *RETRAIN)
     run(modules['retrain'].main, 'other', *RETRAIN, '--seed', '1')
-    assert report(modules, capsys)['fit_calibration'] == lines[-1]['fit_calibration']
+    assert reports(capsys, 'found')[0]['fit_calibration'] == lines[-1]['fit_calibration']
     assert modules['evaluate'].main(['found', 'other', '--csv', 't.csv', '--gpu', '-1']) == 0
     assert 'training calibration error %' in capsys.readouterr().out
     assert 'fit_calibration' in Path('t.csv').read_text()

@@ -91,9 +91,12 @@ def test_controls_need_no_data_or_no_steps(flags, draw):
     assert find_genotype('untrained')[0] == network.genotype()
 
 
-def test_search_and_retrain_on_real_images(real_data):
+def test_search_and_retrain_on_real_images():
     """The main job: real CIFAR-10 images, with random and with real labels; then retrain."""
-    flags = ['--data_dir', real_data, *SIZES]
+    folder = Path(os.environ.get('UNREALNAS_DATA', ROOT / 'data'))
+    if not (folder / 'cifar-10-batches-py').is_dir():
+        pytest.skip('no real CIFAR-10: put cifar-10-batches-py into data/')
+    flags = ['--data_dir', str(folder), *SIZES]
     random_labels = run(search.main, 'random', '--data', 'random_labels', *flags)
     real = run(search.main, 'real', '--data', 'cifar10', *flags)
     assert random_labels[-1]['alphas'] != real[-1]['alphas']
@@ -168,10 +171,9 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(monkeypatch, capsys)
 
 
 def test_a_signal_while_cells_are_scored_ends_the_run_at_once(monkeypatch):
-    original = search.OneShot.score
-    monkeypatch.setattr(search.OneShot, 'score', lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    assert search.main([*ONESHOT, '--save', 'r']) == 130
-    monkeypatch.setattr(search.OneShot, 'score', original)
+    with monkeypatch.context() as patch:
+        patch.setattr(search.OneShot, 'score', lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert search.main([*ONESHOT, '--save', 'r']) == 130
     assert run(search.main, 'r', *ONESHOT, '--resume') == run(search.main, 'whole', *ONESHOT)
 
 
@@ -264,15 +266,20 @@ def result(tmp_path_factory):
     return log_of
 
 
-def test_every_flag_is_in_a_table_of_this_file(capsys):
-    elsewhere = {'search': {'candidates', 'score', 'repeats', 'skip_broken'},    # in other tests
-                 'retrain': {'skip_broken'}}
-    for script, (module, _, table) in SCRIPTS.items():
-        with pytest.raises(SystemExit):
-            module.main(['--help'])
-        words = capsys.readouterr().out.split('examples:')[0].replace(',', ' ').split()
-        flags = {word[2:] for word in words if re.match('--(?!help)', word)}
-        assert flags == table.keys() | SAME | elsewhere[script]
+def help_of(main, capsys, *flags):
+    with pytest.raises(SystemExit):
+        main([*flags, '--help'])
+    return capsys.readouterr().out
+
+
+def test_every_flag_is_in_a_table_of_this_file_and_there_are_at_most_76(capsys):
+    elsewhere, found = {'candidates', 'score', 'repeats'}, {}       # in other tests
+    for main in (search.main, retrain.main, evaluate.main, generate_data.main):
+        words = help_of(main, capsys).split('examples:')[0].replace(',', ' ').split()
+        found[main] = {word[2:] for word in words if re.match('--(?!help)', word)}
+    assert found[search.main] == SEARCH_FLAGS.keys() | SAME | elsewhere | {'skip_broken'}
+    assert found[retrain.main] == RETRAIN_FLAGS.keys() | SAME | {'skip_broken'}
+    assert 60 < len(set.union(*found.values())) <= 76
 
 
 @pytest.mark.parametrize('script, flag', [(script, flag) for script, row in SCRIPTS.items()
@@ -306,9 +313,7 @@ def test_flags_that_change_no_result(script, result):
     ('retrain', '--arch DARTS_V2 --preset imagenet')])
 def test_help_shows_the_defaults_of_what_stands_beside_it(script, flags, capsys):
     module = SCRIPTS[script][0]
-    with pytest.raises(SystemExit):
-        module.main([*flags.split(), '--help'])
-    text = capsys.readouterr().out
+    text = help_of(module.main, capsys, *flags.split())
     assert 'None' not in text and len(text.splitlines()) <= 100
     words = ' '.join(text.split('examples:')[0].split())
     unsaid = {'save', 'data_seed', 'arch_grad_clip', 'schedule', 'auxiliary_weight', 'fit_batch',
@@ -317,16 +322,6 @@ def test_help_shows_the_defaults_of_what_stands_beside_it(script, flags, capsys)
         if value not in (None, False) and name not in unsaid:
             flag = f'--{name} '
             assert f'({value})' in words[words.rindex(flag):].split(' --')[0]
-
-
-def test_there_are_at_most_76_flags(capsys):
-    flags = set()
-    for main in (search.main, retrain.main, evaluate.main, generate_data.main):
-        with pytest.raises(SystemExit):
-            main(['--help'])
-        flags |= {word.strip(',') for word in capsys.readouterr().out.split('examples')[0].split()
-                  if re.match('--(?!help)', word)}
-    assert 60 < len(flags) <= 76
 
 
 def test_typed_wins_over_quick_over_preset_over_method_over_space():

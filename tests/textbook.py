@@ -1,8 +1,7 @@
 """DARTS and PC-DARTS as the papers describe them: one module per edge and operation, plain, slow.
 
-What the fast supernet is held against, in float64 and in time. Nothing here is shared with it but
-the order of operations and edges. copy_weights carries the weights of our networks over.
-Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737).
+The fast supernet is held against it, in float64 and in time, and shares only the order of
+operations and edges. Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737).
 """
 import copy
 
@@ -330,12 +329,10 @@ def same(a, b, block=slice(None)):
             if getattr(a, name, None) is not None]
 
 
-def pairs_of_operation(ours, book, e=0, edges=1):
-    """The pairs of our operation for `edges` edges, of which book's is number e."""
+def pairs_of_operation(ours, book, e=0):
+    """The pairs of our operation for one or more edges, of which book's is number e."""
     books = [m for m in book.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
     mine = [m for m in ours.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    if isinstance(book, nn.Identity):
-        return []
     pairs = []
     for a, b in zip(mine, books, strict=True):
         c = len(b.weight) if isinstance(b, nn.Conv2d) else b.num_features
@@ -352,18 +349,14 @@ def pairs_of_cell(ours, book):
             for name, operation in block.items():
                 for e in range(start, end):
                     if name in mixed_op.names[e] and operation.state_dict():
-                        # Pools are one for all edges.
-                        place = (0, 1) if hasattr(operation, 'shared') else (e - start, end - start)
+                        place = 0 if hasattr(operation, 'shared') else e - start    # 0: one for all
                         pairs += pairs_of_operation(operation, book.operation(leaving[e], name),
-                                                    *place)
+                                                    place)
     return pairs
 
 
 def pairs_of_weights(ours, book):
-    """[(tensor of our network, slice of its channels, tensor of the textbook's), ...].
-
-    Covers every parameter but the alphas and every running statistic once.
-    """
+    """The pairs of two networks: every weight and every running statistic once, no alphas."""
     pairs = pairs_of_operation(ours.stem, book.stem) + same(ours.classifier, book.classifier)
     if isinstance(book, NB201Network):
         pairs += same(ours.last[0], book.last)
