@@ -30,9 +30,10 @@ from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CHEXPERT, DATA, DEFAULTS, KINDS, REAL, Batches, Progress, Setting,
-                           UserError, choose_device, is_image, leave, load_file,
+                           UserError, choose_device, leave, load_file,
                            num_processes, number, one_line_errors, parse_flags, read,
-                           read_chexpert, read_image, readable, settings_of, write_file)
+                           read_chexpert, read_image, readable, settings_of, try_pictures,
+                           write_file)
 
 import numpy as np
 import torch
@@ -219,6 +220,8 @@ def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32, s
 
 def load_weights(path):
     """(network in evaluation mode, meta) from a weights.pt; meta: see retrain.finish."""
+    if not Path(path).exists():
+        raise UserError(f'{Path(path).parent} is no finished retraining: it has no weights.pt')
     content = load_file(path, 'retrain again')
     with readable(f'{path} is no network of this code', 'Retrain again.'):
         meta = content['meta']
@@ -234,7 +237,9 @@ def load_weights(path):
 
 def read_json(path):
     """The object in a JSON file of a run; UserError for a damaged or missing one."""
-    with readable(f'{path} is missing or damaged', 'Give the folder of a run, or run again.'):
+    if not Path(path).is_file():
+        raise UserError(f'{Path(path).parent} is no run: it has no {Path(path).name}')
+    with readable(f'{path} is damaged', 'Run again.'):
         return dict(json.loads(Path(path).read_text()))
 
 
@@ -417,6 +422,10 @@ def report(run, device, data_dir=None, test_labels=None):
     if data is None:
         return row
     loss, scores, labels = predictions('test', network.to(device), data, range(len(data)), device)
+    before = row.get('test_n', len(labels))
+    if before != len(labels) and not (test_labels or row['settings']['quick']):
+        print(f'warning: {run}: the test has {len(labels)} pictures and had {before}. Those of the '
+              'training may have changed too.', file=sys.stderr)
     names = data.files or range(len(data))
     if data.studies is not None:
         names = np.unique(data.studies)
@@ -601,9 +610,10 @@ def plot(rows, path):
     palette = colormaps['tab20'].colors[::2] + colormaps['tab20'].colors[1::2]
     for row in rows:
         group = row.get('method') or row['arch']
-        for key, words in (('searched_on', ' on '), ('trained_on', ', trained on ')):
-            if row.get(key):
-                group += words + row[key]
+        words = {'searched_on': ' on ', 'space': ', ', 'trained_on': ', trained on '}
+        group += ''.join(words[key] + row[key] for key in words if row.get(key))
+        if row['settings']['quick']:
+            group += ', quick'
         row['colour'] = colours.setdefault(group, palette[len(colours) % 20])
     curves = dict(PANELS)
     for name, (header, _) in metric_columns().items():
@@ -733,16 +743,17 @@ def show_predictions(run, target, device):
         from torchvision.datasets.folder import IMG_EXTENSIONS
         paths = sorted(path for path in paths[0].rglob('*')
                        if path.suffix.lower() in IMG_EXTENSIONS)
-    broken = [path for path in paths if not is_image(path)]
-    if len(broken) == len(paths):
-        raise UserError(f'--predict {target}: no picture that can be read. Check the path.')
-    if broken:
-        names = ', '.join(map(str, broken))
-        print(f'left out, since they cannot be read: {names}', file=sys.stderr)
+    faults = dict(zip(paths, try_pictures(paths, [Path(target)])))
+    if all(faults.values()):
+        raise UserError(next(iter(faults.values()), f'--predict {target}: no pictures in it'))
+    for fault in filter(None, faults.values()):
+        print(f'left out: {fault}', file=sys.stderr)
     writer = csv.writer(sys.stdout, lineterminator='\n')
     writer.writerow(['file', *([] if meta['multilabel'] else ['class']), *meta['classes']])
     mean, std = torch.tensor(meta['mean']) * 255, torch.tensor(meta['std']) * 255
-    for path in sorted({*paths} - {*broken}):           # prepared as for a test
+    for path in paths:                                  # prepared as for a test
+        if faults[path]:
+            continue
         pixels = read_image(path, meta['image_size'], meta.get('zoom', 1.0))
         x = (torch.from_numpy(pixels.copy()).float() - mean) / std
         logits = network(x.permute(2, 0, 1).unsqueeze(0).to(device)).squeeze(0)

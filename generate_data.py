@@ -1276,6 +1276,12 @@ def read_chexpert(name, s, split, table=None):
     if not files:
         raise UserError(f'{path}: no {s["views"]} view in it. Use --views all.')
     studies = np.array(['/'.join(file.parts[-3:-1]) for file in files])
+    if split == 'test' and (root / 'train.csv').is_file():
+        trained, _ = read_chexpert_table(root / 'train.csv', 'ignore')
+        both = {study.split('/')[0] for study in studies} & set('/'.join(trained).split('/'))
+        if both:
+            print(f'warning: {path}: {len(both)} of its patients are in train.csv too, e.g. '
+                  f'{min(both)}. A network that has seen them is tested too well.', file=sys.stderr)
     data = Data(name, 'real', None, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
                 s['image_size'] or 320, studies, files)
     if data.small:
@@ -1329,8 +1335,8 @@ def read_folder(root, split, s):
     """Pictures, a folder for each class: root/train and root/val (or test), or root alone.
 
     Without val/ about test_fraction of the pictures are the test split. A hash of a picture's path
-    decides, so it keeps its side if others come or go. With skip_broken pictures that cannot be
-    read are left out; else they are named, all at once.
+    decides, so it keeps its side if others come or go; pictures in CLASS/PATIENT/ stay together.
+    With skip_broken pictures that cannot be read are left out; else they are named, all at once.
     """
     trees = [root]
     if (root / 'train').is_dir():
@@ -1341,15 +1347,17 @@ def read_folder(root, split, s):
     is_test = np.arange(sum(map(len, files))) >= len(files[0])      # those of the second tree
     files, labels = np.concatenate(files), np.concatenate(labels)
     if len(trees) == 1:
-        is_test = np.array([share_of(file.relative_to(trees[0])) < s['test_fraction']
-                            for file in files])
+        paths = [file.relative_to(root) for file in files]
+        names = [path.parts[1] if len(path.parts) > 2 else path for path in paths]
+        is_test = np.array([share_of(name) for name in names]) < s['test_fraction']
     # The training split is read first, and tries the pictures of both.
     if s['skip_broken'] or (split == 'train' and len(files) <= 20000):
-        fine = try_pictures(files, trees if split == 'train' else [])
+        faults = np.array(try_pictures(files, trees if split == 'train' else []))
+        fine = faults == ''
         if not fine.all() and not s['skip_broken']:
             broken = ', '.join(map(str, files[~fine][:10]))
-            raise UserError(f'{(~fine).sum()} pictures cannot be read: {broken}. Mend or remove '
-                            'them, or add --skip_broken.')
+            raise UserError(f'{faults[~fine][0]} In all {(~fine).sum()} pictures cannot be read: '
+                            f'{broken}. --skip_broken leaves them out.')
         if not fine.all() and split == 'train':
             print(f'{root}: {(~fine).sum()} broken pictures are left out', file=sys.stderr)
         files, labels, is_test = files[fine], labels[fine], is_test[fine]
@@ -1369,9 +1377,9 @@ def read_folder(root, split, s):
     return data_of_files(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
 
 
-def share_of(path):
-    """Return a number in [0, 1) that depends on the path alone, uniform over paths."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:4], 'big') / 2 ** 32
+def share_of(name):
+    """Return a number in [0, 1) that depends on the name alone, uniform over names."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:4], 'big') / 2 ** 32
 
 
 def evenly(n, most):
@@ -1419,23 +1427,22 @@ def list_images(folder):
 
 
 def try_pictures(files, folders):
-    """Whether each file can be read, bool (N,). Prints which other files the folders hold."""
+    """[why the file cannot be read, or ''] of each. Prints which other files the folders hold."""
     for folder in folders:
         others = {path for path in folder.rglob('*') if path.is_file()}.difference(files)
         if others:
             print(f'{folder}: {len(others)} files are left out, e.g. {min(others).name}: no JPEG, '
                   'PNG, BMP, WebP, TIFF or PPM, or in no folder of a class', file=sys.stderr)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        fine = Progress(len(files), 'pictures tried').over(pool.map(is_image, files))
-        return np.fromiter(fine, bool)
+        return list(Progress(len(files), 'pictures tried').over(pool.map(fault_of, files)))
 
 
-def is_image(path):
+def fault_of(path):
     try:
         read_image(path, 8)
-        return True
-    except UserError:
-        return False
+    except UserError as error:
+        return str(error)
+    return ''
 
 
 def decode(files, image_size, zoom=1):
@@ -1460,7 +1467,7 @@ def resize(image, size, zoom=1, crop=False):
     crop: instead RandomResizedCrop (arXiv 1409.4842), drawn by torch's generator.
     """
     if image.mode == 'F':
-        raise UserError(f'{image.filename}: its pixels are fractions. Save it with 8 or 16 bits.')
+        raise ValueError('its pixels are fractions: save it with 8 or 16 bits')
     # EXIF may say that a picture lies on its side. Of a TIFF Pillow gives the turned size already.
     turned = image.format != 'TIFF' and image.getexif().get(274, 1) > 4
     w, h = image.size[::-1] if turned else image.size
@@ -1480,7 +1487,10 @@ def resize(image, size, zoom=1, crop=False):
     image.draft('RGB', [math.ceil(2 * size / part * side / min(w, h)) for side in image.size])
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I'):                  # 16 bits, which Pillow would clip at 255
-        image = Image.fromarray(np.uint8(np.rint(np.asarray(image).clip(0, 65535) / 257)))
+        pixels = np.asarray(image)
+        if pixels.max() < 4096:                     # of 12 bits, as scanners have: nearly black
+            raise ValueError('no pixel is above 4095 of 65535: scale it to 16 bits, or to 8')
+        image = Image.fromarray(np.uint8(np.rint(pixels.clip(0, 65535) / 257)))
     box = [share * side for share, side in zip(shares, 2 * image.size)]
     return np.asarray(image.convert('RGB').resize((size, size), how, box))
 

@@ -213,14 +213,14 @@ def nas_bench_201():
 def truth(arch):
     """Official accuracies of a cell of NAS-Bench-201, in per cent, after 200 epochs, by data set.
 
-    With them, on CIFAR-10, its `rank`, 1 for the best, and `percentile`: how many per cent of all
-    cells it beats, ties counted half.
+    With them, on CIFAR-10, its `percentile`: how many per cent of all cells it beats, ties counted
+    half.
     """
     table, values = nas_bench_201()
     row = table[arch]
     below = bisect_left(values, row['cifar10'])
     upto = bisect_right(values, row['cifar10'])
-    return {**{name: row[name] for name in ACCURACIES}, 'rank': len(values) - upto + 1,
+    return {**{name: row[name] for name in ACCURACIES},
             'percentile': 50 * (below + upto) / len(values)}
 
 

@@ -125,7 +125,8 @@ FIT_IMAGES = 10000          # training images on which the fit is measured at th
 SAID = {'train_loss': 'training loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}',
         'valid_loss': "loss on the alphas' images {:.3f}", 'valid_accuracy': 'accuracy {:.1%}',
         'skips_normal': 'skips in the normal cell: {}', 'skips_reduce': 'in the reduction cell: {}',
-        'skips_cell': 'skips: {}', 'truth_for_analysis_only': 'CIFAR-10, known: {[cifar10]:.2f}%',
+        'skips_cell': 'skips: {}',
+        'truth_for_analysis_only': 'known of this cell: CIFAR-10 {[cifar10]:.2f}%',
         'kept_after_epochs': 'kept: the network after epoch {}'}
 
 
@@ -662,7 +663,7 @@ def split_rows(data, args):
         return rows, rows[:0]
     kept, held = data.split(rows, 1 - args.holdout_patients, args.seed)
     if not len(held):
-        raise UserError(f'--holdout_patients {args.holdout_patients} is nobody: take more')
+        raise UserError(f'--holdout_patients {args.holdout_patients} is none of them: take more')
     return kept, held
 
 
@@ -800,7 +801,7 @@ def say(args, line):
     """Print the result, from the log's last line, and the next command."""
     print('result:', summary(line))
     if args.quick:
-        print('this was --quick: the pipeline works, the result means little')
+        print('this was --quick, tested on 1,000 images at most: the result means little')
     gpu = ['--gpu', str(args.gpu)] if args.gpu else []
     print('next:', shlex.join(['python', 'evaluate.py', args.save, *gpu]))
 

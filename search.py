@@ -1001,8 +1001,9 @@ def say(args, genotype):
               'PC_DARTS_cifar for example')
     if isinstance(genotype, str):
         print(genotype)
-        print('known of this cell: CIFAR-10 {cifar10:.2f}%, CIFAR-100 {cifar100:.2f}%, '
-              'ImageNet16-120 {imagenet16:.2f}%; rank {rank:,} of 15,625'.format(**truth(genotype)))
+        print('known of this cell: CIFAR-10 {cifar10:.2f}%, better than {percentile:.1f}% of all '
+              'cells, CIFAR-100 {cifar100:.2f}%, ImageNet16-120 {imagenet16:.2f}%'.format(
+                  **truth(genotype)))
     else:
         for cell in ('normal', 'reduce'):
             print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))

@@ -69,7 +69,7 @@ def searches(monkeypatch):
 
 def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, capsys):
     row, = reports(capsys, 's0')
-    assert row['cifar10'] == pytest.approx(54.30, abs=0.01) and row['rank'] == 15231
+    assert (row['cifar10'], row['percentile']) == pytest.approx((54.3, 2.5), abs=0.1)
     largest = 93.76, 71.11, 41.44
     difference = np.subtract((54.30, 15.61, 16.32), largest)
     assert row['vs_largest_network'] == pytest.approx(difference, abs=0.02)
@@ -78,7 +78,7 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     out = printed(capsys, 's0')
     search.say(search.parse([]), SKIPS)
     assert 'collapsed' in capsys.readouterr().out
-    assert '54.30\n' in out and '15,231' in out and '-39.46' in out
+    assert '54.30\n' in out and '73,306' in out and '-39.46' in out
     values = [truth(arch)['cifar10'] for arch in (SKIPS, CONVS, POINTS)]
     mean, deviation = np.mean(values), np.std(values, ddof=1)
     assert len(reports(capsys, 's0', '--gpu', '-1', 's1')) == 2     # also after flags
@@ -193,6 +193,7 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     for split in ('train', 'val'):
         shutil.move(f'photos/{split}/cat', f'{split}-cat')
     assert reports(capsys, size)[0]['test_n'] == 16
+    assert evaluate.main([size]) == 0 and '16 pictures and had 24' in capsys.readouterr().err
     for split in ('train', 'val'):
         shutil.move(f'{split}-cat', f'photos/{split}/zebra')
     one_line(capsys, evaluate.main([size, '--gpu', '-1']), 'zebra')
