@@ -1261,7 +1261,7 @@ def read_chexpert(name, s, split, table=None):
     root = next((place for place in places if (place / 'train.csv').is_file()), data_dir)
     path = Path(table or root / ('train.csv' if split == 'train' else 'valid.csv'))
     paths, labels = read_chexpert_table(path, s['uncertain'] if split == 'train' else 'ignore')
-    places = [root, path.parent, root.parent]
+    training, places = root / 'train.csv', [root, path.parent, root.parent]
     root = next((place for place in places if (place / paths[0]).exists()), root)
     files, rows = [], []
     for row, inside in enumerate(paths):
@@ -1276,12 +1276,12 @@ def read_chexpert(name, s, split, table=None):
     if not files:
         raise UserError(f'{path}: no {s["views"]} view in it. Use --views all.')
     studies = np.array(['/'.join(file.parts[-3:-1]) for file in files])
-    if split == 'test' and (root / 'train.csv').is_file():
-        trained, _ = read_chexpert_table(root / 'train.csv', 'ignore')
+    if split == 'test' and training.is_file() and is_first():
+        trained, _ = read_chexpert_table(training, 'ignore')
         both = {study.split('/')[0] for study in studies} & set('/'.join(trained).split('/'))
         if both:
             print(f'warning: {path}: {len(both)} of its patients are in train.csv too, e.g. '
-                  f'{min(both)}. A network that has seen them is tested too well.', file=sys.stderr)
+                  f'{min(both)}: networks that were trained on them seem too good', file=sys.stderr)
     data = Data(name, 'real', None, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
                 s['image_size'] or 320, studies, files)
     if data.small:
