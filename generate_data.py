@@ -19,6 +19,7 @@ import atexit
 import contextlib
 import csv
 import ctypes
+import difflib
 import fcntl
 import functools
 import hashlib
@@ -88,11 +89,6 @@ def name_or_path(text):
     return text.rstrip('/') or text
 
 
-def refuse_flags(message):
-    """UserError of one line, where argparse would print a page of usage."""
-    raise UserError(f'{message} (see --help)')
-
-
 def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
     """(settings, what was typed, defaults) of a command line, each {name: value}.
 
@@ -107,7 +103,14 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
         description=doc.split('\n')[0], usage='%(prog)s [flags]', add_help=False,
         epilog='\n'.join(['examples:', *examples]),
         argument_default=argparse.SUPPRESS, allow_abbrev=False, formatter_class=layout)
-    parser.error = refuse_flags
+
+    def refuse(message):            # in one line, where argparse would print a page of usage
+        unknown = re.search('unrecognized arguments: --([^ =]+)', message)
+        near = difflib.get_close_matches(unknown[1], defaults, 1) if unknown else []
+        hint = f'did you mean --{near[0]}?' if near else 'see --help'
+        raise UserError(f'{message} ({hint})')
+
+    parser.error = refuse
     parser.add_argument('-h', '--help', action='store_true', help='show this and end')
     defaults = {}
     for title, table in tables.items():

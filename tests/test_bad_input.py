@@ -113,6 +113,7 @@ TABLE = [
     ('', '', 'evaluate', '--arch DARTS_V2 run', 'runs, or --arch'),
     ('', '', 'retrain', '--arch |none~0|+|none~0|none~1|+|none~0|none~1|none~2| --layers 6', '6'),
     ('own', '', 'evaluate', 'own', 'own is no run'),
+    ('', '', 'search', '--batch-size 4', 'did you mean --batch_size?'),
     ('run', 'put run/args.json {', 'evaluate', 'run', 'args.json'),
     ('run', '', 'evaluate', 'run --csv nowhere/t.csv', 'nowhere'),
     ('run', '', 'evaluate', 'run --plot p.txt', 'p.txt'),
