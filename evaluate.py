@@ -65,7 +65,7 @@ def loss_of(logits, y, smoothing=0.0):
 
 
 def correct(logits, y):
-    """How many of a batch are right; with several labels each image counts by its right share."""
+    """How many of a batch are right; with several labels the shares of right ones, summed."""
     if y.dim() == 2:
         known = y >= 0
         right = ((logits > 0) == (y > 0.5)) & known
@@ -424,8 +424,8 @@ def report(run, device, data_dir=None, test_labels=None):
     loss, scores, labels = predictions('test', network.to(device), data, range(len(data)), device)
     before = row.get('test_n', len(labels))
     if before != len(labels) and not (test_labels or row['settings']['quick']):
-        print(f'warning: {run}: the test has {len(labels)} pictures and had {before}. Those of the '
-              'training may have changed too.', file=sys.stderr)
+        print(f'warning: {run}: the test has {len(labels)} images or studies, and had {before}. '
+              'Those of the training may have changed too.', file=sys.stderr)
     names = data.files or range(len(data))
     if data.studies is not None:
         names = np.unique(data.studies)
@@ -516,9 +516,9 @@ def compared_settings(settings, prefix=''):
 def table(rows):
     """Runs that differ only in their seeds, in one line: [{group, n, measure, measure_std}].
 
-    `settings` of a line: what was typed, and in what lines of the same data and method differ;
-    those of the search begin with search_. Runs on other images of a real --data are in other
-    lines.
+    `settings` of a line: what was typed, and those in which lines of the same data and method
+    differ; those of the search begin with search_. Runs on other images of a real --data are in
+    other lines.
     """
     large = {'quick', 'preset', 'search_quick', 'search_preset'}        # each changes many others
     groups, shown, lines = {}, set(large), []

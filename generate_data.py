@@ -105,9 +105,10 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
         argument_default=argparse.SUPPRESS, allow_abbrev=False, formatter_class=layout)
 
     def refuse(message):            # in one line, where argparse would print a page of usage
-        unknown = re.search('unrecognized arguments: --([^ =]+)', message)
-        near = difflib.get_close_matches(unknown[1], defaults, 1) if unknown else []
-        hint = f'did you mean --{near[0]}?' if near else 'see --help'
+        unknown = re.search('unrecognized arguments: (--[^ =]+)', message)
+        flags = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[1], flags, 1, 0.7) if unknown else []
+        hint = f'did you mean {near[0]}?' if near else 'see --help'
         raise UserError(f'{message} ({hint})')
 
     parser.error = refuse
@@ -162,7 +163,7 @@ def one_line_errors(main):
         except (torch.OutOfMemoryError, MemoryError):
             message = 'out of memory: take a smaller --batch_size, or fewer or smaller images'
         except RuntimeError as error:
-            if 'DataLoader worker' not in str(error):
+            if 'DataLoader worker (pid' not in str(error):
                 raise
             message = 'a worker was killed, perhaps for its memory: take fewer --workers'
         except BrokenPipeError:                 # the reader of a pipe has gone, as `head` does
@@ -1284,7 +1285,8 @@ def read_chexpert(name, s, split, table=None):
         both = {study.split('/')[0] for study in studies} & set('/'.join(trained).split('/'))
         if both:
             print(f'warning: {path}: {len(both)} of its patients are in train.csv too, e.g. '
-                  f'{min(both)}: networks that were trained on them seem too good', file=sys.stderr)
+                  f'{min(both)}: results of networks that were trained on them are too good',
+                  file=sys.stderr)
     data = Data(name, 'real', None, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
                 s['image_size'] or 320, studies, files)
     if data.small:
@@ -1338,8 +1340,8 @@ def read_folder(root, split, s):
     """Pictures, a folder for each class: root/train and root/val (or test), or root alone.
 
     Without val/ about test_fraction of the pictures are the test split. A hash of a picture's path
-    decides, so it keeps its side if others come or go; pictures in CLASS/PATIENT/ stay together.
-    With skip_broken pictures that cannot be read are left out; else they are named, all at once.
+    decides, so it keeps its side if others come or go. With skip_broken pictures that cannot be
+    read are left out; else they are named, all at once.
     """
     trees = [root]
     if (root / 'train').is_dir():
@@ -1350,12 +1352,11 @@ def read_folder(root, split, s):
     is_test = np.arange(sum(map(len, files))) >= len(files[0])      # those of the second tree
     files, labels = np.concatenate(files), np.concatenate(labels)
     if len(trees) == 1:
-        paths = [file.relative_to(root) for file in files]
-        names = [path.parts[1] if len(path.parts) > 2 else path for path in paths]
-        is_test = np.array([share_of(name) for name in names]) < s['test_fraction']
+        is_test = np.array([share_of(file.relative_to(trees[0])) < s['test_fraction']
+                            for file in files])
     # The training split is read first, and tries the pictures of both.
     if s['skip_broken'] or (split == 'train' and len(files) <= 20000):
-        faults = np.array(try_pictures(files, trees if split == 'train' else []))
+        faults = np.array(try_pictures(files, trees if split == 'train' else []), object)
         fine = faults == ''
         if not fine.all() and not s['skip_broken']:
             broken = ', '.join(map(str, files[~fine][:10]))
@@ -1380,9 +1381,9 @@ def read_folder(root, split, s):
     return data_of_files(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
 
 
-def share_of(name):
-    """Return a number in [0, 1) that depends on the name alone, uniform over names."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:4], 'big') / 2 ** 32
+def share_of(path):
+    """Return a number in [0, 1) that depends on the path alone, uniform over paths."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:4], 'big') / 2 ** 32
 
 
 def evenly(n, most):
@@ -1491,8 +1492,8 @@ def resize(image, size, zoom=1, crop=False):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I'):                  # 16 bits, which Pillow would clip at 255
         pixels = np.asarray(image)
-        if pixels.max() < 4096:                     # of 12 bits, as scanners have: nearly black
-            raise ValueError('no pixel is above 4095 of 65535: scale it to 16 bits, or to 8')
+        if 0 < pixels.max() < 4096:                 # 12 bits, as of a scanner, would be black
+            raise ValueError('no pixel is above 4095 of 65535: multiply by 16, or save 8 bits')
         image = Image.fromarray(np.uint8(np.rint(pixels.clip(0, 65535) / 257)))
     box = [share * side for share, side in zip(shares, 2 * image.size)]
     return np.asarray(image.convert('RGB').resize((size, size), how, box))

@@ -663,7 +663,7 @@ def split_rows(data, args):
         return rows, rows[:0]
     kept, held = data.split(rows, 1 - args.holdout_patients, args.seed)
     if not len(held):
-        raise UserError(f'--holdout_patients {args.holdout_patients} is none of them: take more')
+        raise UserError(f'--holdout_patients {args.holdout_patients} holds out nothing: take more')
     return kept, held
 
 

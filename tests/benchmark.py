@@ -201,7 +201,8 @@ WAYS = {                        # name: (side, graph, more flags)
     'graph, TF32': ('ours', True, ['--tf32']), 'graph, bf16': ('ours', True, ['--amp'])}
 
 GRAPHED = ['darts', 'darts --unrolled', 'darts --grad_accum 2', 'pcdarts', 'sdarts', 'dartsminus',
-           'sdarts --perturb adversarial', 'betadarts', 'pdarts --space darts --layers 5']
+           'sdarts --perturb adversarial', 'betadarts', 'pdarts --space darts --layers 5',
+           'pcdarts --space darts --layers 5', 'darts --unrolled --space darts --layers 5']
 
 
 def relative(a, b):
@@ -289,8 +290,9 @@ def check_gpu():
     print(retrain.hardware(device), 'torch', torch.__version__)
     for partial, unrolled in ((1, False), (1, True), (4, False)):
         for dtype, limit, drift in ((torch.float64, 1e-9, 1e-6), (torch.float32, 1e-2, 1e-2)):
-            row, name = equality(device, dtype, partial, unrolled), f'{dtype}, K={partial}'
-            show(f'{name}, unrolled={unrolled}', row)
+            row = equality(device, dtype, partial, unrolled)
+            name = f'{dtype}, K={partial}, unrolled={unrolled}'
+            show(name, row)
             moved = row['weights'] > drift and not unrolled
             if max(row['logits'], row['alpha gradients']) > limit or moved:
                 sys.exit(f'{name}: differs from the textbook')

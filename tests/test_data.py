@@ -5,7 +5,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -71,6 +73,20 @@ def test_a_sheet_shows_every_class():
     assert len(g.sheet_rows(labels)) == 100 and set(labels[g.sheet_rows(labels)]) == {0, 1, 2}
     assert len(g.sheet_rows(several)) == 100 and 250 in g.sheet_rows(several)
     assert len({k % 250 for k in g.sheet_rows(np.arange(3000) % 250)}) == 100
+
+
+def test_a_log_file_gets_a_line_of_progress_before_10_s_of_silence(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(g.Progress, 'last', 0.0)
+    monkeypatch.setattr(g, 'time', SimpleNamespace(**{**vars(time), 'monotonic': lambda: now[0]}))
+    for _ in g.Progress(1000, 'images').over(range(1000)):
+        now[0] += 0.1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 12 and lines[0].startswith('80/1,000 images  10.0/s  0:01:32 left')
+    now[0] += 30
+    for _ in g.Progress(3, 'images').over(range(3)):    # what is short has none
+        now[0] += 0.3
+    assert not capsys.readouterr().err
 
 
 def test_random_labels_refer_to_their_source():
@@ -192,10 +208,12 @@ def test_augmentation_and_order_are_those_of_plain_loops():
     ['generated', '--generator', 'deadleaves'], ['generated', '--multilabel']])
 def test_fresh_draws_every_image_anew_for_its_label(kind):
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)                    # which make the set in chunks of 32 images
-    make_set('set', *kind[1:], '--image_size', '32', kind=kind[0])
+    for name, count in (('one', 1), ('set', 2)):        # in chunks of 32 images
+        torch.set_num_threads(count)
+        make_set(name, *kind[1:], '--image_size', '32', kind=kind[0])
     torch.set_num_threads(threads)
     data = g.read('set', {'fresh': 2})
+    assert np.array_equal(data.images, g.read('one', {}).images) and data.images.std() > 10
     batches = g.Batches(data, range(40), 20, CPU, shuffle=False, workers=0)
     seen = []
     for epoch in range(5):
@@ -232,6 +250,14 @@ def test_systems_are_contractive_and_of_the_published_size():
         total = (s[:n, 0] + 2 * s[:n, 1]).sum()
         assert (5 + n) / 2 - 1e-4 <= total <= (6 + n) / 2 + 1e-4
     assert maps[..., [2, 5]].abs().max() <= 1
+
+
+def test_leaves_have_their_shapes_and_the_first_is_in_front():
+    areas = [np.pi, np.pi * (1 - 4 / 9), 3 * 3 ** 0.5 / 4, 4 * 0.98 * 0.14]
+    for shape, area in enumerate(areas):
+        leaves = [[shape, 100.0, 0.4, 128.0, 128.0], [0, 120.0, 0.0, 128.0, 128.0]]
+        drawn = g.draw_leaves(leaves, [[255] * 3, [9] * 3], 256)
+        assert abs((drawn == 255).mean() * 256 ** 2 / 100 ** 2 - area) < 0.05 * area + 0.02
 
 
 def test_flags_change_the_set_and_seeds_repeat_it():

@@ -193,7 +193,7 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     for split in ('train', 'val'):
         shutil.move(f'photos/{split}/cat', f'{split}-cat')
     assert reports(capsys, size)[0]['test_n'] == 16
-    assert evaluate.main([size]) == 0 and '16 pictures and had 24' in capsys.readouterr().err
+    assert evaluate.main([size, '--gpu', '-1']) == 0 and 'and had 24' in capsys.readouterr().err
     for split in ('train', 'val'):
         shutil.move(f'{split}-cat', f'photos/{split}/zebra')
     one_line(capsys, evaluate.main([size, '--gpu', '-1']), 'zebra')
