@@ -645,7 +645,8 @@ def draw_study(path):
         keys = dict.fromkeys((row['arm'], row['method'] if part == 'C' else '') for row in rows)
         for arm, method in keys:
             mine = [row for row in rows if row['arm'] == arm and method in ('', row['method'])]
-            colour = f'C{KINDS.index(arm)}' if arm in KINDS else 'dimgray'
+            kind = arm.partition('@')[0].removesuffix('_fresh')
+            colour = f'C{KINDS.index(kind)}' if kind in KINDS else 'dimgray'
             lines.append((f'{title}: {method + " " if method else ""}{arm} ({len(mine)})', colour,
                           mine))
     figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 0.25 * len(lines)), layout='constrained',
@@ -669,7 +670,7 @@ def draw_study(path):
     found.set(yticks=range(len(lines)), yticklabels=[line[0] for line in lines],
               ylim=(len(lines) - 0.5, -0.5), xlim=(20, 101),
               xlabel='percentile of the cell found, among all of NAS-Bench-201')
-    ranked.set(xlim=(0.2, 0.9), xlabel='rank correlation, all scores')
+    ranked.set(xlim=(0, 0.9), xlabel='rank correlation, all scores')
     figure.legend(loc='outside lower center', ncols=3, fontsize=8)
     save(figure, path)
     if complete(scoring, 'Bdose'):
