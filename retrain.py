@@ -141,7 +141,7 @@ def settle(doc, tables, argv, presets, defaults_for):
             real = chosen['source'] if chosen['data'] == 'random_labels' else chosen['data']
             preset = real if real in presets else 'cifar'
         out, known = defaults_for(typed, chosen, preset), settings_of(chosen['data'], chosen)
-        if Path(chosen['data'], 'meta.json').exists():
+        if chosen['data'] not in KINDS and Path(chosen['data'], 'meta.json').exists():
             known.discard('image_size')             # a written set has its own
         return {name: out[name] for name in out if name not in DATA or name in known}
 
