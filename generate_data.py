@@ -1442,6 +1442,7 @@ def try_pictures(files, folders):
 
 
 def fault_of(path):
+    """Why a picture cannot be read, as read_image says it; '' if it can."""
     try:
         read_image(path, 8)
     except UserError as error:

@@ -331,8 +331,8 @@ class OneShot(Darts):
     and of training images (with --fresh of the first epoch); and the angle by which training turned
     the weights on the cell's paths (after RLNAS, 2101.11834).
     """
-    # Chosen on real labels. Losses on few images that are seen often rank cells well; held-out
-    # losses do so only after a much longer training.
+    # Chosen on real labels. Losses on few images that are seen often rank cells well; losses on
+    # held-out ones rank them the wrong way round (tests/README.md).
     recipe_on = {'laptop': dict(init_channels=8, epochs=259, steps_per_epoch=None, augment='none',
                                 learning_rate=0.1, train_portion=2000.0, score='train_loss')}
     stochastic = one_path = True
