@@ -6,7 +6,6 @@
     python evaluate.py runs/search-* --plot curves.svg  # what runs did, by epoch (matplotlib)
     python evaluate.py runs/NAME --predict photo.jpg    # class and probabilities, as CSV
     python evaluate.py runs/NAME --scores scores.csv    # a probability for each test image, label
-    python evaluate.py runs/NAME --genotype             # the cell in DARTS's words, to paste there
     python evaluate.py --arch DARTS_V2 --plot cell.svg  # parameters, multiply-adds, a drawing
 
 The networks of --arch are those of the papers: for CIFAR C=36 and 20 cells, for ImageNet C=48, 14
@@ -451,11 +450,7 @@ def show(row):
     """Print one run as a list."""
     print(row['run'])
     for name, value in row.items():
-        if name == 'genotype' and isinstance(value, dict):
-            for cell in ('normal', 'reduce'):
-                pairs = '  '.join(f'{op}:{state}' for op, state in value[cell])
-                print(f'  {cell:<25} {pairs}')
-        elif name == 'test_areas':
+        if name == 'test_areas':
             for label, area in value.items():
                 print(f'  {label:<28} AUROC {area_text(*area)}')
             for label in row['tested'][2]:
@@ -481,6 +476,8 @@ def text_of(name, value, digits=None):
         return f'{value:,.{digits}f}'
     if name == 'vs_largest_network':
         return '  '.join(f'{points:+.2f}' for points in value) + ' points'
+    if name == 'genotype':                      # in DARTS's words, or as NAS-Bench-201 has it
+        return value if isinstance(value, str) else genotypes.Genotype(**value)
     if isinstance(value, dict):
         return ', '.join(f'{key} {number:.3f}' for key, number in value.items())
     if isinstance(value, float):
@@ -726,7 +723,6 @@ FLAGS = {
     'plot': Setting(None, 'draw runs by epoch: .png, .svg or .pdf; of --arch the cells: .svg'),
     'predict': Setting(None, 'a picture, or a folder of pictures, for one retrained network'),
     'scores': Setting(None, 'CSV of one retraining: image (or study), label, score, true'),
-    'genotype': Setting(False, "print the cell of one run, or of --arch, in DARTS's words"),
     'data_dir': Setting(None, 'where the real data, or the folder of pictures, are now'),
     'gpu': Setting(0, 'CUDA device, -1: the CPU', number(int, -1)),
     'test_labels': Setting(None, "a CSV of CheXpert's test set"),
@@ -783,23 +779,12 @@ def write_csv(path, rows):
     write_file(path, text.getvalue())
 
 
-def genotype_of(run):
-    """The cell of a search or a retraining."""
-    trained = read_json(Path(run, 'args.json'))['settings'].get('genotype')
-    return from_plain(json.loads(trained)) if trained else find_genotype(run)[0]
-
-
-def show_genotype(found):
-    """Print a cell in DARTS's words, or its NAS-Bench-201 string."""
-    print(found if isinstance(found, str) else genotypes.Genotype(*map(list, found)))
-
-
 @one_line_errors
 def main(argv=None):
     s, typed, _ = parse_flags(__doc__, {'flags': FLAGS}, argv)
     if bool(s['runs']) == bool(s['arch']):
         raise UserError('give either the folders of runs, or --arch NAME')
-    unused = typed.keys() - {'arch', 'json', 'plot', 'genotype', 'gpu'}
+    unused = typed.keys() - {'arch', 'json', 'plot', 'gpu'}
     if s['arch'] and unused:
         raise UserError(f'--{min(unused)} does not go with --arch: leave it out')
     for name in ('csv', 'plot', 'scores'):      # which are written after the tests
@@ -815,8 +800,6 @@ def main(argv=None):
         raise UserError('--plot needs matplotlib: pip install matplotlib')
     if s['arch']:
         genotype = find_genotype(s['arch'])[0]
-        if s['genotype']:
-            return show_genotype(genotype)
         if isinstance(genotype, str):
             counts = {**cost(genotype, 16, 17), **genotypes.truth(genotype)}
         else:
@@ -827,14 +810,11 @@ def main(argv=None):
             write_file(s['plot'], genotypes.draw(genotype, s['arch']))
             print(f'wrote {s["plot"]}', file=sys.stderr)
         lines = [f'{name:<25} {round(count, 2):>15,}' for name, count in counts.items()]
-        return print(json.dumps(counts) if s['json'] else '\n'.join(lines))
-    for name in ('predict', 'genotype'):
-        if s[name] and (len(s['runs']) > 1 or typed.keys() - {'runs', name, 'gpu'}):
-            raise UserError(f'--{name} takes one run and no other flag: leave the others out')
+        return print(json.dumps(counts) if s['json'] else '\n'.join([str(genotype), *lines]))
     if s['predict']:
+        if len(s['runs']) > 1 or typed.keys() - {'runs', 'predict', 'gpu'}:
+            raise UserError('--predict takes one run and no other flag: leave the others out')
         return show_predictions(s['runs'][0], s['predict'], choose_device(s['gpu']))
-    if s['genotype']:
-        return show_genotype(genotype_of(s['runs'][0]))
     folders = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))
     if s['scores'] and len(folders) > 1:
         raise UserError('--scores takes one run: leave the others out')

@@ -999,14 +999,11 @@ def say(args, genotype):
     if 'conv' not in on_paths:
         print('this cell has no convolution, the search has collapsed: better retrain another one, '
               'PC_DARTS_cifar for example')
+    print(genotype)                             # as DARTS's code writes it
     if isinstance(genotype, str):
-        print(genotype)
         print('known of this cell: CIFAR-10 {cifar10:.2f}%, better than {percentile:.1f}% of all '
               'cells, CIFAR-100 {cifar100:.2f}%, ImageNet16-120 {imagenet16:.2f}%'.format(
                   **truth(genotype)))
-    else:
-        for cell in ('normal', 'reduce'):
-            print(f'{cell:<7}', '  '.join(f'{op}:{state}' for op, state in getattr(genotype, cell)))
     if args.quick:
         print('this was --quick: the pipeline works, the genotype means nothing')
     print('next:', next_command(args))

@@ -123,8 +123,6 @@ TABLE = [
     ('net', 'cut net/weights.pt 2000', 'evaluate', 'net', 'weights.pt'),
     ('net', '', 'evaluate', 'net --predict nowhere.png', 'nowhere.png'),
     ('net', '', 'evaluate', 'net --scores s.csv', 'test images'),
-    ('run', 'drop run/genotype.json', 'evaluate', 'run --genotype', 'has ended'),
-    ('run', '', 'evaluate', 'run --genotype --json', '--genotype'),
 ]
 for script, text in REFUSED.items():
     for flags in re.split('[;\n]', text):

@@ -204,21 +204,23 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
 
 def test_a_cell_goes_to_darts_and_comes_back(capsys):
     run(search.main, 's', *DARTS, *ONE_STEP)
-    text = printed(capsys, 's', '--genotype')
-    assert text.startswith("Genotype(normal=[('") and 'normal_concat=[2, 3, 4, 5], red' in text
-    text_of_log = f'2019-01-01 01:02:03 genotype = {text}'.replace('[2, 3, 4, 5]', 'range(2, 6)')
+    said = capsys.readouterr().out.splitlines()
+    text, = [line for line in said if line.startswith('Genotype(')]
+    assert text.startswith("Genotype(normal=(('") and 'normal_concat=(2, 3, 4, 5), red' in text
+    text_of_log = f'2019-01-01 01:02:03 genotype = {text}'.replace('(2, 3, 4, 5)', 'range(2, 6)')
     Path('cell.txt').write_text(text_of_log)
     assert find_genotype('cell.txt') == (find_genotype('s')[0], dict.fromkeys(
         ('data', 'seed', 'arch_data'), None) | {'method': 'cell'})
     run(retrain.main, 'net', '--arch', 'cell.txt', *RETRAIN[2:])
-    assert printed(capsys, 'net', '--genotype') == text
+    capsys.readouterr()
     run(search.main, 'c', *TINY, *ONE_STEP)
-    text = printed(capsys, 'c', '--genotype')
-    assert text == find_genotype('c')[0] + '\n'
-    Path('cell.txt').write_text(text)
-    assert find_genotype('cell.txt')[0] == find_genotype('c')[0]
-    assert 'imagenet16' in printed(capsys, '--arch', 'cell.txt')
-    assert printed(capsys, '--arch', 'cell.txt', '--genotype') == text
+    string = find_genotype('c')[0]
+    assert string in capsys.readouterr().out.splitlines()
+    Path('string.txt').write_text(string + '\n')
+    for cell, words in {'s': text, 'net': text, 'c': string}.items():
+        assert f'genotype                  {words}\n' in printed(capsys, cell)
+    for cell, words in {'cell.txt': text, 'string.txt': string}.items():
+        assert printed(capsys, '--arch', cell).startswith(words + '\n')
     counts, = reports(capsys, '--arch', 'DARTS_V2', '--plot', 'cell.svg')
     assert 'dil_conv_3x3' in Path('cell.svg').read_text() and counts['imagenet_params'] == 4718752
 
