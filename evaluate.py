@@ -252,7 +252,7 @@ def read_log(folder):
 def method_name(settings):
     """The method of a search, with what makes it another one."""
     name = settings['method']
-    if settings.get('unrolled'):
+    if settings['unrolled']:
         name += ', second order'
     if settings['method'] == 'sdarts' and settings['perturb'] != 'random':
         name += ', adversarial'
@@ -281,14 +281,14 @@ def read_run(run):
     settings, log = about['settings'], read_log(folder)
     row = {'run': str(folder), 'type': 'search' if 'method' in settings else 'retrain',
            'finished': False, 'settings': settings, 'command': about['command'],
-           'data_sha256': (about.get('data_sha256') or {}).get('images'),
-           'git_commit': about.get('git_commit'), 'device': about['hardware']['device'],
+           'data_sha256': (about['data_sha256'] or {}).get('images'),
+           'git_commit': about['git_commit'], 'device': about['hardware']['device'],
            'seed': settings['seed'], 'genotype': None,
            'epochs': sum('cells' not in line for line in log),
            'seconds': sum(line['seconds'] for line in log), 'log': log}
     if row['type'] == 'search':
-        row.update(space=settings.get('space', 'darts'), method=method_name(settings),
-                   searched_on=data_name(settings), arch_data=settings.get('arch_data'))
+        row.update(space=settings['space'], method=method_name(settings),
+                   searched_on=data_name(settings), arch_data=settings['arch_data'])
         if (folder / 'genotype.json').exists():
             genotype, found_by = find_genotype(str(folder))
             row.update(finished=True, genotype=plain(genotype), arch_data=found_by['arch_data'],
@@ -521,7 +521,7 @@ def table(rows):
     groups, shown, lines = {}, set(large), []
     for row in rows:
         own, search = compared_settings(row['settings']), row.get('search_settings') or {}
-        shown.update(row['settings'].get('typed', ()))
+        shown.update(row['settings']['typed'])
         shown.update(f'search_{name}' for name in search.get('typed', ()) if name not in NAMED)
         if row['data_sha256'] and row['settings']['data'] not in KINDS:     # a folder may change
             own.add(('images_sha256', row['data_sha256'][:6]))
@@ -750,7 +750,7 @@ def show_predictions(run, target, device):
     for path in paths:                                  # prepared as for a test
         if faults[path]:
             continue
-        pixels = read_image(path, meta['image_size'], meta.get('zoom', 1.0))
+        pixels = read_image(path, meta['image_size'], meta['zoom'])
         x = (torch.from_numpy(pixels.copy()).float() - mean) / std
         logits = network(x.permute(2, 0, 1).unsqueeze(0).to(device)).squeeze(0)
         found = [] if meta['multilabel'] else [meta['classes'][logits.argmax()]]

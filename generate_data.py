@@ -68,25 +68,17 @@ class Setting(NamedTuple):
     alone: object = None    # what the flag means without a value after it
 
 
-def number(convert, low=-2 ** 62, high=2 ** 62, above=-math.inf, below=math.inf):
-    """Values of a Setting, by `convert`, int or float: low to high, over `above`, under `below`."""
+def number(convert, low, high=2 ** 62):
+    """Values of a Setting: numbers from low to high, by `convert`, int or float."""
     def parse(text):
         with contextlib.suppress(ValueError):
             value = convert(text)
-            if low <= value <= high and above < value < below:
+            if low <= value <= high:
                 return value
-        start = f'above {above}' if above > low else f'from {low}'
-        end = f' to {high}' if high < 2 ** 62 else ''
-        if below < high:
-            end = f' and below {below}'
         what = 'whole number' if convert is int else 'number'
-        raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {what} {start}{end}')
+        end = f' to {high}' if high < 2 ** 62 else ''
+        raise argparse.ArgumentTypeError(f'{text[:40]!r} is no {what} from {low}{end}')
     return parse
-
-
-def name_or_path(text):
-    """Values of a Setting: without the slash at its end, so that a folder has one name."""
-    return text.rstrip('/') or text
 
 
 def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
@@ -336,11 +328,6 @@ def choose_device(gpu, tf32=False):
     return device
 
 
-def has_bf16(device):
-    """Whether a GPU computes in bf16: from Ampere on. (torch's own test counts emulation.)"""
-    return device.type == 'cuda' and torch.cuda.get_device_capability(device)[0] >= 8
-
-
 def set_tf32(on):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
@@ -357,7 +344,8 @@ DATA = {
     'num_images': Setting(50000, 'of an unreal set', number(int, 1, 10 ** 9)),
     'num_classes': Setting(10, 'of an unreal set', number(int, 2, 10 ** 6)),
     'multilabel': Setting(False, 'labels of 0 or 1: of noise and fractals'),
-    'source': Setting('cifar10', 'its images get new labels, or train a generator', name_or_path),
+    'source': Setting('cifar10', 'its images get new labels, or train a generator',
+                      os.path.normpath),
     'label_mode': Setting('uniform', 'how labels are drawn', ['uniform', 'balanced', 'permute']),
     'label_noise': Setting(1.0, 'share of true labels that is drawn anew', number(float, 0, 1)),
     'generator': Setting('fractal', 'what draws generated images',
@@ -366,7 +354,7 @@ DATA = {
     'difficulty': Setting('medium', 'of generated images', list(DIFFICULTY)),
     'uncertain': Setting('mixed', 'what -1.0 of CheXpert becomes in training; mixed: ones for '
                          'Atelectasis and Edema, else zeros', ['mixed', 'ones', 'zeros', 'ignore']),
-    'test_fraction': Setting(0.2, 'of pictures without val/, held out', number(float, 0, below=1)),
+    'test_fraction': Setting(0.2, 'of pictures without val/, held out', number(float, 0, 1)),
     'skip_broken': Setting(False, 'leave out pictures that cannot be read'),
     'views': Setting('frontal', 'of CheXpert', ['frontal', 'all'])}
 DEFAULTS = {name: setting.default for name, setting in DATA.items()}
@@ -399,8 +387,7 @@ def settings_of(name, s):
     real = s['source'] if 'source' in names else name
     if real == 'chexpert':
         names |= {'uncertain', 'views'}
-    elif real not in (*KINDS, *REAL) and Path(real).is_dir() \
-            and not Path(real, 'meta.json').exists():
+    elif real not in (*KINDS, *REAL) and not Path(real, 'meta.json').exists():
         names |= {'test_fraction', 'skip_broken'}
     return names
 
@@ -828,7 +815,8 @@ def flow_loss(network, x, y):
     y = torch.cat([y[:, :-1] * (1 - drop), drop], 1)
     t = torch.randn(len(x), device=x.device).sigmoid()
     noise = torch.randn_like(x)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bf16(x.device)):
+    has_bf16 = x.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bf16):
         velocity = network(torch.lerp(noise, x, t[:, None, None, None]), t, y)
     return (velocity.float() - (x - noise)).square().mean()
 
@@ -847,13 +835,11 @@ def train_flow(source, path, steps, seed, device):
     if path.exists():
         state = load_file(path, 'remove it')
         with readable(f'{path} does not fit', 'Remove it, or choose another --out.'):
-            if state['about'] != about:
-                raise ValueError('other images, labels or seed')
+            if state['about'] != about or state['step'] > steps:
+                raise ValueError('other images, labels or seed, or more steps')
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         step = state['step']
-        if step > steps:
-            raise UserError(f'{path} has had {step} steps. Remove it, or give as many.')
     batches = Batches(source, range(len(source)), min(64, len(source)), device, seed=seed)
     progress, text = Progress(steps, 'steps', step, ''), ''
     while step < steps:
@@ -920,14 +906,15 @@ def flow_images(s, device):
 
 FORMULA = 'num_images generator num_classes difficulty fresh'
 GENERATORS = {
-    'fractal': Kind(formula_images, f'{FORMULA} multilabel', augment=True),
-    'spectrum': Kind(formula_images, FORMULA, augment=True),
-    'deadleaves': Kind(formula_images, FORMULA, augment=True),
-    'train': Kind(flow_images, 'num_images generator source generator_steps', augment=True)}
-KINDS = {                   # of `generated` the generator's row is taken: see kind_of
+    'fractal': Kind(formula_images, f'{FORMULA} multilabel'),
+    'spectrum': Kind(formula_images, FORMULA),
+    'deadleaves': Kind(formula_images, FORMULA),
+    'train': Kind(flow_images, 'num_images generator source generator_steps')}
+KINDS = {
     'noise': Kind(noise, 'num_images num_classes multilabel label_mode fresh'),
     'random_labels': Kind(random_labels, 'source label_mode label_noise', augment=True),
-    'generated': GENERATORS['fractal'],
+    # Stands for all generators: kind_of returns the row of one.
+    'generated': GENERATORS['fractal']._replace(augment=True),
 }
 
 
@@ -1090,12 +1077,14 @@ class Data:
         return len(self.labels)
 
     def split(self, rows, fraction, seed):
-        """Split rows in two as stratified_split does; no patient is in both parts."""
-        patients = None
-        if self.studies is not None:
-            patients = np.array([study.split('/')[0] for study in self.studies[rows]])
-        parts = stratified_split(self.labels[rows], fraction, seed, patients)
-        return [rows[part] for part in parts]
+        """Split rows in two as stratified_split does. Of X-rays it splits the patients."""
+        if self.studies is None:
+            return [rows[part] for part in stratified_split(self.labels[rows], fraction, seed)]
+        patients = [study.split('/')[0] for study in self.studies[rows]]
+        names, whose = np.unique(patients, return_inverse=True)
+        chosen, _ = stratified_split(np.zeros(len(names), int), fraction, seed)
+        is_first = np.isin(whose, chosen)
+        return rows[is_first], rows[~is_first]
 
     def image(self, k, crop=False):
         """uint8 (H, W, 3) of the k-th image; crop: a part of it, drawn by torch's generator."""
@@ -1306,12 +1295,12 @@ def read_chexpert_table(path, uncertain):
             open(path, newline='', encoding='utf-8-sig') as file:
         reader = csv.DictReader(file, restval='no cell')
         names = reader.fieldnames or []
-        for name in ('Study' if 'Study' in names else 'Path', *CHEXPERT):
+        key = 'Study' if 'Study' in names else 'Path'
+        for name in (key, *CHEXPERT):
             if name not in names:
                 raise ValueError(f'no column {name}')
         for row in reader:
-            inside = row['Study' if 'Study' in names else 'Path']
-            inside = re.sub('^.*/(?=(train|valid|test)/)', '', inside)
+            inside = re.sub('^.*/(?=(train|valid|test)/)', '', row[key])
             with readable(f'{path}, line {reader.line_num}', 'Paths end in patientX/studyY/view1_'
                           'frontal.jpg, and labels are 1.0, 0.0, -1.0 or blank.'):
                 if inside in rows:
@@ -1531,16 +1520,11 @@ def find_or_make(name, s):
     return data
 
 
-def stratified_split(labels, fraction, seed, patients=None):
+def stratified_split(labels, fraction, seed):
     """Two sorted index arrays, drawn by seed: ceil(n * fraction) of each class, and the rest.
 
-    Images with several labels are one class. patients (N,): the share is of patients instead.
+    Images with several labels are one class.
     """
-    if patients is not None:
-        names, whose = np.unique(patients, return_inverse=True)
-        chosen, _ = stratified_split(np.zeros(len(names), int), fraction, seed)
-        first = np.isin(whose, chosen)
-        return np.flatnonzero(first), np.flatnonzero(~first)
     rng = np.random.Generator(np.random.Philox([seed, len(labels)]))
     groups = labels if labels.ndim == 1 else np.zeros(len(labels), np.int64)
     order = np.lexsort((rng.random(len(labels)), groups))
@@ -1696,7 +1680,7 @@ def kill_workers():
 @one_line_errors
 def main(argv=None):
     own = {'kind': Setting(None, 'what to make', list(KINDS)),
-           'out': Setting(None, 'folder to write', name_or_path),
+           'out': Setting(None, 'folder to write', os.path.normpath),
            'seed': Setting(0, 'of pixels and labels', number(int, 0)),
            'generator_steps': Setting(50000, 'of training, for --generator train', number(int, 1)),
            'gpu': Setting(-1, 'CUDA device for --generator train', number(int, -1))}

@@ -371,7 +371,7 @@ class Network(nn.Module):
             self.stem, self.stem1 = image_stem(last)
         else:
             self.stem = nn.Sequential(nn.Conv2d(3, last, 3, padding=1, bias=False), BatchNorm(last))
-            self.stem1 = None
+            self.stem1 = nn.Identity()
         self.cells, self.cell_types, self.auxiliary_at = nn.ModuleList(), [], None
         for layer in range(layers):
             reduction = layer in (layers // 3, 2 * layers // 3)
@@ -411,9 +411,8 @@ class Network(nn.Module):
         self.norms = [m for m in self.modules() if getattr(m, 'track_running_stats', False)]
 
     def forward(self, x):
-        s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))
-        if self.stem1 is not None:
-            s1 = self.stem1(s0)
+        s0 = self.stem(x.contiguous(memory_format=torch.channels_last))
+        s1 = self.stem1(s0)
         factors, auxiliary_logits = {}, None
         mixed = {name: self.edge_weights(name) for name in self.space.cell_types if self.alphas}
         for layer, (cell, cell_type) in enumerate(zip(self.cells, self.cell_types)):

@@ -35,10 +35,9 @@ from types import SimpleNamespace
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, Setting, UserError,
-                           choose_device, evenly, find_or_make, has_bf16, is_first, leave,
-                           load_file, name_or_path, num_processes, number, one_line_errors,
-                           parse_flags, read, readable, refuse_idle, settings_of, world,
-                           write_file)
+                           choose_device, evenly, find_or_make, is_first, leave, load_file,
+                           num_processes, number, one_line_errors, parse_flags, read, readable,
+                           refuse_idle, settings_of, world, write_file)
 from evaluate import (MAY_DIFFER, correct, gather, loss_of, metric_columns, read_json, read_log,
                       test)
 
@@ -51,7 +50,7 @@ from model_search import Network
 # ---- Settings: those that a search shares, then those of this script. Defaults are DARTS's. -
 
 INPUT = {
-    'data': Setting('cifar10', f'{", ".join([*KINDS, *REAL])}, or a folder', name_or_path),
+    'data': Setting('cifar10', f'{", ".join([*KINDS, *REAL])}, or a folder', os.path.normpath),
     **DATA,
     'augment': Setting('auto', 'auto: by the images, none for noise', ['auto', *AUGMENTATIONS]),
     'workers': Setting(2, 'processes that read large data sets', number(int, 0, 1024)),
@@ -64,7 +63,7 @@ SCHEDULE = {
     'learning_rate': Setting(0.025, 'of the weights', number(float, 0)),
     'learning_rate_min': Setting(0.0, 'at the end', number(float, 0)),
     'warmup_epochs': Setting(0, 'in which the learning rate rises linearly', number(int, 0)),
-    'momentum': Setting(0.9, 'of SGD', number(float, 0, below=1)),
+    'momentum': Setting(0.9, 'of SGD', number(float, 0, 1)),
     'weight_decay': Setting(3e-4, 'of the weights', number(float, 0)),
     'grad_clip': Setting(5.0, "largest norm of the gradient; 0: no limit", number(float, 0)),
 }
@@ -83,24 +82,23 @@ RUN = {
     'quick': Setting(False, 'a few steps of a small network, a minute; means nothing'),
 }
 NETWORK = {
-    'arch': Setting(None, "a name, a genotype.json, a search, or DARTS's text", name_or_path),
+    'arch': Setting(None, "a name, a genotype.json, a search, or DARTS's text", os.path.normpath),
     'init_channels': Setting(36, 'channels of the first cell', number(int, 2, 4096)),
     'layers': Setting(20, 'cells', number(int, 1, 200)),
     'stem': Setting('auto', 'one convolution, or three of stride 2; auto: these above 64 px',
                     ['auto', 'cifar', 'imagenet']),
     'auxiliary': Setting(False, 'a second head while training'),
-    'drop_path_prob': Setting(0.2, 'at the end, reached linearly', number(float, 0, below=1)),
+    'drop_path_prob': Setting(0.2, 'at the end, reached linearly', number(float, 0, 1)),
     'cutout': Setting(0, 'side of a blanked square, pixels; alone: 16; 0: no', number(int, 0), 16),
 }
 RECIPE = {
-    'label_smoothing': Setting(0.0, 'share spread over all classes', number(float, 0, below=1)),
-    'holdout_patients': Setting(0.0, 'share that chooses the epoch', number(float, 0, below=1)),
-    'train_portion': Setting(1.0, 'share of the images; above 1: number', number(float, above=0)),
+    'label_smoothing': Setting(0.0, 'share spread over all classes', number(float, 0, 1)),
+    'holdout_patients': Setting(0.0, 'share that chooses the epoch', number(float, 0, 1)),
+    'train_portion': Setting(1.0, 'share of the images; above 1: number', number(float, 0)),
 }
 # Set by a preset only, without flags: the optimizer, sgd or adam, and the schedule, cosine or
-# linear; the weight of the auxiliary loss, and whether batches are smaller if there are few images
-FIXED = dict(optimizer='sgd', nesterov=False, schedule='cosine', auxiliary_weight=0.4,
-             fit_batch=False)
+# linear; and whether batches are smaller if there are few images
+FIXED = dict(optimizer='sgd', nesterov=False, schedule='cosine', fit_batch=False)
 # nb201: the benchmark's recipe, by default for its cells. ImageNet: that of PC-DARTS and P-DARTS,
 # with the learning rate for 1,024 images. CheXpert and laptop: our own choice.
 PRESETS = {
@@ -249,7 +247,7 @@ class Run:
         self.checkpoint, self.log = {}, []
         self.epoch = self.step = self.epochs = 0        # where to go on, and where it ends
         self.caught = self.stop = 0             # the signal that came, that all have agreed on
-        if args.amp and device.type == 'cuda' and not has_bf16(device):
+        if args.amp and device.type == 'cuda' and not torch.cuda.is_bf16_supported(False):
             raise UserError('--amp needs a GPU with bf16, Ampere or newer: leave it out')
         if is_first():
             self.check_folder()
@@ -404,9 +402,8 @@ class Run:
         """
         caught, waited, alone = self.caught, time.time() - self.saved, num_processes() == 1
         limit, is_last = 60 * self.args.checkpoint_minutes, step + 1 == self.steps
-        looks = self.device.type == 'cpu' or step % 50 == 49 or is_last
-        urgent = alone and (caught or waited > limit)
-        if not looks and not urgent:
+        urgent = is_last or alone and (caught or waited > limit)
+        if not (urgent or self.device.type == 'cpu' or step % 50 == 49):
             return False
         self.check_finite(tensors, epoch * self.steps + step)
         if not alone:                           # all save and stop at the same step
@@ -463,8 +460,7 @@ def git_commit():
 
 def hardware(device):
     """What a measured number was measured on."""
-    about = Path('/proc/cpuinfo')
-    names = re.findall(r'model name\s*: (.*)', about.read_text()) if about.exists() else []
+    names = re.findall(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
     return {'cpu': names[-1] if names else platform.machine(), 'threads': torch.get_num_threads(),
             'instructions': torch.backends.cpu.get_cpu_capability(),        # how sums are rounded
             'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}
@@ -627,8 +623,7 @@ def train_step(network, batch, optimizer, args):
         logits, auxiliary_logits = logits if args.auxiliary else (logits, None)
         loss = total = loss_of(logits.float(), y, args.label_smoothing)
         if args.auxiliary:
-            more = loss_of(auxiliary_logits.float(), y, args.label_smoothing)
-            total = loss + args.auxiliary_weight * more
+            total = loss + 0.4 * loss_of(auxiliary_logits.float(), y, args.label_smoothing)
         (total / len(parts)).backward()
         sums = sums + torch.stack([loss.detach() / len(parts), correct(logits.detach(), y)])
     if num_processes() > 1:                     # a node that leads nowhere gets no gradient

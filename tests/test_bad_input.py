@@ -68,7 +68,7 @@ REFUSED = {
         --frozen_epochs 2; --warmup_epochs 2; --unrolled --method gdas; --hessian 1 --arch_data none
         --arch_data train --method oneshot; --repeats 2 --method oneshot; --score angle
         --candidates 5; --fresh --data cifar10; --fresh 2 --data random_labels''',
-    'retrain': '--arch DARTS_V3; --auxiliary --arch DARTS_V2; --drop_path_prob 1 --arch DARTS_V2',
+    'retrain': '--arch DARTS_V3; --auxiliary --arch DARTS_V2; --drop_path_prob 2 --arch DARTS_V2',
     'evaluate': '--csv t.csv --arch DARTS_V2; --plot cell.png --arch DARTS_V2'}
 ARCH = '--arch genotype.json --data noise'
 TABLE = [

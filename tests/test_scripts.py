@@ -316,7 +316,7 @@ def test_help_shows_the_defaults_of_what_stands_beside_it(script, flags, capsys)
     text = help_of(module.main, capsys, *flags.split())
     assert 'None' not in text and len(text.splitlines()) <= 100
     words = ' '.join(text.split('examples:')[0].split())
-    unsaid = {'save', 'data_seed', 'arch_grad_clip', 'schedule', 'auxiliary_weight', 'fit_batch',
+    unsaid = {'save', 'data_seed', 'arch_grad_clip', 'schedule', 'fit_batch',
               'genotype', 'nesterov', 'optimizer', 'typed', *re.findall(r'--(\w+)', flags)}
     for name, value in vars(module.parse(flags.split())).items():
         if value not in (None, False) and name not in unsaid:

@@ -360,7 +360,7 @@ def pairs_of_weights(ours, book):
     pairs = pairs_of_operation(ours.stem, book.stem) + same(ours.classifier, book.classifier)
     if isinstance(book, NB201Network):
         pairs += same(ours.last[0], book.last)
-    elif ours.stem1:
+    elif book.stem1:
         pairs += pairs_of_operation(ours.stem1, book.stem1)
     if hasattr(book, 'auxiliary'):
         pairs += pairs_of_operation(ours.auxiliary_head, book.auxiliary)
