@@ -15,6 +15,7 @@ NAS-Bench-201 is looked up. `params, full size` of a search are those of the net
 makes of its cell by default.
 """
 import csv
+import hashlib
 import io
 import json
 import math
@@ -74,7 +75,7 @@ def correct(logits, y):
 
 def top_error(scores, labels, classes, k=1):
     """Per cent of the rows of scores (N, classes) whose label is not among the k best, or None."""
-    if len(classes) < k:
+    if len(classes) <= k:
         return None
     best = scores.topk(k, 1).indices
     return 100 * (1 - (best == labels.unsqueeze(1)).any(1).double().mean().item())
@@ -271,6 +272,12 @@ def data_name(settings):
     return name
 
 
+def code_of(run):
+    """First digits of a hash of the scripts that a run began with."""
+    scripts = sorted(Path(run, 'scripts').glob('*.py'))
+    return hashlib.sha256(b''.join(path.read_bytes() for path in scripts)).hexdigest()[:6]
+
+
 def read_run(run):
     """What a run's folder says of it, as a dictionary; a retrained network is not tested.
 
@@ -282,8 +289,8 @@ def read_run(run):
     row = {'run': str(folder), 'type': 'search' if 'method' in settings else 'retrain',
            'finished': False, 'settings': settings, 'command': about['command'],
            'data_sha256': (about['data_sha256'] or {}).get('images'),
-           'git_commit': about['git_commit'], 'device': about['hardware']['device'],
-           'seed': settings['seed'], 'genotype': None,
+           'code': code_of(folder), 'git_commit': about['git_commit'],
+           'device': about['hardware']['device'], 'seed': settings['seed'], 'genotype': None,
            'epochs': sum('cells' not in line for line in log),
            'seconds': sum(line['seconds'] for line in log), 'log': log}
     if row['type'] == 'search':
@@ -421,10 +428,9 @@ def report(run, device, data_dir=None, test_labels=None):
     if data is None:
         return row
     loss, scores, labels = predictions('test', network.to(device), data, range(len(data)), device)
-    before = row.get('test_n', len(labels))
-    if before != len(labels) and not (test_labels or row['settings']['quick']):
-        print(f'warning: {run}: the test has {len(labels)} images or studies, and had {before}. '
-              'Those of the training may have changed too.', file=sys.stderr)
+    if not test_labels and data.sha256() != meta.get('test_sha256', data.sha256()):
+        print(f'warning: {run}: the test images are not as they were when its training ended. Some '
+              'may be images that it was trained on.', file=sys.stderr)
     names = data.files or range(len(data))
     if data.studies is not None:
         names = np.unique(data.studies)
@@ -443,7 +449,8 @@ def report(run, device, data_dir=None, test_labels=None):
 # ---- One run, and the table of several ------------------------------------------------------
 
 
-HIDDEN = 'run', 'finished', 'log', 'settings', 'search_settings', 'tested', 'data_sha256'
+HIDDEN = ('run', 'finished', 'log', 'settings', 'search_settings', 'tested', 'data_sha256',
+          'code')
 
 
 def show(row):
@@ -514,13 +521,14 @@ def table(rows):
     """Runs that differ only in their seeds, in one line: [{group, n, measure, measure_std}].
 
     `settings` of a line: what was typed, and those in which lines of the same data and method
-    differ; those of the search begin with search_. Runs on other images of a real --data are in
-    other lines.
+    differ; those of the search begin with search_. Runs of other scripts, or on other images of a
+    real --data, are in other lines.
     """
     large = {'quick', 'preset', 'search_quick', 'search_preset'}        # each changes many others
     groups, shown, lines = {}, set(large), []
     for row in rows:
         own, search = compared_settings(row['settings']), row.get('search_settings') or {}
+        own.add(('code', row['code']))
         shown.update(row['settings']['typed'])
         shown.update(f'search_{name}' for name in search.get('typed', ()) if name not in NAMED)
         if row['data_sha256'] and row['settings']['data'] not in KINDS:     # a folder may change
@@ -717,7 +725,7 @@ def draw_test(axis, row):
 
 FLAGS = {
     'runs': Setting([], 'folders of runs'),
-    'arch': Setting(None, "a published name, a genotype.json, a search, or DARTS's text"),
+    'arch': Setting(None, "a published name, a search, or a file with a genotype"),
     'json': Setting(False, 'print one JSON line for each run'),
     'csv': Setting(None, 'write the table to this file'),
     'plot': Setting(None, 'draw runs by epoch: .png, .svg or .pdf; of --arch the cells: .svg'),
@@ -727,6 +735,13 @@ FLAGS = {
     'gpu': Setting(0, 'CUDA device, -1: the CPU', number(int, -1)),
     'test_labels': Setting(None, "a CSV of CheXpert's test set"),
 }
+
+
+def prepare(path, meta):
+    """float (1, 3, S, S) of a picture, as the network of load_weights takes it."""
+    pixels = torch.tensor(read_image(path, meta['image_size'], meta['zoom']))
+    mean, std = torch.tensor(meta['mean']) * 255, torch.tensor(meta['std']) * 255
+    return ((pixels.float() - mean) / std).permute(2, 0, 1).unsqueeze(0)
 
 
 @torch.no_grad()
@@ -746,13 +761,10 @@ def show_predictions(run, target, device):
         print(f'left out: {fault}', file=sys.stderr)
     writer = csv.writer(sys.stdout, lineterminator='\n')
     writer.writerow(['file', *([] if meta['multilabel'] else ['class']), *meta['classes']])
-    mean, std = torch.tensor(meta['mean']) * 255, torch.tensor(meta['std']) * 255
-    for path in paths:                                  # prepared as for a test
+    for path in paths:
         if faults[path]:
             continue
-        pixels = read_image(path, meta['image_size'], meta['zoom'])
-        x = (torch.from_numpy(pixels.copy()).float() - mean) / std
-        logits = network(x.permute(2, 0, 1).unsqueeze(0).to(device)).squeeze(0)
+        logits = network(prepare(path, meta).to(device)).squeeze(0)
         found = [] if meta['multilabel'] else [meta['classes'][logits.argmax()]]
         p = logits.sigmoid() if meta['multilabel'] else logits.softmax(0)
         writer.writerow([path, *found, *(f'{share:.6g}' for share in p.tolist())])

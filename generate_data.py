@@ -121,7 +121,7 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
                 text, how = f'{", ".join(values)}: {text}', {'choices': values, 'metavar': 'X'}
             elif alone is not None:
                 how.update(nargs='?', const=alone)
-            group.add_argument(flag, help=text, **how)
+            group.add_argument(flag, help=text.replace('%', '%%'), **how)
     typed = vars(parser.parse_intermixed_args(argv))
     wants_help = typed.pop('help', False)
     defaults.update(defaults_for(typed, {**defaults, **typed}))
@@ -1349,10 +1349,10 @@ def read_folder(root, split, s):
         fine = faults == ''
         if not fine.all() and not s['skip_broken']:
             broken = ', '.join(map(str, files[~fine][:10]))
-            raise UserError(f'{faults[~fine][0]} In all {(~fine).sum()} pictures cannot be read: '
+            raise UserError(f'{faults[~fine][0]} Pictures that cannot be read: {(~fine).sum()}, '
                             f'{broken}. --skip_broken leaves them out.')
         if not fine.all() and split == 'train':
-            print(f'{root}: {(~fine).sum()} broken pictures are left out', file=sys.stderr)
+            print(f'{root}: broken pictures left out: {(~fine).sum()}', file=sys.stderr)
         files, labels, is_test = files[fine], labels[fine], is_test[fine]
     if split == 'train':
         empty = {*range(len(classes[0]))} - {*labels[~is_test]}
@@ -1424,7 +1424,7 @@ def try_pictures(files, folders):
     for folder in folders:
         others = {path for path in folder.rglob('*') if path.is_file()}.difference(files)
         if others:
-            print(f'{folder}: {len(others)} files are left out, e.g. {min(others).name}: no JPEG, '
+            print(f'{folder}: files left out: {len(others)}, e.g. {min(others).name}: no JPEG, '
                   'PNG, BMP, WebP, TIFF or PPM, or in no folder of a class', file=sys.stderr)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(Progress(len(files), 'pictures tried').over(pool.map(fault_of, files)))

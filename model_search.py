@@ -352,7 +352,8 @@ class Network(nn.Module):
     forward(x): (B, 3, H, W) -> logits (B, num_classes); in training also the auxiliary head's.
 
     Set from outside: drop_path_prob, None or a tensor. memo: None, or a dictionary that keeps maps
-    of the first cell, for one batch and one operation per edge. mix: None, or a function
+    of the first cell, for one batch and one operation per edge. softmax: what turns alphas (edges,
+    operations) into probabilities. mix: None, or a function
     mix(cell_type, p) that turns probabilities p (edges, operations) into edge weights, like p with
     a column more for each of the space's extras, or Drawn.
     """
@@ -362,6 +363,7 @@ class Network(nn.Module):
         affine = genotype is not None
         self.space = space = NB201 if isinstance(genotype, str) else space
         self.partial, self.drop_path_prob, self.mix, self.memo = partial, None, None, None
+        self.softmax = lambda alpha: F.softmax(alpha, 1)
         channels, reduction_before = init_channels, stem == 'imagenet'
         # As published, the stem has C channels in NAS-Bench-201 and in a derived network for large
         # images, else 3C.
@@ -444,9 +446,9 @@ class Network(nn.Module):
         shares = self.shares(cell_type)
         return weights if shares is None else weights * shares.unsqueeze(1), best, shares
 
-    def probabilities(self, cell_type, dtype=None):
+    def probabilities(self, cell_type):
         """Softmax of the alphas over the operations: (edges, operations)."""
-        return F.softmax(self.alphas[cell_type], 1, dtype=dtype)
+        return self.softmax(self.alphas[cell_type])
 
     def shares(self, cell_type):
         """Each edge's share of a node: softmax of beta over its inputs (PC-DARTS, section 3.3)."""
@@ -478,7 +480,7 @@ class Network(nn.Module):
         """
         rng, out = torch.Generator().manual_seed(seed), []
         for cell_type in self.space.cell_types:
-            p = self.probabilities(cell_type, torch.float64)
+            p = self.softmax(self.alphas[cell_type].double())
             if self.partial > 1:
                 p = p * self.shares(cell_type).unsqueeze(1)
             p = p.cpu()

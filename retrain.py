@@ -82,7 +82,7 @@ RUN = {
     'quick': Setting(False, 'a few steps of a small network, a minute; means nothing'),
 }
 NETWORK = {
-    'arch': Setting(None, "a name, a genotype.json, a search, or DARTS's text", os.path.normpath),
+    'arch': Setting(None, "a name, a search, or a file with a genotype", os.path.normpath),
     'init_channels': Setting(36, 'channels of the first cell', number(int, 2, 4096)),
     'layers': Setting(20, 'cells', number(int, 1, 200)),
     'stem': Setting('auto', 'one convolution, or three of stride 2; auto: these above 64 px',
@@ -264,7 +264,8 @@ class Run:
         if not self.args.resume:
             raise UserError(f'{self.folder} holds a run: --resume it, or choose another --save')
         before, now = read_json(about)['settings'], vars(self.args)
-        names = sorted((now.keys() | before.keys()) - MAY_DIFFER)
+        # One that was added to the scripts since is not compared, unless it was typed.
+        names = sorted((now.keys() & before.keys() | {*self.args.typed}) - MAY_DIFFER)
         for name in ('seed', *names):           # the seeds of data follow it
             if now.get(name) != before.get(name):
                 raise UserError(f'{self.folder} was run with --{name} {before.get(name)!s:.60}, '
@@ -785,6 +786,7 @@ def finish(run, args, data, test_data, stem, genotype, found_by, weights):
             'auxiliary': args.auxiliary, 'stem': stem, 'classes': data.classes, 'mean': data.mean,
             'std': data.std, 'image_size': data.image_size, 'zoom': data.zoom,
             'multilabel': data.multilabel, 'has_test': test_data is not None,
+            'test_sha256': test_data.sha256() if test_data else None,
             'data': args.data if args.data in REAL else str(Path(args.data).resolve()),
             'settings': {**vars(args), 'data_dir': str(Path(args.data_dir).resolve()),
                          'download': False}}

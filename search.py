@@ -100,12 +100,13 @@ QUICK = dict(num_images=1000, layers=5, cells_per_stage=1, init_channels=8, batc
 class Darts:
     """DARTS (arXiv 1806.09055): the alphas follow the loss of held-out images; nothing is added.
 
-    recipe: the settings that differ from DARTS's; recipe_on: those by space or preset. operations,
-    extras: changes of the Space. MORE_CELLS: by stage. stochastic: every loss draws anew what is
-    computed, so that differences of losses mean nothing. one_path: one operation per edge is
-    computed. scores: what ranks cells; then nothing trains alphas. trains: whether weights train.
+    recipe: the settings that differ from DARTS's; recipe_on: those by space or preset. flags: those
+    that other methods refuse. operations, extras: changes of the Space. MORE_CELLS: by stage.
+    stochastic: every loss draws anew what is computed, so that differences of losses mean nothing.
+    one_path: one operation per edge is computed. searches: False for a cell drawn at random.
+    scores: what ranks cells; then nothing trains alphas. trains: whether weights train.
     """
-    recipe, recipe_on, operations, extras = {}, {}, {}, {}
+    recipe, recipe_on, operations, extras, flags = {}, {}, {}, {}, ()
     spaces, stages, MORE_CELLS = ('darts', 'nb201'), 1, (0,)
     searches, stochastic, one_path, trains, scores = True, False, False, True, ()
 
@@ -125,7 +126,7 @@ class Darts:
         self.network = Network(args.init_channels, self.num_classes, layers, partial=args.partial,
                                stem=self.stem, space=space, kept=self.kept,
                                width=1 if self.one_path else None).to(self.device)
-        self.network.mix = self.mix
+        self.network.softmax, self.network.mix = self.probabilities, self.mix
         start_alike(self.network)
         return self.network
 
@@ -141,13 +142,17 @@ class Darts:
             getattr(self, name).fill_(value)
         return numbers
 
+    def probabilities(self, alpha):
+        """What the alphas stand for, both (edges, operations); the genotype is taken from it."""
+        return F.softmax(alpha, 1)
+
     def mix(self, cell_type, p):
-        """Weights of the operations from their probabilities p, both (edges, operations)."""
+        """Weights of the operations in a forward pass, from their probabilities p."""
         return p
 
-    def alpha_gradients(self, grads):
-        """What Adam gets, from the gradients of the loss in the alphas."""
-        return grads
+    def alpha_loss(self):
+        """What is added to the loss of the alphas, a scalar, or None."""
+        return None
 
     def weight_training(self, train):
         """A context around the gradients of the weights on a training batch."""
@@ -257,13 +262,9 @@ class BetaDarts(Darts):
     def begin_epoch(self, epoch, epochs):
         return self.set_tensors(lambda_=50 * (epoch / epochs))
 
-    def alpha_gradients(self, grads):
-        network = self.network
-        rows = [network.alphas[cell].logsumexp(1) for cell in network.space.cell_types]
-        decay = torch.autograd.grad(self.lambda_ * torch.cat(rows).mean(),
-                                    network.architecture_parameters(), allow_unused=True,
-                                    materialize_grads=True)
-        return [g + d for g, d in zip(grads, decay)]
+    def alpha_loss(self):
+        cells = [self.network.alphas[cell_type] for cell_type in self.network.space.cell_types]
+        return self.lambda_ * torch.cat(cells).logsumexp(1).mean()
 
 
 class SDarts(Darts):
@@ -274,6 +275,7 @@ class SDarts(Darts):
     in evaluation mode as by the authors. A shift that would lower the loss is left out.
     """
     recipe_on = {'nb201': dict(epochs=100, nesterov=False, weight_decay=3e-4)}
+    flags = 'perturb',
     near = None             # the perturbation, while the weights are trained
 
     def begin_epoch(self, epoch, epochs):
@@ -337,6 +339,7 @@ class OneShot(Darts):
                                 learning_rate=0.1, train_portion=2000.0, score='train_loss')}
     stochastic = one_path = True
     scores = 'valid_loss', 'train_loss', 'valid_accuracy', 'angle'
+    flags = 'candidates', 'score'
     IMAGES = 128                # on which a cell is scored, of each half
     first_three = memos = None  # operations of the last cell, and maps that go with them, by half
     cell = choices = None       # {cell type: column of each edge}, [(cell type, edge, operation)]
@@ -459,7 +462,7 @@ class NasWot(OneShot):
     """
     recipe = dict(batch_size=128)
     recipe_on = {'laptop': dict(init_channels=8, repeats=1), 'imagenet': recipe}
-    trains, scores = False, ('naswot',)
+    trains, scores, flags = False, ('naswot',), ('candidates', 'repeats')
 
     def prepare(self):
         self.x, _ = self.fixed_batch(self.batches[0], self.args.batch_size)
@@ -489,7 +492,7 @@ class NasWot(OneShot):
 class Snip(OneShot):
     """SNIP (1810.02340): sum of |weight x gradient of the loss| on a batch, untrained."""
     recipe, recipe_on = NasWot.recipe, NasWot.recipe_on
-    trains, scores = False, ('snip',)
+    trains, scores, flags = False, ('snip',), NasWot.flags
 
     def prepare(self):
         self.batch = self.fixed_batch(self.batches[0], self.args.batch_size)
@@ -671,7 +674,11 @@ def architecture_step(method, train, valid, sgd, adam):
         grads, loss, right = second_order(method, train, valid, sgd)
     else:
         grads, loss, right = first_order(method, valid)
-    for alpha, grad in zip(alphas, method.alpha_gradients(grads)):
+    more = method.alpha_loss()
+    if more is not None:
+        more = torch.autograd.grad(more, alphas, allow_unused=True, materialize_grads=True)
+        grads = torch._foreach_add(grads, more)
+    for alpha, grad in zip(alphas, grads):
         alpha.grad = grad
     if args.arch_grad_clip:
         torch.nn.utils.clip_grad_norm_(alphas, args.arch_grad_clip, foreach=True)
@@ -815,11 +822,11 @@ def parse(argv):
         raise UserError(f'--method {args.method} is not for --space {args.space}: take another, or '
                         '--space darts')
     trains = method.trains and method.searches
-    idle = {'perturb': args.method != 'sdarts', 'candidates': not method.scores,
-            'score': len(method.scores) < 2, 'repeats': method.trains,
-            'layers': args.space == 'nb201',
-            'valid_fraction': args.arch_data != 'valid' or not trains}
-    idle = {name for name in idle if idle[name]}
+    idle = set().union(*[other.flags for other in METHODS.values()]) - {*method.flags}
+    if args.space == 'nb201':
+        idle.add('layers')
+    if args.arch_data != 'valid' or not trains:
+        idle.add('valid_fraction')
     if method.stochastic or args.arch_data == 'none':   # each loss is another, or there is none
         idle |= {'unrolled', 'hessian', 'early_stop'}
     if method.scores or not trains:
@@ -995,15 +1002,16 @@ def finish(run, args, genotype, **notes):
 
 def say(args, genotype):
     """Print the cells that were found, what is known of them, and the next command."""
-    on_paths = expression(genotype)[0] if isinstance(genotype, str) else str(genotype.normal)
-    if 'conv' not in on_paths:
-        print('this cell has no convolution, the search has collapsed: better retrain another one, '
-              'PC_DARTS_cifar for example')
     print(genotype)                             # as DARTS's code writes it
     if isinstance(genotype, str):
+        on_paths, better = expression(genotype)[0], 'NB201_LARGEST'
         print('known of this cell: CIFAR-10 {cifar10:.2f}%, better than {percentile:.1f}% of all '
               'cells, CIFAR-100 {cifar100:.2f}%, ImageNet16-120 {imagenet16:.2f}%'.format(
                   **truth(genotype)))
+    else:
+        on_paths, better = str(genotype.normal), 'PC_DARTS_cifar'
+    if 'conv' not in on_paths:
+        print(f'the search has collapsed, this cell has no convolution: better retrain {better}')
     if args.quick:
         print('this was --quick: the pipeline works, the genotype means nothing')
     print('next:', next_command(args))

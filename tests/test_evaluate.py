@@ -100,6 +100,10 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     assert ' init_channels=4 ' in first and ' init_channels=8 ' in second and 'settings' in head
     assert ' epochs=1 ' in first and ' data=' not in first      # typed, and in no other column
     assert 'again is left out, since it repeats s1' in said.err
+    Path('again/scripts/search.py').write_text('other')
+    printed(capsys, 's0', 's1', 'again', '--csv', 't.csv')
+    assert [(row['n'], 'code=' in row['settings']) for row in read_rows('t.csv')] == [
+        ('2', True), ('1', True)]
     run(search.main, 'l', *TINY, '--preset', 'laptop', '--arch_weight_decay', '0')
     run(search.main, 'm', *TINY, '--preset', 'laptop')
     _, *lines = printed(capsys, 's0', 'l', 'm').splitlines()
@@ -193,7 +197,8 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     for split in ('train', 'val'):
         shutil.move(f'photos/{split}/cat', f'{split}-cat')
     assert reports(capsys, size)[0]['test_n'] == 16
-    assert evaluate.main([size, '--gpu', '-1']) == 0 and 'and had 24' in capsys.readouterr().err
+    assert evaluate.main([size, '--gpu', '-1']) == 0
+    assert 'not as they were when its training ended' in capsys.readouterr().err
     for split in ('train', 'val'):
         shutil.move(f'{split}-cat', f'photos/{split}/zebra')
     one_line(capsys, evaluate.main([size, '--gpu', '-1']), 'zebra')

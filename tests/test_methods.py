@@ -20,7 +20,7 @@ import search
 from generate_data import Batches, read
 from genotypes import (distinct_cells, expression, find_genotype, from_string, random_genotype,
                        random_string, to_string, truth)
-from model_search import NB201
+from model_search import EDGES, NB201
 from operations import Inputs
 
 
@@ -137,9 +137,24 @@ def test_betadarts_adds_lambda_times_the_mean_of_logsumexp_to_the_alphas_loss(fl
     method, ours, book, _ = with_textbook('--method', 'betadarts')
     method.set_tensors(lambda_=2.5)
     mean = torch.cat([torch.logsumexp(alpha, 1) for alpha in book.alphas]).mean()
-    got = method.alpha_gradients([torch.zeros_like(alpha) for alpha in book.alphas])
+    got = torch.autograd.grad(method.alpha_loss(), ours.architecture_parameters())
     for a, b in zip(got, torch.autograd.grad(2.5 * mean, list(book.alphas))):
         close(a, b)
+
+
+def test_a_method_may_read_its_alphas_in_another_way():
+    class Fair(search.Darts):                           # FairDARTS (arXiv 1911.12126)
+        def probabilities(self, alpha):
+            return alpha.sigmoid()
+
+    method = Fair(search.parse(DARTS), 4, 'cifar', torch.device('cpu'))
+    network = method.build()
+    alpha = network.alphas['normal']
+    assert torch.equal(network.edge_weights('normal')[0], alpha.sigmoid())
+    with torch.no_grad():                               # of node 3: a softmax would take state 2
+        alpha[[EDGES.index((3, 0)), EDGES.index((3, 1))]] = 5.0
+        alpha[EDGES.index((3, 2))] = torch.tensor([-3., -3, -3, -3, 1, -3, -3, -3])
+    assert [state for _, state in network.genotype().normal[2:4]] == [0, 1]
 
 
 def to_simplex(q):

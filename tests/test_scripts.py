@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (DARTS, NOISE, ONESHOT, RETRAIN, ROOT, SIZES, TINY, chexpert,
+from conftest import (DARTS, NOISE, ONE_STEP, ONESHOT, RETRAIN, ROOT, SIZES, TINY, chexpert,
                       fake_cifar, folder_of_images, make_set, one_line, run, same_run,
                       stop_in_every_step)
 
@@ -195,6 +195,15 @@ def test_a_lost_log_is_written_again_a_lost_checkpoint_starts_again_and_the_end_
     assert run(main, 'r', *flags, '--resume') == whole and not Path('data').exists()
     said = capsys.readouterr().out
     assert 'r is finished' in said and 'next: python' in said
+
+
+def test_a_setting_that_was_added_since_is_compared_if_it_is_typed(monkeypatch, capsys):
+    lines = run(search.main, 'r', *TINY, *ONE_STEP)
+    monkeypatch.setitem(search.SEARCH, 'tau', generate_data.Setting(1.0, 'over 50% of it'))
+    assert run(search.main, 'r', *TINY, *ONE_STEP, '--resume') == lines
+    assert 'over 50% of it (1.0)' in help_of(search.main, capsys)
+    one_line(capsys, search.main([*TINY, *ONE_STEP, '--save', 'r', '--resume', '--tau', '2']),
+             '--tau')
 
 
 def test_resume_with_other_images_is_refused(capsys):

@@ -210,12 +210,12 @@ def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
             Path(f'own/{split}/cat/{name}.jpg').write_bytes(b'no picture')
     Path('own/train/cat/notes.txt').touch()
     Path('own/train/.ipynb_checkpoints').mkdir()
-    refused('4 pictures cannot be read: .*one.jpg, .*val.*one.jpg', g.read, 'own', {})
+    refused('cannot be read: 4, .*one.jpg, .*val.*one.jpg', g.read, 'own', {})
     assert len(g.read('own', {'skip_broken': True})) == 8
     assert len(g.read('own', {'skip_broken': True}, 'test')) == 8
     said = capsys.readouterr().err
-    assert '1 files are left out, e.g. notes.txt: no JPEG, PNG, BMP, WebP, TIFF or PPM' in said
-    assert '4 broken pictures are left out' in said
+    assert 'files left out: 1, e.g. notes.txt: no JPEG, PNG, BMP, WebP, TIFF or PPM' in said
+    assert 'broken pictures left out: 4' in said
     for path in Path('own/train/cat').glob('*.png'):
         path.write_bytes(b'no picture')
     refused('has no pictures to train on', g.read, 'own', {'skip_broken': True})
