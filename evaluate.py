@@ -545,12 +545,11 @@ def table(rows):
         if group == other_group and not differ & large:
             shown |= differ
     for (group, own), runs in groups.items():
-        own, runs, words = dict(own), runs.values(), []
-        for name in sorted((shown & own.keys()) - NAMED):
-            if own[name] is True:
-                words.append(name)
-            elif own[name] is not False and own[name] not in (None, 'auto'):
-                words.append(f'{name}={own[name]}')
+        settings, runs, words = dict(own), runs.values(), []
+        for name in sorted((shown & settings.keys()) - NAMED):
+            value = settings[name]
+            if value is not False and value not in (None, 'auto'):
+                words.append(name if value is True else f'{name}={value}')
         line = {**dict(zip(GROUPS, group)), 'settings': ' '.join(words) or None, 'n': len(runs)}
         for name in columns():
             values = [row[name] for row in runs if row.get(name) is not None]

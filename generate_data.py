@@ -829,6 +829,7 @@ def train_flow(source, path, steps, seed, device):
         averages, weights, 1 - min(0.999, step / (step + 10))))
     adam = torch.optim.Adam(network.parameters())
     parts = {'network': network, 'average': average, 'adam': adam}
+    # What a checkpoint must agree in
     about = [source.sha256(), hashlib.sha256(source.labels.tobytes()).hexdigest(), source.classes,
              source.image_size, seed]
     step, saved = 0, 0.0
@@ -1365,7 +1366,8 @@ def read_folder(root, split, s):
     elif not is_test.any():
         return None
     size, mine = s['image_size'] or 32, is_test == (split == 'test')
-    shown = files[mine] if is_test.all() else files[~is_test]       # the training's may be gone
+    # Both splits are normalised by the training pictures, if they are still there.
+    shown = files[mine] if is_test.all() else files[~is_test]
     mean, std = mean_and_std(decode(shown[evenly(len(shown), 2000)], size))
     return data_of_files(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
 
@@ -1514,6 +1516,7 @@ def find_or_make(name, s):
                 raise
     data = read(str(folder), s)
     made = json.loads((folder / 'meta.json').read_text())['settings']
+    # The name has only the last part of a path, so two sources may share it.
     differ = [key for key in own if made.get(key) != own[key]]
     if differ:
         raise UserError(f'{folder} was made with another {differ[0]}. Rename or remove it.')
@@ -1579,8 +1582,9 @@ class Batches:
                             f'its split of {data.name} (--train_portion). Use a smaller one, or '
                             '--preset laptop.')
         self.data, self.indices, self.batch_size = data, np.asarray(indices), batch_size
+        # In training a process gets a slice of every batch, in a test every so-many-th image.
         self.part = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
-        if not shuffle:                         # whole batches of a share of the images
+        if not shuffle:
             self.part, self.indices = slice(0, batch_size), self.indices[rank::processes]
         self.augment = suited(data) if augment == 'auto' else augment
         self.device, self.cutout, self.seed = device, cutout, seed

@@ -102,9 +102,9 @@ def parse_darts(text):
 def find_genotype(arch):
     """(genotype, found_by) of what `--arch` names; UserError says in one line what is wrong.
 
-    arch: a published name, a string of NAS-Bench-201, a search, its genotype.json, or a file with
-    such a string or in DARTS's words. found_by: `data`, `method`, and of a search `seed`,
-    `arch_data`, `settings`.
+    arch: a published name (unless a search is called so), a string of NAS-Bench-201, a search, its
+    genotype.json, or a file with such a string or in DARTS's words. found_by: `data`, `method`, and
+    of a search `seed`, `arch_data`, `settings`.
     """
     if arch in PUBLISHED and not Path(arch, 'genotype.json').exists():
         return PUBLISHED[arch], {'data': 'published', 'method': arch}

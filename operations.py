@@ -224,7 +224,7 @@ class DilConv(nn.Module):
         h, w = inputs.state.shape[2:]
         # On CUDA too: cuDNN has hardly any deterministic dilated convolution in channels_last.
         on_grids = self.stride == 1 and h % 2 == w % 2 == 0
-        if self.stride == 2:
+        if self.stride == 2:                    # one sub-grid, which has the size of the result
             x = self.depthwise(inputs.grid(0, self.edges))
         elif on_grids:
             x = self.depthwise(inputs.grids(self.edges))

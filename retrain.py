@@ -138,9 +138,10 @@ def settle(doc, tables, argv, presets, defaults_for):
         if preset == 'auto':
             real = chosen['source'] if chosen['data'] == 'random_labels' else chosen['data']
             preset = real if real in presets else 'cifar'
+        # Of settings of data a preset sets those that these data take; a written set has its size.
         out, known = defaults_for(typed, chosen, preset), settings_of(chosen['data'], chosen)
         if chosen['data'] not in KINDS and Path(chosen['data'], 'meta.json').exists():
-            known.discard('image_size')             # a written set has its own
+            known.discard('image_size')
         return {name: out[name] for name in out if name not in DATA or name in known}
 
     preset = Setting('auto', 'defaults; auto: by the data and the cell', ['auto', *presets])
@@ -153,7 +154,8 @@ def settle(doc, tables, argv, presets, defaults_for):
     if s['data_seed'] is None:
         s['data_seed'] = s['seed']
     for name in {'warmup_epochs', 'frozen_epochs'} & (s.keys() - typed.keys()):
-        share = defaults[name] / defaults['epochs']     # is kept, but some epochs are left
+        # A run of another length has the same share of such epochs, and at least one other.
+        share = defaults[name] / defaults['epochs']
         s[name] = min(round(share * s['epochs']), max(0, s['epochs'] - 1))
     s['fit_batch'] = s['fit_batch'] and 'batch_size' not in typed
     rate_for = s.pop('rate_for', None)
@@ -752,7 +754,8 @@ def main(argv=None):
             if len(held):
                 line.update(measure('holdout', data, held))
                 bad = [badness(epoch_line) for epoch_line in (*run.log, line)]
-                if not bad[-1] >= min(bad[:-1], default=math.inf):      # NaN too, refused below
+                # The best so far; or NaN, which check_finite refuses below.
+                if not bad[-1] >= min(bad[:-1], default=math.inf):
                     kept = {name: t.cpu().clone() for name, t in network.state_dict().items()}
                 if is_last:                     # its line is of the weights that weights.pt holds
                     network.load_state_dict(kept)

@@ -800,6 +800,7 @@ def parse(argv):
     def defaults_for(typed, chosen, preset):
         method = METHODS[chosen['method']]
         space = {**chosen, **PRESETS[preset], **typed}['space']
+        # The later ones win.
         out = {**COMMON, **SPACES[space], **method.recipe, **method.recipe_on.get(space, {}),
                **PRESETS[preset], **method.recipe_on.get(preset, {})}
         if preset == 'laptop' and space == 'darts':
@@ -944,6 +945,7 @@ def main(argv=None):
                 run.objects = dict(network=network, sgd=sgd, adam=adam)
             began, ended = stage_starts[method.stage:method.stage + 2]
             past, length = epoch - began, ended - began
+            # The last epoch of a stage moves the alphas. Methods that score cells never do.
             is_frozen = past < min(args.frozen_epochs, length - 1) or bool(method.scores)
             key = method.stage, is_frozen
             if key not in steps:                # a CUDA graph holds the memory of a step: keep one
