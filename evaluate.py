@@ -15,7 +15,6 @@ NAS-Bench-201 is looked up. `params, full size` of a search are those of the net
 makes of its cell by default.
 """
 import csv
-import hashlib
 import io
 import json
 import math
@@ -272,12 +271,6 @@ def data_name(settings):
     return name
 
 
-def code_of(run):
-    """First digits of a hash of the scripts that a run began with."""
-    scripts = sorted(Path(run, 'scripts').glob('*.py'))
-    return hashlib.sha256(b''.join(path.read_bytes() for path in scripts)).hexdigest()[:6]
-
-
 def read_run(run):
     """What a run's folder says of it, as a dictionary; a retrained network is not tested.
 
@@ -285,11 +278,11 @@ def read_run(run):
     """
     folder = Path(run)
     about = read_json(folder / 'args.json')
-    settings, log = about['settings'], read_log(folder)
+    settings, log = {**about['settings'], 'code': about.get('code')}, read_log(folder)
     row = {'run': str(folder), 'type': 'search' if 'method' in settings else 'retrain',
            'finished': False, 'settings': settings, 'command': about['command'],
            'data_sha256': (about['data_sha256'] or {}).get('images'),
-           'code': code_of(folder), 'git_commit': about['git_commit'],
+           'git_commit': about['git_commit'],
            'device': about['hardware']['device'], 'seed': settings['seed'], 'genotype': None,
            'epochs': sum('cells' not in line for line in log),
            'seconds': sum(line['seconds'] for line in log), 'log': log}
@@ -429,8 +422,8 @@ def report(run, device, data_dir=None, test_labels=None):
         return row
     loss, scores, labels = predictions('test', network.to(device), data, range(len(data)), device)
     if not test_labels and data.sha256() != meta.get('test_sha256', data.sha256()):
-        print(f'warning: {run}: the test images are not as they were when its training ended. Some '
-              'may be images that it was trained on.', file=sys.stderr)
+        print(f'warning: {run}: the test images are not as they were when its training ended. '
+              'Unless another Pillow decodes them, some may be of the training.', file=sys.stderr)
     names = data.files or range(len(data))
     if data.studies is not None:
         names = np.unique(data.studies)
@@ -449,8 +442,7 @@ def report(run, device, data_dir=None, test_labels=None):
 # ---- One run, and the table of several ------------------------------------------------------
 
 
-HIDDEN = ('run', 'finished', 'log', 'settings', 'search_settings', 'tested', 'data_sha256',
-          'code')
+HIDDEN = 'run', 'finished', 'log', 'settings', 'search_settings', 'tested', 'data_sha256'
 
 
 def show(row):
@@ -528,8 +520,7 @@ def table(rows):
     groups, shown, lines = {}, set(large), []
     for row in rows:
         own, search = compared_settings(row['settings']), row.get('search_settings') or {}
-        own.add(('code', row['code']))
-        shown.update(row['settings']['typed'])
+        shown.update(row['settings'].get('typed', ()))
         shown.update(f'search_{name}' for name in search.get('typed', ()) if name not in NAMED)
         if row['data_sha256'] and row['settings']['data'] not in KINDS:     # a folder may change
             own.add(('images_sha256', row['data_sha256'][:6]))

@@ -81,6 +81,11 @@ def number(convert, low, high=2 ** 62):
     return parse
 
 
+def name_or_path(text):
+    """Values of a Setting: without the slash at its end, so that a folder has one name."""
+    return text.rstrip('/') or text
+
+
 def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
     """(settings, what was typed, defaults) of a command line, each {name: value}.
 
@@ -344,8 +349,7 @@ DATA = {
     'num_images': Setting(50000, 'of an unreal set', number(int, 1, 10 ** 9)),
     'num_classes': Setting(10, 'of an unreal set', number(int, 2, 10 ** 6)),
     'multilabel': Setting(False, 'labels of 0 or 1: of noise and fractals'),
-    'source': Setting('cifar10', 'its images get new labels, or train a generator',
-                      os.path.normpath),
+    'source': Setting('cifar10', 'its images get new labels, or train a generator', name_or_path),
     'label_mode': Setting('uniform', 'how labels are drawn', ['uniform', 'balanced', 'permute']),
     'label_noise': Setting(1.0, 'share of true labels that is drawn anew', number(float, 0, 1)),
     'generator': Setting('fractal', 'what draws generated images',
@@ -1684,7 +1688,7 @@ def kill_workers():
 @one_line_errors
 def main(argv=None):
     own = {'kind': Setting(None, 'what to make', list(KINDS)),
-           'out': Setting(None, 'folder to write', os.path.normpath),
+           'out': Setting(None, 'folder to write', name_or_path),
            'seed': Setting(0, 'of pixels and labels', number(int, 0)),
            'generator_steps': Setting(50000, 'of training, for --generator train', number(int, 1)),
            'gpu': Setting(-1, 'CUDA device for --generator train', number(int, -1))}

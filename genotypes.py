@@ -125,7 +125,8 @@ def find_genotype(arch):
     about = path.with_name('args.json')
     if path.name == 'genotype.json' and about.exists():
         with readable(f'{about} is damaged', 'Search again, or remove it.'):
-            found_by['settings'] = json.loads(about.read_text())['settings']
+            content = json.loads(about.read_text())
+            found_by['settings'] = {**content['settings'], 'code': content.get('code')}
     found_by['method'] = found_by['method'] or path.stem
     return from_plain(fields, str(path)), found_by
 

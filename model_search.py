@@ -352,10 +352,10 @@ class Network(nn.Module):
     forward(x): (B, 3, H, W) -> logits (B, num_classes); in training also the auxiliary head's.
 
     Set from outside: drop_path_prob, None or a tensor. memo: None, or a dictionary that keeps maps
-    of the first cell, for one batch and one operation per edge. softmax: what turns alphas (edges,
-    operations) into probabilities. mix: None, or a function
-    mix(cell_type, p) that turns probabilities p (edges, operations) into edge weights, like p with
-    a column more for each of the space's extras, or Drawn.
+    of the first cell, for one batch and one operation per edge. softmax: a function that turns
+    alphas (edges, operations) into probabilities. mix: None, or a function mix(cell_type, p) that
+    turns probabilities p into edge weights, like p with a column more for each of the space's
+    extras, or Drawn.
     """
     def __init__(self, init_channels, num_classes, layers, genotype=None, partial=1,
                  auxiliary=False, stem='cifar', space=DARTS, kept=None, width=None):
@@ -447,7 +447,7 @@ class Network(nn.Module):
         return weights if shares is None else weights * shares.unsqueeze(1), best, shares
 
     def probabilities(self, cell_type):
-        """Softmax of the alphas over the operations: (edges, operations)."""
+        """What the alphas stand for, by default their softmax: (edges, operations)."""
         return self.softmax(self.alphas[cell_type])
 
     def shares(self, cell_type):

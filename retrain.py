@@ -36,8 +36,8 @@ from types import SimpleNamespace
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, Setting, UserError,
                            choose_device, evenly, find_or_make, is_first, leave, load_file,
-                           num_processes, number, one_line_errors, parse_flags, read, readable,
-                           refuse_idle, settings_of, world, write_file)
+                           name_or_path, num_processes, number, one_line_errors, parse_flags, read,
+                           readable, refuse_idle, settings_of, world, write_file)
 from evaluate import (MAY_DIFFER, correct, gather, loss_of, metric_columns, read_json, read_log,
                       test)
 
@@ -50,7 +50,7 @@ from model_search import Network
 # ---- Settings: those that a search shares, then those of this script. Defaults are DARTS's. -
 
 INPUT = {
-    'data': Setting('cifar10', f'{", ".join([*KINDS, *REAL])}, or a folder', os.path.normpath),
+    'data': Setting('cifar10', f'{", ".join([*KINDS, *REAL])}, or a folder', name_or_path),
     **DATA,
     'augment': Setting('auto', 'auto: by the images, none for noise', ['auto', *AUGMENTATIONS]),
     'workers': Setting(2, 'processes that read large data sets', number(int, 0, 1024)),
@@ -82,7 +82,7 @@ RUN = {
     'quick': Setting(False, 'a few steps of a small network, a minute; means nothing'),
 }
 NETWORK = {
-    'arch': Setting(None, "a name, a search, or a file with a genotype", os.path.normpath),
+    'arch': Setting(None, "a name, a search, or a file with a genotype", name_or_path),
     'init_channels': Setting(36, 'channels of the first cell', number(int, 2, 4096)),
     'layers': Setting(20, 'cells', number(int, 1, 200)),
     'stem': Setting('auto', 'one convolution, or three of stride 2; auto: these above 64 px',
@@ -313,6 +313,7 @@ class Run:
         """Write args.json and scripts/ of a new run; one that goes on must have the same data."""
         about, sha256 = self.folder / 'args.json', None
         scripts = sorted(Path(__file__).resolve().parent.glob('*.py'))
+        code = hashlib.sha256(b''.join(script.read_bytes() for script in scripts))
         if data is not None:
             labels = hashlib.sha256(data.labels.tobytes()).hexdigest()
             sha256 = {'images': data.sha256(), 'labels': labels}
@@ -331,6 +332,7 @@ class Run:
         write_file(about, json.dumps({
             'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
             'settings': vars(self.args), 'data_sha256': sha256, 'git_commit': git_commit(),
+            'code': code.hexdigest()[:6],
             'date': time.strftime('%Y-%m-%d'), 'hardware': hardware(self.device),
             'world_size': num_processes(), 'versions': {'python': platform.python_version(), **{
                 name: version(name) for name in ('torch', 'torchvision', 'numpy', 'pillow')}},

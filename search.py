@@ -866,7 +866,7 @@ def two_parts(data, args):
     if portion + (args.valid_fraction or 0) > 1 + 1e-9:
         raise UserError('--train_portion and --valid_fraction are more than all images: take less')
     first, rest = data.split(np.arange(len(data)), portion, args.seed)
-    if not args.valid_fraction:
+    if args.valid_fraction is None:
         return first, rest
     return first, data.split(rest, min(1.0, args.valid_fraction / (1 - portion)), args.seed)[0]
 

@@ -1,5 +1,6 @@
 """evaluate.py: metrics by hand, tables, reports, plots and predictions of runs."""
 import csv
+import json
 import os
 import shutil
 from pathlib import Path
@@ -100,7 +101,8 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     assert ' init_channels=4 ' in first and ' init_channels=8 ' in second and 'settings' in head
     assert ' epochs=1 ' in first and ' data=' not in first      # typed, and in no other column
     assert 'again is left out, since it repeats s1' in said.err
-    Path('again/scripts/search.py').write_text('other')
+    about = json.loads(Path('again/args.json').read_text())
+    Path('again/args.json').write_text(json.dumps({**about, 'code': 'other'}))
     printed(capsys, 's0', 's1', 'again', '--csv', 't.csv')
     assert [(row['n'], 'code=' in row['settings']) for row in read_rows('t.csv')] == [
         ('2', True), ('1', True)]
@@ -193,12 +195,15 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     # Classes are matched by name: dog and emu keep their numbers.
     loss = reports(capsys, size)[0]['test_loss']
     Path('photos/train/cat/0.png').unlink()             # other mean and deviation
-    assert reports(capsys, size)[0]['test_loss'] == loss
+    assert evaluate.main([size, '--json', '--gpu', '-1']) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)['test_loss'] == loss and 'warning' not in said.err
+    shutil.copy('photos/val/cat/0.png', 'photos/val/cat/1.png')
+    assert evaluate.main([size, '--gpu', '-1']) == 0
+    assert 'not as they were when its training ended' in capsys.readouterr().err
     for split in ('train', 'val'):
         shutil.move(f'photos/{split}/cat', f'{split}-cat')
     assert reports(capsys, size)[0]['test_n'] == 16
-    assert evaluate.main([size, '--gpu', '-1']) == 0
-    assert 'not as they were when its training ended' in capsys.readouterr().err
     for split in ('train', 'val'):
         shutil.move(f'{split}-cat', f'photos/{split}/zebra')
     one_line(capsys, evaluate.main([size, '--gpu', '-1']), 'zebra')
