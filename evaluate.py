@@ -9,10 +9,10 @@
     python evaluate.py --arch DARTS_V2 --plot cell.svg  # parameters, multiply-adds, a drawing
 
 The networks of --arch are those of the papers: for CIFAR C=36 and 20 cells, for ImageNet C=48, 14
-cells and 224 px, in NAS-Bench-201 C=16 and 17 cells.
+cells and 224 px, in NAS-Bench-201 C=16 and 3 x 5 cells.
 A retrained network is tested anew from its weights.pt. The true accuracy of a cell of
-NAS-Bench-201 is looked up. `params, full size` of a search are those of the network that retrain.py
-makes of its cell by default.
+NAS-Bench-201 is looked up. `params, full size` of a search are those of the network for CIFAR that
+retrain.py makes of its cell.
 """
 import csv
 import io

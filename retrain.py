@@ -144,7 +144,7 @@ def settle(doc, tables, argv, presets, defaults_for):
             known.discard('image_size')
         return {name: out[name] for name in out if name not in DATA or name in known}
 
-    preset = Setting('auto', 'defaults; auto: by the data and the cell', ['auto', *presets])
+    preset = Setting('auto', 'defaults; auto: by the data (and the cell)', ['auto', *presets])
     tables, most_used = {**tables, 'run': {'preset': preset, **RUN}}, {}
     for title, table in tables.items():
         most_used.update({name: table[name] for name in FIRST if name in table})

@@ -884,7 +884,7 @@ def make_batches(data, args, device):
 def endless(batches, epoch, run):
     """Yield the batches of an epoch from run.step on; after the last, again in another order.
 
-    As in PC-DARTS on ImageNet, where the alphas have a quarter of the weights' images.
+    In PC-DARTS on ImageNet the alphas have a quarter of the weights' images.
     """
     turn, step = divmod(run.step, len(batches))
     while True:

@@ -228,6 +228,9 @@ def test_search_retrain_and_evaluate_on_imagenet(capsys):
     lines = run(search.main, 'r', *flags, '--method', 'pcdarts', '--train_portion', '0.6',
                 '--valid_fraction', '0.4', '--workers', '1', '--frozen_epochs', '0')
     assert lines[-1]['genotype'] and lines[0]['learning_rate'] == pytest.approx(0.5 * 4 / 1024)
+    args = search.parse([*flags, '--train_portion', '0.6', '--valid_fraction', '0.4'])
+    data = g.read('imagenet', vars(args))               # without colour jitter, as published
+    assert [b.augment for b in search.make_batches(data, args, 'cpu')] == ['crop'] * 2
     lines = run(retrain.main, 'n', *flags, '--arch', 'r')
     row, = reports(capsys, 'n')
     assert row['test_error'] == lines[-1]['test_error'] and row['test_n'] == 6
