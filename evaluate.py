@@ -23,7 +23,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -760,6 +760,22 @@ def show_predictions(run, target, device):
         writer.writerow([path, *found, *(f'{share:.6g}' for share in p.tolist())])
 
 
+def show_arch(arch, as_json, drawing):
+    """Print what a cell costs in the papers' networks, and draw it if there is a file for it."""
+    genotype = find_genotype(arch)[0]
+    if isinstance(genotype, str):
+        counts = {**cost(genotype, 16, 17), **genotypes.truth(genotype)}
+    else:
+        counts = cost(genotype)
+        large = cost(genotype, 48, 14, 1000, 224, 'imagenet')
+        counts.update({f'imagenet_{name}': count for name, count in large.items()})
+    if drawing:
+        write_file(drawing, genotypes.draw(genotype, arch))
+        print(f'wrote {drawing}', file=sys.stderr)
+    lines = [f'{name:<25} {round(count, 2):>15,}' for name, count in counts.items()]
+    print(json.dumps(counts) if as_json else '\n'.join([str(genotype), *lines]))
+
+
 def write_probabilities(path, run):
     """Write the probability of each label (or class) for each test image (or study) of one run."""
     if 'tested' not in run:
@@ -781,14 +797,19 @@ def write_csv(path, rows):
     write_file(path, text.getvalue())
 
 
-@one_line_errors
-def main(argv=None):
+def parse(argv):
+    """Settings; UserError for flags that do not go together and files that cannot be written."""
     s, typed, _ = parse_flags(__doc__, {'flags': FLAGS}, argv)
+    s['runs'] = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))
     if bool(s['runs']) == bool(s['arch']):
         raise UserError('give either the folders of runs, or --arch NAME')
     unused = typed.keys() - {'arch', 'json', 'plot', 'gpu'}
     if s['arch'] and unused:
         raise UserError(f'--{min(unused)} does not go with --arch: leave it out')
+    if s['predict'] and (len(s['runs']) > 1 or typed.keys() - {'runs', 'predict', 'gpu'}):
+        raise UserError('--predict takes one run and no other flag: leave the others out')
+    if s['scores'] and len(s['runs']) > 1:
+        raise UserError('--scores takes one run: leave the others out')
     for name in ('csv', 'plot', 'scores'):      # which are written after the tests
         if not s[name]:
             continue
@@ -800,39 +821,29 @@ def main(argv=None):
         raise UserError(f'--plot {s["plot"]}: its name must end in {" or ".join(suffixes)}')
     if s['plot'] and not s['arch'] and not find_spec('matplotlib'):
         raise UserError('--plot needs matplotlib: pip install matplotlib')
+    return s
+
+
+@one_line_errors
+def main(argv=None):
+    s = parse(argv)
     if s['arch']:
-        genotype = find_genotype(s['arch'])[0]
-        if isinstance(genotype, str):
-            counts = {**cost(genotype, 16, 17), **genotypes.truth(genotype)}
-        else:
-            counts = cost(genotype)
-            large = cost(genotype, 48, 14, 1000, 224, 'imagenet')
-            counts.update({f'imagenet_{name}': count for name, count in large.items()})
-        if s['plot']:
-            write_file(s['plot'], genotypes.draw(genotype, s['arch']))
-            print(f'wrote {s["plot"]}', file=sys.stderr)
-        lines = [f'{name:<25} {round(count, 2):>15,}' for name, count in counts.items()]
-        return print(json.dumps(counts) if s['json'] else '\n'.join([str(genotype), *lines]))
+        return show_arch(s['arch'], s['json'], s['plot'])
     if s['predict']:
-        if len(s['runs']) > 1 or typed.keys() - {'runs', 'predict', 'gpu'}:
-            raise UserError('--predict takes one run and no other flag: leave the others out')
         return show_predictions(s['runs'][0], s['predict'], choose_device(s['gpu']))
-    folders = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))
-    if s['scores'] and len(folders) > 1:
-        raise UserError('--scores takes one run: leave the others out')
-    trained = any((Path(run) / 'weights.pt').exists() for run in folders)
+    trained = any((Path(run) / 'weights.pt').exists() for run in s['runs'])
     device = choose_device(s['gpu'] if trained else -1)
     rows = []
-    for run in folders:
+    for run in s['runs']:
         try:
             rows.append(report(run, device, s['data_dir'], s['test_labels']))
         except UserError as error:
-            if len(folders) == 1:
+            if len(s['runs']) == 1:
                 raise
             print(f'{run} is left out: {error}', file=sys.stderr)
+    done = [row for row in rows if row['finished']]
     if s['scores']:
         write_probabilities(s['scores'], rows[0])
-    done = [row for row in rows if row['finished']]
     if s['csv'] and not done:
         raise UserError('--csv: none of these runs is finished: --resume them')
     for row in rows:
@@ -848,17 +859,16 @@ def main(argv=None):
     elif done:
         print_table(lines)
     if s['csv']:
-        names = list(dict.fromkeys(name for line in lines for name in line))
-        cells = [names]
+        cells = [list(dict.fromkeys(chain(*lines)))]
         for line in lines:
-            cells.append([line.get(name) for name in names])
+            cells.append([line.get(name) for name in cells[0]])
         write_csv(s['csv'], cells)
     if s['plot']:
         plot(rows, s['plot'])
     for name in ('csv', 'plot', 'scores'):
         if s[name]:
             print(f'wrote {s[name]}', file=sys.stderr)
-    return 2 if len(rows) < len(folders) else 0
+    return 2 if len(rows) < len(s['runs']) else 0
 
 
 if __name__ == '__main__':
