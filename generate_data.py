@@ -1036,7 +1036,8 @@ def contact_sheet(images, labels, meta):
     shown = np.unique(np.concatenate(present)).astype(int)
     # A name that is not ASCII, which Pillow's font lacks, is its number.
     names = {c: meta['classes'][c] if meta['classes'][c].isascii() else str(c) for c in shown}
-    pen.text((gap, 2), f'{meta["kind"]}: {meta["num_images"]:,} images of {meta["image_size"]} px, '
+    kind = meta['settings'].get('generator', meta['kind'])
+    pen.text((gap, 2), f'{kind}: {meta["num_images"]:,} images of {meta["image_size"]} px, '
              f'{len(shown):,} of {len(meta["classes"]):,} classes, seed {meta["seed"]}', 'black')
     for place, (image, classes) in enumerate(zip(images, present)):
         x, y = gap + place % 10 * step, gap + place // 10 * step
