@@ -1089,8 +1089,8 @@ class Data:
         patients = [study.split('/')[0] for study in self.studies[rows]]
         names, whose = np.unique(patients, return_inverse=True)
         chosen, _ = stratified_split(np.zeros(len(names), int), fraction, seed)
-        is_first = np.isin(whose, chosen)
-        return rows[is_first], rows[~is_first]
+        in_first = np.isin(whose, chosen)
+        return rows[in_first], rows[~in_first]
 
     def image(self, k, crop=False):
         """uint8 (H, W, 3) of the k-th image; crop: a part of it, drawn by torch's generator."""
