@@ -97,7 +97,7 @@ RECIPE = {
     'train_portion': Setting(1.0, 'share of the images; above 1: number', number(float, 0)),
 }
 # Set by a preset only, without flags: the optimizer, sgd or adam, and the schedule, cosine or
-# linear; and whether batches are smaller if there are few images
+# linear; whether batches are smaller if there are few images
 FIXED = dict(optimizer='sgd', nesterov=False, schedule='cosine', fit_batch=False)
 # nb201: the benchmark's recipe, by default for its cells. ImageNet: that of PC-DARTS and P-DARTS,
 # with the learning rate for 1,024 images. CheXpert and laptop: our own choice.
@@ -266,7 +266,7 @@ class Run:
         if not self.args.resume:
             raise UserError(f'{self.folder} holds a run: --resume it, or choose another --save')
         before, now = read_json(about)['settings'], vars(self.args)
-        # One that was added to the scripts since is not compared, unless it was typed.
+        # A setting that the scripts have had only since then is compared if it is typed.
         names = sorted((now.keys() & before.keys() | {*self.args.typed}) - MAY_DIFFER)
         for name in ('seed', *names):           # the seeds of data follow it
             if now.get(name) != before.get(name):
@@ -313,7 +313,6 @@ class Run:
         """Write args.json and scripts/ of a new run; one that goes on must have the same data."""
         about, sha256 = self.folder / 'args.json', None
         scripts = sorted(Path(__file__).resolve().parent.glob('*.py'))
-        code = hashlib.sha256(b''.join(script.read_bytes() for script in scripts))
         if data is not None:
             labels = hashlib.sha256(data.labels.tobytes()).hexdigest()
             sha256 = {'images': data.sha256(), 'labels': labels}
@@ -326,6 +325,7 @@ class Run:
                     print(f'note: {script.name} is not as it was when {self.folder} began',
                           file=sys.stderr)
             return
+        code = hashlib.sha256(b''.join(script.read_bytes() for script in scripts))
         (self.folder / 'scripts').mkdir(exist_ok=True)
         for script in scripts:
             shutil.copy(script, self.folder / 'scripts')

@@ -159,6 +159,11 @@ def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(cap
     run(retrain.main, 'e', '--arch', 'PDARTS', *SIZES, '--data', 'cifar10')
     _, first, second = printed(capsys, 'c', 'd', 'e').splitlines()      # of two kinds of search
     assert 'search_arch_weight_decay=0.001 ' in first and 'arch_weight_decay=0.0 ' in second
+    content = torch.load('d/weights.pt', weights_only=True)
+    content['meta']['found_by']['settings']['code'] = 'other'
+    torch.save(content, 'd/weights.pt')
+    _, first, second = printed(capsys, 'c', 'd').splitlines()           # searches by other scripts
+    assert 'search_code=' in first and 'search_code=other ' in second
     shutil.move('data', 'moved')
     one_line(capsys, evaluate.main(['c', '--gpu', '-1']), 'cifar-10-batches-py')
     assert reports(capsys, 'c', '--data_dir', 'moved')[0]['test_error'] == row['test_error']
