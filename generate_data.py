@@ -1334,9 +1334,9 @@ REAL = {'cifar10': read_cifar, 'cifar100': read_cifar, 'imagenet': read_imagenet
 def read_folder(root, split, s):
     """Pictures, a folder for each class: root/train and root/val (or test), or root alone.
 
-    Without val/ about test_fraction of the pictures are the test split. A hash of a picture's path
-    decides, so it keeps its side if others come or go. With skip_broken pictures that cannot be
-    read are left out; else they are named, all at once.
+    Without val/ about test_fraction of the pictures are the test split. A hash of a file's bytes
+    decides: copies have one side, and a picture keeps its side if others come or go. With
+    skip_broken pictures that cannot be read are left out; else they are named, all at once.
     """
     trees = [root]
     if (root / 'train').is_dir():
@@ -1346,9 +1346,6 @@ def read_folder(root, split, s):
     check_classes(classes[0], classes[-1], trees[-1])
     is_test = np.arange(sum(map(len, files))) >= len(files[0])      # those of the second tree
     files, labels = np.concatenate(files), np.concatenate(labels)
-    if len(trees) == 1:
-        is_test = np.array([share_of(file.relative_to(trees[0])) < s['test_fraction']
-                            for file in files])
     # The training split is read first, and tries the pictures of both.
     if s['skip_broken'] or (split == 'train' and len(files) <= 20000):
         faults = np.array(try_pictures(files, trees if split == 'train' else []), object)
@@ -1360,6 +1357,8 @@ def read_folder(root, split, s):
         if not fine.all() and split == 'train':
             print(f'{root}: broken pictures left out: {(~fine).sum()}', file=sys.stderr)
         files, labels, is_test = files[fine], labels[fine], is_test[fine]
+    if len(trees) == 1:
+        is_test = np.array([share_of(file) < s['test_fraction'] for file in files], bool)
     if split == 'train':
         empty = {*range(len(classes[0]))} - {*labels[~is_test]}
         if empty:
@@ -1377,9 +1376,9 @@ def read_folder(root, split, s):
     return data_of_files(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
 
 
-def share_of(path):
-    """Return a number in [0, 1) that depends on the path alone, uniform over paths."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:4], 'big') / 2 ** 32
+def share_of(file):
+    """Return a number in [0, 1) that depends on the bytes of a file alone."""
+    return int.from_bytes(hashlib.sha256(file.read_bytes()).digest()[:4], 'big') / 2 ** 32
 
 
 def evenly(n, most):

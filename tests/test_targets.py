@@ -197,6 +197,11 @@ def test_pictures_without_val_hold_out_about_a_fifth(capsys):
     Path('own').rename('moved')
     again = g.read('moved', {'image_size': 8}, 'test')
     assert np.array_equal(again.images, test.images)
+    for k, file in enumerate([*again.files, *g.read('moved', {'image_size': 8}).files]):
+        shutil.copy(file, f'moved/dog/copy{k}.png')     # on the side of what it copies
+    assert len(g.read('moved', {'image_size': 8}, 'test')) == 2 * len(test)
+    for copy in Path('moved').glob('dog/copy*'):
+        copy.unlink()
     whole = {'image_size': 8, 'test_fraction': 0.0}
     assert len(g.read('moved', whole)) == 80 and g.read('moved', whole, 'test') is None
     assert f'80 pictures of cat, dog; {len(test)} are the test' in capsys.readouterr().err
