@@ -272,6 +272,13 @@ class Run:
             if now.get(name) != before.get(name):
                 raise UserError(f'{self.folder} was run with --{name} {before.get(name)!s:.60}, '
                                 f'not {now.get(name)!s:.60}: give the same, or another --save')
+        changed = []
+        for script in own_scripts():
+            began = self.folder / 'scripts' / script.name
+            if not began.exists() or began.read_bytes() != script.read_bytes():
+                changed.append(script.name)
+        if changed:
+            print(f'note: {", ".join(changed)}: not as when {self.folder} began', file=sys.stderr)
 
     def plan(self, full):
         """Set epochs, steps of an epoch and total, of data that give `full` steps an epoch."""
@@ -311,19 +318,13 @@ class Run:
 
     def write_args(self, data):
         """Write args.json and scripts/ of a new run; one that goes on must have the same data."""
-        about, sha256 = self.folder / 'args.json', None
-        scripts = sorted(Path(__file__).resolve().parent.glob('*.py'))
+        about, sha256, scripts = self.folder / 'args.json', None, own_scripts()
         if data is not None:
             labels = hashlib.sha256(data.labels.tobytes()).hexdigest()
             sha256 = {'images': data.sha256(), 'labels': labels}
         if about.exists():
             if read_json(about).get('data_sha256') != sha256:
                 raise UserError(f'{self.folder} was run on other images or labels: bring them back')
-            for script in scripts:
-                began = self.folder / 'scripts' / script.name
-                if not began.exists() or began.read_bytes() != script.read_bytes():
-                    print(f'note: {script.name} is not as it was when {self.folder} began',
-                          file=sys.stderr)
             return
         code = hashlib.sha256(b''.join(script.read_bytes() for script in scripts))
         (self.folder / 'scripts').mkdir(exist_ok=True)
@@ -454,6 +455,11 @@ def summary(line):
             unit = '%' if header.endswith('%') else ''
             texts.append(f'{header.removesuffix(" %")} {line[name]:.{digits}f}{unit}')
     return ', '.join(texts)
+
+
+def own_scripts():
+    """The scripts of this repository, in the order of their names."""
+    return sorted(Path(__file__).resolve().parent.glob('*.py'))
 
 
 def git_commit():
