@@ -15,6 +15,7 @@ NAS-Bench-201 is looked up. `params, full size` of a search are those of the net
 retrain.py makes of its cell.
 """
 import csv
+import glob
 import io
 import json
 import math
@@ -266,7 +267,7 @@ def data_name(settings):
     settings = {**DEFAULTS, **settings}
     name, used = settings['data'], settings_of(settings['data'], settings)
     for key in ('source', 'generator', 'difficulty', 'label_mode', 'label_noise', 'fresh'):
-        if key in used and settings[key] != DEFAULTS[key]:
+        if key in used | {'fresh'} and settings[key] != DEFAULTS[key]:
             name += f', {key} {settings[key]}'
     return name
 
@@ -432,8 +433,9 @@ def report(run, device, data_dir=None, test_labels=None):
     if data.multilabel:
         intervals, row['test_areas'] = bootstrap(*row['tested'][:3]), {}
         for name, value in areas(scores, labels, data.classes).items():
-            positives = (labels[:, data.classes.index(name)] == 1).sum().item()
-            row['test_areas'][name] = [value, *intervals[name], positives]
+            column = labels[:, data.classes.index(name)]
+            counts = [(column == truth).sum().item() for truth in (1, 0)]
+            row['test_areas'][name] = [value, *intervals[name], *counts]
     elif 'fit_error' in row:
         row['gap'] = row['test_error'] - row['fit_error']
     return row
@@ -463,9 +465,10 @@ def show(row):
             print(f'  {header:<25} {text_of(name, value, digits)}')
 
 
-def area_text(area, low, high, positives):
-    """An area under a ROC curve with its interval, which few positives do not allow."""
-    interval = f'95%: {low:.3f} to {high:.3f}' if positives >= 10 else 'too few for an interval'
+def area_text(area, low, high, positives, negatives):
+    """An area under a ROC curve with its interval, which few images of either kind forbid."""
+    enough = min(positives, negatives) >= 10
+    interval = f'95%: {low:.3f} to {high:.3f}' if enough else 'too few for an interval'
     return f'{area:.3f} ({interval}), {positives} positive'
 
 
@@ -505,7 +508,8 @@ NAMED = {'data', 'space', 'method', 'unrolled', 'perturb', 'arch_data', 'source'
 def compared_settings(settings, prefix=''):
     """{(prefix + name, value)} of what runs of one line have in common."""
     own = settings.keys() - MAY_DIFFER - set(REPEATS)
-    own -= DATA.keys() - settings_of(settings['data'], {**DEFAULTS, **settings})
+    # A written set, which has --fresh, may be gone.
+    own -= DATA.keys() - settings_of(settings['data'], {**DEFAULTS, **settings}) - {'fresh'}
     return {(prefix + name, settings[name]) for name in own}
 
 
@@ -526,6 +530,8 @@ def table(rows):
             own.add(('images_sha256', row['data_sha256'][:6]))
         if search:
             own |= compared_settings(search, 'search_')
+        elif row.get('searched_on') is None:        # a retrained file: its name is no other cell's
+            own.add(('arch', row['settings'].get('arch')))
         key = tuple(row.get(name) for name in GROUPS), frozenset(own)
         repeat = tuple(row['settings'].get(name) for name in REPEATS)
         same = groups.setdefault(key, {}).setdefault(repeat, row)
@@ -605,7 +611,8 @@ def plot(rows, path):
     palette = colormaps['tab20'].colors[::2] + colormaps['tab20'].colors[1::2]
     for row in rows:
         group = row.get('method') or row['arch']
-        words = {'searched_on': ' on ', 'space': ', ', 'trained_on': ', trained on '}
+        words = {'searched_on': ' on ', 'space': ', ', 'arch_data': ', alphas: ',
+                 'trained_on': ', trained on '}
         group += ''.join(words[key] + row[key] for key in words if row.get(key))
         if row['settings']['quick']:
             group += ', quick'
@@ -742,8 +749,8 @@ def show_predictions(run, target, device):
     paths = [Path(target)]
     if paths[0].is_dir():
         from torchvision.datasets.folder import IMG_EXTENSIONS
-        paths = sorted(path for path in paths[0].rglob('*')
-                       if path.suffix.lower() in IMG_EXTENSIONS)
+        inside = sorted(glob.glob('**', root_dir=target, recursive=True))       # follows links
+        paths = [Path(target, name) for name in inside if name.lower().endswith(IMG_EXTENSIONS)]
     faults = dict(zip(paths, try_pictures(paths, [Path(target)])))
     if all(faults.values()):
         raise UserError(next(iter(faults.values()), f'--predict {target}: no pictures in it'))
@@ -800,6 +807,8 @@ def write_csv(path, rows):
 def parse(argv):
     """Settings; UserError for flags that do not go together and files that cannot be written."""
     s, typed, _ = parse_flags(__doc__, {'flags': FLAGS}, argv)
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise UserError('evaluate.py is one process: run it without torchrun')
     s['runs'] = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))
     if bool(s['runs']) == bool(s['arch']):
         raise UserError('give either the folders of runs, or --arch NAME')

@@ -55,6 +55,7 @@ from torch.nn import functional as F  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
 
 RESIDENT = 2 << 30              # bytes: smaller sets live on the device, larger ones are streamed
+AT_ONCE = 100_000               # files that are decoded at the start; of more, what is needed
 
 
 # ---- Settings: tables of defaults, from which every script makes its flags ------------------
@@ -152,7 +153,8 @@ def one_line_errors(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         with contextlib.suppress(AttributeError):       # a notebook's has no such method
-            sys.stdout.reconfigure(line_buffering=True)     # so that a log file grows by lines
+            # So that a log file grows by lines, and takes names of files that are not UTF-8.
+            sys.stdout.reconfigure(line_buffering=True, errors='surrogateescape')
         try:
             return main(argv) or 0
         except UserError as error:
@@ -195,7 +197,7 @@ def write_file(path, content):
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.tmp')
     if isinstance(content, str):
-        content = content.encode()
+        content = content.encode(errors='surrogateescape')      # names of files may be any bytes
     elif not isinstance(content, bytes):    # in memory first: torch hides that a disk is full
         buffer = io.BytesIO()
         torch.save(content, buffer)
@@ -1284,7 +1286,7 @@ def read_chexpert(name, s, split, table=None):
                   file=sys.stderr)
     data = Data(name, 'real', None, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
                 s['image_size'] or 320, studies, files)
-    if data.small:
+    if data.small and len(files) <= AT_ONCE:
         data.images = decode(files, data.image_size)
     return data
 
@@ -1332,16 +1334,13 @@ REAL = {'cifar10': read_cifar, 'cifar100': read_cifar, 'imagenet': read_imagenet
 
 
 def read_folder(root, split, s):
-    """Pictures, a folder for each class: root/train and root/val (or test), or root alone.
+    """Pictures, a folder for each class, in root or its splits: see trees_of.
 
-    Without val/ about test_fraction of the pictures are the test split. A hash of a file's bytes
+    Without a test split about test_fraction of the pictures are it. A hash of a file's bytes
     decides: copies have one side, and a picture keeps its side if others come or go. With
     skip_broken pictures that cannot be read are left out; else they are named, all at once.
     """
-    trees = [root]
-    if (root / 'train').is_dir():
-        tests = [root / name for name in ('val', 'valid', 'test') if (root / name).is_dir()]
-        trees = [root / 'train', *tests[:1]]
+    trees = trees_of(root)
     classes, files, labels = zip(*map(list_images, trees))
     check_classes(classes[0], classes[-1], trees[-1])
     is_test = np.arange(sum(map(len, files))) >= len(files[0])      # those of the second tree
@@ -1365,8 +1364,9 @@ def read_folder(root, split, s):
             raise UserError(f'{root}: {classes[0][min(empty)]} has no pictures to train on. Add '
                             'some, or remove its folder.')
         if is_first():
+            where = f', of {trees[1].name}/' if len(trees) > 1 else ''
             print(f'{root}: {len(files)} pictures of {", ".join(classes[0])[:200]}; '
-                  f'{is_test.sum()} are the test', file=sys.stderr)
+                  f'{is_test.sum()} are the test{where}', file=sys.stderr)
     elif not is_test.any():
         return None
     size, mine = s['image_size'] or 32, is_test == (split == 'test')
@@ -1374,6 +1374,16 @@ def read_folder(root, split, s):
     shown = files[mine] if is_test.all() else files[~is_test]
     mean, std = mean_and_std(decode(shown[evenly(len(shown), 2000)], size))
     return data_of_files(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
+
+
+def trees_of(root):
+    """[root], or its folder train (or training) and, if it has one, val (or test, or the like)."""
+    there = {path.name.lower(): path for path in root.iterdir()
+             if path.is_dir() and class_folders(path)}
+    train = [there[name] for name in ('train', 'training') if name in there]
+    tests = ('val', 'valid', 'validation', 'test', 'testing')
+    tests = [there[name] for name in tests if name in there]
+    return [*train[:1], *tests[:1]] if train else [root]
 
 
 def share_of(file):
@@ -1394,7 +1404,8 @@ def data_of_files(name, split, classes, files, labels, mean, std, size):
     """
     data = Data(name, 'real', None, labels, classes, mean, std, size, files=files.tolist(),
                 zoom=8 / 7 if size > 64 else 1)
-    if data.small and (data.zoom == 1 or split == 'test'):      # else crops of the whole image
+    # For crops the whole image is needed.
+    if data.small and len(files) <= AT_ONCE and (data.zoom == 1 or split == 'test'):
         data.images = decode(files, size, data.zoom)
     return data
 
@@ -1468,8 +1479,10 @@ def resize(image, size, zoom=1, crop=False):
     """
     if image.mode == 'F':
         raise ValueError('its pixels are fractions: save it with 8 or 16 bits')
-    # EXIF may say that a picture lies on its side. Of a TIFF Pillow gives the turned size already.
-    turned = image.format != 'TIFF' and image.getexif().get(274, 1) > 4
+    with contextlib.suppress(Exception):            # EXIF that is damaged is empty from then on
+        image.getexif()
+    # It may say that a picture lies on its side. Of a TIFF Pillow gives the turned size already.
+    turned = image.format != 'TIFF' and image.getexif().get(274) in (5, 6, 7, 8)
     w, h = image.size[::-1] if turned else image.size
     if crop:
         from torchvision.transforms import RandomResizedCrop
@@ -1491,6 +1504,9 @@ def resize(image, size, zoom=1, crop=False):
         if 0 < pixels.max() < 4096:                 # 12 bits, as of a scanner, would be black
             raise ValueError('no pixel is above 4095 of 65535: multiply by 16, or save 8 bits')
         image = Image.fromarray(np.uint8(np.rint(pixels.clip(0, 65535) / 257)))
+    if image.has_transparency_data:                 # what lies below may be all black
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     box = [share * side for share, side in zip(shares, 2 * image.size)]
     return np.asarray(image.convert('RGB').resize((size, size), how, box))
 
@@ -1699,7 +1715,10 @@ def main(argv=None):
         raise UserError('Give --kind and --out (see --help).')
     if out in (*KINDS, *REAL):                  # which --data would take for something else
         raise UserError(f'--out {out} names a kind of data. Use --out data/{out}, for example.')
-    unused = {*DATA, 'generator_steps'} - settings_of(kind, s)
+    used = settings_of(kind, s)
+    unused = {*DATA, 'generator_steps'} - used
+    if 'source' not in used:
+        unused |= {'data_dir', 'download'}
     what = kind + (f' --generator {s["generator"]}' if kind == 'generated' else '')
     refuse_idle(typed, unused, f'for --kind {what}')
     both = [os.path.realpath(out), os.path.realpath(s['source'])]

@@ -144,6 +144,10 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x, dilation=1):
         if dilation > 1:
             padding = dilation * (self.kernel_size[0] // 2)
+            if x.device.type == 'cpu':          # its gradient in bf16 is wrong there (torch 2.14)
+                with torch.autocast('cpu', enabled=False):
+                    x = x.to(self.weight.dtype)
+                    return F.conv2d(x, self.weight, None, 1, padding, dilation, self.groups)
             return F.conv2d(x, self.weight, None, 1, padding, dilation, self.groups)
         if self.kernel_size == (5, 5) and x.device.type == 'cpu' \
                 and torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu'):

@@ -368,9 +368,11 @@ class Run:
                     content = {**content, 'param_groups': target.state_dict()['param_groups']}
                 target.load_state_dict(content)
         set_random_states(saved['random'][world()[0] % len(saved['random'])], self.device)
-        # With another number of processes each takes the mean of their sums.
-        same = len(saved['sums']) == num_processes()
-        self.sums = (saved['sums'][world()[0]] if same else saved['sums'].mean(0)).to(self.device)
+        self.sums = saved['sums'].mean(0)       # with another number of processes than before
+        self.sums[1::2] *= len(saved['sums']) / num_processes()     # counts of a share of a batch
+        if len(saved['sums']) == num_processes():
+            self.sums = saved['sums'][world()[0]]
+        self.sums = self.sums.to(self.device)
 
     def train(self, epoch, draws, step_of):
         """Take the steps of an epoch that are left; True if a signal stopped the run.

@@ -59,7 +59,8 @@ def genotype(**changes):
 # Flags of which the line names the first
 REFUSED = {
     'generate': '''--label_noise 0.5 --kind noise --out x; --label_mode permute --kind noise --out x
-        --multilabel --kind generated --generator spectrum --out x; --out noise --kind noise''',
+        --multilabel --kind generated --generator spectrum --out x; --out noise --kind noise
+        --data_dir d --kind noise --out x''',
     'search': '''--nosuch 3; --batch_size 0; --batch_size 8 --grad_accum 3; --learning_rate nan
         --partial 3; --steps_per_epoch 9999; --layers 5; --early_stop; --early_stop --epochs 5
         --method pdarts; --epochs 2 --space darts --method pdarts --frozen_epochs 0

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (DARTS, ONE_STEP, RETRAIN, SIZES, TINY, fake_cifar, folder_of_images,
-                      one_line, printed, read_rows, reports, run)
+from conftest import (DARTS, NOISE, ONE_STEP, RETRAIN, SIZES, TINY, fake_cifar, folder_of_images,
+                      make_set, one_line, printed, read_rows, reports, run)
 
 import evaluate
 import retrain
 import search
 from generate_data import read
-from genotypes import find_genotype, nas_bench_201, to_string, truth
+from genotypes import PUBLISHED, find_genotype, nas_bench_201, to_json, to_string, truth
 
 
 def test_errors_by_hand(monkeypatch):
@@ -52,8 +52,10 @@ def test_areas_under_curves_by_hand_of_unknown_labels_and_with_intervals():
     assert none is None
     low, high = evaluate.bootstrap(scores, labels, names)['Edema']
     assert low < areas['Edema'] < high and 0.04 < high - low < 0.15     # about .76 +- .03
-    few, enough = (evaluate.area_text(0.9, 0.8, 1, n) for n in (9, 10))
-    assert 'too few' in few and enough == '0.900 (95%: 0.800 to 1.000), 10 positive'
+    few, also_few, enough = (evaluate.area_text(0.9, 0.8, 1, *counts)
+                             for counts in ((9, 99), (99, 9), (10, 10)))
+    assert 'too few' in few and 'too few' in also_few
+    assert enough == '0.900 (95%: 0.800 to 1.000), 10 positive'
 
 
 SKIPS, CONVS, POINTS = (to_string([name] * 6) for name in (
@@ -113,6 +115,22 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     assert ['arch_weight_decay=0.0 ' in line for line in lines] == [False, True, False]
 
 
+def test_a_table_keeps_apart_cells_of_one_name_and_fresh_images_of_a_set_that_is_gone(capsys):
+    flags = [*RETRAIN[2:], *ONE_STEP]
+    for k, name in enumerate(('DARTS_V1', 'DARTS_V2')):
+        Path(f'{k}').mkdir()
+        Path(f'{k}/cell.json').write_text(to_json(PUBLISHED[name]))
+        run(retrain.main, f'net{k}', '--arch', f'{k}/cell.json', *flags)
+    printed(capsys, 'net0', 'net1', '--csv', 't.csv')
+    assert [row['n'] for row in read_rows('t.csv')] == ['1', '1']
+    make_set('set', '--num_images', '64')
+    for name, more in (('s0', []), ('s1', ['--fresh'])):
+        run(search.main, name, *TINY[len(NOISE):], '--data', 'set', *more, *ONE_STEP)
+    shutil.rmtree('set')
+    printed(capsys, 's0', 's1', '--csv', 't.csv')
+    assert [row['n'] for row in read_rows('t.csv')] == ['1', '1']
+
+
 def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
     run(search.main, 'u', *TINY)
     Path('u/genotype.json').unlink()
@@ -125,7 +143,9 @@ def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
         assert evaluate.main(['s0', 'u', 'net', '--plot', name, '--gpu', '-1']) == 0
         assert Path(name).read_bytes().startswith(start)
     text = Path('p.svg').read_text()
-    assert 'epoch' in text and 'training accuracy, %' in text
+    evaluate.write_csv('c.csv', [[os.fsdecode(b'caf\xe9.jpg')]])        # a name not in UTF-8
+    assert Path('c.csv').read_bytes() == b'caf\xe9.jpg\n'
+    assert 'epoch' in text and 'training accuracy, %' in text and 'alphas: valid' in text
     assert search.main(['--method', 'random', '--save', 'r']) == 0
     capsys.readouterr()
     one_line(capsys, evaluate.main(['r', '--plot', 'r.svg']), '--plot')

@@ -238,6 +238,19 @@ def test_pdarts_holds_two_skips_keeps_the_strongest_operations_and_goes_deeper(f
     assert sizes == [3, 9, 15]
 
 
+def test_equal_alphas_are_ordered_by_seed_and_the_log_counts_those_of_the_genotype():
+    method, network = searching('--method', 'pdarts')
+    _, cell = searching('--space', 'nb201')
+    with torch.no_grad():
+        for alpha in (*network.alphas.values(), *cell.alphas.values()):
+            alpha.zero_()
+    method.next_stage()
+    assert len(set(map(tuple, method.kept['normal']))) > 7          # of 14 edges
+    for seed in range(3):
+        line = search.describe(cell, seed)
+        assert line['none_cell'] == line['genotype'].count('none')
+
+
 def test_dropout_on_skips_is_by_element_and_edge():
     skip = search.DroppedSkip(3).train()
     skip.probability.fill_(0.4)

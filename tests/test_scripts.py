@@ -131,6 +131,23 @@ def test_stopped_in_every_step_equals_never_stopped(name, monkeypatch):
     same_run('parts', 'whole')
 
 
+def test_a_run_goes_on_with_another_number_of_processes(monkeypatch):
+    whole, original = run(search.main, 'whole', *TINY), search.weight_step
+
+    def step(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, 'weight_step', step)
+        assert search.main([*TINY, '--save', 'parts']) == 143
+    content = torch.load('parts/checkpoint.pt', weights_only=True)
+    halves = torch.tensor([1, 0.5, 1, 0.5])             # means of losses, counts of right answers
+    content['sums'] = torch.cat([content['sums'] * halves] * 2)
+    generate_data.write_file('parts/checkpoint.pt', content)
+    assert run(search.main, 'parts', *TINY, '--resume') == whole
+
+
 def test_kill_9_at_random_moments():
     flags = [*TINY, '--epochs', '30', '--checkpoint_minutes', '0', '--resume']
     run(search.main, 'whole', *flags)
@@ -403,6 +420,7 @@ def test_names_of_runs_hold_what_was_typed_and_nothing_that_was_derived():
      '--data chexpert --data_dir d --uncertain ones --gpu -1'),
     ('--data noise --multilabel', '--data chexpert --data_dir DIR --gpu -1'),
     ('--data written --data_dir d', '--data chexpert --data_dir d --gpu -1'),
+    ('--data relabelled', '--data FOLDER/own --image_size 8 --test_fraction 0.4 --gpu -1'),
     ('--data own --preset chexpert --image_size 224 --train_portion 0.5 --valid_fraction 0.5',
      '--data own --image_size 224 --gpu -1')])
 def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):
@@ -410,11 +428,14 @@ def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):
     chexpert('d', patients=20)
     generate_data.main(['--kind', 'random_labels', '--source', 'chexpert', '--data_dir', 'd',
                         '--image_size', '8', '--out', 'written'])
+    generate_data.main(['--kind', 'random_labels', '--source', 'own', '--test_fraction', '0.4',
+                        '--image_size', '8', '--out', 'relabelled'])
     noise = ['--num_images', '64'] if 'noise' in flags else []
     sizes = SIZES[2:] if 'laptop' in flags else SIZES
     run(search.main, 'my run', '--image_size', '8', *sizes, '--batch_size', '4', '--epochs', '0',
         *noise, *flags.split())
     said = capsys.readouterr().out.splitlines()[-1]
+    expected = expected.replace('FOLDER', os.getcwd())
     assert said == f"next: python retrain.py --arch 'my run' {expected}"
     retrain.parse(shlex.split(said)[3:])
     assert '--gpu' not in search.next_command(search.parse(['--gpu', '0']))    # the default

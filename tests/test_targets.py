@@ -50,16 +50,21 @@ def test_a_crafted_pickle_is_one_line_and_is_not_run(calls, capsys):
     assert not Path('evil').exists()
 
 
-def test_image_folders_of_any_depth_of_colour_and_turned_images():
+def test_image_folders_of_any_depth_of_colour_and_turned_images(monkeypatch):
     folder_of_images('tree/train')
     folder_of_images('tree/val', n=2)
     train, test = (g.read('tree', {'image_size': 8}, split) for split in ('train', 'test'))
     assert (len(train), len(test)) == (8, 4) and train.images.shape[1:] == (8, 8, 3)
     assert train.mean == test.mean
+    with monkeypatch.context() as patch:
+        patch.setattr(g, 'AT_ONCE', 7)                  # of more files each is read when needed
+        later = g.read('tree', {'image_size': 8})
+    assert later.images is None and (later.image(5) == train.images[5]).all()
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(ramp).save('tree/train/cat/deep.png')           # 16 bits, grey
     Image.fromarray((ramp // 256).astype(np.uint8)).save('tree/train/cat/grey.jpg')
     Image.fromarray(np.zeros((9, 9, 4), np.uint8)).save('tree/train/cat/rgba.png')
+    assert (g.read_image('tree/train/cat/rgba.png', 8) == 255).all()    # transparent: white
     Image.fromarray(ramp / np.float32(65535)).save('fractions.tiff')
     refused('fractions.tiff: .*its pixels are fractions', g.read_image, 'fractions.tiff', 8)
     Image.fromarray(ramp // 16).save('scan.png')
@@ -68,6 +73,8 @@ def test_image_folders_of_any_depth_of_colour_and_turned_images():
     assert len(np.unique(deep)) == 256 and len(g.read('tree', {'image_size': 16})) == 11
     upright = Image.fromarray(np.arange(40 * 30 * 3).reshape(40, 30, 3).astype(np.uint8))
     upright.save('upright.png')
+    upright.save('damaged.png', exif=b'Exif\0\0II*')     # too short
+    assert (g.read_image('damaged.png', 16) == g.read_image('upright.png', 16)).all()
     exif = upright.getexif()
     exif[274] = 6                                       # lies on its side, by a quarter of a turn
     for name in ('side.png', 'side.tiff'):
@@ -206,6 +213,11 @@ def test_pictures_without_val_hold_out_about_a_fifth(capsys):
     assert len(g.read('moved', whole)) == 80 and g.read('moved', whole, 'test') is None
     assert f'80 pictures of cat, dog; {len(test)} are the test' in capsys.readouterr().err
     refused('cat has no pictures to train on', g.read, 'moved', {'test_fraction': 1 - 1e-9})
+    Path('cased').mkdir()
+    for name, n in (('Train', 3), ('validation', 2), ('test', 1)):
+        folder_of_images(f'cased/{name}', n=n)
+    assert len(g.read('cased', {})) == 6 and len(g.read('cased', {}, 'test')) == 4
+    assert '10 pictures of cat, dog; 4 are the test, of validation/' in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
@@ -273,7 +285,7 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
     assert row['test_auroc_tasks'] == pytest.approx(best['test_auroc_tasks'], abs=1e-9)
     assert row['test_n'] == 6                           # studies, of two views each
     assert 'Fracture' not in row['test_areas'] and len(row['test_areas']) == 13
-    assert all(low <= area <= high for area, low, high, _ in row['test_areas'].values())
+    assert all(low <= area <= high for area, low, high, *_ in row['test_areas'].values())
     # Labels of the test set: by study, its images in test/ beside them.
     os.rename('d/CheXpert-v1.0-small/valid', 'd/test')
     rows = {'/'.join(['test', *r['Path'].split('/')[-3:-1]]): {k: r[k] for k in g.CHEXPERT}
