@@ -387,7 +387,8 @@ def read_test(meta, data_dir=None, table=None):
         raise UserError("--test_labels: this network was not trained on CheXpert's labels")
     if table:
         data = read_chexpert('chexpert', settings, 'test', table)
-        print(f'tested on the {len(np.unique(data.studies))} studies of {table}', file=sys.stderr)
+        print(f'tested on the {len(np.unique(data.studies))} studies of {table}, for example '
+              f'{data.files[0]}', file=sys.stderr)
     else:
         data = read(name, settings, 'test')
     if data is None:
@@ -428,7 +429,7 @@ def report(run, device, data_dir=None, test_labels=None):
     names = data.files or range(len(data))
     if data.studies is not None:
         names = np.unique(data.studies)
-    row.update(measure('test', loss, scores, labels, data.classes),
+    row.update(measure('test', loss, scores, labels, data.classes), tested_on=test_labels,
                tested=(scores.numpy(), labels.numpy(), data.classes, names))
     if data.multilabel:
         intervals, row['test_areas'] = bootstrap(*row['tested'][:3]), {}
@@ -499,7 +500,7 @@ def columns():
             'seconds': ('seconds', 0)}
 
 
-GROUPS = 'type', 'space', 'searched_on', 'method', 'arch_data', 'trained_on'
+GROUPS = 'type', 'space', 'searched_on', 'method', 'arch_data', 'trained_on', 'tested_on'
 REPEATS = 'seed', 'data_seed', 'arch', 'genotype'       # settings in which runs of a line differ
 NAMED = {'data', 'space', 'method', 'unrolled', 'perturb', 'arch_data', 'source', 'generator',
          'difficulty', 'label_mode', 'label_noise', 'fresh'}        # settings in other columns
@@ -636,7 +637,7 @@ def plot(rows, path):
             panels.append(('fit and generalization, one dot per network', 2.4, draw_fits,
                            [fits, name, label]))
     if len(rows) == 1 and 'tested' in rows[0]:
-        panels.append(('test', 6, draw_test, rows))
+        panels.append((f'test on {rows[0]["tested_on"] or "its test images"}', 6, draw_test, rows))
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
     heights = [panel[1] for panel in panels]

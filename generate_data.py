@@ -1175,8 +1175,8 @@ def read_written(folder, s):
             return data
     source = read(own['source'], {**own, 'data_dir': s['data_dir'], 'download': s['download']})
     if source.sha256() != meta['sha256']['images']:
-        raise UserError(f'{folder}: the images of {own["source"]} in {s["data_dir"]} are not as '
-                        'they were. Give their --data_dir, or make it again.')
+        raise UserError(f'{folder} was made of other images of {own["source"]} than those in '
+                        f'{s["data_dir"]}. Give their --data_dir, or remove this set.')
     return replace(data, images=source.images, studies=source.studies, files=source.files,
                    zoom=source.zoom)
 
@@ -1261,8 +1261,12 @@ def read_chexpert(name, s, split, table=None):
     places = [data_dir, data_dir / 'CheXpert-v1.0-small', data_dir / 'CheXpert-v1.0']
     root = next((place for place in places if (place / 'train.csv').is_file()), data_dir)
     path = Path(table or root / ('train.csv' if split == 'train' else 'valid.csv'))
+    if split == 'test' and not table and not path.exists():
+        if is_first():
+            print(f'warning: no {path}, so no test; evaluate.py has --test_labels', file=sys.stderr)
+        return None
     paths, labels = read_chexpert_table(path, s['uncertain'] if split == 'train' else 'ignore')
-    training, places = root / 'train.csv', [root, path.parent, root.parent]
+    training, places = root / 'train.csv', [path.parent, path.parent.parent, root, root.parent]
     root = next((place for place in places if (place / paths[0]).exists()), root)
     files, rows = [], []
     for row, inside in enumerate(paths):
@@ -1342,6 +1346,9 @@ def read_folder(root, split, s):
     """
     trees = trees_of(root)
     classes, files, labels = zip(*map(list_images, trees))
+    if all(name.startswith('patient') for name in classes[0]):
+        raise UserError(f'{root}: its folders are of patients, not of classes. If a train.csv is '
+                        f'there, give --data chexpert --data_dir {root}')
     check_classes(classes[0], classes[-1], trees[-1])
     is_test = np.arange(sum(map(len, files))) >= len(files[0])      # those of the second tree
     files, labels = np.concatenate(files), np.concatenate(labels)
@@ -1365,8 +1372,10 @@ def read_folder(root, split, s):
                             'some, or remove its folder.')
         if is_first():
             where = f', of {trees[1].name}/' if len(trees) > 1 else ''
-            print(f'{root}: {len(files)} pictures of {", ".join(classes[0])[:200]}; '
-                  f'{is_test.sum()} are the test{where}', file=sys.stderr)
+            more = ', ...' if len(classes[0]) > 9 else ''
+            print(f'{root}: {len(files)} pictures of {len(classes[0])} classes, '
+                  f'{", ".join(classes[0][:9])}{more}; {is_test.sum()} are the test{where}',
+                  file=sys.stderr)
     elif not is_test.any():
         return None
     size, mine = s['image_size'] or 32, is_test == (split == 'test')

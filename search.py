@@ -967,6 +967,8 @@ def main(argv=None):
                     'train_loss': loss, 'train_accuracy': right / images,
                     'valid_loss': valid_loss if has_valid else None,
                     'valid_accuracy': valid_right / images if has_valid else None}
+            if data.multilabel:                 # zeros for all labels are right nearly always
+                line['train_accuracy'] = line['valid_accuracy'] = None
             if not method.scores:
                 line.update(describe(network, args.seed))
             if args.hessian and not is_frozen and epoch % args.hessian == 0:

@@ -211,13 +211,14 @@ def test_pictures_without_val_hold_out_about_a_fifth(capsys):
         copy.unlink()
     whole = {'image_size': 8, 'test_fraction': 0.0}
     assert len(g.read('moved', whole)) == 80 and g.read('moved', whole, 'test') is None
-    assert f'80 pictures of cat, dog; {len(test)} are the test' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f'80 pictures of 2 classes, cat, dog; {len(test)} are the test' in said
     refused('cat has no pictures to train on', g.read, 'moved', {'test_fraction': 1 - 1e-9})
     Path('cased').mkdir()
     for name, n in (('Train', 3), ('validation', 2), ('test', 1)):
         folder_of_images(f'cased/{name}', n=n)
     assert len(g.read('cased', {})) == 6 and len(g.read('cased', {}, 'test')) == 4
-    assert '10 pictures of cat, dog; 4 are the test, of validation/' in capsys.readouterr().err
+    assert 'cat, dog; 4 are the test, of validation/' in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
@@ -286,6 +287,13 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
     assert row['test_n'] == 6                           # studies, of two views each
     assert 'Fracture' not in row['test_areas'] and len(row['test_areas']) == 13
     assert all(low <= area <= high for area, low, high, *_ in row['test_areas'].values())
+    assert lines[-1]['train_accuracy'] is None          # nearly all labels are 0
+    shutil.copytree('d/CheXpert-v1.0-small/valid', 'site/valid')        # other images, same names
+    for path in Path('site').rglob('*.jpg'):
+        Image.new('L', (16, 16)).save(path)
+    shutil.copy('d/CheXpert-v1.0-small/valid.csv', 'site')
+    black, = reports(capsys, 'n', '--test_labels', 'site/valid.csv')
+    assert black['test_auroc'] == 0.5 and black['tested_on'] == 'site/valid.csv'
     # Labels of the test set: by study, its images in test/ beside them.
     os.rename('d/CheXpert-v1.0-small/valid', 'd/test')
     rows = {'/'.join(['test', *r['Path'].split('/')[-3:-1]]): {k: r[k] for k in g.CHEXPERT}
@@ -309,6 +317,9 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
     settings = {'data_dir': 'd', 'image_size': 16, 'uncertain': 'ones', 'views': 'all'}
     data = g.read_chexpert('chexpert', settings, 'test', 'd/unsure.csv')
     assert (data.labels == -1).all()                    # which no metric counts
+    Path('d/CheXpert-v1.0-small/valid.csv').unlink()
+    assert g.read('chexpert', {'data_dir': 'd'}, 'test') is None
+    refused('patients, .* --data chexpert', g.read, 'd/CheXpert-v1.0-small', {})
     next(Path('d/test').glob('*/*')).rename('d/moved')
     one_line(capsys, evaluate.main(['n', '--test_labels', 'd/labels.csv']), 'has no views')
     one_line(capsys, retrain.main([*flags, '--data', 'chexpert', '--arch', 'r', '--save', 's',
