@@ -322,9 +322,11 @@ def choose_device(gpu, tf32=False):
         # torchrun keeps its store when it starts the processes again: without a prefix they would
         # find the addresses of those that died.
         store, rank, processes = next(torch.distributed.rendezvous('env://'))
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        # Several machines count differently: README has a variable for them, which ends the store.
+        alone = os.environ.get('GROUP_WORLD_SIZE', '1') == '1'
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else '0'
         torch.distributed.init_process_group(
-            'nccl' if cuda else 'gloo', timeout=timedelta(minutes=10), rank=rank,
+            'nccl' if cuda else 'gloo', timeout=timedelta(hours=1), rank=rank,
             world_size=processes, store=torch.distributed.PrefixStore(attempt, store),
             device_id=device if cuda else None)
         if not is_first():                      # one process speaks
@@ -1540,7 +1542,7 @@ def find_or_make(name, s):
             print(f'making {folder}', file=sys.stderr)
         try:
             make_set(folder, name, s, torch.device('cpu'))
-        except UserError:
+        except (UserError, OSError):
             if not folder.exists():             # else another process has just made it
                 raise
     data = read(str(folder), s)
@@ -1665,6 +1667,7 @@ class Batches:
         loader = torch.utils.data.DataLoader(
             self.data, batch_size=None, sampler=items, num_workers=self.workers,
             multiprocessing_context='fork' if self.workers else None,       # shares the images
+            worker_init_fn=die_with_parent,
             pin_memory=self.device.type == 'cuda', generator=torch.Generator())
         # Workers get no signal that is sent to all: it would end them before the run has saved.
         atexit.unregister(kill_workers)
@@ -1701,6 +1704,12 @@ class Batches:
             rows, columns = ((at >= start) & (at < start + self.cutout)).unbind(1)
             x = x * (~(rows[:, None, :, None] & columns[:, None, None])).float()
         return x
+
+
+def die_with_parent(_worker):
+    """A worker of a run that was killed would hold its GPU's memory on."""
+    with contextlib.suppress(AttributeError):       # another system than Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def kill_workers():

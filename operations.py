@@ -141,14 +141,7 @@ class DepthwiseConv(nn.Conv2d):
     def __init__(self, channels, size, stride=1):
         super().__init__(channels, channels, size, stride, size // 2, groups=channels, bias=False)
 
-    def forward(self, x, dilation=1):
-        if dilation > 1:
-            padding = dilation * (self.kernel_size[0] // 2)
-            if x.device.type == 'cpu':          # its gradient in bf16 is wrong there (torch 2.14)
-                with torch.autocast('cpu', enabled=False):
-                    x = x.to(self.weight.dtype)
-                    return F.conv2d(x, self.weight, None, 1, padding, dilation, self.groups)
-            return F.conv2d(x, self.weight, None, 1, padding, dilation, self.groups)
+    def forward(self, x):
         if self.kernel_size == (5, 5) and x.device.type == 'cpu' \
                 and torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu'):
             return DepthwiseOnCPU.apply(x, self.weight, self.stride[0])
@@ -226,14 +219,17 @@ class DilConv(nn.Module):
 
     def forward(self, inputs):
         h, w = inputs.state.shape[2:]
-        # On CUDA too: cuDNN has hardly any deterministic dilated convolution in channels_last.
         on_grids = self.stride == 1 and h % 2 == w % 2 == 0
+        # On CUDA too: cuDNN has hardly any deterministic dilated convolution in channels_last.
         if self.stride == 2:                    # one sub-grid, which has the size of the result
             x = self.depthwise(inputs.grid(0, self.edges))
-        elif on_grids:
-            x = self.depthwise(inputs.grids(self.edges))
+        elif inputs.state.is_meta:              # zeros would be counted as multiply-adds
+            conv, x, on_grids = self.depthwise, inputs.relu(self.edges), False
+            x = F.conv2d(x, conv.weight, None, 1, 2 * conv.padding[0], 2, conv.groups)
         else:
-            x = self.depthwise(inputs.relu(self.edges), dilation=2)
+            x = self.depthwise(inputs.grids(self.edges))
+            if not on_grids:                    # cut off the zeros that sub_grids has added
+                x = from_grids(x)[:, :, :h, :w].contiguous(memory_format=torch.channels_last)
         return Unnormalised(self.pointwise(x), self.norm, on_grids)
 
 

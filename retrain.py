@@ -245,7 +245,7 @@ class Run:
     """
     def __init__(self, args, device, result):
         self.args, self.device, self.folder = args, device, Path(args.save)
-        self.finished = (self.folder / result).exists()
+        self.finished = from_first((self.folder / result).exists())
         self.checkpoint, self.log = {}, []
         self.epoch = self.step = self.epochs = 0        # where to go on, and where it ends
         self.caught = self.stop = 0             # the signal that came, that all have agreed on
@@ -303,8 +303,10 @@ class Run:
             if num_processes() > 1:
                 torch.distributed.barrier()
             path = self.folder / 'checkpoint.pt'
-            if path.exists():
+            if is_first() and path.exists():    # other machines may not see it yet
                 self.checkpoint = load_file(path, 'delete it to start the run again')
+            self.checkpoint = from_first(self.checkpoint)
+            if self.checkpoint:
                 self.log = self.checkpoint['log']
                 self.epoch, self.step = self.checkpoint['epoch'], self.checkpoint['step']
             self.write_log()
@@ -340,7 +342,8 @@ class Run:
         }, indent=1) + '\n')
 
     def catch(self, signum, _frame):
-        if self.caught or self.epoch >= self.epochs:    # the second one, or one with no step left
+        # The second one, or one with no step left. (Slurm sends two to a process of torchrun.)
+        if self.caught and num_processes() == 1 or self.epoch >= self.epochs:
             raise KeyboardInterrupt(signum)
         self.caught = signum
 
@@ -406,12 +409,14 @@ class Run:
     def due(self, epoch, step, tensors):
         """Whether to save now. (After the last step of an epoch end_epoch saves.)
 
-        UserError if `tensors` are not finite; a GPU, which would wait, checks every 50 steps.
+        UserError if `tensors` are not finite. A GPU, which would wait, checks every 50 steps; of
+        several every 5, because torchrun kills them 30 s after a signal.
         """
         caught, waited, alone = self.caught, time.time() - self.saved, num_processes() == 1
         limit, is_last = 60 * self.args.checkpoint_minutes, step + 1 == self.steps
         urgent = is_last or alone and (caught or waited > limit)
-        if not (urgent or self.device.type == 'cpu' or step % 50 == 49):
+        every = 50 if alone else 5
+        if not (urgent or self.device.type == 'cpu' or step % every == every - 1):
             return False
         self.check_finite(tensors, epoch * self.steps + step)
         if not alone:                           # all save and stop at the same step
@@ -517,6 +522,14 @@ def average(tensors):
     torch.distributed.all_reduce(flat)
     parts = (flat / num_processes()).split([t.numel() for t in tensors])
     return [part.view(t.shape) for part, t in zip(parts, tensors)]
+
+
+def from_first(value):
+    """The value, of a plain type or of tensors on the CPU, that the first process has."""
+    values = [value]
+    if num_processes() > 1:
+        torch.distributed.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def start_alike(network):
