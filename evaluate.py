@@ -127,7 +127,7 @@ METRICS = {
     'error': Metric('error %', 2, top_error),
     'top5_error': Metric('top-5 error %', 2, partial(top_error, k=5)),
     'auroc_tasks': Metric('AUROC of 5 tasks', 3, partial(mean_area, names=TASKS), multilabel=True),
-    'auroc': Metric('AUROC of all labels', 3, mean_area, multilabel=True),
+    'auroc': Metric('mean AUROC', 3, mean_area, multilabel=True),
 }
 
 
