@@ -470,7 +470,7 @@ def area_text(area, low, high, positives, negatives):
     """An area under a ROC curve with its interval, which few images of either kind forbid."""
     enough = min(positives, negatives) >= 10
     interval = f'95%: {low:.3f} to {high:.3f}' if enough else 'too few for an interval'
-    return f'{area:.3f} ({interval}), {positives} positive'
+    return f'{area:.3f} ({interval}), {positives} of {positives + negatives} positive'
 
 
 def text_of(name, value, digits=None):
@@ -509,8 +509,7 @@ NAMED = {'data', 'space', 'method', 'unrolled', 'perturb', 'arch_data', 'source'
 def compared_settings(settings, prefix=''):
     """{(prefix + name, value)} of what runs of one line have in common."""
     own = settings.keys() - MAY_DIFFER - set(REPEATS)
-    # A written set, which has --fresh, may be gone.
-    own -= DATA.keys() - settings_of(settings['data'], {**DEFAULTS, **settings}) - {'fresh'}
+    own -= DATA.keys() - settings_of(settings['data'], {**DEFAULTS, **settings})
     return {(prefix + name, settings[name]) for name in own}
 
 
@@ -531,7 +530,7 @@ def table(rows):
             own.add(('images_sha256', row['data_sha256'][:6]))
         if search:
             own |= compared_settings(search, 'search_')
-        elif row.get('searched_on') is None:        # a retrained file: its name is no other cell's
+        elif row.get('searched_on') is None:        # a retrained file: others may have its name
             own.add(('arch', row['settings'].get('arch')))
         key = tuple(row.get(name) for name in GROUPS), frozenset(own)
         repeat = tuple(row['settings'].get(name) for name in REPEATS)
@@ -637,7 +636,8 @@ def plot(rows, path):
             panels.append(('fit and generalization, one dot per network', 2.4, draw_fits,
                            [fits, name, label]))
     if len(rows) == 1 and 'tested' in rows[0]:
-        panels.append((f'test on {rows[0]["tested_on"] or "its test images"}', 6, draw_test, rows))
+        table = rows[0]['tested_on']
+        panels.append((f'test on {table}' if table else 'test', 6, draw_test, rows))
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
     heights = [panel[1] for panel in panels]
@@ -752,6 +752,7 @@ def show_predictions(run, target, device):
         from torchvision.datasets.folder import IMG_EXTENSIONS
         inside = sorted(glob.glob('**', root_dir=target, recursive=True))       # follows links
         paths = [Path(target, name) for name in inside if name.lower().endswith(IMG_EXTENSIONS)]
+        paths = list({path.resolve(): path for path in paths}.values())     # a link may be a loop
     faults = dict(zip(paths, try_pictures(paths, [Path(target)])))
     if all(faults.values()):
         raise UserError(next(iter(faults.values()), f'--predict {target}: no pictures in it'))

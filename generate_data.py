@@ -55,7 +55,7 @@ from torch.nn import functional as F  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
 
 RESIDENT = 2 << 30              # bytes: smaller sets live on the device, larger ones are streamed
-AT_ONCE = 100_000               # files that are decoded at the start; of more, what is needed
+AT_ONCE = 100_000               # if a set has more files, each is read when it is needed
 
 
 # ---- Settings: tables of defaults, from which every script makes its flags ------------------
@@ -1177,8 +1177,9 @@ def read_written(folder, s):
             return data
     source = read(own['source'], {**own, 'data_dir': s['data_dir'], 'download': s['download']})
     if source.sha256() != meta['sha256']['images']:
-        raise UserError(f'{folder} was made of other images of {own["source"]} than those in '
-                        f'{s["data_dir"]}. Give their --data_dir, or remove this set.')
+        where = f'in {s["data_dir"]} ' if own['source'] in REAL else ''
+        raise UserError(f'{folder}: the images of {own["source"]} {where}are not those that it was '
+                        'made of. Bring them back, or remove it and make it again.')
     return replace(data, images=source.images, studies=source.studies, files=source.files,
                    zoom=source.zoom)
 
@@ -1256,8 +1257,9 @@ def read_imagenet(name, s, split):
 def read_chexpert(name, s, split, table=None):
     """Chest X-rays in CheXpert's layout (arXiv 1901.07031): train.csv, or valid.csv for 'test'.
 
-    table: another CSV, that of the test set, with a column Study, which stands for all views of a
-    study. In a test what is uncertain is left out. Mean 0.5 and deviation 0.25 are our own choice.
+    None if valid.csv is missing. table: another CSV, that of the test set, with a column Study,
+    which stands for all views of a study. In a test what is uncertain is left out. Mean 0.5 and
+    deviation 0.25 are our own choice.
     """
     data_dir = Path(s['data_dir'])
     places = [data_dir, data_dir / 'CheXpert-v1.0-small', data_dir / 'CheXpert-v1.0']
@@ -1265,7 +1267,8 @@ def read_chexpert(name, s, split, table=None):
     path = Path(table or root / ('train.csv' if split == 'train' else 'valid.csv'))
     if split == 'test' and not table and not path.exists():
         if is_first():
-            print(f'warning: no {path}, so no test; evaluate.py has --test_labels', file=sys.stderr)
+            print(f'warning: {path} is missing, so there is no test. Use evaluate.py '
+                  '--test_labels.', file=sys.stderr)
         return None
     paths, labels = read_chexpert_table(path, s['uncertain'] if split == 'train' else 'ignore')
     training, places = root / 'train.csv', [path.parent, path.parent.parent, root, root.parent]
@@ -1348,9 +1351,9 @@ def read_folder(root, split, s):
     """
     trees = trees_of(root)
     classes, files, labels = zip(*map(list_images, trees))
-    if all(name.startswith('patient') for name in classes[0]):
-        raise UserError(f'{root}: its folders are of patients, not of classes. If a train.csv is '
-                        f'there, give --data chexpert --data_dir {root}')
+    if all(re.fullmatch(r'patient\d+', name) for name in classes[0]):
+        raise UserError(f'{root}: its folders are of patients, not of classes. Use --data chexpert '
+                        'and the folder of train.csv as --data_dir.')
     check_classes(classes[0], classes[-1], trees[-1])
     is_test = np.arange(sum(map(len, files))) >= len(files[0])      # those of the second tree
     files, labels = np.concatenate(files), np.concatenate(labels)
@@ -1365,18 +1368,20 @@ def read_folder(root, split, s):
         if not fine.all() and split == 'train':
             print(f'{root}: broken pictures left out: {(~fine).sum()}', file=sys.stderr)
         files, labels, is_test = files[fine], labels[fine], is_test[fine]
-    if len(trees) == 1:
-        is_test = np.array([share_of(file) < s['test_fraction'] for file in files], bool)
+    if len(trees) == 1 and s['test_fraction']:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            shares = Progress(len(files), 'pictures hashed').over(pool.map(share_of, files))
+            is_test = np.array(list(shares)) < s['test_fraction']
     if split == 'train':
         empty = {*range(len(classes[0]))} - {*labels[~is_test]}
         if empty:
             raise UserError(f'{root}: {classes[0][min(empty)]} has no pictures to train on. Add '
                             'some, or remove its folder.')
         if is_first():
-            where = f', of {trees[1].name}/' if len(trees) > 1 else ''
+            where = f', from {trees[1].name}/' if len(trees) > 1 else ''
             more = ', ...' if len(classes[0]) > 9 else ''
-            print(f'{root}: {len(files)} pictures of {len(classes[0])} classes, '
-                  f'{", ".join(classes[0][:9])}{more}; {is_test.sum()} are the test{where}',
+            print(f'{root}: {len(files)} pictures of {len(classes[0])} classes '
+                  f'({", ".join(classes[0][:9])}{more}); the test has {is_test.sum()}{where}',
                   file=sys.stderr)
     elif not is_test.any():
         return None
@@ -1389,8 +1394,7 @@ def read_folder(root, split, s):
 
 def trees_of(root):
     """[root], or its folder train (or training) and, if it has one, val (or test, or the like)."""
-    there = {path.name.lower(): path for path in root.iterdir()
-             if path.is_dir() and class_folders(path)}
+    there = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
     train = [there[name] for name in ('train', 'training') if name in there]
     tests = ('val', 'valid', 'validation', 'test', 'testing')
     tests = [there[name] for name in tests if name in there]
@@ -1707,7 +1711,7 @@ class Batches:
 
 
 def die_with_parent(_worker):
-    """A worker of a run that was killed would hold its GPU's memory on."""
+    """End this worker with its run, whose GPU memory it would hold."""
     with contextlib.suppress(AttributeError):       # another system than Linux
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

@@ -220,13 +220,13 @@ class DilConv(nn.Module):
     def forward(self, inputs):
         h, w = inputs.state.shape[2:]
         on_grids = self.stride == 1 and h % 2 == w % 2 == 0
-        # On CUDA too: cuDNN has hardly any deterministic dilated convolution in channels_last.
         if self.stride == 2:                    # one sub-grid, which has the size of the result
             x = self.depthwise(inputs.grid(0, self.edges))
-        elif inputs.state.is_meta:              # zeros would be counted as multiply-adds
-            conv, x, on_grids = self.depthwise, inputs.relu(self.edges), False
+        elif inputs.state.is_meta and not on_grids:     # zeros would be counted as multiply-adds
+            x, conv = inputs.relu(self.edges), self.depthwise
             x = F.conv2d(x, conv.weight, None, 1, 2 * conv.padding[0], 2, conv.groups)
         else:
+            # On CUDA too: cuDNN has hardly any deterministic dilated convolution in channels_last.
             x = self.depthwise(inputs.grids(self.edges))
             if not on_grids:                    # cut off the zeros that sub_grids has added
                 x = from_grids(x)[:, :, :h, :w].contiguous(memory_format=torch.channels_last)

@@ -278,7 +278,7 @@ class Run:
             if not began.exists() or began.read_bytes() != script.read_bytes():
                 changed.append(script.name)
         if changed:
-            print(f'note: {", ".join(changed)}: not as when {self.folder} began', file=sys.stderr)
+            print(f'note: changed since {self.folder} began: {", ".join(changed)}', file=sys.stderr)
 
     def plan(self, full):
         """Set epochs, steps of an epoch and total, of data that give `full` steps an epoch."""
@@ -342,8 +342,9 @@ class Run:
         }, indent=1) + '\n')
 
     def catch(self, signum, _frame):
-        # The second one, or one with no step left. (Slurm sends two to a process of torchrun.)
-        if self.caught and num_processes() == 1 or self.epoch >= self.epochs:
+        # The second one, or one with no step left. (To torchrun's processes Slurm sends two.)
+        is_second = self.caught and 'TORCHELASTIC_RUN_ID' not in os.environ
+        if is_second or self.epoch >= self.epochs:
             raise KeyboardInterrupt(signum)
         self.caught = signum
 
@@ -371,11 +372,12 @@ class Run:
                     content = {**content, 'param_groups': target.state_dict()['param_groups']}
                 target.load_state_dict(content)
         set_random_states(saved['random'][world()[0] % len(saved['random'])], self.device)
-        self.sums = saved['sums'].mean(0)       # with another number of processes than before
-        self.sums[1::2] *= len(saved['sums']) / num_processes()     # counts of a share of a batch
-        if len(saved['sums']) == num_processes():
-            self.sums = saved['sums'][world()[0]]
-        self.sums = self.sums.to(self.device)
+        sums = saved['sums']
+        if len(sums) == num_processes():
+            self.sums = sums[world()[0]].to(self.device)
+        else:                                   # means of losses, and counts of right answers
+            self.sums = sums.mean(0).to(self.device)
+            self.sums[1::2] *= len(sums) / num_processes()
 
     def train(self, epoch, draws, step_of):
         """Take the steps of an epoch that are left; True if a signal stopped the run.
@@ -409,8 +411,8 @@ class Run:
     def due(self, epoch, step, tensors):
         """Whether to save now. (After the last step of an epoch end_epoch saves.)
 
-        UserError if `tensors` are not finite. A GPU, which would wait, checks every 50 steps; of
-        several every 5, because torchrun kills them 30 s after a signal.
+        UserError if `tensors` are not finite. A GPU, which would wait, checks every 50 steps.
+        Several check every 5, because torchrun kills their processes 30 s after a signal.
         """
         caught, waited, alone = self.caught, time.time() - self.saved, num_processes() == 1
         limit, is_last = 60 * self.args.checkpoint_minutes, step + 1 == self.steps

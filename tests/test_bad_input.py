@@ -213,6 +213,11 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(capsys, monkeypatch):
     assert not [path for path in files() if '.tmp' in path]
 
 
+def test_evaluate_refuses_torchrun(capsys, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    one_line(capsys, evaluate.main(['run']), 'without torchrun')
+
+
 def test_a_gpu_that_is_not_there_is_one_line_and_none_at_all_is_the_cpu(capsys, monkeypatch):
     if not torch.cuda.is_available():
         assert generate_data.choose_device(5).type == 'cpu'

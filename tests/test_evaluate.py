@@ -55,7 +55,7 @@ def test_areas_under_curves_by_hand_of_unknown_labels_and_with_intervals():
     few, also_few, enough = (evaluate.area_text(0.9, 0.8, 1, *counts)
                              for counts in ((9, 99), (99, 9), (10, 10)))
     assert 'too few' in few and 'too few' in also_few
-    assert enough == '0.900 (95%: 0.800 to 1.000), 10 positive'
+    assert enough == '0.900 (95%: 0.800 to 1.000), 10 of 20 positive'
 
 
 SKIPS, CONVS, POINTS = (to_string([name] * 6) for name in (

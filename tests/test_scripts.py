@@ -212,7 +212,7 @@ def test_a_lost_log_is_written_again_a_lost_checkpoint_starts_again_and_the_end_
     assert run(main, 'r', *flags, '--resume') == whole and not Path('data').exists()
     said = capsys.readouterr()
     assert 'r is finished' in said.out and 'next: python' in said.out
-    assert said.err == 'note: search.py: not as when r began\n'
+    assert said.err == 'note: changed since r began: search.py\n'
 
 
 def test_a_setting_that_was_added_since_is_compared_if_it_is_typed(monkeypatch, capsys):
@@ -421,6 +421,8 @@ def test_names_of_runs_hold_what_was_typed_and_nothing_that_was_derived():
     ('--data noise --multilabel', '--data chexpert --data_dir DIR --gpu -1'),
     ('--data written --data_dir d', '--data chexpert --data_dir d --gpu -1'),
     ('--data relabelled', '--data FOLDER/own --image_size 8 --test_fraction 0.4 --gpu -1'),
+    ('--data relabelled --preset laptop',
+     '--data FOLDER/own --preset laptop --image_size 8 --test_fraction 0.4 --gpu -1'),
     ('--data own --preset chexpert --image_size 224 --train_portion 0.5 --valid_fraction 0.5',
      '--data own --image_size 224 --gpu -1')])
 def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):

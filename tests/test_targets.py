@@ -212,13 +212,13 @@ def test_pictures_without_val_hold_out_about_a_fifth(capsys):
     whole = {'image_size': 8, 'test_fraction': 0.0}
     assert len(g.read('moved', whole)) == 80 and g.read('moved', whole, 'test') is None
     said = capsys.readouterr().err
-    assert f'80 pictures of 2 classes, cat, dog; {len(test)} are the test' in said
+    assert f'80 pictures of 2 classes (cat, dog); the test has {len(test)}\n' in said
     refused('cat has no pictures to train on', g.read, 'moved', {'test_fraction': 1 - 1e-9})
     Path('cased').mkdir()
     for name, n in (('Train', 3), ('validation', 2), ('test', 1)):
         folder_of_images(f'cased/{name}', n=n)
     assert len(g.read('cased', {})) == 6 and len(g.read('cased', {}, 'test')) == 4
-    assert 'cat, dog; 4 are the test, of validation/' in capsys.readouterr().err
+    assert '(cat, dog); the test has 4, from validation/\n' in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
