@@ -405,8 +405,11 @@ def read_test(meta, data_dir=None, table=None):
     return replace(data, mean=meta['mean'], std=meta['std'])
 
 
-def report(run, device, data_dir=None, test_labels=None):
-    """What read_run returns, and for a finished retraining its cost, its test and their gap."""
+def report(run, device, data_dir=None, test_labels=None, alone=True):
+    """What read_run returns, and for a finished retraining its cost, its test and their gap.
+
+    If its data are gone, one of several runs has the test that its log has.
+    """
     row = read_run(run)
     if row['type'] == 'search' or not row['finished']:
         return row
@@ -419,7 +422,14 @@ def report(run, device, data_dir=None, test_labels=None):
                search_settings=found_by.get('settings'),
                space='nb201' if isinstance(meta['genotype'], str) else 'darts',
                params=counts['params'], multiply_adds=counts['multiply_adds'])
-    data = read_test(meta, data_dir, test_labels)
+    try:
+        data = read_test(meta, data_dir, test_labels)
+    except UserError as error:
+        if alone or data_dir or test_labels or 'test_n' not in row:
+            raise
+        print(f'{run}: in the table is the test of its last epoch, because it cannot be tested '
+              f'again: {error}', file=sys.stderr)
+        return row
     if data is None:
         return row
     loss, scores, labels = predictions('test', network.to(device), data, range(len(data)), device)
@@ -530,7 +540,7 @@ def table(rows):
             own.add(('images_sha256', row['data_sha256'][:6]))
         if search:
             own |= compared_settings(search, 'search_')
-        elif row.get('searched_on') is None:        # a retrained file: others may have its name
+        elif row.get('searched_on') not in ('published', 'given'):      # a file, which has no more
             own.add(('arch', row['settings'].get('arch')))
         key = tuple(row.get(name) for name in GROUPS), frozenset(own)
         repeat = tuple(row['settings'].get(name) for name in REPEATS)
@@ -608,14 +618,17 @@ def plot(rows, path):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     panels, colours = [], {}                    # panels: title, inches, function, its arguments
+    # What was typed and differs stands in the legend.
+    typed = set(chain(*(row['settings'].get('typed', ()) for row in rows))) - NAMED
+    shared = set.intersection(*(compared_settings(row['settings']) for row in rows))
     palette = colormaps['tab20'].colors[::2] + colormaps['tab20'].colors[1::2]
     for row in rows:
         group = row.get('method') or row['arch']
         words = {'searched_on': ' on ', 'space': ', ', 'arch_data': ', alphas: ',
                  'trained_on': ', trained on '}
         group += ''.join(words[key] + row[key] for key in words if row.get(key))
-        if row['settings']['quick']:
-            group += ', quick'
+        for name, value in sorted(compared_settings(row['settings']) - shared):
+            group += f', {name}={value}' if name in typed else ''
         row['colour'] = colours.setdefault(group, palette[len(colours) % 20])
     curves = dict(PANELS)
     for name, (header, _) in metric_columns().items():
@@ -847,7 +860,7 @@ def main(argv=None):
     rows = []
     for run in s['runs']:
         try:
-            rows.append(report(run, device, s['data_dir'], s['test_labels']))
+            rows.append(report(run, device, s['data_dir'], s['test_labels'], len(s['runs']) == 1))
         except UserError as error:
             if len(s['runs']) == 1:
                 raise

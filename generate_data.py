@@ -83,8 +83,8 @@ def number(convert, low, high=2 ** 62):
 
 
 def name_or_path(text):
-    """Values of a Setting: without the slash at its end, so that a folder has one name."""
-    return text.rstrip('/') or text
+    """Values of a Setting: a folder has one name, without ./ before it and / after it."""
+    return os.path.normpath(text)
 
 
 def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
@@ -283,8 +283,9 @@ class Progress:
         Progress.last = now
         rate = f'{1 / each:,.1f}/s' if each < 1 else f'{each:.1f} s each'
         line = f'{done:,}/{self.total:,} {self.unit}  {rate}  {left} left'
-        print(f'{line}  {text}'.ljust(78)[:118], end='\r' if self.terminal else '\n',
-              file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):      # Ctrl-C has ended `| tee` before the save
+            print(f'{line}  {text}'.ljust(78)[:118], end='\r' if self.terminal else '\n',
+                  file=sys.stderr)
 
     def over(self, items):
         """Yield the items; each is a unit, done when the next one is asked for."""
@@ -538,8 +539,12 @@ class Formula:
         self.jitter, self.contrast = DIFFICULTY[difficulty]
         self.chunk = max(8, 2 ** 15 // size ** 2)
         self.systems = 8 if num_classes < 1000 else 1           # fractals of a class
-        self.maps, self.table = fractal_bank(seed, num_classes * self.systems)
+        if name == 'fractal':
+            self.maps, self.table = fractal_bank(seed, num_classes * self.systems)
         self.points = torch.from_numpy(spread(seed, num_classes, 8)).float()    # of the classes
+        # How far slope, stretch and turn of spectrum stray: less if the points are closer
+        self.strays = torch.tensor([0.17, 0.17, 0.085]) * self.jitter \
+            * (10 / max(10, num_classes)) ** (1 / 3)
         normal = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
         self.normal = normal.float().numpy()                    # of a number of 16 bits
 
@@ -607,8 +612,8 @@ class Formula:
 
     def spectrum(self, labels, u, rolls, noise):
         """Gaussian fields with power 1/f^slope, stretched along an angle, between two colours."""
-        strays = torch.tensor([0.17, 0.17, 0.085]) * self.jitter
-        slope, stretch, turn = (self.points[labels, :3] + strays * (2 * u[:, :3] - 1)).unbind(1)
+        place = self.points[labels, :3] + self.strays * (2 * u[:, :3] - 1)
+        slope, stretch, turn = place.unbind(1)
         angle = math.pi / 2 * turn * (1 - 2 * (u[:, 10] < 0.5).float())     # flips keep the class
         x = smooth_field(noise[:, :1], 0.8 + 2.7 * slope, 8 ** (0.1 + stretch), angle)
         x = x + 4 * self.contrast * smooth_field(noise[:, 1:], 2 + u[:, 3])

@@ -177,7 +177,8 @@ def expression(arch):
                 terms.append('#')
                 continue
             terms.append(text if name == 'skip_connect' else f'({text})@{name}')
-            needed += [*edges, (node, state)]
+            if text.strip('#+'):                # else nothing arrives
+                needed += [*edges, (node, state)]
         nodes.append(('+'.join(sorted(terms)), tuple(dict.fromkeys(needed))))
     return nodes[-1]
 

@@ -22,7 +22,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -193,8 +192,8 @@ def batch_of(args, images):
     return max(2 * parts, size - size % parts)
 
 
-def run_name(script, first, args, typed, defaults):
-    """runs/SCRIPT-first words-seed, and what else was typed that is not the default."""
+def run_name(script, first, args, typed):
+    """runs/SCRIPT-first words-seed, and what else was typed."""
     def word(value):
         if isinstance(value, float):
             return f'{value:g}'
@@ -203,10 +202,8 @@ def run_name(script, first, args, typed, defaults):
         return Path(str(value).removesuffix('genotype.json')).name.replace(' ', '_')
 
     words = [script, *map(word, first), f'seed{args.seed}']
-    defaults = {**defaults, 'data_seed': args.seed, 'source': DATA['source'].default}
     for name in sorted(typed.keys() - MAY_DIFFER - {'data', 'method', 'arch', 'seed'}):
-        if typed[name] != defaults[name]:
-            words.append(name if typed[name] is True else f'{name}={word(typed[name])}')
+        words.append(name if typed[name] is True else f'{name}={word(typed[name])}')
     return str(Path('runs', '-'.join(words)))
 
 
@@ -247,6 +244,7 @@ class Run:
         self.args, self.device, self.folder = args, device, Path(args.save)
         self.finished = from_first((self.folder / result).exists())
         self.checkpoint, self.log = {}, []
+        self.scripts = own_scripts()            # as they are now: later they may be edited
         self.epoch = self.step = self.epochs = 0        # where to go on, and where it ends
         self.caught = self.stop = 0             # the signal that came, that all have agreed on
         if args.amp and device.type == 'cuda' and not torch.cuda.is_bf16_supported(False):
@@ -265,20 +263,24 @@ class Run:
             return
         if not self.args.resume:
             raise UserError(f'{self.folder} holds a run: --resume it, or choose another --save')
-        before, now = read_json(about)['settings'], vars(self.args)
+        content, now = read_json(about), vars(self.args)
+        before, changed = content['settings'], []
         # A setting that the scripts have had only since then is compared if it is typed.
         names = sorted((now.keys() & before.keys() | {*self.args.typed}) - MAY_DIFFER)
         for name in ('seed', *names):           # the seeds of data follow it
             if now.get(name) != before.get(name):
                 raise UserError(f'{self.folder} was run with --{name} {before.get(name)!s:.60}, '
                                 f'not {now.get(name)!s:.60}: give the same, or another --save')
-        changed = []
-        for script in own_scripts():
-            began = self.folder / 'scripts' / script.name
-            if not began.exists() or began.read_bytes() != script.read_bytes():
-                changed.append(script.name)
+        for name, script in self.scripts.items():
+            began = self.folder / 'scripts' / name
+            if not began.exists() or began.read_bytes() != script:
+                changed.append(name)
         if changed:
             print(f'note: changed since {self.folder} began: {", ".join(changed)}', file=sys.stderr)
+        for name, value in hardware(self.device).items():
+            if content['hardware'].get(name, value) != value and not self.finished:
+                print(f'note: {self.folder} began with another {name} ({content["hardware"][name]}'
+                      f', now {value}), which may round differently', file=sys.stderr)
 
     def plan(self, full):
         """Set epochs, steps of an epoch and total, of data that give `full` steps an epoch."""
@@ -320,7 +322,7 @@ class Run:
 
     def write_args(self, data):
         """Write args.json and scripts/ of a new run; one that goes on must have the same data."""
-        about, sha256, scripts = self.folder / 'args.json', None, own_scripts()
+        about, sha256 = self.folder / 'args.json', None
         if data is not None:
             labels = hashlib.sha256(data.labels.tobytes()).hexdigest()
             sha256 = {'images': data.sha256(), 'labels': labels}
@@ -328,14 +330,13 @@ class Run:
             if read_json(about).get('data_sha256') != sha256:
                 raise UserError(f'{self.folder} was run on other images or labels: bring them back')
             return
-        code = hashlib.sha256(b''.join(script.read_bytes() for script in scripts))
         (self.folder / 'scripts').mkdir(exist_ok=True)
-        for script in scripts:
-            shutil.copy(script, self.folder / 'scripts')
+        for name, content in self.scripts.items():
+            (self.folder / 'scripts' / name).write_bytes(content)
         write_file(about, json.dumps({
             'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
             'settings': vars(self.args), 'data_sha256': sha256, 'git_commit': git_commit(),
-            'code': code.hexdigest()[:6],
+            'code': hashlib.sha256(b''.join(self.scripts.values())).hexdigest()[:6],
             'date': time.strftime('%Y-%m-%d'), 'hardware': hardware(self.device),
             'world_size': num_processes(), 'versions': {'python': platform.python_version(), **{
                 name: version(name) for name in ('torch', 'torchvision', 'numpy', 'pillow')}},
@@ -404,7 +405,8 @@ class Run:
                          'images_per_second': round(images / max(self.seconds, 1e-9), 1),
                          'peak_memory_mib': peak_memory_mib(self.device)})
         self.progress.close()
-        print(f'epoch {epoch + 1}/{self.epochs}: {summary(line)}')
+        with contextlib.suppress(BrokenPipeError):      # Ctrl-C has ended `| tee` before the save
+            print(f'epoch {epoch + 1}/{self.epochs}: {summary(line)}')
         self.sums = torch.zeros_like(self.sums)
         return self.save(epoch + 1, 0)
 
@@ -467,8 +469,11 @@ def summary(line):
 
 
 def own_scripts():
-    """The scripts of this repository, in the order of their names."""
-    return sorted(Path(__file__).resolve().parent.glob('*.py'))
+    """{name: content} of the scripts of this folder that make the run, by name."""
+    files = {Path(module.__file__).resolve() for module in [*sys.modules.values()]
+             if getattr(module, '__file__', None)}
+    here = Path(__file__).resolve().parent
+    return {file.name: file.read_bytes() for file in sorted(files) if file.parent == here}
 
 
 def git_commit():
@@ -704,7 +709,7 @@ def parse(argv):
         return out
 
     tables = {'network': NETWORK, 'data': INPUT, 'recipe': {**RECIPE, **SCHEDULE}}
-    args, typed, defaults = settle(__doc__, tables, argv, PRESETS, defaults_for)
+    args, typed, _ = settle(__doc__, tables, argv, PRESETS, defaults_for)
     if not args.arch:
         raise UserError('give --arch: a published name, a genotype.json or a search')
     genotype, _ = find_genotype(args.arch)
@@ -713,7 +718,7 @@ def parse(argv):
     args.genotype = to_json(genotype)           # a resumed run has the same
     if args.optimizer == 'adam':
         refuse_idle(typed, {'momentum'})
-    args.save = args.save or run_name('retrain', [args.data, args.arch], args, typed, defaults)
+    args.save = args.save or run_name('retrain', [args.data, args.arch], args, typed)
     return args
 
 

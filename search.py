@@ -466,7 +466,9 @@ class NasWot(OneShot):
     trains, scores, flags = False, ('naswot',), ('candidates', 'repeats')
 
     def prepare(self):
-        self.x, _ = self.fixed_batch(self.batches[0], self.args.batch_size)
+        x, _ = self.fixed_batch(self.batches[0], self.args.batch_size)
+        _, first = np.unique(x.flatten(1).cpu().numpy(), axis=0, return_index=True)
+        self.x = x[np.sort(first)]              # two equal images would make the determinant 0
         for module in self.network.modules():
             if isinstance(module, (ReLUConvBN, SepConv, DilConv, FactorizedReduce)):
                 module.register_forward_hook(lambda _, given, out: self.add(given[0].state))
@@ -847,8 +849,10 @@ def parse(argv):
         raise UserError('--early_stop needs nine eigenvalues: give more --epochs, or --hessian 1')
     if args.init_channels % args.partial:
         raise UserError(f'--init_channels must be a multiple of --partial {args.partial}')
+    if not method.searches:
+        args.data = defaults['data']            # which means nothing to it: a loop may go on
     words = [args.data, args.method] if method.searches else [args.method]
-    args.save = args.save or run_name('search', words, args, typed, defaults)
+    args.save = args.save or run_name('search', words, args, typed)
     return args
 
 
@@ -1010,7 +1014,8 @@ def say(args, genotype):
     """Print the cells that were found, what is known of them, and the next command."""
     print(genotype)                             # as DARTS's code writes it
     if isinstance(genotype, str):
-        on_paths, better = expression(genotype)[0], 'NB201_LARGEST'
+        names, better = dict(zip(NB201.edges, from_string(genotype))), 'NB201_LARGEST'
+        on_paths = str([names[edge] for edge in expression(genotype)[1]])
         print('known of this cell: CIFAR-10 {cifar10:.2f}%, better than {percentile:.1f}% of all '
               'cells, CIFAR-100 {cifar100:.2f}%, ImageNet16-120 {imagenet16:.2f}%'.format(
                   **truth(genotype)))

@@ -123,7 +123,7 @@ def test_folders_are_named_by_settings_and_never_mixed_up():
     shutil.copytree('data' / folder, 'other' / folder)
     shutil.copy('data' / folder / 'test_batch', 'other' / folder / 'data_batch_1')
     find_or_make('random_labels', label_noise=0.5, data_seed=4)         # found again
-    find_or_make('random_labels', 'not as they were', label_noise=0.5, data_seed=4,
+    find_or_make('random_labels', 'are not those that', label_noise=0.5, data_seed=4,
                  data_dir='other')
 
 
@@ -201,6 +201,14 @@ def test_augmentation_and_order_are_those_of_plain_loops():
         row, column = (u[1:3] * 16).astype(int) - 2
         wanted[max(0, row):row + 5, max(0, column):column + 5] = 0
         assert np.allclose(x.permute(1, 2, 0), wanted, atol=1e-4)
+
+
+def test_few_classes_of_spectrum_could_have_drawn_an_image():
+    for classes in (10, 1000):
+        formula = g.Formula('spectrum', np.arange(classes), classes, 8, 0)
+        place = formula.points[:, :3] + formula.strays * (2 * torch.rand(classes, 3) - 1)
+        near = (place[:, None] - formula.points[:, :3]).abs() <= formula.strays * 1.0001
+        assert 1 <= near.all(2).sum(1).float().mean() < 1.5
 
 
 @pytest.mark.parametrize('kind', [

@@ -142,7 +142,10 @@ def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
     for name, start in (('p.png', b'\x89PNG'), ('p.pdf', b'%PDF'), ('p.svg', b'<?xml')):
         assert evaluate.main(['s0', 'u', 'net', '--plot', name, '--gpu', '-1']) == 0
         assert Path(name).read_bytes().startswith(start)
+    run(search.main, 'other', *TINY, *ONE_STEP, '--arch_weight_decay', '0')
     text = Path('p.svg').read_text()
+    printed(capsys, 's0', 'other', '--plot', 'q.svg')
+    assert 'arch_weight_decay=0.0' in Path('q.svg').read_text()
     evaluate.write_csv('c.csv', [[os.fsdecode(b'caf\xe9.jpg')]])        # a name not in UTF-8
     assert Path('c.csv').read_bytes() == b'caf\xe9.jpg\n'
     assert 'epoch' in text and 'training accuracy, %' in text and 'alphas: valid' in text
@@ -287,6 +290,9 @@ def test_a_test_keeps_its_pictures_if_others_come_or_go(capsys):
     run(retrain.main, 'r', *flags, '--data', 'few', '--test_fraction', '0')
     assert 'test_n' not in reports(capsys, 'r')[0]
     shutil.rmtree('photos')
-    assert evaluate.main(['net', 'r', '--gpu', '-1']) == 2      # the other one is reported
+    assert evaluate.main(['net', 'r', '--gpu', '-1']) == 0      # with what the log has
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 3 and 'net: in the table is the test of its' in said.err
+    assert evaluate.main(['net', 'r', '--data_dir', 'nowhere']) == 2
     said = capsys.readouterr()
     assert said.out.startswith('r\n') and 'net is left out' in said.err

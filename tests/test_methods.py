@@ -448,6 +448,20 @@ def test_angle_is_that_of_the_weights_on_the_paths_before_and_after(float64):
         assert method.measure(to_string(arch))['angle'] == pytest.approx(wanted, abs=1e-10)
 
 
+def test_edges_behind_a_node_that_gets_nothing_are_on_no_path():
+    dead = to_string(['nor_conv_3x3', 'none', 'none', 'none', 'none', 'nor_conv_1x1'])
+    assert expression(dead)[1] == ()
+    assert {*expression(to_string(['skip_connect'] * 6))[1]} == {*NB201.edges}
+
+
+def test_naswot_takes_equal_images_once():
+    method, _ = searching('--space', 'nb201', '--method', 'naswot')
+    x, _ = batch()
+    method.batches, method.fixed_batch = [0], lambda *_: (torch.cat([x, x[2:3]]), 0)
+    method.prepare()
+    assert torch.equal(method.x, x)
+
+
 def naswot(network, x, y):
     """log |det| of the kernel of how many ReLUs agree, from Hamming's distance."""
     codes = []

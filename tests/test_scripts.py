@@ -34,6 +34,7 @@ def test_a_search_leaves_its_result_its_log_and_the_scripts():
     assert names == {'args.json', 'log.jsonl', 'genotype.json', 'genotype.svg', 'checkpoint.pt',
                      'scripts'}
     assert Path('r/scripts/search.py').read_text() == (ROOT / 'search.py').read_text()
+    assert not Path('r/scripts/conftest.py').exists()           # of another folder
     fields = json.loads(Path('r/genotype.json').read_text())
     assert (fields['data'], fields['method'], fields['seed']) == ('noise', 'darts', 0)
     assert from_plain(fields) == from_plain(lines[-1]['genotype'])
@@ -362,6 +363,8 @@ def test_typed_wins_over_quick_over_preset_over_method_over_space():
             ('train_portion', '--quick --train_portion 0.3', 0.3),
             ('hessian', '', None), ('hessian', '--early_stop', 2)):
         assert vars(search.parse(flags.split()))[name] == value, (name, flags)
+    cells = [search.parse(['--method', 'random', '--data', data]) for data in ('noise', 'cifar10')]
+    assert cells[0].data == cells[1].data               # a loop over data goes on
     assert retrain.parse(['--arch', random_string(0), '--preset', 'cifar']).epochs == 600
 
 
@@ -387,8 +390,7 @@ def name(flags, module=search):
 def test_names_of_runs_hold_what_was_typed_and_nothing_that_was_derived():
     for flags, expected in (
             ('', 'noise-darts-seed0'), ('--gpu -1 --resume --workers 3', 'noise-darts-seed0'),
-            ('--learning_rate 0.025', 'noise-darts-seed0'),         # the default
-            ('--seed 3 --data_seed 3', 'noise-darts-seed3'),        # the data follow the run's seed
+            ('--learning_rate 0.025', 'noise-darts-seed0-learning_rate=0.025'),    # the default
             ('--seed 3 --data_seed 5', 'noise-darts-seed3-data_seed=5'),
             ('--data imagenet --batch_size 512', 'imagenet-darts-seed0-batch_size=512'),
             ('--method random --seed 2', 'random-seed2'),
