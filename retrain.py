@@ -473,7 +473,8 @@ def own_scripts():
     files = {Path(module.__file__).resolve() for module in [*sys.modules.values()]
              if getattr(module, '__file__', None)}
     here = Path(__file__).resolve().parent
-    return {file.name: file.read_bytes() for file in sorted(files) if file.parent == here}
+    return {file.name: file.read_bytes() for file in sorted(files)
+            if file.parent == here and file.exists()}       # torch has modules without a file
 
 
 def git_commit():

@@ -216,6 +216,12 @@ def test_a_lost_log_is_written_again_a_lost_checkpoint_starts_again_and_the_end_
     assert said.err == 'note: changed since r began: search.py\n'
 
 
+def test_the_scripts_of_a_run_are_those_that_are_imported(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = ['evaluate', 'generate_data', 'genotypes', 'model_search', 'operations', 'retrain', 'search']
+    assert list(retrain.own_scripts()) == [f'{name}.py' for name in names]
+
+
 def test_a_setting_that_was_added_since_is_compared_if_it_is_typed(monkeypatch, capsys):
     lines = run(search.main, 'r', *TINY, *ONE_STEP)
     monkeypatch.setitem(search.SEARCH, 'tau', generate_data.Setting(1.0, 'over 50% of it'))
