@@ -304,6 +304,8 @@ def read_run(run):
     for name, value in (log[-1] if log else {}).items():
         if name.startswith(('fit_', 'test_', 'holdout_')):
             row[name] = value
+    if 'fit_error' in row and 'test_error' in row:
+        row['gap'] = row['test_error'] - row['fit_error']
     return row
 
 
@@ -408,7 +410,7 @@ def read_test(meta, data_dir=None, table=None):
 def report(run, device, data_dir=None, test_labels=None, alone=True):
     """What read_run returns, and for a finished retraining its cost, its test and their gap.
 
-    If its data are gone, one of several runs has the test that its log has.
+    If its data cannot be read, it has the test of its log, unless it is `alone`.
     """
     row = read_run(run)
     if row['type'] == 'search' or not row['finished']:
@@ -427,8 +429,7 @@ def report(run, device, data_dir=None, test_labels=None, alone=True):
     except UserError as error:
         if alone or data_dir or test_labels or 'test_n' not in row:
             raise
-        print(f'{run}: in the table is the test of its last epoch, because it cannot be tested '
-              f'again: {error}', file=sys.stderr)
+        print(f'{run}: {error} Its test is that of the last epoch, from its log.', file=sys.stderr)
         return row
     if data is None:
         return row
@@ -540,7 +541,7 @@ def table(rows):
             own.add(('images_sha256', row['data_sha256'][:6]))
         if search:
             own |= compared_settings(search, 'search_')
-        elif row.get('searched_on') not in ('published', 'given'):      # a file, which has no more
+        elif row.get('searched_on') is None:        # a retrained file: others may have its name
             own.add(('arch', row['settings'].get('arch')))
         key = tuple(row.get(name) for name in GROUPS), frozenset(own)
         repeat = tuple(row['settings'].get(name) for name in REPEATS)
@@ -620,14 +621,17 @@ def plot(rows, path):
     panels, colours = [], {}                    # panels: title, inches, function, its arguments
     # What was typed and differs stands in the legend.
     typed = set(chain(*(row['settings'].get('typed', ()) for row in rows))) - NAMED
-    shared = set.intersection(*(compared_settings(row['settings']) for row in rows))
+    shared = {}                                 # settings that all searches, all retrainings share
+    for row in rows:
+        own = compared_settings(row['settings'])
+        shared[row['type']] = shared.get(row['type'], own) & own
     palette = colormaps['tab20'].colors[::2] + colormaps['tab20'].colors[1::2]
     for row in rows:
         group = row.get('method') or row['arch']
         words = {'searched_on': ' on ', 'space': ', ', 'arch_data': ', alphas: ',
                  'trained_on': ', trained on '}
         group += ''.join(words[key] + row[key] for key in words if row.get(key))
-        for name, value in sorted(compared_settings(row['settings']) - shared):
+        for name, value in sorted(compared_settings(row['settings']) - shared[row['type']]):
             group += f', {name}={value}' if name in typed else ''
         row['colour'] = colours.setdefault(group, palette[len(colours) % 20])
     curves = dict(PANELS)
@@ -649,8 +653,8 @@ def plot(rows, path):
             panels.append(('fit and generalization, one dot per network', 2.4, draw_fits,
                            [fits, name, label]))
     if len(rows) == 1 and 'tested' in rows[0]:
-        table = rows[0]['tested_on']
-        panels.append((f'test on {table}' if table else 'test', 6, draw_test, rows))
+        labels = rows[0]['tested_on']
+        panels.append((f'test on {labels}' if labels else 'test', 6, draw_test, rows))
     if not panels:
         raise UserError('--plot: these runs have no log to draw: give runs that have begun')
     heights = [panel[1] for panel in panels]
@@ -765,7 +769,6 @@ def show_predictions(run, target, device):
         from torchvision.datasets.folder import IMG_EXTENSIONS
         inside = sorted(glob.glob('**', root_dir=target, recursive=True))       # follows links
         paths = [Path(target, name) for name in inside if name.lower().endswith(IMG_EXTENSIONS)]
-        paths = list({path.resolve(): path for path in paths}.values())     # a link may be a loop
     faults = dict(zip(paths, try_pictures(paths, [Path(target)])))
     if all(faults.values()):
         raise UserError(next(iter(faults.values()), f'--predict {target}: no pictures in it'))

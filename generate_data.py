@@ -83,8 +83,9 @@ def number(convert, low, high=2 ** 62):
 
 
 def name_or_path(text):
-    """Values of a Setting: a folder has one name, without ./ before it and / after it."""
-    return os.path.normpath(text)
+    """Values of a Setting: a folder has one name, but ./cifar10 is no cifar10."""
+    path = os.path.normpath(text)
+    return path if '/' in path else text.rstrip('/') or text
 
 
 def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
@@ -1182,9 +1183,8 @@ def read_written(folder, s):
             return data
     source = read(own['source'], {**own, 'data_dir': s['data_dir'], 'download': s['download']})
     if source.sha256() != meta['sha256']['images']:
-        where = f'in {s["data_dir"]} ' if own['source'] in REAL else ''
-        raise UserError(f'{folder}: the images of {own["source"]} {where}are not those that it was '
-                        'made of. Bring them back, or remove it and make it again.')
+        raise UserError(f'{folder} was made of other images of {own["source"]}. Bring those back '
+                        '(see --data_dir), or remove the set and make it again.')
     return replace(data, images=source.images, studies=source.studies, files=source.files,
                    zoom=source.zoom)
 
@@ -1399,11 +1399,14 @@ def read_folder(root, split, s):
 
 def trees_of(root):
     """[root], or its folder train (or training) and, if it has one, val (or test, or the like)."""
-    there = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    there = {name.lower(): root / name for name in class_folders(root)}
     train = [there[name] for name in ('train', 'training') if name in there]
     tests = ('val', 'valid', 'validation', 'test', 'testing')
     tests = [there[name] for name in tests if name in there]
-    return [*train[:1], *tests[:1]] if train else [root]
+    has_others = len(there) > len(train) + len(tests)
+    if not train or has_others and not class_folders(train[0]):     # which is a class then
+        return [root]
+    return [*train[:1], *tests[:1]]
 
 
 def share_of(file):

@@ -245,6 +245,8 @@ class Run:
         self.finished = from_first((self.folder / result).exists())
         self.checkpoint, self.log = {}, []
         self.scripts = own_scripts()            # as they are now: later they may be edited
+        if not hasattr(args, 'method'):
+            self.scripts.pop('search.py', None)         # which no retraining runs
         self.epoch = self.step = self.epochs = 0        # where to go on, and where it ends
         self.caught = self.stop = 0             # the signal that came, that all have agreed on
         if args.amp and device.type == 'cuda' and not torch.cuda.is_bf16_supported(False):
@@ -277,10 +279,11 @@ class Run:
                 changed.append(name)
         if changed:
             print(f'note: changed since {self.folder} began: {", ".join(changed)}', file=sys.stderr)
+        on_gpu, old = self.device.type == 'cuda', content['hardware']
         for name, value in hardware(self.device).items():
-            if content['hardware'].get(name, value) != value and not self.finished:
-                print(f'note: {self.folder} began with another {name} ({content["hardware"][name]}'
-                      f', now {value}), which may round differently', file=sys.stderr)
+            if not self.finished and value != old.get(name, value) and on_gpu == (name == 'device'):
+                print(f'note: {self.folder} began on other hardware ({name}: {old[name]}, now '
+                      f'{value}): digits may differ', file=sys.stderr)
 
     def plan(self, full):
         """Set epochs, steps of an epoch and total, of data that give `full` steps an epoch."""
@@ -343,7 +346,7 @@ class Run:
         }, indent=1) + '\n')
 
     def catch(self, signum, _frame):
-        # The second one, or one with no step left. (To torchrun's processes Slurm sends two.)
+        # The second one, or one with no step left. Slurm sends two to a process of torchrun.
         is_second = self.caught and 'TORCHELASTIC_RUN_ID' not in os.environ
         if is_second or self.epoch >= self.epochs:
             raise KeyboardInterrupt(signum)
@@ -405,10 +408,10 @@ class Run:
                          'images_per_second': round(images / max(self.seconds, 1e-9), 1),
                          'peak_memory_mib': peak_memory_mib(self.device)})
         self.progress.close()
-        with contextlib.suppress(BrokenPipeError):      # Ctrl-C has ended `| tee` before the save
-            print(f'epoch {epoch + 1}/{self.epochs}: {summary(line)}')
         self.sums = torch.zeros_like(self.sums)
-        return self.save(epoch + 1, 0)
+        stopped = self.save(epoch + 1, 0)       # before the print, as Ctrl-C may have ended `| tee`
+        print(f'epoch {epoch + 1}/{self.epochs}: {summary(line)}')
+        return stopped
 
     def due(self, epoch, step, tensors):
         """Whether to save now. (After the last step of an epoch end_epoch saves.)

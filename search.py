@@ -849,10 +849,7 @@ def parse(argv):
         raise UserError('--early_stop needs nine eigenvalues: give more --epochs, or --hessian 1')
     if args.init_channels % args.partial:
         raise UserError(f'--init_channels must be a multiple of --partial {args.partial}')
-    if not method.searches:
-        args.data = defaults['data']            # which means nothing to it: a loop may go on
-    words = [args.data, args.method] if method.searches else [args.method]
-    args.save = args.save or run_name('search', words, args, typed)
+    args.save = args.save or run_name('search', [args.data, args.method], args, typed)
     return args
 
 

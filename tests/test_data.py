@@ -123,7 +123,7 @@ def test_folders_are_named_by_settings_and_never_mixed_up():
     shutil.copytree('data' / folder, 'other' / folder)
     shutil.copy('data' / folder / 'test_batch', 'other' / folder / 'data_batch_1')
     find_or_make('random_labels', label_noise=0.5, data_seed=4)         # found again
-    find_or_make('random_labels', 'are not those that', label_noise=0.5, data_seed=4,
+    find_or_make('random_labels', 'made of other images', label_noise=0.5, data_seed=4,
                  data_dir='other')
 
 

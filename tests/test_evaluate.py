@@ -292,7 +292,7 @@ def test_a_test_keeps_its_pictures_if_others_come_or_go(capsys):
     shutil.rmtree('photos')
     assert evaluate.main(['net', 'r', '--gpu', '-1']) == 0      # with what the log has
     said = capsys.readouterr()
-    assert len(said.out.splitlines()) == 3 and 'net: in the table is the test of its' in said.err
+    assert len(said.out.splitlines()) == 3 and 'from its log' in said.err
     assert evaluate.main(['net', 'r', '--data_dir', 'nowhere']) == 2
     said = capsys.readouterr()
     assert said.out.startswith('r\n') and 'net is left out' in said.err

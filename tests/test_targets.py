@@ -214,6 +214,10 @@ def test_pictures_without_val_hold_out_about_a_fifth(capsys):
     said = capsys.readouterr().err
     assert f'80 pictures of 2 classes (cat, dog); the test has {len(test)}\n' in said
     refused('cat has no pictures to train on', g.read, 'moved', {'test_fraction': 1 - 1e-9})
+    folder_of_images('vehicles', ('bus', 'train'))      # a class may be called train
+    assert g.read('vehicles', {}).classes == ['bus', 'train']
+    folder_of_images('flat', ('train', 'val'))          # but these are no classes
+    refused('flat/train is no folder of images', g.read, 'flat', {})
     Path('cased').mkdir()
     for name, n in (('Train', 3), ('validation', 2), ('test', 1)):
         folder_of_images(f'cased/{name}', n=n)
