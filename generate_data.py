@@ -1756,7 +1756,8 @@ def main(argv=None):
         raise UserError(f'--out {out}: it or --source lies in the other. Write elsewhere.')
     make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']))
     print(f'wrote {out}: look at {Path(out, "sheet.png")}')
-    print(f'next: python search.py --data {shlex.quote(out)}')
+    laptop = '' if torch.cuda.is_available() else ' --preset laptop'
+    print(f'next: python search.py --data {shlex.quote(out)}{laptop}')
 
 
 if __name__ == '__main__':

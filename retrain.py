@@ -765,7 +765,7 @@ def main(argv=None):
         draw_apart(args.seed)                               # drop-path
         kept = run.checkpoint.get('kept', {})               # weights of the best held-out epoch
         run.start(f'{args.arch} (C={args.init_channels}) on {data.name} ({len(rows):,} images of '
-                  f'{data.image_size} px, {len(data.classes)} classes)',
+                  f'{data.image_size} px, {len(data.classes)} classes, batch {size})',
                   torch.zeros(2, device=device),            # loss and right answers
                   dict(network=network, optimizer=optimizer), lambda: dict(kept=kept))
         step = GraphedStep(lambda *batch: train_step(network, batch, optimizer, args),

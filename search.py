@@ -924,7 +924,8 @@ def main(argv=None):
         network = method.build()
         sgd, adam = optimizers(network, args)
         run.start(f'{method_name(vars(args))} on {data.name} ({len(data):,} images of '
-                  f'{data.image_size} px, {len(data.classes)} classes)',
+                  f'{data.image_size} px, {len(data.classes)} classes, '
+                  f'batch {batches[0].batch_size})',
                   torch.zeros(4, device=device),        # what bilevel_step returns
                   dict(network=network, sgd=sgd, adam=adam),
                   lambda: dict(stage=method.stage, kept=method.kept))
