@@ -435,8 +435,8 @@ def report(run, device, data_dir=None, test_labels=None, alone=True):
         return row
     loss, scores, labels = predictions('test', network.to(device), data, range(len(data)), device)
     if not test_labels and data.sha256() != meta.get('test_sha256', data.sha256()):
-        print(f'warning: {run}: the test images have changed since its training ended. If some were '
-              'moved and not only added, they may be of the training.', file=sys.stderr)
+        print(f'warning: {run}: its test images have changed since its training ended. If some '
+              'were moved and not only added, they may be of the training.', file=sys.stderr)
     names = data.files or range(len(data))
     if data.studies is not None:
         names = np.unique(data.studies)

@@ -228,7 +228,7 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     assert json.loads(said.out)['test_loss'] == loss and 'warning' not in said.err
     shutil.copy('photos/val/cat/0.png', 'photos/val/cat/1.png')
     assert evaluate.main([size, '--gpu', '-1']) == 0
-    assert 'not as they were when its training ended' in capsys.readouterr().err
+    assert 'images have changed since its training' in capsys.readouterr().err
     for split in ('train', 'val'):
         shutil.move(f'photos/{split}/cat', f'{split}-cat')
     assert reports(capsys, size)[0]['test_n'] == 16
