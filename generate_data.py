@@ -324,7 +324,7 @@ def choose_device(gpu, tf32=False):
         # torchrun keeps its store when it starts the processes again: without a prefix they would
         # find the addresses of those that died.
         store, rank, processes = next(torch.distributed.rendezvous('env://'))
-        # Several machines count differently. With the variable in README each start has a new store.
+        # Several machines count differently. With README's variable each start has a new store.
         alone = os.environ.get('GROUP_WORLD_SIZE', '1') == '1'
         attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else '0'
         torch.distributed.init_process_group(
