@@ -104,9 +104,8 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
         argument_default=argparse.SUPPRESS, allow_abbrev=False, formatter_class=layout)
 
     def refuse(message):            # in one line, where argparse would print a page of usage
-        unknown = re.search('unrecognized arguments: (--[^ =]+)', message)
-        flags = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[1], flags, 1, 0.7) if unknown else []
+        unknown = re.findall('unrecognized arguments: (--[^ =]+)', message) or ['']
+        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1, 0.7)
         hint = f'did you mean {near[0]}?' if near else 'see --help'
         raise UserError(f'{message} ({hint})')
 
@@ -171,7 +170,7 @@ def one_line_errors(main):
         except OSError as error:
             message = f'{error.filename or "a file"}: {error.strerror or error}. Check the path, ' \
                       'the permissions of its folder, and the free space.'
-        except KeyboardInterrupt as error:      # of a Run with its signal
+        except KeyboardInterrupt as error:      # Run.catch gives its signal
             print('\nstopped', file=sys.stderr)
             return 128 + (error.args or [signal.SIGINT])[0]
         print(f'{Path(main.__globals__["__file__"]).name}: error: {message}', file=sys.stderr)
@@ -542,7 +541,10 @@ class Formula:
         self.systems = 8 if num_classes < 1000 else 1           # fractals of a class
         if name == 'fractal':
             self.maps, self.table = fractal_bank(seed, num_classes * self.systems)
-        self.points = torch.from_numpy(spread(seed, num_classes, 8)).float()    # of the classes
+        # For each class a point of the unit cube, far from the others: Roberts's R sequence, by
+        # the root of x^9 = x + 1
+        steps = np.outer(np.arange(1, num_classes + 1), 1.085070245491451 ** -np.arange(1.0, 9))
+        self.points = torch.from_numpy((uniforms(seed, BANK, [0], 8) + steps) % 1).float()
         # How far slope, stretch and turn of spectrum stray: less if the points are closer
         self.strays = torch.tensor([0.17, 0.17, 0.085]) * self.jitter \
             * (10 / max(10, num_classes)) ** (1 / 3)
@@ -553,11 +555,9 @@ class Formula:
         """The images of the set, uint8 (n, size, size, 3) at a time."""
         threads, n = torch.get_num_threads(), len(self.labels)
         parts = [range(k, min(k + self.chunk, n)) for k in range(0, n, self.chunk)]
-        for k in range(0, len(parts), threads):
-            with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
-                images = list(pool.map(self.draw, parts[k:k + threads]))
-            torch.set_num_threads(threads)
-            yield np.concatenate(images)
+        with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
+            yield from pool.map(self.draw, parts)
+        torch.set_num_threads(threads)
 
     def __call__(self, places):
         """Images at any places, filled up to 64, so that none depends on what is drawn with it."""
@@ -583,7 +583,7 @@ class Formula:
     def random(self, places, stream=0):
         """(B, 32) numbers between 0 and 1, never 1 itself, and (B, n) of 16 bits."""
         u = torch.from_numpy(uniforms(self.seed, DRAWS + stream, places, 32)).float()
-        n = max(8 * LEAVES, ROUNDS * 8 * self.size)
+        n = ROUNDS * 8 * self.size
         rolls = uint16s(self.seed, ROLLS + stream, places, n).astype(np.int32)
         return u.clamp(max=1 - 2 ** -24), torch.from_numpy(rolls)   # 1: the largest, rounded
 
@@ -606,7 +606,7 @@ class Formula:
             rows = (labels.sum(1) > j).nonzero()[:, 0]
             label = (labels[rows].cumsum(1) <= j).sum(1)
             u, rolls = self.random(places[rows.numpy()], 10 * (j + 1))
-            u[:, 9] = -0.2 / 0.7                        # no saturation: white
+            u[:, 9] = -0.2 / 0.7                        # cancels add_fractal's 0.2: white
             centre = 0.2 + 0.6 * u[:, 11:13]
             x[rows] = self.add_fractal(x[rows], label, u, rolls, centre, 0.18)
         return x
@@ -700,8 +700,7 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     which = table[rows, (256 * u[:, 1]).long()]
     grow = 1 - jitter * (0.2 - 0.3 * u[:, 2])                       # U(0.8, 1.1) at jitter 1
     grow = torch.minimum(grow, 0.98 / maps[rows, which, 6])
-    maps[rows[:, None], which[:, None], [0, 1, 3, 4, 6]] *= grow[:, None]
-    rolls = rolls[:, :ROUNDS * points // 2]
+    maps[rows[:, None], which[:, None], [0, 1, 3, 4, 6]] *= grow[:, None]   # not the translation
     chosen = table.gather(1, torch.cat([rolls & 255, rolls >> 8], 1).long()) + 4 * rows[:, None]
     maps, path = maps.flatten(0, 1)[:, :6].contiguous(), []
     x = y = torch.zeros(b, points)
@@ -723,15 +722,6 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
     counts = torch.bincount(at[inside], minlength=b * fine ** 2).view(b, 1, fine, fine)
     tone = F.avg_pool2d(counts.float().log1p(), 2)
     return tone / tone.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
-
-
-def spread(seed, n, k):
-    """float64 (n, k): n points of the unit cube far from one another (Roberts's R sequence)."""
-    phi = 2.0
-    for _ in range(64):
-        phi = (1 + phi) ** (1 / (k + 1))
-    steps = np.outer(np.arange(1, n + 1), phi ** -np.arange(1.0, k + 1))
-    return (uniforms(seed, BANK, [0], k) + steps) % 1
 
 
 def smooth_field(noise, slope, stretch=None, angle=None):
@@ -794,15 +784,11 @@ class UNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(129 + num_classes, emb), nn.SiLU(),
                                    nn.Linear(emb, emb), nn.SiLU())
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down, self.up, width = nn.ModuleList(), nn.ModuleList(), widths[0]
-        for c in widths:
-            self.down.append(ResBlock(width, c, emb))
-            width = c
-        for c in reversed(widths):
-            self.up.append(ResBlock(width + c, c, emb))
-            width = c
-        self.head = nn.Sequential(nn.GroupNorm(16, width), nn.SiLU(),
-                                  nn.Conv2d(width, 3, 3, padding=1))
+        back = widths[::-1]
+        self.down = nn.ModuleList(ResBlock(a, b, emb) for a, b in zip(widths[:1] + widths, widths))
+        self.up = nn.ModuleList(ResBlock(a + b, b, emb) for a, b in zip(back[:1] + back, back))
+        self.head = nn.Sequential(nn.GroupNorm(16, widths[0]), nn.SiLU(),
+                                  nn.Conv2d(widths[0], 3, 3, padding=1))
 
     def forward(self, x, t, y):
         phase = 2 * math.pi * t[:, None] * self.frequencies
@@ -843,7 +829,7 @@ def train_flow(source, path, steps, seed, device):
         averages, weights, 1 - min(0.999, step / (step + 10))))
     adam = torch.optim.Adam(network.parameters())
     parts = {'network': network, 'average': average, 'adam': adam}
-    # What a checkpoint must agree in
+    # A checkpoint of other data or another seed is refused.
     about = [source.sha256(), hashlib.sha256(source.labels.tobytes()).hexdigest(), source.classes,
              source.image_size, seed]
     step, saved = 0, 0.0
@@ -942,7 +928,7 @@ def new_folder(out):
     out = Path(os.path.realpath(out))
     new = out.with_name(f'.{out.name}.new')
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_name(f'.{out.name}.lock'), 'w') as lock:     # which stays, as a run's does
+    with open(out.with_name(f'.{out.name}.lock'), 'w') as lock:     # the file stays
         fcntl.flock(lock, fcntl.LOCK_EX)            # one process at a time
         if out.exists():
             raise UserError(f'{out} exists. Remove it, or choose another --out.')
@@ -1043,12 +1029,11 @@ def contact_sheet(images, labels, meta):
     sheet = Image.new('RGB', (gap + 10 * step, gap + rows * step), 'white')
     pen = ImageDraw.Draw(sheet)
     present = [[k] if labels.ndim == 1 else np.flatnonzero(k == 1) for k in labels]
-    shown = np.unique(np.concatenate(present)).astype(int)
     # A name that is not ASCII, which Pillow's font lacks, is its number.
-    names = {c: meta['classes'][c] if meta['classes'][c].isascii() else str(c) for c in shown}
+    names = [name if name.isascii() else str(k) for k, name in enumerate(meta['classes'])]
     kind = meta['settings'].get('generator', meta['kind'])
     pen.text((gap, 2), f'{kind}: {meta["num_images"]:,} images of {meta["image_size"]} px, '
-             f'{len(shown):,} of {len(meta["classes"]):,} classes, seed {meta["seed"]}', 'black')
+             f'{len(names):,} classes, seed {meta["seed"]}', 'black')
     for place, (image, classes) in enumerate(zip(images, present)):
         x, y = gap + place % 10 * step, gap + place // 10 * step
         how = Image.NEAREST if len(image) < side else Image.BOX
@@ -1132,7 +1117,7 @@ class Data:
         return batch
 
     def sha256(self):
-        """Of the images, or of the names and sizes of their files if they are not in memory."""
+        """Digest of the images, or of the names and sizes of files that are not in memory."""
         content = self.images
         if content is None:
             names = [f'{path.parent.name}/{path.name} {path.stat().st_size}' for path in self.files]
@@ -1154,12 +1139,7 @@ def read(name, s, split='train'):
         raise UserError(f'{name}: no folder, nor {", ".join([*REAL, *KINDS])}. Check the path.')
     if not (folder / 'meta.json').exists():
         return read_folder(folder, split, s)
-    if split != 'train':                                # unreal data have no test split
-        return None
-    data = read_written(folder, s)
-    if s['image_size'] not in (None, data.image_size):
-        raise UserError(f'{name}: its images need --image_size {data.image_size}. Or make others.')
-    return data
+    return read_written(folder, s) if split == 'train' else None    # unreal data have no test
 
 
 def read_written(folder, s):
@@ -1168,6 +1148,8 @@ def read_written(folder, s):
         meta = json.loads((folder / 'meta.json').read_text())
         data = Data(str(folder), meta['kind'], None, np.load(folder / 'labels.npy'),
                     meta['classes'], meta['mean'], meta['std'], meta['image_size'])
+        if s['image_size'] not in (None, data.image_size):
+            raise UserError(f'{folder}: give --image_size {data.image_size}, or make other images.')
         if hashlib.sha256(data.labels).hexdigest() != meta['sha256']['labels']:
             raise ValueError('other labels')
         own = {**DEFAULTS, **meta['settings'], 'image_size': data.image_size}
@@ -1298,11 +1280,8 @@ def read_chexpert(name, s, split, table=None):
             print(f'warning: {path}: {len(both)} of its patients are in train.csv too, e.g. '
                   f'{min(both)}: results of networks that were trained on them are too good',
                   file=sys.stderr)
-    data = Data(name, 'real', None, labels[rows], list(CHEXPERT), [0.5] * 3, [0.25] * 3,
-                s['image_size'] or 320, studies, files)
-    if data.small and len(files) <= AT_ONCE:
-        data.images = decode(files, data.image_size)
-    return data
+    return data_of_files(name, split, list(CHEXPERT), files, labels[rows], [0.5] * 3, [0.25] * 3,
+                         s['image_size'] or 320, studies)
 
 
 def read_chexpert_table(path, uncertain):
@@ -1312,27 +1291,26 @@ def read_chexpert_table(path, uncertain):
     zeros.
     """
     rows = {}
-    mend = "It needs Path (or Study) and CheXpert's 14 labels; or else check its path, --data_dir."
+    mend = "It needs CheXpert's 14 labels, 1.0, 0.0, -1.0 or blank, and Path (or Study), as " \
+        'patientX/studyY/view1_frontal.jpg. Or else check its path, --data_dir.'
     with readable(f'{path} is no CSV file of CheXpert', mend), \
             open(path, newline='', encoding='utf-8-sig') as file:
         reader = csv.DictReader(file, restval='no cell')
         names = reader.fieldnames or []
         key = 'Study' if 'Study' in names else 'Path'
-        for name in (key, *CHEXPERT):
-            if name not in names:
-                raise ValueError(f'no column {name}')
+        missing = [name for name in (key, *CHEXPERT) if name not in names]
+        if missing:
+            raise ValueError(f'no column {missing[0]}')
         for row in reader:
-            inside = re.sub('^.*/(?=(train|valid|test)/)', '', row[key])
-            with readable(f'{path}, line {reader.line_num}', 'Paths end in patientX/studyY/view1_'
-                          'frontal.jpg, and labels are 1.0, 0.0, -1.0 or blank.'):
-                if inside in rows:
-                    raise ValueError(f'{inside} has a row already')
-                if not re.search('patient[^/]*/study[^/]*(/[^/]*)?$', inside):
-                    raise ValueError(f'the path is {inside}')
-                for name in CHEXPERT:
-                    if row[name] not in ('', '0', '0.0', '1', '1.0', '-1', '-1.0'):
-                        raise ValueError(f'{name} is {row[name]}')
-                rows[inside] = [float(row[name] or 0) for name in CHEXPERT]
+            inside, where = re.sub('^.*/(?=(train|valid|test)/)', '', row[key]), reader.line_num
+            if inside in rows:
+                raise ValueError(f'line {where}: {inside} has a row already')
+            if not re.search('patient[^/]*/study[^/]*(/[^/]*)?$', inside):
+                raise ValueError(f'line {where}: the path is {inside}')
+            for name in CHEXPERT:
+                if row[name] not in ('', '0', '0.0', '1', '1.0', '-1', '-1.0'):
+                    raise ValueError(f'line {where}: {name} is {row[name]}')
+            rows[inside] = [float(row[name] or 0) for name in CHEXPERT]
         if not rows:
             raise ValueError('no rows')
     labels = np.array([*rows.values()])
@@ -1362,7 +1340,7 @@ def read_folder(root, split, s):
     check_classes(classes[0], classes[-1], trees[-1])
     is_test = np.arange(sum(map(len, files))) >= len(files[0])      # those of the second tree
     files, labels = np.concatenate(files), np.concatenate(labels)
-    # The training split is read first, and tries the pictures of both.
+    # Reading 'train', which comes first, tries the pictures of both splits.
     if s['skip_broken'] or (split == 'train' and len(files) <= 20000):
         faults = np.array(try_pictures(files, trees if split == 'train' else []), object)
         fine = faults == ''
@@ -1375,8 +1353,9 @@ def read_folder(root, split, s):
         files, labels, is_test = files[fine], labels[fine], is_test[fine]
     if len(trees) == 1 and s['test_fraction']:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            shares = Progress(len(files), 'pictures hashed').over(pool.map(share_of, files))
-            is_test = np.array(list(shares)) < s['test_fraction']
+            hashes = pool.map(lambda file: hashlib.sha256(file.read_bytes()).digest()[:4], files)
+            shares = b''.join(Progress(len(files), 'pictures hashed').over(hashes))
+        is_test = np.frombuffer(shares, '>u4') / 2.0 ** 32 < s['test_fraction']
     if split == 'train':
         empty = {*range(len(classes[0]))} - {*labels[~is_test]}
         if empty:
@@ -1404,14 +1383,9 @@ def trees_of(root):
     tests = ('val', 'valid', 'validation', 'test', 'testing')
     tests = [there[name] for name in tests if name in there]
     has_others = len(there) > len(train) + len(tests)
-    if not train or has_others and not class_folders(train[0]):     # which is a class then
+    if not train or has_others and not class_folders(train[0]):     # then `train` is a class
         return [root]
     return [*train[:1], *tests[:1]]
-
-
-def share_of(file):
-    """Return a number in [0, 1) that depends on the bytes of a file alone."""
-    return int.from_bytes(hashlib.sha256(file.read_bytes()).digest()[:4], 'big') / 2 ** 32
 
 
 def evenly(n, most):
@@ -1419,14 +1393,14 @@ def evenly(n, most):
     return np.linspace(0, n - 1, min(n, most)).astype(int)
 
 
-def data_of_files(name, split, classes, files, labels, mean, std, size):
-    """A Data of what list_images returns.
+def data_of_files(name, split, classes, files, labels, mean, std, size, studies=None):
+    """A Data of image files. Small sets are decoded at once.
 
-    Above 64 px images are resized to 8/7 of the size and their middle is cut out, as 256 and 224
-    px of ImageNet. Small sets are decoded at once.
+    Above 64 px images, but not X-rays, are resized to 8/7 of the size and their middle is cut out,
+    as 256 and 224 px of ImageNet.
     """
-    data = Data(name, 'real', None, labels, classes, mean, std, size, files=files.tolist(),
-                zoom=8 / 7 if size > 64 else 1)
+    data = Data(name, 'real', None, labels, classes, mean, std, size, studies, list(files),
+                8 / 7 if size > 64 and studies is None else 1)
     # For crops the whole image is needed.
     if data.small and len(files) <= AT_ONCE and (data.zoom == 1 or split == 'test'):
         data.images = decode(files, size, data.zoom)
@@ -1502,7 +1476,7 @@ def resize(image, size, zoom=1, crop=False):
     """
     if image.mode == 'F':
         raise ValueError('its pixels are fractions: save it with 8 or 16 bits')
-    with contextlib.suppress(Exception):            # EXIF that is damaged is empty from then on
+    with contextlib.suppress(Exception):            # the next call gives an empty one
         image.getexif()
     # It may say that a picture lies on its side. Of a TIFF Pillow gives the turned size already.
     turned = image.format != 'TIFF' and image.getexif().get(274) in (5, 6, 7, 8)
@@ -1598,7 +1572,7 @@ def transforms_of(augment):
     return [v2.RandomHorizontalFlip(), *colours]
 
 
-def suited(data):
+def auto_augment(data):
     """The augmentation that --augment auto means for a Data."""
     if data.kind in KINDS and not KINDS[data.kind].augment:
         return 'none'
@@ -1629,7 +1603,7 @@ class Batches:
         self.part = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
         if not shuffle:
             self.part, self.indices = slice(0, batch_size), self.indices[rank::processes]
-        self.augment = suited(data) if augment == 'auto' else augment
+        self.augment = auto_augment(data) if augment == 'auto' else augment
         self.device, self.cutout, self.seed = device, cutout, seed
         self.shuffle, self.workers = shuffle, workers
         self.mean = torch.tensor(data.mean, device=device) * 255
@@ -1642,7 +1616,7 @@ class Batches:
             if data.on_device is None:
                 data.on_device = torch.from_numpy(np.array(data.images)).to(device)
             self.images = data.on_device.clone() if data.fresh else data.on_device
-        self.turns = np.zeros(len(data), int)   # of --fresh: from which drawing each image is
+        self.turns = np.zeros(len(data), int)   # of --fresh: in which each image was drawn
 
     def __len__(self):
         n = len(self.indices)
@@ -1681,7 +1655,7 @@ class Batches:
             multiprocessing_context='fork' if self.workers else None,       # shares the images
             worker_init_fn=die_with_parent,
             pin_memory=self.device.type == 'cuda', generator=torch.Generator())
-        # Workers get no signal that is sent to all: it would end them before the run has saved.
+        # Workers start with signals blocked: one sent to all must not end them before the save.
         atexit.unregister(kill_workers)
         atexit.register(kill_workers)
         signals = signal.SIGINT, signal.SIGTERM
@@ -1751,9 +1725,8 @@ def main(argv=None):
         unused |= {'data_dir', 'download'}
     what = kind + (f' --generator {s["generator"]}' if kind == 'generated' else '')
     refuse_idle(typed, unused, f'for --kind {what}')
-    both = [os.path.realpath(out), os.path.realpath(s['source'])]
-    if s['source'] not in REAL and os.path.commonpath(both) in both:
-        raise UserError(f'--out {out}: it or --source lies in the other. Write elsewhere.')
+    if s['source'] not in REAL and Path(out).resolve().is_relative_to(Path(s['source']).resolve()):
+        raise UserError(f'--out {out} lies in --source. Write elsewhere.')
     make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']))
     print(f'wrote {out}: look at {Path(out, "sheet.png")}')
     laptop = '' if torch.cuda.is_available() else ' --preset laptop'

@@ -95,34 +95,6 @@ class BatchNorm(nn.BatchNorm2d):
         return y.contiguous(memory_format=torch.channels_last)
 
 
-class DepthwiseOnCPU(torch.autograd.Function):
-    """5x5 depthwise convolution. Its weights' gradient is computed in two parts, columns 0 to 2 and
-    3 to 4, which saves a tenth of a step.
-    """
-    @staticmethod
-    def forward(ctx, x, weight, stride):
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return F.conv2d(x, weight, None, stride, 2, 1, len(weight))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-
-        def gradient(x, weight, padding, of_x):
-            return torch.ops.aten.convolution_backward(
-                grad, x, weight, None, [ctx.stride] * 2, padding, [1, 1], False, [0, 0],
-                len(weight), (of_x, not of_x, False))[0 if of_x else 1]
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = gradient(x, weight, [2, 2], True)
-        if ctx.needs_input_grad[1]:
-            dw = torch.cat([gradient(F.pad(x, (2, 0)), weight[..., :3], [2, 0], False),
-                            gradient(F.pad(x, (-1, 2)), weight[..., 3:], [2, 0], False)], 3)
-        return dx, dw, None
-
-
 class PointwiseConv(nn.Conv2d):
     """1x1 convolution of `edges` groups."""
     def __init__(self, channels, edges):
@@ -136,16 +108,9 @@ class PointwiseConv(nn.Conv2d):
         return super().forward(x)
 
 
-class DepthwiseConv(nn.Conv2d):
+def depthwise_conv(channels, size, stride=1):
     """Depthwise convolution of `channels` channels, padded to keep the size (or halve it)."""
-    def __init__(self, channels, size, stride=1):
-        super().__init__(channels, channels, size, stride, size // 2, groups=channels, bias=False)
-
-    def forward(self, x):
-        if self.kernel_size == (5, 5) and x.device.type == 'cpu' \
-                and torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu'):
-            return DepthwiseOnCPU.apply(x, self.weight, self.stride[0])
-        return super().forward(x)
+    return nn.Conv2d(channels, channels, size, stride, size // 2, groups=channels, bias=False)
 
 
 # ---- Operations -----------------------------------------------------------------------------
@@ -194,10 +159,10 @@ class SepConv(nn.Module):
         super().__init__()
         c = channels * edges
         self.edges = edges
-        self.depthwise1 = DepthwiseConv(c, size, stride)
+        self.depthwise1 = depthwise_conv(c, size, stride)
         self.pointwise1 = PointwiseConv(c, edges)
         self.norm1 = BatchNorm(c, affine=affine)
-        self.depthwise2 = DepthwiseConv(c, size)
+        self.depthwise2 = depthwise_conv(c, size)
         self.pointwise2 = PointwiseConv(c, edges)
         self.norm2 = BatchNorm(c, affine=affine)
 
@@ -213,7 +178,7 @@ class DilConv(nn.Module):
         super().__init__()
         c = channels * edges
         self.edges, self.stride = edges, stride
-        self.depthwise = DepthwiseConv(c, size)
+        self.depthwise = depthwise_conv(c, size)
         self.pointwise = PointwiseConv(c, edges)
         self.norm = BatchNorm(c, affine=affine)
 

@@ -25,8 +25,8 @@ from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CIFAR, KINDS, REAL, Batches, Progress, Setting, UserError,
-                           choose_device, evenly, find_or_make, is_first, kind_of, leave,
-                           num_processes, number, one_line_errors, refuse_idle, set_tf32, suited,
+                           auto_augment, choose_device, evenly, find_or_make, is_first, kind_of,
+                           leave, num_processes, number, one_line_errors, refuse_idle, set_tf32,
                            world, write_file)
 from evaluate import correct, data_name, gather, loss_of, method_name, read_json, write_csv
 from retrain import (INPUT, NETWORK, RUN, SCHEDULE, GraphedStep, Run, average, batch_of, draw_apart,
@@ -879,7 +879,7 @@ def make_batches(data, args, device):
     halves = two_parts(data, args)[:2 if args.arch_data == 'valid' else 1]
     augment, size = args.augment, batch_of(args, min(map(len, halves)))
     if augment == 'auto':                       # no colour jitter: PC-DARTS searches without
-        augment = suited(data).replace('imagenet', 'crop')
+        augment = auto_augment(data).replace('imagenet', 'crop')
     return [Batches(data, half, size, device, augment, seed=2 * args.seed + k,
                     workers=args.workers) for k, half in enumerate(halves)]
 

@@ -137,9 +137,9 @@ def test_augmentations_keep_what_they_should():
     data = g.Data('x', 'real', pixels, np.zeros((6, 14), np.uint8), list(g.CHEXPERT), [.5] * 3,
                   [.2] * 3, 72)
     one_label = g.replace(data, labels=np.zeros(6, int))            # what `auto` is
-    assert g.suited(data) == 'affine' and g.suited(one_label) == 'imagenet'
-    assert g.suited(g.replace(one_label, image_size=64)) == 'standard'
-    assert g.suited(g.replace(one_label, kind='noise')) == 'none'
+    assert g.auto_augment(data) == 'affine' and g.auto_augment(one_label) == 'imagenet'
+    assert g.auto_augment(g.replace(one_label, image_size=64)) == 'standard'
+    assert g.auto_augment(g.replace(one_label, kind='noise')) == 'none'
     sides = {}
     for augment in ('affine', 'crop'):
         batches = g.Batches(data, range(6), 6, torch.device('cpu'), augment, workers=0)
@@ -183,11 +183,11 @@ def test_chexpert_that_is_damaged_is_one_line():
     table = Path('d/CheXpert-v1.0-small/train.csv')
     whole = table.read_text()
     for text, needle in ((whole.replace('Edema', 'Oedema'), 'Edema'),
-                         (whole.replace('-1.0', '-2.0', 1), 'line 2 ('),
+                         (whole.replace('-1.0', '-2.0', 1), 'line 2: '),
                          (','.join(whole.split(',')[:-3]), 'no cell'),     # cut in its last line
                          (whole.splitlines()[0] + '\n', 'no rows'),
                          (whole + whole.splitlines()[-1] + '\n', 'has a row already'),
-                         (whole.replace('/patient00003/study1/', '/ward/'), 'line 8 (the path is'),
+                         (whole.replace('/patient00003/study1/', '/ward/'), 'line 8: the path is'),
                          (whole.replace('patient0000', 'patient9990'), 'patient99900'),
                          ('\0\0', 'CSV')):
         table.write_text(text)
