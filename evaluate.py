@@ -41,12 +41,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import genotypes
-from genotypes import (ACCURACIES, NB201_LARGEST, find_genotype, from_plain, from_string,
-                       nas_bench_201, plain)
+from genotypes import ACCURACIES, NB201_LARGEST, find_genotype, from_plain, nas_bench_201, plain
 from model_search import Network
 
-EVALUATION_BATCH = 250, 50      # images up to 64 px, and above; it changes no result
-DRAWS = 1000                    # of the bootstrap
 # Settings that change rounding at most: they may differ on resume, and between runs of a table.
 MAY_DIFFER = {'save', 'resume', 'gpu', 'graph', 'workers', 'checkpoint_minutes', 'data_dir',
               'download', 'typed'}
@@ -98,9 +95,8 @@ def auroc(scores, labels):
 
 def areas(scores, labels, classes):
     """{class: area under its ROC curve} of the classes where that is defined."""
-    scores, labels = np.asarray(scores), np.asarray(labels)
-    values = {name: auroc(scores[:, k], labels[:, k]) for k, name in enumerate(classes)}
-    return {name: value for name, value in values.items() if value is not None}
+    values = map(auroc, np.asarray(scores).T, np.asarray(labels).T)
+    return {name: value for name, value in zip(classes, values) if value is not None}
 
 
 def mean_area(scores, labels, classes, names=()):
@@ -142,10 +138,9 @@ def metric_columns():
 
 def gather(value):
     """[value of each process], of plain types and tensors on the CPU."""
-    values = [None] * num_processes()
-    if len(values) == 1:
-        return [value]
-    torch.distributed.all_gather_object(values, value)
+    values = [value] * num_processes()
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
     return values
 
 
@@ -156,8 +151,8 @@ def predictions(part, network, data, rows, device, workers=2):
     Every process tests a share of the rows of a Data. The views of a study become one, by the
     maximum.
     """
-    batches = Batches(data, rows, EVALUATION_BATCH[data.image_size > 64], device, shuffle=False,
-                      workers=workers)
+    size = 50 if data.image_size > 64 else 250          # which changes no result
+    batches = Batches(data, rows, size, device, shuffle=False, workers=workers)
     network.eval()
     total, scores, labels = 0.0, [], []
     for x, y in Progress(len(batches), f'batches, {part}').over(batches.epoch()):
@@ -165,16 +160,16 @@ def predictions(part, network, data, rows, device, workers=2):
         total += (loss_of(logits, y) * len(y)).item()
         scores.append(logits.float().cpu())
         labels.append(y.cpu())
-    totals, scores, labels, rows = zip(*gather((total, scores, labels, batches.indices)))
+    totals, scores, labels, tested_rows = zip(*gather((total, scores, labels, batches.indices)))
     scores, labels = torch.cat(sum(scores, [])), torch.cat(sum(labels, []))
     loss = sum(totals) / len(labels)
     if data.studies is None:
         return loss, scores, labels
-    _, study = np.unique(data.studies[np.concatenate(rows)], return_inverse=True)
+    _, study = np.unique(data.studies[np.concatenate(tested_rows)], return_inverse=True)
     study = torch.from_numpy(study).unsqueeze(1).expand_as(scores)
     empty = torch.full((int(study.max()) + 1, scores.shape[1]), -math.inf)
     return loss, empty.scatter_reduce(0, study, scores, 'amax'), \
-        empty.scatter_reduce(0, study, labels.float(), 'amax')
+        empty.scatter_reduce(0, study, labels, 'amax')
 
 
 def measure(part, loss, scores, labels, classes):
@@ -195,7 +190,7 @@ def test(part, network, data, rows, device, workers=2):
 def bootstrap(scores, labels, classes):
     """{class: 95% interval of its area under the ROC curve}, by drawing rows with replacement."""
     rng, drawn = np.random.Generator(np.random.Philox(0)), {}
-    for _ in range(DRAWS):
+    for _ in range(1000):
         rows = rng.integers(0, len(labels), len(labels))
         for name, value in areas(scores[rows], labels[rows], classes).items():
             drawn.setdefault(name, []).append(value)
@@ -301,11 +296,8 @@ def read_run(run):
         return row
     row.update(arch=settings['arch'], trained_on=data_name(settings),
                finished=(folder / 'weights.pt').exists())
-    for name, value in (log[-1] if log else {}).items():
-        if name.startswith(('fit_', 'test_', 'holdout_')):
-            row[name] = value
-    if 'fit_error' in row and 'test_error' in row:
-        row['gap'] = row['test_error'] - row['fit_error']
+    last = log[-1] if log else {}
+    row.update({name: last[name] for name in last if name.split('_')[0] in PARTS})
     return row
 
 
@@ -314,21 +306,18 @@ def look_up(genotype):
     points they are above those of the largest network.
     """
     if not isinstance(genotype, str):
-        found = {}
-        for cell in ('normal', 'reduce'):
-            names = [op for op, _ in getattr(genotype, cell)]
-            found[f'skips_{cell}'] = names.count('skip_connect')
-        return {**found, 'params_full_size': cost(genotype)['params']}
+        return {'skips_normal': sum(op == 'skip_connect' for op, _ in genotype.normal),
+                'skips_reduce': sum(op == 'skip_connect' for op, _ in genotype.reduce),
+                'params_full_size': cost(genotype)['params']}
     table, _ = nas_bench_201()
-    names, found = from_string(genotype), genotypes.truth(genotype)
-    largest = table[NB201_LARGEST]
+    found, largest = genotypes.truth(genotype), table[NB201_LARGEST]
     found['vs_largest_network'] = [round(found[name] - largest[name], 2) for name in ACCURACIES]
-    return {**found, 'skips': names.count('skip_connect'), 'nones': names.count('none'),
+    return {**found, 'skips': genotype.count('skip_connect'), 'nones': genotype.count('none'),
             'params_full_size': table[genotype]['params']}
 
 
 def read_cell_scores(folder):
-    """({column: float64 (N,)} of scores.csv, the score that took the cell).
+    """({column: float64 (N,)} of scores.csv, the score by which the cell was taken).
 
     Losses are negative, so that more is better.
     """
@@ -336,10 +325,9 @@ def read_cell_scores(folder):
         rows = list(csv.DictReader(file))
     columns = {}
     for name in rows[0].keys() - {'genotype'}:
-        if rows[0][name] == '':                 # the truth, if it is not known
-            continue
-        values = np.array([float(row[name]) for row in rows])
-        columns[name] = -values if name.endswith('loss') else values
+        if rows[0][name]:                       # the truth may be unknown
+            values = np.array([float(row[name]) for row in rows])
+            columns[name] = -values if name.endswith('loss') else values
     return columns, read_json(Path(folder, 'genotype.json'))['score']
 
 
@@ -417,13 +405,12 @@ def report(run, device, data_dir=None, test_labels=None, alone=True):
         return row
     network, meta = load_weights(Path(run) / 'weights.pt')
     found_by = meta['found_by']
-    counts = cost(from_plain(meta['genotype']), meta['init_channels'], meta['layers'],
-                  len(meta['classes']), meta['image_size'], meta['stem'])
     row.update(searched_on=found_by['data'], method=found_by['method'],
                arch_data=found_by.get('arch_data'), genotype=meta['genotype'],
                search_settings=found_by.get('settings'),
                space='nb201' if isinstance(meta['genotype'], str) else 'darts',
-               params=counts['params'], multiply_adds=counts['multiply_adds'])
+               **cost(from_plain(meta['genotype']), meta['init_channels'], meta['layers'],
+                      len(meta['classes']), meta['image_size'], meta['stem']))
     try:
         data = read_test(meta, data_dir, test_labels)
     except UserError as error:
@@ -448,8 +435,6 @@ def report(run, device, data_dir=None, test_labels=None, alone=True):
             column = labels[:, data.classes.index(name)]
             counts = [(column == truth).sum().item() for truth in (1, 0)]
             row['test_areas'][name] = [value, *intervals[name], *counts]
-    elif 'fit_error' in row:
-        row['gap'] = row['test_error'] - row['fit_error']
     return row
 
 
@@ -464,14 +449,10 @@ def show(row):
     print(row['run'])
     for name, value in row.items():
         if name == 'test_areas':
-            for label, area in value.items():
-                print(f'  {label:<28} AUROC {area_text(*area)}')
             for label in row['tested'][2]:
-                if label not in value:
-                    print(f'  {label:<28} no AUROC: all positive, or none')
-        elif value is None and 'auroc' in name:
-            print(f'  {columns()[name][0]:<25} not defined')
-        elif value is not None and name not in HIDDEN:
+                area = area_text(*value[label]) if label in value else 'not defined'
+                print(f'  {label:<28} AUROC {area}')
+        elif name not in HIDDEN and (value is not None or 'auroc' in name):
             words = name.replace('fit', 'final training').replace('holdout', 'held-out')
             header, digits = columns().get(name, (words.replace('_', ' '), None))
             print(f'  {header:<25} {text_of(name, value, digits)}')
@@ -486,16 +467,16 @@ def area_text(area, low, high, positives, negatives):
 
 def text_of(name, value, digits=None):
     """A value of a report; digits: after the point, of one that the table has too."""
-    if isinstance(value, float) and digits is not None:
-        return f'{value:,.{digits}f}'
+    if value is None:
+        return 'not defined'
+    if isinstance(value, float):
+        return f'{value:,.4g}' if digits is None else f'{value:,.{digits}f}'
     if name == 'vs_largest_network':
         return '  '.join(f'{points:+.2f}' for points in value) + ' points'
     if name == 'genotype':                      # in DARTS's words, or as NAS-Bench-201 has it
-        return value if isinstance(value, str) else genotypes.Genotype(**value)
+        return from_plain(value)
     if isinstance(value, dict):
         return ', '.join(f'{key} {number:.3f}' for key, number in value.items())
-    if isinstance(value, float):
-        return f'{value:,.4g}'
     return f'{value:,}' if isinstance(value, int) and name != 'seed' else value
 
 
@@ -573,18 +554,17 @@ def print_table(lines):
     formats = {name: (name.replace('_', ' '), '') for name in (*GROUPS, 'settings', 'n')}
     for name, (header, digits) in columns().items():
         formats[name] = header, f',.{digits}f'
-    there = {name for line in lines for name in line if line[name] is not None}
-    names = [name for name in formats if name in there]
-    texts = [[formats[name][0] for name in names]]
-    for line in lines:
-        texts.append([])
-        for name in names:
+    table = []                                  # by column
+    for name, (header, spec) in formats.items():
+        texts = [header]
+        for line in lines:
             values = [line.get(name), line.get(f'{name}_std')]
-            parts = [format(value, formats[name][1]) for value in values if value is not None]
-            texts[-1].append(' ± '.join(parts) or '-')
-    widths = [max(map(len, column)) for column in zip(*texts)]
-    for cells in texts:
-        print('  '.join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
+            parts = [format(value, spec) for value in values if value is not None]
+            texts.append(' ± '.join(parts) or '-')
+        if {*texts[1:]} != {'-'}:
+            table.append([text.ljust(max(map(len, texts))) for text in texts])
+    for cells in zip(*table):
+        print('  '.join(cells).rstrip())
 
 
 # ---- Plots ----------------------------------------------------------------------------------
@@ -619,20 +599,14 @@ def plot(rows, path):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     panels, colours = [], {}                    # panels: title, inches, function, its arguments
-    # What was typed and differs stands in the legend.
-    typed = set(chain(*(row['settings'].get('typed', ()) for row in rows))) - NAMED
-    shared = {}                                 # settings that all searches, all retrainings share
-    for row in rows:
-        own = compared_settings(row['settings'])
-        shared[row['type']] = shared.get(row['type'], own) & own
     palette = colormaps['tab20'].colors[::2] + colormaps['tab20'].colors[1::2]
     for row in rows:
         group = row.get('method') or row['arch']
         words = {'searched_on': ' on ', 'space': ', ', 'arch_data': ', alphas: ',
                  'trained_on': ', trained on '}
         group += ''.join(words[key] + row[key] for key in words if row.get(key))
-        for name, value in sorted(compared_settings(row['settings']) - shared[row['type']]):
-            group += f', {name}={value}' if name in typed else ''
+        for name in sorted({*row['settings'].get('typed', ())} - NAMED - MAY_DIFFER - {*REPEATS}):
+            group += f', {name}={row["settings"][name]}'
         row['colour'] = colours.setdefault(group, palette[len(colours) % 20])
     curves = dict(PANELS)
     for name, (header, _) in metric_columns().items():
@@ -729,7 +703,8 @@ def draw_test(axis, row):
         k = classes.index(name)
         known = labels[:, k] >= 0
         truth = labels[known, k][np.argsort(-scores[known, k], kind='stable')] == 1
-        false_share, true_share = (np.append(0, np.cumsum(t) / t.sum()) for t in (~truth, truth))
+        false_share = np.append(0, np.cumsum(~truth) / (~truth).sum())
+        true_share = np.append(0, np.cumsum(truth) / truth.sum())
         axis.plot(false_share, true_share, label=f'{name} {area_text(*area)}')
     axis.plot([0, 1], [0, 1], '--', color='gray', lw=1)
     axis.legend(loc='lower right', fontsize=7, title='area under the curve', title_fontsize=8)
@@ -772,12 +747,11 @@ def show_predictions(run, target, device):
     faults = dict(zip(paths, try_pictures(paths, [Path(target)])))
     if all(faults.values()):
         raise UserError(next(iter(faults.values()), f'--predict {target}: no pictures in it'))
-    for fault in filter(None, faults.values()):
-        print(f'left out: {fault}', file=sys.stderr)
     writer = csv.writer(sys.stdout, lineterminator='\n')
     writer.writerow(['file', *([] if meta['multilabel'] else ['class']), *meta['classes']])
-    for path in paths:
-        if faults[path]:
+    for path, fault in faults.items():
+        if fault:
+            print(f'left out: {fault}', file=sys.stderr)
             continue
         logits = network(prepare(path, meta).to(device)).squeeze(0)
         found = [] if meta['multilabel'] else [meta['classes'][logits.argmax()]]
@@ -796,7 +770,6 @@ def show_arch(arch, as_json, drawing):
         counts.update({f'imagenet_{name}': count for name, count in large.items()})
     if drawing:
         write_file(drawing, genotypes.draw(genotype, arch))
-        print(f'wrote {drawing}', file=sys.stderr)
     lines = [f'{name:<25} {round(count, 2):>15,}' for name, count in counts.items()]
     print(json.dumps(counts) if as_json else '\n'.join([str(genotype), *lines]))
 
@@ -877,6 +850,8 @@ def main(argv=None):
         if not row['finished']:
             print(f'{row["run"]}: not finished after {row["epochs"]} epochs: --resume it',
                   file=sys.stderr)
+        if {'test_error', 'fit_error'} <= row.keys():
+            row['gap'] = row['test_error'] - row['fit_error']
     lines = table(done) if s['csv'] or (len(done) > 1 and not s['json']) else []
     if s['json']:
         for row in done:
@@ -892,9 +867,6 @@ def main(argv=None):
         write_csv(s['csv'], cells)
     if s['plot']:
         plot(rows, s['plot'])
-    for name in ('csv', 'plot', 'scores'):
-        if s[name]:
-            print(f'wrote {s[name]}', file=sys.stderr)
     return 2 if len(rows) < len(s['runs']) else 0
 
 

@@ -171,7 +171,8 @@ def one_line_errors(main):
             message = f'{error.filename or "a file"}: {error.strerror or error}. Check the path, ' \
                       'the permissions of its folder, and the free space.'
         except KeyboardInterrupt as error:      # Run.catch gives its signal
-            print('\nstopped', file=sys.stderr)
+            if is_first():
+                print('\nstopped', file=sys.stderr)
             return 128 + (error.args or [signal.SIGINT])[0]
         print(f'{Path(main.__globals__["__file__"]).name}: error: {message}', file=sys.stderr)
         return 2

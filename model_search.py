@@ -280,7 +280,7 @@ class Cell(nn.Module):
 
     def recall(self, memo, state, x, factors):
         """Maps of the edges that leave a state: from memo, or computed and put there."""
-        before, keys, missing = [], [], []          # before: the choices that made this state
+        before, keys, missing = [], [], []      # before: operations on edges into states up to this
         for leaving, own in zip(self.leaving[:state], factors):
             before += [name for (node, _), (name, *_) in zip(leaving, own) if node <= state]
         for edge, factor in zip(self.leaving[state], factors[state]):
@@ -319,22 +319,17 @@ class AuxiliaryHead(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-def image_stem(channels):
-    """Two modules for images of many pixels: to a quarter of the size, and on to an eighth."""
-    def halving(c_in, c_out):
-        return nn.Conv2d(c_in, c_out, 3, 2, 1, bias=False), BatchNorm(c_out)
-    half = channels // 2
-    return (nn.Sequential(*halving(3, half), nn.ReLU(inplace=True), *halving(half, channels)),
-            nn.Sequential(nn.ReLU(), *halving(channels, channels)))
+def conv_bn(c_in, c_out, stride):
+    """3x3 convolution and BatchNorm, for nn.Sequential."""
+    return nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), BatchNorm(c_out)
 
 
 class ResidualBlock(nn.Module):
     """Halves the size and doubles the width between the stages of NAS-Bench-201."""
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.convs = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(c_in, c_out, 3, 2, 1, bias=False), BatchNorm(c_out),
-            nn.ReLU(), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), BatchNorm(c_out))
+        self.convs = nn.Sequential(nn.ReLU(), *conv_bn(c_in, c_out, 2),
+                                   nn.ReLU(), *conv_bn(c_out, c_out, 1))
         self.shortcut = nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True),
                                       nn.Conv2d(c_in, c_out, 1, bias=False))
 
@@ -353,26 +348,29 @@ class Network(nn.Module):
 
     Set from outside: drop_path_prob, None or a tensor. memo: None, or a dictionary that keeps maps
     of the first cell, for one batch and one operation per edge. softmax: a function that turns
-    alphas (edges, operations) into probabilities. mix: None, or a function mix(cell_type, p) that
-    turns probabilities p into edge weights, like p with a column more for each of the space's
-    extras, or Drawn.
+    alphas (edges, operations) into probabilities. mix: a function mix(cell_type, p) that turns
+    probabilities p into edge weights, like p with a column more for each of the space's extras, or
+    Drawn.
     """
     def __init__(self, init_channels, num_classes, layers, genotype=None, partial=1,
                  auxiliary=False, stem='cifar', space=DARTS, kept=None, width=None):
         super().__init__()
         affine = genotype is not None
         self.space = space = NB201 if isinstance(genotype, str) else space
-        self.partial, self.drop_path_prob, self.mix, self.memo = partial, None, None, None
+        self.partial, self.drop_path_prob, self.memo = partial, None, None
         self.softmax = lambda alpha: F.softmax(alpha, 1)
+        self.mix = lambda cell_type, p: p
         channels, reduction_before = init_channels, stem == 'imagenet'
         # As published, the stem has C channels in NAS-Bench-201 and in a derived network for large
         # images, else 3C.
-        narrow = space.inputs == 1 or stem == 'imagenet' and genotype is not None
+        narrow = space.inputs == 1 or stem == 'imagenet' and affine
         before = last = channels if narrow else 3 * channels
         if stem == 'imagenet':
-            self.stem, self.stem1 = image_stem(last)
+            self.stem = nn.Sequential(*conv_bn(3, last // 2, 2), nn.ReLU(inplace=True),
+                                      *conv_bn(last // 2, last, 2))
+            self.stem1 = nn.Sequential(nn.ReLU(), *conv_bn(last, last, 2))
         else:
-            self.stem = nn.Sequential(nn.Conv2d(3, last, 3, padding=1, bias=False), BatchNorm(last))
+            self.stem = nn.Sequential(*conv_bn(3, last, 1))
             self.stem1 = nn.Identity()
         self.cells, self.cell_types, self.auxiliary_at = nn.ModuleList(), [], None
         for layer in range(layers):
@@ -436,19 +434,11 @@ class Network(nn.Module):
 
         Without `mix` rows sum to 1 (DARTS, equation 2) or to the edge's share (PC-DARTS).
         """
-        weights, best = self.probabilities(cell_type), None
-        if self.mix is not None:
-            weights = self.mix(cell_type, weights)
+        weights, best = self.mix(cell_type, self.softmax(self.alphas[cell_type])), None
         if isinstance(weights, Drawn):
             weights, best = weights
-            if weights is None:                 # one-shot, which has no shares
-                return None, best, None
         shares = self.shares(cell_type)
         return weights if shares is None else weights * shares.unsqueeze(1), best, shares
-
-    def probabilities(self, cell_type):
-        """What the alphas stand for, by default their softmax: (edges, operations)."""
-        return self.softmax(self.alphas[cell_type])
 
     def shares(self, cell_type):
         """Each edge's share of a node: softmax of beta over its inputs (PC-DARTS, section 3.3)."""
@@ -518,12 +508,9 @@ def derive(normal, reduce):
     Each node keeps the two inputs whose best operation (other than none) is strongest, in the
     order of the inputs, and that operation. Ties keep the lower index.
     """
-    cells, names = [], list(OPERATIONS)
+    cells, names = [], list(OPERATIONS)[1:]            # without none
     for weights in (normal, reduce):
-        weights = weights.double().cpu().clone()
-        weights[:, names.index('none')] = -1
-        strongest, cell = weights.max(1).values.tolist(), []
-        best = [row.index(largest) for row, largest in zip(weights.tolist(), strongest)]
+        (strongest, best), cell = weights[:, 1:].max(1), []
         for node in ALL_NODES:
             edges = [EDGES.index((node, state)) for state in range(node)]
             edges.sort(key=strongest.__getitem__, reverse=True)

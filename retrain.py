@@ -235,7 +235,7 @@ class Run:
     with run.on(data):                      takes the folder for this process, reads the checkpoint
         run.start(...)                      loads the checkpoint into networks and optimizers
         for epoch in range(run.epoch, run.epochs):
-            run.train(...), run.end_epoch(...)      True if a signal stopped the run: it is saved
+            run.train(...), run.end_epoch(...)      a signal ends the run here, when it is saved
 
     log.jsonl is written from the log in the checkpoint, one line per epoch. Of several processes
     the first reads and writes; all save and stop at the same step.
@@ -245,8 +245,6 @@ class Run:
         self.finished = from_first((self.folder / result).exists())
         self.checkpoint, self.log = {}, []
         self.scripts = own_scripts()            # as they are now: later they may be edited
-        if not hasattr(args, 'method'):
-            self.scripts.pop('search.py', None)         # which no retraining runs
         self.epoch = self.step = self.epochs = 0        # where to go on, and where it ends
         self.caught = self.stop = 0             # the signal that came, that all have agreed on
         if args.amp and device.type == 'cuda' and not torch.cuda.is_bf16_supported(False):
@@ -305,12 +303,10 @@ class Run:
                 except OSError:
                     raise UserError(f'{self.folder}: wait for another process there') from None
                 self.write_args(data)
-            if num_processes() > 1:
-                torch.distributed.barrier()
             path = self.folder / 'checkpoint.pt'
             if is_first() and path.exists():    # other machines may not see it yet
                 self.checkpoint = load_file(path, 'delete it to start the run again')
-            self.checkpoint = from_first(self.checkpoint)
+            self.checkpoint = from_first(self.checkpoint)       # the others wait for it
             if self.checkpoint:
                 self.log = self.checkpoint['log']
                 self.epoch, self.step = self.checkpoint['epoch'], self.checkpoint['step']
@@ -358,12 +354,10 @@ class Run:
         what: the first words that the run prints. sums: (n,) zeros, to which each step adds.
         state(): what the checkpoint holds besides the objects' states and what a Run knows.
         """
-        # On a CPU the first step may take a minute.
-        slow = self.total and self.device.type == 'cpu' and self.args.preset != 'laptop'
+        slow = self.device.type == 'cpu' and self.args.preset != 'laptop'
         done = self.epoch * self.steps + self.step
         print(f'{what}, {self.total:,} steps on {num_processes()} x {self.device.type}: '
-              f'{self.folder}' + (f'; going on after step {done:,}' if done else '')
-              + ('; timing the first step' if slow else ''))
+              f'{self.folder}' + (f'; going on after step {done:,}' if done else ''))
         self.sums, self.objects, self.state, saved = sums, objects, state, self.checkpoint
         hint = '; --preset laptop or --quick takes minutes' if slow else ''
         self.progress = Progress(self.total, 'steps', done, hint)
@@ -384,7 +378,7 @@ class Run:
             self.sums[1::2] *= len(sums) / num_processes()
 
     def train(self, epoch, draws, step_of):
-        """Take the steps of an epoch that are left; True if a signal stopped the run.
+        """Take the steps of an epoch that are left.
 
         draws: batches, each the arguments of step_of, which returns what the sums get. Sets the
         epoch's seconds and its last batch.
@@ -397,21 +391,18 @@ class Run:
             self.progress.update(epoch * self.steps + step + 1, f'epoch {epoch + 1}/{self.epochs}')
             if self.due(epoch, step, [self.sums, *tensors]):
                 self.seconds = time.time() - began
-                if self.save(epoch, step + 1):
-                    return True
+                self.save(epoch, step + 1)
         self.batch, self.seconds = batch, time.time() - began
-        return False
 
     def end_epoch(self, epoch, line, images):
-        """Log an epoch of so many `images` and save; True if a signal stopped the run."""
+        """Log an epoch of so many `images`, and save."""
         self.log.append({'epoch': epoch, **line, 'seconds': round(self.seconds, 3),
                          'images_per_second': round(images / max(self.seconds, 1e-9), 1),
                          'peak_memory_mib': peak_memory_mib(self.device)})
         self.progress.close()
         self.sums = torch.zeros_like(self.sums)
-        stopped = self.save(epoch + 1, 0)       # before the print, as Ctrl-C may have ended `| tee`
+        self.save(epoch + 1, 0)                 # before the print, as Ctrl-C may have ended `| tee`
         print(f'epoch {epoch + 1}/{self.epochs}: {summary(line)}')
-        return stopped
 
     def due(self, epoch, step, tensors):
         """Whether to save now. (After the last step of an epoch end_epoch saves.)
@@ -440,7 +431,7 @@ class Run:
             raise UserError(f'the loss is not finite at step {step}: lower --learning_rate')
 
     def save(self, epoch, step):
-        """Write checkpoint and log, `step` steps into `epoch`; True if a signal stops the run."""
+        """Write checkpoint and log, `step` steps into `epoch`; a signal that came ends the run."""
         self.epoch, self.step, self.saved = epoch, step, time.time()
         if num_processes() == 1:                # a signal may come after the last step as well
             self.stop = self.caught
@@ -452,8 +443,8 @@ class Run:
             write_file(self.folder / 'checkpoint.pt', content)
         self.write_log()
         if self.stop:
-            print(f'stopped and saved in {self.folder}: run the same with --resume')
-        return self.stop > 0
+            print(f'saved in {self.folder}: run the same with --resume')
+            raise KeyboardInterrupt(self.stop)          # see one_line_errors
 
     def write_log(self):
         if is_first():
@@ -473,11 +464,10 @@ def summary(line):
 
 def own_scripts():
     """{name: content} of the scripts of this folder that make the run, by name."""
-    files = {Path(module.__file__).resolve() for module in [*sys.modules.values()]
-             if getattr(module, '__file__', None)}
+    files = {Path(getattr(module, '__file__', None) or '.').resolve()
+             for module in [*sys.modules.values()]}
     here = Path(__file__).resolve().parent
-    return {file.name: file.read_bytes() for file in sorted(files)
-            if file.parent == here and file.exists()}       # torch has modules without a file
+    return {file.name: file.read_bytes() for file in sorted(here.glob('*.py')) if file in files}
 
 
 def git_commit():
@@ -499,8 +489,7 @@ def peak_memory_mib(device):
     """Largest memory so far, of the GPU or of this process; None where nothing tells."""
     if device.type == 'cuda':
         return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
-    status = Path('/proc/self/status')
-    words = status.read_text().split() if status.exists() else []
+    words = Path('/proc/self/status').read_text().split()
     return round(int(words[words.index('VmHWM:') + 1]) / 1024) if 'VmHWM:' in words else None
 
 
@@ -686,15 +675,12 @@ def make_optimizer(weights, args, name='sgd'):
 
 def split_rows(data, args):
     """(images to train on, images of other patients on which the epoch is chosen): int arrays."""
-    rows, portion = np.arange(len(data)), args.train_portion
-    if portion > 1:
+    portion = args.train_portion
+    if portion > 1:                             # a number; more than there are: all
         portion /= len(data)
-    if portion < 1:
-        rows, _ = data.split(rows, portion, args.seed)
-    if not args.holdout_patients:
-        return rows, rows[:0]
+    rows, _ = data.split(np.arange(len(data)), portion, args.seed)
     kept, held = data.split(rows, 1 - args.holdout_patients, args.seed)
-    if not len(held):
+    if args.holdout_patients and not len(held):
         raise UserError(f'--holdout_patients {args.holdout_patients} holds out nothing: take more')
     return kept, held
 
@@ -778,8 +764,7 @@ def main(argv=None):
             if drop_path_prob:
                 network.drop_path_prob.fill_(drop_path_prob)
             network.train()
-            if run.train(epoch, batches.epoch(epoch, run.step), step):
-                return 128 + run.stop
+            run.train(epoch, batches.epoch(epoch, run.step), step)
             start_alike(network)                # with the running statistics of the first process
             loss, right = average([run.sums])[0].div(run.steps).tolist()
             line = {'learning_rate': learning_rate, 'drop_path_prob': drop_path_prob,
@@ -803,8 +788,7 @@ def main(argv=None):
                 line.update(measure('fit', data, fit_rows))
             measured = [line.get(f'{part}_loss', 0.0) for part in ('holdout', 'test', 'fit')]
             run.check_finite([torch.tensor(measured)], (epoch + 1) * run.steps)
-            if run.end_epoch(epoch, line, run.steps * size):
-                return 128 + run.stop
+            run.end_epoch(epoch, line, run.steps * size)
         if is_first():
             finish(run, args, data, test_data, stem, genotype, found_by,
                    kept or network.state_dict())

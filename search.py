@@ -102,11 +102,11 @@ class Darts:
 
     recipe: the settings that differ from DARTS's; recipe_on: those by space or preset. flags: those
     that other methods refuse. operations, extras: changes of the Space. MORE_CELLS: by stage.
-    stochastic: every loss draws anew what is computed, so that differences of losses mean nothing.
+    stochastic: each loss draws anew what is computed, so that two losses cannot be compared.
     one_path: one operation per edge is computed. searches: False for a cell drawn at random.
     scores: what ranks cells; then nothing trains alphas. trains: whether weights train.
     """
-    recipe, recipe_on, operations, extras, flags = {}, {}, {}, {}, ()
+    recipe, recipe_on, operations, extras, flags = {}, {}, {}, {}, ALPHAS
     spaces, stages, MORE_CELLS = ('darts', 'nb201'), 1, (0,)
     searches, stochastic, one_path, trains, scores = True, False, False, True, ()
 
@@ -238,11 +238,8 @@ class Gdas(Darts):
 
     def mix(self, cell_type, p):
         log_p = F.log_softmax(self.network.alphas[cell_type], 1)
-        gumbel = -torch.empty_like(log_p).exponential_().clamp_min(1e-30).log()
-        q = F.softmax((log_p + gumbel) / self.temperature, 1)
-        best = q.argmax(1)
-        one_hot = F.one_hot(best, q.shape[1]).to(q.dtype)
-        return Drawn(one_hot - q.detach() + q, best.tolist())
+        q = F.gumbel_softmax(log_p, self.temperature, hard=True)
+        return Drawn(q, q.argmax(1).tolist())
 
 
 class DartsMinus(Darts):
@@ -276,7 +273,7 @@ class SDarts(Darts):
     in evaluation mode as by the authors. A shift that would lower the loss is left out.
     """
     recipe_on = {'nb201': dict(epochs=100, nesterov=False, weight_decay=3e-4)}
-    flags = 'perturb',
+    flags = (*ALPHAS, 'perturb')
     near = None             # the perturbation, while the weights are trained
 
     def begin_epoch(self, epoch, epochs):
@@ -297,7 +294,8 @@ class SDarts(Darts):
     def perturbation(self, train):
         """{cell type: (edges, operations)} to train the weights with."""
         network, radius = self.network, self.radius
-        start = {cell: network.probabilities(cell).detach() for cell in network.space.cell_types}
+        start = {cell: self.probabilities(network.alphas[cell]).detach()
+                 for cell in network.space.cell_types}
         near = {cell: simplex(p + radius * (2 * torch.rand_like(p) - 1))
                 for cell, p in start.items()}
         if self.args.perturb == 'random':
@@ -305,26 +303,22 @@ class SDarts(Darts):
         start_alike(network)                    # running statistics, which the first process saves
         network.eval()
         with require_grads(network):
-            before = self.training_loss(train)
+            before, _ = forward(network, train, self.args.amp)
             self.near = near                    # whose values change
             for _ in range(7):
                 grads, *_ = gradients(self, train, [p.requires_grad_() for p in near.values()])
                 for cell, grad in zip(near, grads):
                     shift = near[cell].detach() + 2 * radius / 7 * grad.sign() - start[cell]
                     near[cell] = simplex(start[cell] + shift.clamp(-radius, radius))
-            worse = self.training_loss(train) >= before
-        self.near = None
+            after, _ = forward(network, train, self.args.amp)
         network.train()
-        return {cell: torch.where(worse, value, start[cell]) for cell, value in near.items()}
-
-    @torch.no_grad()
-    def training_loss(self, train):
-        return average([forward(self.network, train, self.args.amp)[0]])[0]
+        before, after = average([before, after])
+        return {cell: torch.where(after >= before, p, start[cell]) for cell, p in near.items()}
 
 
 class RandomCell(Darts):
     """No search (a control): uniform over cells, without data."""
-    searches = False
+    searches, trains, flags = False, False, ()
 
 
 class OneShot(Darts):
@@ -342,8 +336,8 @@ class OneShot(Darts):
     scores = 'valid_loss', 'train_loss', 'valid_accuracy', 'angle'
     flags = 'candidates', 'score'
     IMAGES = 128                # on which a cell is scored, of each half
-    first_three = memos = None  # operations of the last cell, and maps that go with them, by half
-    cell = choices = None       # {cell type: column of each edge}, [(cell type, edge, operation)]
+    first_three = memos = None  # choices on edges into nodes 1 and 2, and their maps, by half
+    cell = choices = None       # of the cell taken: {cell type: columns}, [(type, edge, operation)]
 
     def mix(self, cell_type, p):
         return Drawn(None, self.cell[cell_type])
@@ -366,7 +360,7 @@ class OneShot(Darts):
         """(x, y): up to `count` images from all over a half, as they are; always the same ones."""
         rows = batches.indices[evenly(len(batches.indices), count)]
         fixed = Batches(batches.data, rows, len(rows), self.device, shuffle=False, workers=0)
-        fixed.indices = rows                    # in every process all of them
+        fixed.indices = rows                    # each process has all of them
         return next(fixed.epoch())
 
     def prepare(self):
@@ -492,22 +486,20 @@ class NasWot(OneShot):
         return {'naswot': torch.linalg.slogdet(self.kernel.double().cpu())[1].item()}
 
 
-class Snip(OneShot):
+class Snip(NasWot):
     """SNIP (1810.02340): sum of |weight x gradient of the loss| on a batch, untrained."""
-    recipe, recipe_on = NasWot.recipe, NasWot.recipe_on
-    trains, scores, flags = False, ('snip',), NasWot.flags
+    scores = ('snip',)
 
     def prepare(self):
         self.batch = self.fixed_batch(self.batches[0], self.args.batch_size)
-        self.weights = [p for p in self.network.weights if p.dim() > 1]
 
     def measure(self, genotype):
         return {'snip': self.saliency(forward(self.network, self.batch)[0])}
 
     def saliency(self, loss):
-        grads = torch.autograd.grad(loss, self.weights, allow_unused=True)
-        return sum((w * g).abs().sum().item() for w, g in zip(self.weights, grads)
-                   if g is not None)
+        weights = [p for p in self.network.weights if p.dim() > 1]
+        grads = torch.autograd.grad(loss, weights, allow_unused=True)
+        return sum((w * g).abs().sum().item() for w, g in zip(weights, grads) if g is not None)
 
 
 class SynFlow(Snip):
@@ -519,14 +511,12 @@ class SynFlow(Snip):
 
     def prepare(self):
         network, size = self.network.double().eval(), self.batches[0].data.image_size
-        self.weights = [p for p in network.weights if p.dim() > 1]
         self.x = torch.ones(1, 3, size, size, dtype=torch.float64, device=self.device)
-        for weight in self.weights:
+        for weight in network.weights:
             weight.data.abs_()
         for norm in network.modules():
-            if isinstance(norm, nn.BatchNorm2d):        # mean 0, variance 1: does nothing
-                norm.running_mean = self.x.new_zeros(norm.num_features)
-                norm.running_var, norm.eps = self.x.new_ones(norm.num_features), 0
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.forward = lambda x, scale=None: x
 
     def measure(self, genotype):
         return {'synflow': self.saliency(self.network(self.x).sum())}
@@ -607,8 +597,7 @@ def gradients(method, batch, wanted, exact=False):
             # This adds 0, and gives a graph if nothing was drawn. It is a square, because the
             # gradient of a plain sum is one expanded number, which cannot be clipped in place.
             loss = loss + 0 * wanted[0].square().sum()
-        grads = torch.autograd.grad(loss, wanted, allow_unused=method.one_path,
-                                    materialize_grads=method.one_path)
+        grads = torch.autograd.grad(loss, wanted, materialize_grads=method.one_path)
         sums = sums + torch.stack([loss.detach(), right])
         total = list(grads) if total is None else torch._foreach_add(total, grads)
         del loss, grads                         # lets go of what the graph held
@@ -670,7 +659,7 @@ def second_order(method, train, valid, sgd):
 def architecture_step(method, train, valid, sgd, adam):
     """Step the alphas; return (loss, right answers) on valid before it."""
     alphas, args = method.network.architecture_parameters(), method.args
-    if args.arch_data == 'none':                # the control: only what a method adds by itself
+    if args.arch_data == 'none':                # control: no images, only the method's own terms
         loss = right = torch.zeros((), device=alphas[0].device)
         grads = [torch.zeros_like(alpha) for alpha in alphas]
     elif args.unrolled:
@@ -679,7 +668,7 @@ def architecture_step(method, train, valid, sgd, adam):
         grads, loss, right = first_order(method, valid)
     more = method.alpha_loss()
     if more is not None:
-        more = torch.autograd.grad(more, alphas, allow_unused=True, materialize_grads=True)
+        more = torch.autograd.grad(more, alphas, materialize_grads=True)
         grads = torch._foreach_add(grads, more)
     for alpha, grad in zip(alphas, grads):
         alpha.grad = grad
@@ -736,7 +725,7 @@ def describe(network, seed):
     genotype, line = network.genotype(seed), {}
     none = list(network.space.operations).index('none')
     for cell_type, weights in zip(network.space.cell_types, network.choice_weights(seed)):
-        p = network.probabilities(cell_type).detach().double().cpu()
+        p = network.softmax(network.alphas[cell_type]).detach().double().cpu()
         first, second = p.sort(1, descending=True).values[:, :2].unbind(1)
         names = from_string(genotype) if isinstance(genotype, str) \
             else [op for op, _ in getattr(genotype, cell_type)]
@@ -825,25 +814,19 @@ def parse(argv):
     if args.space not in method.spaces:
         raise UserError(f'--method {args.method} is not for --space {args.space}: take another, or '
                         '--space darts')
-    trains = method.trains and method.searches
     idle = set().union(*[other.flags for other in METHODS.values()]) - {*method.flags}
-    if args.space == 'nb201':
-        idle.add('layers')
-    if args.arch_data != 'valid' or not trains:
+    idle.add('layers' if args.space == 'nb201' else 'cells_per_stage')
+    if args.arch_data != 'valid' or not method.trains:
         idle.add('valid_fraction')
-    if method.stochastic or args.arch_data == 'none':   # each loss is another, or there is none
+    if method.stochastic or args.arch_data == 'none':   # two losses cannot be compared, or are 0
         idle |= {'unrolled', 'hessian', 'early_stop'}
-    if method.scores or not trains:
-        idle.update(ALPHAS)
-    if not trains:
+    if not method.trains:
         idle |= SCHEDULE.keys() - {'batch_size'} | {'augment', 'amp'}
     refuse_idle(typed, idle)
-    for name in ('frozen_epochs', 'warmup_epochs'):
-        if 0 < args.epochs <= getattr(args, name) * method.stages:
-            raise UserError(f'--{name} {getattr(args, name)} are all epochs of a stage: take fewer')
-    if 0 < args.epochs < method.stages:
-        raise UserError(f'--epochs {args.epochs}: {args.method} has {method.stages} stages. '
-                        'Give as many or more.')
+    least = max(method.stages, method.stages * max(args.frozen_epochs, args.warmup_epochs) + 1)
+    if 0 < args.epochs < least:
+        raise UserError(f'--epochs {args.epochs}: give {least} or more, for its stages, '
+                        '--frozen_epochs and --warmup_epochs')
     if args.early_stop and (math.ceil(args.epochs / args.hessian)
                             - math.ceil(args.frozen_epochs / args.hessian)) < 9:
         raise UserError('--early_stop needs nine eigenvalues: give more --epochs, or --hessian 1')
@@ -934,9 +917,6 @@ def main(argv=None):
             # Images and labels for the weights, then for the alphas; one stream is for both.
             return bilevel_step(method, batch[:2], batch[-2:], sgd, adam, is_frozen)
 
-        def changed():
-            return tensors_of_a_step(network, sgd, adam)
-
         use_graph = args.graph == 'auto' and num_processes() == 1 and not method.one_path
         steps = {}                              # {(stage, whether the alphas are frozen): step}
         for epoch in range(run.epoch, run.epochs):
@@ -947,20 +927,20 @@ def main(argv=None):
                 network = method.build()
                 sgd, adam = optimizers(network, args)
                 run.objects = dict(network=network, sgd=sgd, adam=adam)
-            began, ended = stage_starts[method.stage:method.stage + 2]
-            past, length = epoch - began, ended - began
-            # The last epoch of a stage moves the alphas. Methods that score cells never do.
+            first, end = stage_starts[method.stage:method.stage + 2]
+            past, length = epoch - first, end - first
+            # The last epoch of a stage moves the alphas. Methods with scores have none.
             is_frozen = past < min(args.frozen_epochs, length - 1) or bool(method.scores)
             key = method.stage, is_frozen
             if key not in steps:                # a CUDA graph holds the memory of a step: keep one
+                changed = partial(tensors_of_a_step, network, sgd, adam)
                 steps = {key: GraphedStep(partial(step, is_frozen), changed, device, use_graph)}
             learning_rate = learning_rate_at(args, past, length)
             sgd.param_groups[0]['lr'].fill_(learning_rate)
             numbers = method.begin_epoch(past, length)
             streams = [endless(b, epoch, run) for b in batches[:1 if is_frozen else 2]]
             draws = (sum(pair, ()) for pair in zip(*streams))   # images and labels of each stream
-            if run.train(epoch, draws, steps[key]):
-                return 128 + run.stop
+            run.train(epoch, draws, steps[key])
             start_alike(network)                # also if processes have GPUs of other kinds
             size, has_valid = batches[0].batch_size, not is_frozen and args.arch_data != 'none'
             loss, right, valid_loss, valid_right = average([run.sums])[0].div(run.steps).tolist()
@@ -975,8 +955,7 @@ def main(argv=None):
                 line.update(describe(network, args.seed))
             if args.hessian and not is_frozen and epoch % args.hessian == 0:
                 line['eigenvalue'] = largest_eigenvalue(network, run.batch[-2:], args)
-            if run.end_epoch(epoch, line, len(streams) * run.steps * size):
-                return 128 + run.stop
+            run.end_epoch(epoch, line, len(streams) * run.steps * size)
         began = time.time()
         genotype, notes = method.result()
         if method.scores:
@@ -984,11 +963,9 @@ def main(argv=None):
                             'seconds': round(time.time() - began, 3),
                             'peak_memory_mib': peak_memory_mib(device)})
             run.write_log()
-        stop = before_growth(run.log, run.epochs)
+        stop = args.early_stop and before_growth(run.log, run.epochs)
         if stop:
-            notes['early_stop'] = {key: stop[key] for key in ('epoch', 'genotype')}
-            if args.early_stop:
-                genotype = from_plain(stop['genotype'])
+            genotype, notes['early_stop'] = from_plain(stop['genotype']), stop['epoch']
         finish(run, args, genotype, **notes)
 
 
@@ -1012,15 +989,11 @@ def say(args, genotype):
     """Print the cells that were found, what is known of them, and the next command."""
     print(genotype)                             # as DARTS's code writes it
     if isinstance(genotype, str):
-        names, better = dict(zip(NB201.edges, from_string(genotype))), 'NB201_LARGEST'
-        on_paths = str([names[edge] for edge in expression(genotype)[1]])
         print('known of this cell: CIFAR-10 {cifar10:.2f}%, better than {percentile:.1f}% of all '
               'cells, CIFAR-100 {cifar100:.2f}%, ImageNet16-120 {imagenet16:.2f}%'.format(
                   **truth(genotype)))
-    else:
-        on_paths, better = str(genotype.normal), 'PC_DARTS_cifar'
-    if 'conv' not in on_paths:
-        print(f'the search has collapsed, this cell has no convolution: better retrain {better}')
+    if 'conv' not in str(getattr(genotype, 'normal', genotype)):
+        print('the search has collapsed, this cell has no convolution: retrain a published one')
     if args.quick:
         print('this was --quick: the pipeline works, the genotype means nothing')
     print('next:', next_command(args))
@@ -1035,11 +1008,9 @@ def next_command(args):
     if target in KINDS:
         own = kind_of(target, made).settings.split()
         real = args.preset if args.preset in REAL else 'cifar10'
-        if 'multilabel' in own and made['multilabel']:
+        if made.get('multilabel'):
             real = 'chexpert'
         target = made['source'] if 'source' in own else real
-        if Path(target, 'meta.json').exists():      # labels of an unreal set
-            target = real
     words = ['python', 'retrain.py', '--arch', args.save, '--data', target]
     if args.quick:
         words.append('--quick')
@@ -1050,9 +1021,6 @@ def next_command(args):
     inner, folder = CIFAR.get(target, [None])[0], Path(args.data_dir)
     if inner and folder.name != inner and not (folder / inner).is_dir():
         words.append('--download')
-    elif target in ('imagenet', 'chexpert') and has_own_images(args.data) \
-            and args.data_dir == INPUT['data_dir'].default:
-        words += ['--data_dir', 'DIR']          # which this search did not need
     names = ['image_size', 'test_fraction', 'skip_broken']
     if target in REAL:
         names = ['data_dir', 'uncertain', 'views']

@@ -201,8 +201,8 @@ WAYS = {                        # name: (side, graph, more flags)
     'graph, TF32': ('ours', True, ['--tf32']), 'graph, bf16': ('ours', True, ['--amp'])}
 
 GRAPHED = ['darts', 'darts --unrolled', 'darts --grad_accum 2', 'pcdarts', 'sdarts', 'dartsminus',
-           'sdarts --perturb adversarial', 'betadarts', 'pdarts --space darts --layers 5',
-           'pcdarts --space darts --layers 5', 'darts --unrolled --space darts --layers 5']
+           'sdarts --perturb adversarial', 'betadarts', 'pdarts --layers 5', 'pcdarts --layers 5',
+           'darts --unrolled --layers 5']
 
 
 def relative(a, b):
@@ -237,9 +237,9 @@ def equality(device, dtype, partial, unrolled, width=8, layers=5, size=16):
 def replays(flags, device, graph):
     """(weights and alphas of a method after 8 steps in two epochs, whether it was captured)."""
     torch.manual_seed(0)
+    space = [] if '--layers' in flags else ['--space', 'nb201', '--cells_per_stage', '1']
     step, changed, method, sgd = search_step(
-        ['--space', 'nb201', '--cells_per_stage', '1', '--init_channels', '8', '--batch_size', '16',
-         '--method', *flags.split()], device)
+        [*space, '--init_channels', '8', '--batch_size', '16', '--method', *flags.split()], device)
     step = retrain.GraphedStep(step, changed, device, graph)
     for k in range(8):
         method.stage = 2                            # of pdarts, whose skips are dropped

@@ -28,11 +28,12 @@ import torch  # noqa: E402
 SIZES = ['--layers', '3', '--init_channels', '4', '--batch_size', '8', '--epochs', '2',
          '--steps_per_epoch', '2', '--gpu', '-1']
 NOISE = ['--data', 'noise', '--num_images', '64', '--image_size', '8']
-TINY = [*NOISE, *SIZES[2:], '--cells_per_stage', '1', '--space', 'nb201']      # the cheaper space
+CELLS = ['--cells_per_stage', '1', '--space', 'nb201']
+TINY = [*NOISE, *SIZES[2:], *CELLS]                 # the cheaper space
 DARTS = [*NOISE, *SIZES, '--space', 'darts']
 ONESHOT = [*TINY, '--method', 'oneshot', '--candidates', '12']
-UNTRAINED = [*NOISE, '--space', 'nb201', '--init_channels', '4', '--cells_per_stage', '1',
-             '--batch_size', '8', '--candidates', '6', '--gpu', '-1']       # of naswot, say
+UNTRAINED = [*NOISE, '--init_channels', '4', '--batch_size', '8', '--candidates', '6',
+             '--gpu', '-1', *CELLS]                     # of naswot, say
 RETRAIN = ['--arch', 'DARTS_V2', *NOISE, *SIZES]
 ONE_STEP = ['--epochs', '1', '--steps_per_epoch', '1']
 
@@ -146,9 +147,8 @@ def searching(*flags):
     args = search.parse(['--init_channels', '4', *length, *flags])
     method = search.METHODS[args.method](args, 4, 'cifar', torch.device('cpu'))
     network = method.build()
-    with torch.no_grad():
-        for alpha in network.alphas.values():
-            alpha.mul_(500)
+    for alpha in network.alphas.values():
+        alpha.data.mul_(500)
     return method, network
 
 
@@ -193,19 +193,19 @@ def run(main, save, *flags):
 
 
 def printed(capsys, *flags):
-    """What a command of evaluate.py prints; in test_readme.py of the copy that is imported."""
+    """(out, err) of a command of evaluate.py; in test_readme.py of the copy that is imported."""
     capsys.readouterr()
     assert sys.modules['evaluate'].main([*flags, '--gpu', '-1']) == 0
-    return capsys.readouterr().out
+    return capsys.readouterr()
 
 
 def reports(capsys, *flags):
     """What evaluate.py says of each run."""
-    return [json.loads(row) for row in printed(capsys, *flags, '--json').splitlines()]
+    return [json.loads(row) for row in printed(capsys, *flags, '--json').out.splitlines()]
 
 
-def stop_in_every_step(main, save, *flags):
-    """Send this process SIGTERM in every step, and resume, until the run is done: starts needed."""
+def stop_in_every_step(main, save, *flags, after=lambda: None):
+    """Send this process SIGTERM in every step, call `after`, and resume: number of starts."""
     module = sys.modules[main.__module__]
     name = 'weight_step' if module.__name__ == 'search' else 'train_step'
     original, starts, status = getattr(module, name), 0, 143
@@ -218,6 +218,7 @@ def stop_in_every_step(main, save, *flags):
         patch.setattr(module, name, step)
         while status == 143:
             starts, status = starts + 1, main([*flags, '--save', save, '--resume'])
+            after()
     assert status == 0
     return starts
 

@@ -25,9 +25,8 @@ class Emulated(GraphedStep):
             def replay(graph):
                 result.copy_(self.step(*self.batch))
                 if self.spoil == 'alphas':
-                    with torch.no_grad():
-                        for alpha in self.changed()['alphas']:
-                            alpha.mul_(1.1)
+                    for alpha in self.changed()['alphas']:
+                        alpha.data.mul_(1.1)
         return Graph(), result
 
 

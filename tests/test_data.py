@@ -269,14 +269,8 @@ def test_leaves_have_their_shapes_and_the_first_is_in_front():
         assert abs((drawn == 255).mean() * 256 ** 2 / 100 ** 2 - area) < 0.05 * area + 0.02
 
 
-def test_flags_change_the_set_and_seeds_repeat_it():
-    digests = set()
-    for name, flags in (('a', []), ('hard', ['--difficulty', 'hard']), ('seed', ['--seed', '1']),
-                        ('leaves', ['--generator', 'deadleaves']), ('again', [])):
-        make_set(name, *flags, kind='generated')
-        digests.add(json.loads(Path(name, 'meta.json').read_text())['sha256']['images'])
-    assert len(digests) == 4                            # of five
-    data = g.read('a', {})
+def test_generated_sets_are_balanced_and_x_rays_have_the_shares_of_chexpert():
+    data = make_set('a', kind='generated')
     assert data.kind == 'generated' and (np.bincount(data.labels) == 10).all()
     assert np.allclose(data.images.mean((0, 1, 2)) / 255, data.mean)
     assert np.allclose(data.images.std((0, 1, 2)) / 255, data.std)

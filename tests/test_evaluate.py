@@ -78,7 +78,7 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     assert row['vs_largest_network'] == pytest.approx(difference, abs=0.02)
     assert (row['skips'], row['nones'], row['searched_on']) == (6, 0, 'noise')
     assert row['params_full_size'] == nas_bench_201()[0][SKIPS]['params'] and 'log' not in row
-    out = printed(capsys, 's0')
+    out = printed(capsys, 's0').out
     search.say(search.parse([]), SKIPS)
     assert 'collapsed' in capsys.readouterr().out
     assert '54.30\n' in out and '73,306' in out and '-39.46' in out
@@ -86,7 +86,7 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     mean, deviation = np.mean(values), np.std(values, ddof=1)
     assert len(reports(capsys, 's0', '--gpu', '-1', 's1')) == 2     # also after flags
     run(search.main, 't', *TINY, '--arch_data', 'train', *ONE_STEP)
-    out = printed(capsys, 's0', 's1', 's2', 's0/', 't', '--csv', 't.csv')
+    out = printed(capsys, 's0', 's1', 's2', 's0/', 't', '--csv', 't.csv').out
     head, first, second = out.splitlines()
     assert f'{mean:.2f} ± {deviation:.2f}' in first and 'CIFAR-10 %' in head
     assert '±' not in second and ' train ' in second
@@ -97,8 +97,7 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     run(search.main, 'w', *TINY, '--init_channels', '8', *ONE_STEP)
     shutil.copytree('s1', 'again')
     shutil.copy('s0/genotype.json', 'again')            # as by other code
-    assert evaluate.main(['s0', 's1', 'w', 'again']) == 0       # none averaged with others
-    said = capsys.readouterr()
+    said = printed(capsys, 's0', 's1', 'w', 'again')            # none averaged with others
     head, first, second = said.out.splitlines()[-3:]
     assert ' init_channels=4 ' in first and ' init_channels=8 ' in second and 'settings' in head
     assert ' epochs=1 ' in first and ' data=' not in first      # typed, and in no other column
@@ -110,7 +109,7 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
         ('2', True), ('1', True)]
     run(search.main, 'l', *TINY, '--preset', 'laptop', '--arch_weight_decay', '0')
     run(search.main, 'm', *TINY, '--preset', 'laptop')
-    _, *lines = printed(capsys, 's0', 'l', 'm').splitlines()
+    _, *lines = printed(capsys, 's0', 'l', 'm').out.splitlines()
     assert [' preset=laptop ' in line for line in lines] == [False, True, True]
     assert ['arch_weight_decay=0.0 ' in line for line in lines] == [False, True, False]
 
@@ -135,12 +134,11 @@ def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
     run(search.main, 'u', *TINY)
     Path('u/genotype.json').unlink()
     Path('u/log.jsonl').write_text(Path('u/log.jsonl').read_text().split('\n')[0] + '\n')
-    assert evaluate.main(['s0', 'u', 's1']) == 0
-    said = capsys.readouterr()
+    said = printed(capsys, 's0', 'u', 's1')
     assert ' 2 ' in said.out and 'u: not finished after 1 epochs' in said.err
     run(retrain.main, 'net', *RETRAIN)
     for name, start in (('p.png', b'\x89PNG'), ('p.pdf', b'%PDF'), ('p.svg', b'<?xml')):
-        assert evaluate.main(['s0', 'u', 'net', '--plot', name, '--gpu', '-1']) == 0
+        printed(capsys, 's0', 'u', 'net', '--plot', name)
         assert Path(name).read_bytes().startswith(start)
     run(search.main, 'other', *TINY, *ONE_STEP, '--arch_weight_decay', '0')
     text = Path('p.svg').read_text()
@@ -175,17 +173,17 @@ def test_a_retrained_network_is_tested_again_and_says_where_its_cell_is_from(cap
         ['noise', 'darts', 'cifar10', 'darts']
     run(retrain.main, 'n', *flags, '--data', 'random_labels', '--label_noise', '0.5')
     run(retrain.main, 'd', *flags, '--data', 'cifar10', '--seed', '1')
-    out = printed(capsys, 'c', 'd', 'n')
+    out = printed(capsys, 'c', 'd', 'n').out
     assert 'random_labels, label_noise 0.5' in out and '±' in out
     assert 'test - training, points' in out
     run(search.main, 'PDARTS', *DARTS, *ONE_STEP, '--arch_weight_decay', '0')  # no name
     run(retrain.main, 'e', '--arch', 'PDARTS', *SIZES, '--data', 'cifar10')
-    _, first, second = printed(capsys, 'c', 'd', 'e').splitlines()      # of two kinds of search
+    _, first, second = printed(capsys, 'c', 'd', 'e').out.splitlines()  # of two kinds of search
     assert 'search_arch_weight_decay=0.001 ' in first and 'arch_weight_decay=0.0 ' in second
     content = torch.load('d/weights.pt', weights_only=True)
     content['meta']['found_by']['settings']['code'] = 'other'
     torch.save(content, 'd/weights.pt')
-    _, first, second = printed(capsys, 'c', 'd').splitlines()           # searches by other scripts
+    _, first, second = printed(capsys, 'c', 'd').out.splitlines()       # searches by other scripts
     assert 'search_code=' in first and 'search_code=other ' in second
     shutil.move('data', 'moved')
     one_line(capsys, evaluate.main(['c', '--gpu', '-1']), 'cifar-10-batches-py')
@@ -198,16 +196,16 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     for size in ('16', '72'):                           # above 64 px the middle is cut out
         run(retrain.main, size, '--arch', 'DARTS_V1', '--data', 'photos', '--image_size', size,
             *SIZES)
-        rows = list(csv.DictReader(printed(capsys, size, '--predict', 'photos/val').splitlines()))
+        out = printed(capsys, size, '--predict', 'photos/val').out
+        rows = list(csv.DictReader(out.splitlines()))
         wrong = [row['class'] != Path(row['file']).parent.name for row in rows]
         assert len(rows) == 24 and all(
             float(row[row['class']]) == max(map(float, [*row.values()][2:])) for row in rows)
         assert reports(capsys, size)[0]['test_error'] == pytest.approx(100 * np.mean(wrong))
-    alone = printed(capsys, size, '--predict', rows[3]['file']).splitlines()
+    alone = printed(capsys, size, '--predict', rows[3]['file']).out.splitlines()
     assert alone[1] == ','.join(rows[3].values())
     Path('photos/val/cat/bad.png').write_bytes(b'no picture')
-    assert evaluate.main([size, '--predict', 'photos/val']) == 0
-    said = capsys.readouterr()
+    said = printed(capsys, size, '--predict', 'photos/val')
     assert said.out.count('photos/') == 24 and 'bad.png' not in said.out and 'bad.png' in said.err
     Path('photos/val/cat/bad.png').unlink()
     assert evaluate.main([size, '--scores', 's.csv', '--plot', 'p.svg']) == 0
@@ -223,12 +221,10 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     # Classes are matched by name: dog and emu keep their numbers.
     loss = reports(capsys, size)[0]['test_loss']
     Path('photos/train/cat/0.png').unlink()             # other mean and deviation
-    assert evaluate.main([size, '--json', '--gpu', '-1']) == 0
-    said = capsys.readouterr()
+    said = printed(capsys, size, '--json')
     assert json.loads(said.out)['test_loss'] == loss and 'warning' not in said.err
     shutil.copy('photos/val/cat/0.png', 'photos/val/cat/1.png')
-    assert evaluate.main([size, '--gpu', '-1']) == 0
-    assert 'images have changed since its training' in capsys.readouterr().err
+    assert 'images have changed since its training' in printed(capsys, size).err
     for split in ('train', 'val'):
         shutil.move(f'photos/{split}/cat', f'{split}-cat')
     assert reports(capsys, size)[0]['test_n'] == 16
@@ -256,9 +252,9 @@ def test_a_cell_goes_to_darts_and_comes_back(capsys):
     assert string in capsys.readouterr().out.splitlines()
     Path('string.txt').write_text(string + '\n')
     for cell, words in {'s': text, 'net': text, 'c': string}.items():
-        assert f'genotype                  {words}\n' in printed(capsys, cell)
+        assert f'genotype                  {words}\n' in printed(capsys, cell).out
     for cell, words in {'cell.txt': text, 'string.txt': string}.items():
-        assert printed(capsys, '--arch', cell).startswith(words + '\n')
+        assert printed(capsys, '--arch', cell).out.startswith(words + '\n')
     counts, = reports(capsys, '--arch', 'DARTS_V2', '--plot', 'cell.svg')
     assert 'dil_conv_3x3' in Path('cell.svg').read_text() and counts['imagenet_params'] == 4718752
 
@@ -274,7 +270,7 @@ def test_a_test_keeps_its_pictures_if_others_come_or_go(capsys):
     test = read('photos', {'image_size': 8}, 'test').files
     assert before['test_n'] == len(test) > 0
     run(retrain.main, 'other', *flags, '--data', 'photos', '--seed', '1', '--test_fraction', '0.5')
-    *_, first, second = printed(capsys, 'net', 'other').splitlines()
+    *_, first, second = printed(capsys, 'net', 'other').out.splitlines()
     assert ' test_fraction=0.2 ' in first and ' test_fraction=0.5 ' in second
     for path in {*Path('photos').rglob('*.png')} - {*test}:
         path.unlink()                                   # its training pictures
@@ -290,8 +286,7 @@ def test_a_test_keeps_its_pictures_if_others_come_or_go(capsys):
     run(retrain.main, 'r', *flags, '--data', 'few', '--test_fraction', '0')
     assert 'test_n' not in reports(capsys, 'r')[0]
     shutil.rmtree('photos')
-    assert evaluate.main(['net', 'r', '--gpu', '-1']) == 0      # with what the log has
-    said = capsys.readouterr()
+    said = printed(capsys, 'net', 'r')                          # with what the log has
     assert len(said.out.splitlines()) == 3 and 'from its log' in said.err
     assert evaluate.main(['net', 'r', '--data_dir', 'nowhere']) == 2
     said = capsys.readouterr()

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (DARTS, NOISE, ONE_STEP, RETRAIN, ROOT, TINY, one_line, reports, run, same_run,
-                      stop_in_every_step)
+from conftest import (DARTS, NOISE, ONE_STEP, RETRAIN, ROOT, TINY, one_line, printed, reports, run,
+                      same_run, stop_in_every_step)
 
 import evaluate
 import generate_data
@@ -121,7 +121,8 @@ def test_a_method(scripts, capsys):
     assert reports(capsys, 'found')[0]['method'] == 'entropy'
     args = modules['search'].parse([*TINY, '--method', 'entropy'])
     method = modules['search'].METHODS['entropy'](args, 4, 'cifar', torch.device('cpu'))
-    p = method.build().probabilities('cell')
+    network = method.build()
+    p = network.softmax(network.alphas['cell'])
     entropy = -0.1 * (p * p.log()).sum(1).mean()
     expected, = torch.autograd.grad(entropy, method.network.alphas['cell'])
     got, = torch.autograd.grad(method.alpha_loss(), method.network.alphas['cell'])
@@ -162,8 +163,7 @@ def test_an_operation(scripts, capsys):
     row, = reports(capsys, 'found')
     assert row['genotype']['normal'][0] == ['conv_7x1_1x7', 0] and row['params'] > 0
     # Runs of other scripts have a line of their own; without the operation its run is an error.
-    assert modules['evaluate'].main(['before', 'darts', 'found', '--gpu', '-1']) == 0
-    assert capsys.readouterr().out.count('\n') == 4
+    assert printed(capsys, 'before', 'darts', 'found').out.count('\n') == 4
     one_line(capsys, evaluate.main(['found', '--gpu', '-1']), 'conv_7x1_1x7')
 
 
@@ -172,8 +172,8 @@ def test_a_metric(scripts, capsys):
     lines = run(modules['retrain'].main, 'found', *RETRAIN)
     run(modules['retrain'].main, 'other', *RETRAIN, '--seed', '1')
     assert reports(capsys, 'found')[0]['fit_calibration'] == lines[-1]['fit_calibration']
-    assert modules['evaluate'].main(['found', 'other', '--csv', 't.csv', '--gpu', '-1']) == 0
-    assert 'training calibration error %' in capsys.readouterr().out
+    out = printed(capsys, 'found', 'other', '--csv', 't.csv').out
+    assert 'training calibration error %' in out
     assert 'fit_calibration' in Path('t.csv').read_text()
     # Two answers of confidence .9, one of them right; and one of .6 that is wrong.
     scores = torch.tensor([[.9, .1], [.9, .1], [.4, .6]]).log()

@@ -285,9 +285,8 @@ def architecture_gradients(network, train, valid, sgd, unrolled):
     sides = []
     for sign in (1, -1):
         moved = copy.deepcopy(network)
-        with torch.no_grad():
-            for w, g in zip(moved.weights(), dw):
-                w += sign * eps * g
+        for w, g in zip(moved.weights(), dw):
+            w.data += sign * eps * g
         sides.append(torch.autograd.grad(loss(moved, train), list(moved.alphas)))
     lr = sgd.defaults['lr']
     return [a - lr * (p - n) / (2 * eps) for a, p, n in zip(dalpha, *sides)]
@@ -379,9 +378,8 @@ def pairs_of_weights(ours, book):
 def copy_weights(ours, book):
     """Fill the textbook network with our network's weights, statistics and alphas."""
     pairs = pairs_of_weights(ours, book)
-    with torch.no_grad():
-        for a, block, b in pairs:
-            b.copy_(a[block])
-        for a, b in zip(ours.architecture_parameters(), book.alphas):
-            b.copy_(a)
+    for a, block, b in pairs:
+        b.data.copy_(a[block])
+    for a, b in zip(ours.architecture_parameters(), book.alphas):
+        b.data.copy_(a)
     return pairs
