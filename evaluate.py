@@ -396,7 +396,7 @@ def read_test(meta, data_dir=None, table=None):
 
 
 def report(run, device, data_dir=None, test_labels=None, alone=True):
-    """What read_run returns, and for a finished retraining its cost, its test and their gap.
+    """What read_run returns, and for a finished retraining its cost and its test.
 
     If its data cannot be read, it has the test of its log, unless it is `alone`.
     """
@@ -441,7 +441,8 @@ def report(run, device, data_dir=None, test_labels=None, alone=True):
 # ---- One run, and the table of several ------------------------------------------------------
 
 
-HIDDEN = 'run', 'finished', 'log', 'settings', 'search_settings', 'tested', 'data_sha256'
+HIDDEN = ('run', 'finished', 'log', 'settings', 'search_settings', 'tested', 'data_sha256',
+          'params_auxiliary')
 
 
 def show(row):
@@ -600,13 +601,17 @@ def plot(rows, path):
     from matplotlib.lines import Line2D
     panels, colours = [], {}                    # panels: title, inches, function, its arguments
     palette = colormaps['tab20'].colors[::2] + colormaps['tab20'].colors[1::2]
+    typed = set(chain(*(row['settings'].get('typed', ()) for row in rows)))
+    typed -= NAMED | MAY_DIFFER | {*REPEATS}
     for row in rows:
         group = row.get('method') or row['arch']
         words = {'searched_on': ' on ', 'space': ', ', 'arch_data': ', alphas: ',
                  'trained_on': ', trained on '}
         group += ''.join(words[key] + row[key] for key in words if row.get(key))
-        for name in sorted({*row['settings'].get('typed', ())} - NAMED - MAY_DIFFER - {*REPEATS}):
-            group += f', {name}={row["settings"][name]}'
+        settings = [other['settings'] for other in rows if other['type'] == row['type']]
+        for name in sorted(typed & row['settings'].keys()):
+            if any(other.get(name) != row['settings'][name] for other in settings):
+                group += f', {name}={row["settings"][name]}'
         row['colour'] = colours.setdefault(group, palette[len(colours) % 20])
     curves = dict(PANELS)
     for name, (header, _) in metric_columns().items():

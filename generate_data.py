@@ -556,9 +556,12 @@ class Formula:
         """The images of the set, uint8 (n, size, size, 3) at a time."""
         threads, n = torch.get_num_threads(), len(self.labels)
         parts = [range(k, min(k + self.chunk, n)) for k in range(0, n, self.chunk)]
-        with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
-            yield from pool.map(self.draw, parts)
-        torch.set_num_threads(threads)
+        try:
+            with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
+                for k in range(0, len(parts), threads):         # not all at once, for the memory
+                    yield from list(pool.map(self.draw, parts[k:k + threads]))
+        finally:
+            torch.set_num_threads(threads)
 
     def __call__(self, places):
         """Images at any places, filled up to 64, so that none depends on what is drawn with it."""
@@ -1425,7 +1428,8 @@ def check_classes(train, test, folder):
 def list_images(folder):
     """(classes, array of paths, int64 labels) of a tree with a folder of images for each class."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-    with readable(f'{folder} is no folder of images', 'Give each class its own, or another path.'):
+    with readable(f'{folder} is no folder of images',
+                  'Give each class its own, or another path (of ImageNet: --data_dir).'):
         classes = class_folders(folder)
         if len(classes) < 2:
             raise ValueError(f'folders in it: {", ".join(classes) or "none"}')
@@ -1726,8 +1730,9 @@ def main(argv=None):
         unused |= {'data_dir', 'download'}
     what = kind + (f' --generator {s["generator"]}' if kind == 'generated' else '')
     refuse_idle(typed, unused, f'for --kind {what}')
-    if s['source'] not in REAL and Path(out).resolve().is_relative_to(Path(s['source']).resolve()):
-        raise UserError(f'--out {out} lies in --source. Write elsewhere.')
+    both = [os.path.realpath(out), os.path.realpath(s['source'])]
+    if s['source'] not in REAL and os.path.commonpath(both) in both:
+        raise UserError(f'--out {out}: it or --source lies in the other. Write elsewhere.')
     make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']))
     print(f'wrote {out}: look at {Path(out, "sheet.png")}')
     laptop = '' if torch.cuda.is_available() else ' --preset laptop'

@@ -245,6 +245,8 @@ class Run:
         self.finished = from_first((self.folder / result).exists())
         self.checkpoint, self.log = {}, []
         self.scripts = own_scripts()            # as they are now: later they may be edited
+        if not hasattr(args, 'method'):         # a notebook may have imported it
+            self.scripts.pop('search.py', None)
         self.epoch = self.step = self.epochs = 0        # where to go on, and where it ends
         self.caught = self.stop = 0             # the signal that came, that all have agreed on
         if args.amp and device.type == 'cuda' and not torch.cuda.is_bf16_supported(False):

@@ -100,11 +100,12 @@ QUICK = dict(num_images=1000, layers=5, cells_per_stage=1, init_channels=8, batc
 class Darts:
     """DARTS (arXiv 1806.09055): the alphas follow the loss of held-out images; nothing is added.
 
-    recipe: the settings that differ from DARTS's; recipe_on: those by space or preset. flags: those
-    that other methods refuse. operations, extras: changes of the Space. MORE_CELLS: by stage.
-    stochastic: each loss draws anew what is computed, so that two losses cannot be compared.
-    one_path: one operation per edge is computed. searches: False for a cell drawn at random.
-    scores: what ranks cells; then nothing trains alphas. trains: whether weights train.
+    recipe: the settings that differ from DARTS's; recipe_on: those by space or preset. flags: what
+    it takes of the flags that not all methods take. operations, extras: changes of the Space.
+    MORE_CELLS: by stage. stochastic: each loss draws anew what is computed, so that two losses
+    cannot be compared. one_path: one operation per edge is computed. searches: False for a cell
+    drawn at random. scores: what ranks cells; then nothing trains alphas. trains: whether weights
+    train.
     """
     recipe, recipe_on, operations, extras, flags = {}, {}, {}, {}, ALPHAS
     spaces, stages, MORE_CELLS = ('darts', 'nb201'), 1, (0,)
@@ -989,11 +990,15 @@ def say(args, genotype):
     """Print the cells that were found, what is known of them, and the next command."""
     print(genotype)                             # as DARTS's code writes it
     if isinstance(genotype, str):
+        names, better = dict(zip(NB201.edges, from_string(genotype))), 'NB201_LARGEST'
+        on_paths = str([names[edge] for edge in expression(genotype)[1]])
         print('known of this cell: CIFAR-10 {cifar10:.2f}%, better than {percentile:.1f}% of all '
               'cells, CIFAR-100 {cifar100:.2f}%, ImageNet16-120 {imagenet16:.2f}%'.format(
                   **truth(genotype)))
-    if 'conv' not in str(getattr(genotype, 'normal', genotype)):
-        print('the search has collapsed, this cell has no convolution: retrain a published one')
+    else:
+        on_paths, better = str(genotype.normal), 'PC_DARTS_cifar'
+    if 'conv' not in on_paths:
+        print(f'the search has collapsed, this cell has no convolution: better retrain {better}')
     if args.quick:
         print('this was --quick: the pipeline works, the genotype means nothing')
     print('next:', next_command(args))
@@ -1011,6 +1016,8 @@ def next_command(args):
         if made.get('multilabel'):
             real = 'chexpert'
         target = made['source'] if 'source' in own else real
+        if Path(target, 'meta.json').exists():      # labels of an unreal set
+            target = real
     words = ['python', 'retrain.py', '--arch', args.save, '--data', target]
     if args.quick:
         words.append('--quick')
