@@ -393,6 +393,9 @@ def gates(rows, part, largest):
            'shuffled edges, percentile': contrast(*[(a - b, [0.0]) for a, b in pairs]),
            'the largest network, percentile': contrast(*[(values, [largest])
                                                          for values in real('percentile')])}
+    placed = [values[np.isfinite(values)] for values in real('placement')]
+    if all(map(len, placed)):
+        out['chance, placement'] = contrast(*[(values, [50.0]) for values in placed])
     if part == 'A1' and complete(rows, 'A3'):
         frozen = [sample(rows, 'e2', 'A3', REAL, m) for m in methods]
         out['frozen weights, E2'] = contrast(*zip(real('e2'), frozen))
@@ -492,10 +495,39 @@ def print_gradient(rows, part):
     for name, c in gates(rows, part, truth(NB201_LARGEST)['percentile']).items():
         print(f'{REAL} less {name}: {difference(c, 1)}')
     if set(KINDS) <= set(arms):
-        both = by_method(rows, part)
-        for kind, (answer, c) in answers_a(*both).items():
-            print(f'{kind}: {answer}; E2 from real {difference(c, 1)}')
+        print_answers(rows, part)
+        print_methods(rows, part)
+        processors = sorted({row.get('processor', '') for row in rows if row['part'] == part})
+        for processor in processors if len(processors) > 1 else []:
+            own = [row for row in rows if row['processor'] == processor]
+            print(f'{sum(row["part"] == part for row in own)} rows of {processor} alone')
+            print_answers(own, part)
     print()
+
+
+def print_answers(rows, part):
+    """The answer for each unreal kind in a part of searches by gradient."""
+    for kind, (answer, c) in answers_a(*by_method(rows, part)).items():
+        print(f'{kind}: {answer}; E2 from real {difference(c, 1)}')
+    print()
+
+
+def print_methods(rows, part):
+    """Table of a part of searches by gradient, a line for each kind of data and method."""
+    largest = truth(NB201_LARGEST)['percentile']
+    table = [['data', 'method', 'n', 'percentile', 'placement', 'E2', 'from real: E2',
+              'from real: percentile', 'above the largest']]
+    for kind in KINDS:
+        for method in METHODS:
+            values = {name: sample(rows, name, part, kind, method) for name in
+                      ('percentile', 'placement', 'e2')}
+            line = [kind, method, str(len(values['e2'])),
+                    *(spread(numbers, 1) for numbers in values.values())]
+            for name in ('e2', 'percentile'):
+                c = contrast((values[name], sample(rows, name, part, REAL, method)))
+                line.append('-' if kind == REAL else difference(c, 1))
+            table.append([*line, str((values['percentile'] > largest).sum())])
+    print_table(table)
 
 
 def by_method(rows, part):
