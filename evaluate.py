@@ -555,7 +555,7 @@ def print_table(lines):
     formats = {name: (name.replace('_', ' '), '') for name in (*GROUPS, 'settings', 'n')}
     for name, (header, digits) in columns().items():
         formats[name] = header, f',.{digits}f'
-    table = []                                  # by column
+    shown = []                                  # texts, by column
     for name, (header, spec) in formats.items():
         texts = [header]
         for line in lines:
@@ -563,8 +563,8 @@ def print_table(lines):
             parts = [format(value, spec) for value in values if value is not None]
             texts.append(' ± '.join(parts) or '-')
         if {*texts[1:]} != {'-'}:
-            table.append([text.ljust(max(map(len, texts))) for text in texts])
-    for cells in zip(*table):
+            shown.append([text.ljust(max(map(len, texts))) for text in texts])
+    for cells in zip(*shown):
         print('  '.join(cells).rstrip())
 
 
