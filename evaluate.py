@@ -787,11 +787,14 @@ def write_probabilities(path, run):
     scores = torch.from_numpy(scores)
     scores = scores.sigmoid() if labels.ndim == 2 else scores.softmax(1)
     truth = labels if labels.ndim == 2 else np.eye(len(classes))[labels]
-    rows = [('image', 'label', 'score', 'true')]
-    for name, *columns in zip(names, scores.tolist(), truth.astype(int).tolist()):
-        for label, value, is_true in zip(classes, *columns):
-            rows.append((name, label, f'{value:.9g}', is_true))
-    write_csv(path, rows)
+
+    def rows():                                 # of ImageNet 50 million: not all at once
+        yield 'image', 'label', 'score', 'true'
+        for name, row, true in zip(names, scores, truth):
+            for label, value, is_true in zip(classes, row.tolist(), true.tolist()):
+                yield name, label, f'{value:.9g}', int(is_true)
+
+    write_csv(path, rows())
 
 
 def write_csv(path, rows):

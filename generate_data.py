@@ -1736,7 +1736,8 @@ def main(argv=None):
     make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']))
     print(f'wrote {out}: look at {Path(out, "sheet.png")}')
     laptop = '' if torch.cuda.is_available() else ' --preset laptop'
-    print(f'next: python search.py --data {shlex.quote(out)}{laptop}')
+    script = os.path.relpath(Path(__file__).with_name('search.py'))
+    print(f'next: python {script} --data {shlex.quote(out)}{laptop}')
 
 
 if __name__ == '__main__':

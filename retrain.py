@@ -720,7 +720,8 @@ def main(argv=None):
     device = choose_device(args.gpu, args.tf32)
     run = Run(args, device, 'weights.pt')
     if run.finished:                            # a loop goes on without reading the data
-        say(args, read_log(run.folder)[-1])
+        for line in read_log(run.folder)[-1:]:
+            say(args, line)
         return
 
     # Data: images to train on, to choose the epoch on, to measure the fit on, and to test on.
@@ -825,7 +826,8 @@ def say(args, line):
     if args.quick:
         print('this was --quick, tested on 1,000 images at most: the result means little')
     gpu = ['--gpu', str(args.gpu)] if args.gpu else []
-    print('next:', shlex.join(['python', 'evaluate.py', args.save, *gpu]))
+    script = os.path.relpath(Path(__file__).with_name('evaluate.py'))
+    print('next:', shlex.join(['python', script, args.save, *gpu]))
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ SDARTS (2002.05283), DARTS- (2009.01027), beta-DARTS (2203.01665), RobustDARTS (
 (2006.04647), SynFlow (2006.05467), SNIP (1810.02340).
 """
 import math
+import os
 import shlex
 import time
 from contextlib import contextmanager, nullcontext
@@ -997,15 +998,17 @@ def say(args, genotype):
                   **truth(genotype)))
     else:
         on_paths, better = str(genotype.normal), 'PC_DARTS_cifar'
+    arch = args.save
     if 'conv' not in on_paths:
         print(f'the search has collapsed, this cell has no convolution: better retrain {better}')
+        arch = better
     if args.quick:
         print('this was --quick: the pipeline works, the genotype means nothing')
-    print('next:', next_command(args))
+    print('next:', next_command(args, arch))
 
 
-def next_command(args):
-    """The command that retrains what was found, on the real data that the search was for."""
+def next_command(args, arch):
+    """The command that retrains `arch` on the real data that the search was for."""
     target, made = args.data, vars(args)
     if Path(target, 'meta.json').exists():
         about = read_json(Path(target, 'meta.json'))
@@ -1018,7 +1021,8 @@ def next_command(args):
         target = made['source'] if 'source' in own else real
         if Path(target, 'meta.json').exists():      # labels of an unreal set
             target = real
-    words = ['python', 'retrain.py', '--arch', args.save, '--data', target]
+    script = os.path.relpath(Path(__file__).with_name('retrain.py'))
+    words = ['python', script, '--arch', arch, '--data', target]
     if args.quick:
         words.append('--quick')
     elif args.preset == 'laptop':

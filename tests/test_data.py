@@ -57,7 +57,8 @@ def test_label_modes_and_label_noise():
 def test_a_written_set_is_read_back_and_never_replaced(capsys):
     data = make_set('n', '--num_images', '120', '--seed', '3')
     laptop = '' if torch.cuda.is_available() else ' --preset laptop'
-    assert f'next: python search.py --data n{laptop}\n' in capsys.readouterr().out
+    script = os.path.relpath(g.__file__).replace('generate_data', 'search')
+    assert f'next: python {script} --data n{laptop}\n' in capsys.readouterr().out
     meta, flags = json.loads(Path('n/meta.json').read_text()), ['--kind', 'noise', '--out', 'n']
     assert {'kind', 'seed', 'command', 'versions', 'sha256', 'classes'} <= set(meta)
     assert (data.images == g.noise_images(3, range(120), 8)).all() and data.kind == 'noise'

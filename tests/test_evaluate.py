@@ -80,7 +80,8 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     assert row['params_full_size'] == nas_bench_201()[0][SKIPS]['params'] and 'log' not in row
     out = printed(capsys, 's0').out
     search.say(search.parse([]), SKIPS)
-    assert 'collapsed' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'collapsed' in said and '--arch NB201_LARGEST' in said
     assert '54.30\n' in out and '73,306' in out and '-39.46' in out
     values = [truth(arch)['cifar10'] for arch in (SKIPS, CONVS, POINTS)]
     mean, deviation = np.mean(values), np.std(values, ddof=1)

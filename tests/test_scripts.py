@@ -214,6 +214,8 @@ def test_a_lost_log_is_written_again_a_lost_checkpoint_starts_again_and_the_end_
     said = capsys.readouterr()
     assert 'r is finished' in said.out and 'next: python' in said.out
     assert said.err == 'note: changed since r began: operations.py\n'
+    path.unlink()
+    assert main([*flags, '--save', 'r', '--resume']) == 0
 
 
 def test_a_setting_that_was_added_since_is_compared_if_it_is_typed(monkeypatch, capsys):
@@ -445,6 +447,7 @@ def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):
         *noise, *flags.split())
     said = capsys.readouterr().out.splitlines()[-1]
     expected = expected.replace('FOLDER', os.getcwd())
-    assert said == f"next: python retrain.py --arch 'my run' {expected}"
+    script = os.path.relpath(ROOT / 'retrain.py')
+    assert said == f"next: python {script} --arch 'my run' {expected}"
     retrain.parse(shlex.split(said)[3:])
-    assert '--gpu' not in search.next_command(search.parse(['--gpu', '0']))    # the default
+    assert '--gpu' not in search.next_command(search.parse(['--gpu', '0']), 'a')   # the default
