@@ -494,9 +494,18 @@ def print_gradient(rows, part):
         print(f'E2 less that of the first study: {difference(c, 1)}')
     for name, c in gates(rows, part, truth(NB201_LARGEST)['percentile']).items():
         print(f'{REAL} less {name}: {difference(c, 1)}')
+    if part == 'A3' and complete(rows, 'A1'):
+        for kind in arms:
+            pairs = [(sample(rows, 'e2', 'A1', kind, m), sample(rows, 'e2', part, kind, m))
+                     for m in methods]
+            print(f'{kind}, E2 of A1 less that with frozen weights: '
+                  f'{difference(contrast(*pairs), 1)}', *[
+                      f'{m} {difference(contrast(pair), 1)}' for m, pair in zip(methods, pairs)],
+                  sep=', ')
+    if len(methods) > 1:
+        print_methods(rows, part, [kind for kind in KINDS if kind in arms])
     if set(KINDS) <= set(arms):
         print_answers(rows, part)
-        print_methods(rows, part)
         processors = sorted({row.get('processor', '') for row in rows if row['part'] == part})
         for processor in processors if len(processors) > 1 else []:
             own = [row for row in rows if row['processor'] == processor]
@@ -512,12 +521,12 @@ def print_answers(rows, part):
     print()
 
 
-def print_methods(rows, part):
+def print_methods(rows, part, kinds):
     """Table of a part of searches by gradient, a line for each kind of data and method."""
     largest = truth(NB201_LARGEST)['percentile']
     table = [['data', 'method', 'n', 'percentile', 'placement', 'E2', 'from real: E2',
               'from real: percentile', 'above the largest']]
-    for kind in KINDS:
+    for kind in kinds:
         for method in METHODS:
             values = {name: sample(rows, name, part, kind, method) for name in
                       ('percentile', 'placement', 'e2')}
