@@ -10,6 +10,7 @@ Those here are faster, because one call serves all E edges that leave a state. T
 `operation(channels, edges, stride, affine)` builds one. Its forward takes Inputs and returns
 (B, E*C, H/stride, W/stride), or `Unnormalised`, whose last BatchNorm is still to be done. A module
 with `shared = True` has no weights: its result (B, C, H/stride, W/stride) serves every edge.
+The score naswot sees each nn.ReLU, and the ReLUs of the classes that search.NasWot.prepare names.
 
 Sources: DARTS (arXiv 1806.09055) and NAS-Bench-201 (arXiv 2001.00326) for the operations, P-DARTS
 (arXiv 1904.12760) for the dropout on skips, BatchNorm (arXiv 1502.03167).

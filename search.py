@@ -137,7 +137,7 @@ class Darts:
         return {}
 
     def set_tensors(self, **numbers):
-        """Keep numbers as tensors, which a CUDA graph sees change; return them for the log."""
+        """Keep numbers as tensors, so that one CUDA graph is enough; return them for the log."""
         for name, value in numbers.items():
             if not hasattr(self, name):
                 setattr(self, name, torch.zeros((), device=self.device))
@@ -920,7 +920,7 @@ def main(argv=None):
             return bilevel_step(method, batch[:2], batch[-2:], sgd, adam, is_frozen)
 
         use_graph = args.graph == 'auto' and num_processes() == 1 and not method.one_path
-        steps = {}                              # {(stage, whether the alphas are frozen): step}
+        steps = {}                              # {(whether the alphas are frozen, ...): step}
         for epoch in range(run.epoch, run.epochs):
             if args.early_stop and before_growth(run.log, run.epochs):
                 break
@@ -933,13 +933,14 @@ def main(argv=None):
             past, length = epoch - first, end - first
             # The last epoch of a stage moves the alphas. Methods with scores have none.
             is_frozen = past < min(args.frozen_epochs, length - 1) or bool(method.scores)
-            key = method.stage, is_frozen
+            numbers = method.begin_epoch(past, length)
+            # A CUDA graph keeps plain numbers of the method, such as its stage, as they are now.
+            key = is_frozen, *(n for n in vars(method).values() if isinstance(n, (int, float)))
             if key not in steps:                # a CUDA graph holds the memory of a step: keep one
                 changed = partial(tensors_of_a_step, network, sgd, adam)
                 steps = {key: GraphedStep(partial(step, is_frozen), changed, device, use_graph)}
             learning_rate = learning_rate_at(args, past, length)
             sgd.param_groups[0]['lr'].fill_(learning_rate)
-            numbers = method.begin_epoch(past, length)
             streams = [endless(b, epoch, run) for b in batches[:1 if is_frozen else 2]]
             draws = (sum(pair, ()) for pair in zip(*streams))   # images and labels of each stream
             run.train(epoch, draws, steps[key])

@@ -535,3 +535,19 @@ def test_the_slightest_alpha_decides_and_equal_ones_are_broken_by_seed():
         assert line['none_cell'] == line['genotype'].count('none')
     supernet.alphas['cell'].data[:, 3] = 1e-9                   # float32's softmax is flat
     assert supernet.genotype() == to_string(['nor_conv_3x3'] * 6)
+
+
+def test_a_method_whose_numbers_change_by_epoch_gets_new_cuda_graphs_unless_they_are_tensors(
+        monkeypatch):
+    class Ramp(search.Darts):
+        def begin_epoch(self, epoch, epochs):
+            self.weight = epoch / epochs
+            return {'weight': self.weight}
+
+    made = []
+    monkeypatch.setitem(search.METHODS, 'ramp', Ramp)
+    monkeypatch.setattr(search, 'GraphedStep', lambda step, *_: made.append(step) or step)
+    lines = run(search.main, 'ramp', *TINY, '--method', 'ramp')
+    assert [line['weight'] for line in lines] == [0, 0.5] and len(made) == 2
+    run(search.main, 'beta', *TINY, '--method', 'betadarts')
+    assert len(made) == 3
