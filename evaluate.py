@@ -372,7 +372,7 @@ def read_test(meta, data_dir=None, table=None):
     if name not in REAL and not table:
         name = data_dir or name
         if not Path(name).exists():
-            raise UserError(f'{name}: the training data are gone. Say where with --data_dir.')
+            raise UserError(f'{name}: the training data are not there. Say where with --data_dir.')
     if table and meta['classes'] != list(CHEXPERT):
         raise UserError("--test_labels: this network was not trained on CheXpert's labels")
     if table:
@@ -680,10 +680,12 @@ def draw_scores(axis, rows):
 
 
 def draw_fits(axis, rows, name, label):
-    """One dot per retraining; the axis is logarithmic, because most losses are close to 0."""
+    """One dot per retraining; the axis is logarithmic if some losses are close to 0."""
     for row in rows:
         axis.plot(row['fit_loss'], row[name], 'o', color=row['colour'], alpha=0.7)
-    axis.set(xscale='log', xlabel='loss on training images', ylabel=label)
+    low, high = axis.dataLim.intervalx
+    axis.set(xscale='log' if high > 10 * low > 0 else 'linear', ylabel=label,
+             xlabel='loss on training images')
     axis.grid(alpha=0.3)
 
 
@@ -808,14 +810,16 @@ def parse(argv):
     s, typed, _ = parse_flags(__doc__, {'flags': FLAGS}, argv)
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError('evaluate.py is one process: run it without torchrun')
-    s['runs'] = list(dict.fromkeys(os.path.normpath(run) for run in s['runs']))
+    # A network alone, weights.pt, stands for its folder.
+    s['runs'] = list(dict.fromkeys(os.path.normpath(run.removesuffix('weights.pt'))
+                                   for run in s['runs']))
     if bool(s['runs']) == bool(s['arch']):
         raise UserError('give either the folders of runs, or --arch NAME')
     unused = typed.keys() - {'arch', 'json', 'plot', 'gpu'}
     if s['arch'] and unused:
         raise UserError(f'--{min(unused)} does not go with --arch: leave it out')
     if s['predict'] and (len(s['runs']) > 1 or typed.keys() - {'runs', 'predict', 'gpu'}):
-        raise UserError('--predict takes one run and no other flag: leave the others out')
+        raise UserError('--predict takes one run, one picture or folder, and no flag but --gpu')
     if s['scores'] and len(s['runs']) > 1:
         raise UserError('--scores takes one run: leave the others out')
     for name in ('csv', 'plot', 'scores'):      # which are written after the tests

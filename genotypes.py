@@ -103,13 +103,13 @@ def find_genotype(arch):
     """(genotype, found_by) of what `--arch` names; UserError says in one line what is wrong.
 
     arch: a published name (unless a search is called so), a string of NAS-Bench-201, a search, its
-    genotype.json, or a file with such a string or in DARTS's words. found_by: `data`, `method`, and
-    of a search `seed`, `arch_data`, `settings`.
+    genotype.json, or a file with such a string or in DARTS's words. found_by: `data`, None without
+    a search, `method`, and of a search `seed`, `arch_data`, `settings`.
     """
     if arch in PUBLISHED and not Path(arch, 'genotype.json').exists():
-        return PUBLISHED[arch], {'data': 'published', 'method': arch}
+        return PUBLISHED[arch], {'data': None, 'method': arch}
     if arch.startswith('|'):
-        return from_plain(arch, '--arch'), {'data': 'given', 'method': short_name(arch)}
+        return from_plain(arch, '--arch'), {'data': None, 'method': short_name(arch)}
     path = Path(arch, 'genotype.json') if os.path.isdir(arch) else Path(arch)
     if not os.path.isfile(path):
         raise UserError(f'--arch {arch:.60}: neither a genotype.json, nor a search that has ended, '

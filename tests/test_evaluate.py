@@ -203,7 +203,7 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
         assert len(rows) == 24 and all(
             float(row[row['class']]) == max(map(float, [*row.values()][2:])) for row in rows)
         assert reports(capsys, size)[0]['test_error'] == pytest.approx(100 * np.mean(wrong))
-    alone = printed(capsys, size, '--predict', rows[3]['file']).out.splitlines()
+    alone = printed(capsys, f'{size}/weights.pt', '--predict', rows[3]['file']).out.splitlines()
     assert alone[1] == ','.join(rows[3].values())
     Path('photos/val/cat/bad.png').write_bytes(b'no picture')
     said = printed(capsys, size, '--predict', 'photos/val')
