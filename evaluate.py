@@ -517,14 +517,15 @@ def table(rows):
     groups, shown, lines = {}, set(large), []
     for row in rows:
         own, search = compared_settings(row['settings']), row.get('search_settings') or {}
+        arch = row['settings'].get('arch')
         shown.update(row['settings'].get('typed', ()))
         shown.update(f'search_{name}' for name in search.get('typed', ()) if name not in NAMED)
         if row['data_sha256'] and row['settings']['data'] not in KINDS:     # a folder may change
             own.add(('images_sha256', row['data_sha256'][:6]))
         if search:
             own |= compared_settings(search, 'search_')
-        elif row.get('searched_on') is None:        # a retrained file: others may have its name
-            own.add(('arch', row['settings'].get('arch')))
+        elif row.get('searched_on') is None and arch != row.get('method') and '|' not in f'{arch}':
+            own.add(('arch', arch))             # a retrained file: others may have its name
         key = tuple(row.get(name) for name in GROUPS), frozenset(own)
         repeat = tuple(row['settings'].get(name) for name in REPEATS)
         same = groups.setdefault(key, {}).setdefault(repeat, row)
@@ -721,7 +722,7 @@ def draw_test(axis, row):
 # ---- Flags, predictions and files -----------------------------------------------------------
 
 FLAGS = {
-    'runs': Setting([], 'folders of runs'),
+    'runs': Setting([], 'folders of runs, or a weights.pt'),
     'arch': Setting(None, "a published name, a search, or a file with a genotype"),
     'json': Setting(False, 'print one JSON line for each run'),
     'csv': Setting(None, 'write the table to this file'),
@@ -790,7 +791,7 @@ def write_probabilities(path, run):
     scores = scores.sigmoid() if labels.ndim == 2 else scores.softmax(1)
     truth = labels if labels.ndim == 2 else np.eye(len(classes))[labels]
 
-    def rows():                                 # of ImageNet 50 million: not all at once
+    def rows():                                 # of ImageNet 50 million: one at a time
         yield 'image', 'label', 'score', 'true'
         for name, row, true in zip(names, scores, truth):
             for label, value, is_true in zip(classes, row.tolist(), true.tolist()):
@@ -810,16 +811,17 @@ def parse(argv):
     s, typed, _ = parse_flags(__doc__, {'flags': FLAGS}, argv)
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError('evaluate.py is one process: run it without torchrun')
-    # A network alone, weights.pt, stands for its folder.
-    s['runs'] = list(dict.fromkeys(os.path.normpath(run.removesuffix('weights.pt'))
-                                   for run in s['runs']))
+    folders = [os.path.dirname(run) if os.path.basename(run) == 'weights.pt' else run
+               for run in s['runs']]
+    s['runs'] = list(dict.fromkeys(map(os.path.normpath, folders)))
     if bool(s['runs']) == bool(s['arch']):
         raise UserError('give either the folders of runs, or --arch NAME')
     unused = typed.keys() - {'arch', 'json', 'plot', 'gpu'}
     if s['arch'] and unused:
         raise UserError(f'--{min(unused)} does not go with --arch: leave it out')
     if s['predict'] and (len(s['runs']) > 1 or typed.keys() - {'runs', 'predict', 'gpu'}):
-        raise UserError('--predict takes one run, one picture or folder, and no flag but --gpu')
+        raise UserError('--predict takes one run and one picture, or folder of pictures; '
+                        'of the other flags only --gpu')
     if s['scores'] and len(s['runs']) > 1:
         raise UserError('--scores takes one run: leave the others out')
     for name in ('csv', 'plot', 'scores'):      # which are written after the tests

@@ -1735,9 +1735,9 @@ def main(argv=None):
         raise UserError(f'--out {out}: it or --source lies in the other. Write elsewhere.')
     make_set(out, kind, {**s, 'data_seed': s['seed']}, choose_device(s['gpu']))
     print(f'wrote {out}: look at {Path(out, "sheet.png")}')
-    laptop = '' if torch.cuda.is_available() else ' --preset laptop'
+    laptop = [] if torch.cuda.is_available() else ['--preset', 'laptop']
     script = os.path.relpath(Path(__file__).with_name('search.py'))
-    print(f'next: python {script} --data {shlex.quote(out)}{laptop}')
+    print('next:', shlex.join(['python', script, '--data', out, *laptop]))
 
 
 if __name__ == '__main__':

@@ -103,8 +103,8 @@ def find_genotype(arch):
     """(genotype, found_by) of what `--arch` names; UserError says in one line what is wrong.
 
     arch: a published name (unless a search is called so), a string of NAS-Bench-201, a search, its
-    genotype.json, or a file with such a string or in DARTS's words. found_by: `data`, None without
-    a search, `method`, and of a search `seed`, `arch_data`, `settings`.
+    genotype.json, or a file with such a string or in DARTS's words. found_by has `data`, None if
+    there was no search, and `method`; of a search also `seed`, `arch_data` and `settings`.
     """
     if arch in PUBLISHED and not Path(arch, 'genotype.json').exists():
         return PUBLISHED[arch], {'data': None, 'method': arch}

@@ -720,8 +720,9 @@ def main(argv=None):
     device = choose_device(args.gpu, args.tf32)
     run = Run(args, device, 'weights.pt')
     if run.finished:                            # a loop goes on without reading the data
-        for line in read_log(run.folder)[-1:]:
-            say(args, line)
+        log = read_log(run.folder)
+        if log:
+            say(args, log[-1])
         return
 
     # Data: images to train on, to choose the epoch on, to measure the fit on, and to test on.

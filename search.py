@@ -133,7 +133,10 @@ class Darts:
         return self.network
 
     def begin_epoch(self, epoch, epochs):
-        """Set and return what changes by epoch; `epochs`: of the run, or of this stage."""
+        """Set and return what changes by epoch; `epochs`: of the run, or of this stage.
+
+        What a step reads of it must be a plain value of the method, or a tensor: see set_tensors.
+        """
         return {}
 
     def set_tensors(self, **numbers):
@@ -934,8 +937,9 @@ def main(argv=None):
             # The last epoch of a stage moves the alphas. Methods with scores have none.
             is_frozen = past < min(args.frozen_epochs, length - 1) or bool(method.scores)
             numbers = method.begin_epoch(past, length)
-            # A CUDA graph keeps plain numbers of the method, such as its stage, as they are now.
-            key = is_frozen, *(n for n in vars(method).values() if isinstance(n, (int, float)))
+            # A CUDA graph keeps plain values of the method, such as its stage, as they are now.
+            plain_values = int, float, str, np.generic
+            key = is_frozen, *(v for v in vars(method).values() if isinstance(v, plain_values))
             if key not in steps:                # a CUDA graph holds the memory of a step: keep one
                 changed = partial(tensors_of_a_step, network, sgd, adam)
                 steps = {key: GraphedStep(partial(step, is_frozen), changed, device, use_graph)}

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_label_modes_and_label_noise():
 def test_a_written_set_is_read_back_and_never_replaced(capsys):
     data = make_set('n', '--num_images', '120', '--seed', '3')
     laptop = '' if torch.cuda.is_available() else ' --preset laptop'
-    script = os.path.relpath(g.__file__).replace('generate_data', 'search')
+    script = shlex.quote(os.path.relpath(g.__file__).replace('generate_data', 'search'))
     assert f'next: python {script} --data n{laptop}\n' in capsys.readouterr().out
     meta, flags = json.loads(Path('n/meta.json').read_text()), ['--kind', 'noise', '--out', 'n']
     assert {'kind', 'seed', 'command', 'versions', 'sha256', 'classes'} <= set(meta)

@@ -121,8 +121,10 @@ def test_a_table_keeps_apart_cells_of_one_name_and_fresh_images_of_a_set_that_is
         Path(f'{k}').mkdir()
         Path(f'{k}/cell.json').write_text(to_json(PUBLISHED[name]))
         run(retrain.main, f'net{k}', '--arch', f'{k}/cell.json', *flags)
-    printed(capsys, 'net0', 'net1', '--csv', 't.csv')
-    assert [row['n'] for row in read_rows('t.csv')] == ['1', '1']
+    run(retrain.main, 'net2', '--arch', 'DARTS_V2', *flags)
+    said = printed(capsys, 'net0', 'net1', 'net2', '--csv', 't.csv').out
+    assert [row['n'] for row in read_rows('t.csv')] == ['1', '1', '1']
+    assert 'arch=1/cell.json' in said and 'arch=DARTS_V2' not in said
     make_set('set', '--num_images', '64')
     for name, more in (('s0', []), ('s1', ['--fresh'])):
         run(search.main, name, *TINY[len(NOISE):], '--data', 'set', *more, *ONE_STEP)

@@ -541,13 +541,13 @@ def test_a_method_whose_numbers_change_by_epoch_gets_new_cuda_graphs_unless_they
         monkeypatch):
     class Ramp(search.Darts):
         def begin_epoch(self, epoch, epochs):
-            self.weight = epoch / epochs
+            self.weight = float(epoch > 0)
             return {'weight': self.weight}
 
     made = []
     monkeypatch.setitem(search.METHODS, 'ramp', Ramp)
     monkeypatch.setattr(search, 'GraphedStep', lambda step, *_: made.append(step) or step)
-    lines = run(search.main, 'ramp', *TINY, '--method', 'ramp')
-    assert [line['weight'] for line in lines] == [0, 0.5] and len(made) == 2
+    lines = run(search.main, 'ramp', *TINY, '--method', 'ramp', '--epochs', '3')
+    assert [line['weight'] for line in lines] == [0, 1, 1] and len(made) == 2
     run(search.main, 'beta', *TINY, '--method', 'betadarts')
     assert len(made) == 3

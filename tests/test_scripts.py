@@ -447,7 +447,7 @@ def test_the_next_command_is_one_that_retrain_takes(flags, expected, capsys):
         *noise, *flags.split())
     said = capsys.readouterr().out.splitlines()[-1]
     expected = expected.replace('FOLDER', os.getcwd())
-    script = os.path.relpath(ROOT / 'retrain.py')
+    script = shlex.quote(os.path.relpath(ROOT / 'retrain.py'))
     assert said == f"next: python {script} --arch 'my run' {expected}"
     retrain.parse(shlex.split(said)[3:])
     assert '--gpu' not in search.next_command(search.parse(['--gpu', '0']), 'a')   # the default

@@ -300,7 +300,7 @@ class Step:
     """One architecture and one weight step with torch's own optimizers."""
     def __init__(self, network, unrolled, weight_decay=3e-4, nesterov=False):
         self.network, self.unrolled = network, unrolled
-        rate = torch.tensor(0.025).item()           # as ours, which is a tensor of float32
+        rate = torch.tensor(0.025).item()           # our rate is a tensor of float32
         self.sgd = torch.optim.SGD(network.weights(), rate, momentum=0.9,
                                    weight_decay=weight_decay, nesterov=nesterov)
         self.adam = torch.optim.Adam(network.alphas, 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
