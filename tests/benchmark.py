@@ -209,14 +209,14 @@ def relative(a, b):
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
-def equality(device, dtype, partial, unrolled, width=8, layers=5, size=16):
+def equality(device, dtype, partial, unrolled, width=8, layers=5, size=16, pixels=32):
     """Largest relative differences to the textbook: at first, and of the weights after 5 steps."""
     torch.manual_seed(0)
     ours = Network(width, 10, layers, partial=partial)
     book = textbook.Network(width, 10, layers, partial=partial)
     textbook.copy_weights(ours, book)
     ours, book = ours.to(device, dtype), book.to(device, dtype)
-    (x, y), (x2, y2) = (batch(size, device=device) for _ in range(2))
+    (x, y), (x2, y2) = (batch(size, pixels, device) for _ in range(2))
     train, valid = (x.to(dtype), y), (x2.to(dtype), y2)
     out = {'logits': relative(ours(train[0]), book(train[0]))}
     textbook.copy_weights(ours, book)               # of the running statistics

@@ -78,7 +78,7 @@ def test_all_that_a_step_changes_is_compared_and_its_learning_rate_is_a_tensor()
 
 def test_gpu_check_compares_and_times_steps(monkeypatch, capsys):
     for unrolled in (False, True):
-        row = benchmark.equality(CPU, torch.float64, 4, unrolled, 4, 3, 4)
+        row = benchmark.equality(CPU, torch.float64, 4, unrolled, 4, 3, 4, 8)
         assert all(value < 1e-11 for value in row.values()), row
     monkeypatch.setattr(benchmark, 'RUNS', {
         'search': (benchmark.Case(4, False, 2, 0), 2, 9),
