@@ -123,7 +123,7 @@ SAID = {'train_loss': 'training loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}
         'valid_loss': "loss on the alphas' images {:.3f}", 'valid_accuracy': 'accuracy {:.1%}',
         'skips_normal': 'skips in the normal cell: {}', 'skips_reduce': 'in the reduction cell: {}',
         'skips_cell': 'skips: {}',
-        'truth_for_analysis_only': 'known of this cell: CIFAR-10 {[cifar10]:.2f}%',
+        'truth_for_analysis_only': 'true CIFAR-10 accuracy of this cell {[cifar10]:.2f}%',
         'kept_after_epochs': 'kept: the network after epoch {}'}
 
 

@@ -998,9 +998,9 @@ def say(args, genotype):
     if isinstance(genotype, str):
         names, better = dict(zip(NB201.edges, from_string(genotype))), 'NB201_LARGEST'
         on_paths = str([names[edge] for edge in expression(genotype)[1]])
-        print('known of this cell: CIFAR-10 {cifar10:.2f}%, better than {percentile:.1f}% of all '
-              'cells, CIFAR-100 {cifar100:.2f}%, ImageNet16-120 {imagenet16:.2f}%'.format(
-                  **truth(genotype)))
+        print('true accuracy of this cell: CIFAR-10 {cifar10:.2f}%, better than '
+              '{percentile:.1f}% of all cells, CIFAR-100 {cifar100:.2f}%, ImageNet16-120 '
+              '{imagenet16:.2f}%'.format(**truth(genotype)))
     else:
         on_paths, better = str(genotype.normal), 'PC_DARTS_cifar'
     arch = args.save
