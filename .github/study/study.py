@@ -498,10 +498,9 @@ def print_gradient(rows, part):
         for kind in arms:
             pairs = [(sample(rows, 'e2', 'A1', kind, m), sample(rows, 'e2', part, kind, m))
                      for m in methods]
+            words = [f'{m} {difference(contrast(pair), 1)}' for m, pair in zip(methods, pairs)]
             print(f'{kind}, E2 of A1 less that with frozen weights: '
-                  f'{difference(contrast(*pairs), 1)}', *[
-                      f'{m} {difference(contrast(pair), 1)}' for m, pair in zip(methods, pairs)],
-                  sep=', ')
+                  f'{difference(contrast(*pairs), 1)}; {", ".join(words)}')
     if len(methods) > 1:
         print_methods(rows, part, [kind for kind in KINDS if kind in arms])
     if set(KINDS) <= set(arms):
