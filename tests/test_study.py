@@ -141,7 +141,7 @@ def test_every_part_has_its_table_when_its_rows_are_there(capsys, monkeypatch, t
     study.print_study()
     out = capsys.readouterr().out
     assert 'not run' not in out and 'frozen weights, E2: ' in out
-    assert out.count('E2 of A1 less that with frozen weights') == 2
+    assert out.count('E2 of A1 less that of A') == 4 and out.count('E2 of A2 less that of A2b') == 2
     for text in ('over 200 supernets of B and Bdose', 'E2 less that of the first study',
                  'generated_fresh less real data at their best', 'noise: not needed; rank'):
         assert text in out
