@@ -32,8 +32,8 @@ from typing import NamedTuple
 from generate_data import (CHEXPERT, DATA, DEFAULTS, KINDS, REAL, Batches, Progress, Setting,
                            UserError, choose_device, leave, load_file,
                            num_processes, number, one_line_errors, parse_flags, read,
-                           read_chexpert, read_image, readable, settings_of, try_pictures,
-                           write_file)
+                           read_chexpert, read_image, readable, refuse_idle, settings_of,
+                           try_pictures, write_file)
 
 import numpy as np
 import torch
@@ -201,15 +201,13 @@ def bootstrap(scores, labels, classes):
 
 
 def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32, stem='cifar'):
-    """Parameters without and with the auxiliary head; multiply-adds of convolutions and linears."""
+    """Parameters without the auxiliary head; multiply-adds of convolutions and linears."""
     with torch.device('meta'):
-        network = Network(init_channels, num_classes, layers, genotype, auxiliary=True, stem=stem)
+        network = Network(init_channels, num_classes, layers, genotype, stem=stem)
         image = torch.empty(1, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(image)
-    params = sum(p.numel() for p in network.parameters())
-    head = sum(p.numel() for p in network.auxiliary_head.parameters())
-    return {'params': params - head, 'params_auxiliary': params,
+    return {'params': sum(p.numel() for p in network.parameters()),
             'multiply_adds': counter.get_total_flops() // 2}
 
 
@@ -441,8 +439,7 @@ def report(run, device, data_dir=None, test_labels=None, alone=True):
 # ---- One run, and the table of several ------------------------------------------------------
 
 
-HIDDEN = ('run', 'finished', 'log', 'settings', 'search_settings', 'tested', 'data_sha256',
-          'params_auxiliary')
+HIDDEN = 'run', 'finished', 'log', 'settings', 'search_settings', 'tested', 'data_sha256'
 
 
 def show(row):
@@ -450,11 +447,15 @@ def show(row):
     print(row['run'])
     for name, value in row.items():
         if name == 'test_areas':
-            for label in row['tested'][2]:
-                area = area_text(*value[label]) if label in value else 'not defined'
+            _, labels, classes, _ = row['tested']
+            for label, column in zip(classes, labels.T):
+                area = f'not defined, {(column == 1).sum()} of {(column >= 0).sum()} positive'
+                if label in value:
+                    area = area_text(*value[label])
                 print(f'  {label:<28} AUROC {area}')
         elif name not in HIDDEN and (value is not None or 'auroc' in name):
-            words = name.replace('fit', 'final training').replace('holdout', 'held-out')
+            words = name.replace('fit', 'final training').replace('holdout', 'held-out') \
+                .replace('spearman', 'rank correlation')
             header, digits = columns().get(name, (words.replace('_', ' '), None))
             print(f'  {header:<25} {text_of(name, value, digits)}')
 
@@ -473,7 +474,7 @@ def text_of(name, value, digits=None):
     if isinstance(value, float):
         return f'{value:,.4g}' if digits is None else f'{value:,.{digits}f}'
     if name == 'vs_largest_network':
-        return '  '.join(f'{points:+.2f}' for points in value) + ' points'
+        return ', '.join(f'{name} {points:+.2f}' for name, points in zip(ACCURACIES, value))
     if name == 'genotype':                      # in DARTS's words, or as NAS-Bench-201 has it
         return from_plain(value)
     if isinstance(value, dict):
@@ -487,10 +488,11 @@ def columns():
             'fit_loss': ('final training loss', 3), 'cifar10': ('CIFAR-10 %', 2),
             'cifar100': ('CIFAR-100 %', 2), 'imagenet16': ('ImageNet16 %', 2),
             'percentile': ('percentile', 1),
-            'spearman': ('rank correlation', 3), 'spearman_given_params': ('given params', 3),
+            'spearman': ('rank correlation', 3),
+            'spearman_given_params': ('rank correlation given params', 3),
             'skips': ('skips', 1), 'nones': ('nones', 1), 'skips_normal': ('skips (normal)', 1),
             'params': ('params', 0), 'params_full_size': ('params, full size', 0),
-            'seconds': ('seconds', 0)}
+            'seconds': ('seconds, without tests', 0)}
 
 
 GROUPS = 'type', 'space', 'searched_on', 'method', 'arch_data', 'trained_on', 'tested_on'
@@ -501,6 +503,8 @@ NAMED = {'data', 'space', 'method', 'unrolled', 'perturb', 'arch_data', 'source'
 
 def compared_settings(settings, prefix=''):
     """{(prefix + name, value)} of what runs of one line have in common."""
+    if settings['data'] == 'noise' and settings['augment'] == 'auto':
+        settings = {**settings, 'augment': 'none'}          # which auto means for it
     own = settings.keys() - MAY_DIFFER - set(REPEATS)
     own -= DATA.keys() - settings_of(settings['data'], {**DEFAULTS, **settings})
     return {(prefix + name, settings[name]) for name in own}
@@ -588,6 +592,8 @@ def mean_of(line, start):
 
     Accuracies are in per cent.
     """
+    if 'kept_after_epochs' in line and start.startswith(('holdout_', 'test_')):
+        return None                             # it is of the network of an earlier epoch
     values = [value['cifar10'] if isinstance(value, dict) else value
               for name, value in line.items() if value is not None
               and (name == start or start.endswith('_') and name.startswith(start))]
@@ -613,6 +619,8 @@ def plot(rows, path):
         for name in sorted(typed & row['settings'].keys()):
             if any(other.get(name) != row['settings'][name] for other in settings):
                 group += f', {name}={row["settings"][name]}'
+        if not row['finished']:
+            group += ', not finished'
         row['colour'] = colours.setdefault(group, palette[len(colours) % 20])
     curves = dict(PANELS)
     for name, (header, _) in metric_columns().items():
@@ -816,14 +824,12 @@ def parse(argv):
     s['runs'] = list(dict.fromkeys(map(os.path.normpath, folders)))
     if bool(s['runs']) == bool(s['arch']):
         raise UserError('give either the folders of runs, or --arch NAME')
-    unused = typed.keys() - {'arch', 'json', 'plot', 'gpu'}
-    if s['arch'] and unused:
-        raise UserError(f'--{min(unused)} does not go with --arch: leave it out')
-    if s['predict'] and (len(s['runs']) > 1 or typed.keys() - {'runs', 'predict', 'gpu'}):
-        raise UserError('--predict takes one run and one picture, or folder of pictures; '
-                        'of the other flags only --gpu')
-    if s['scores'] and len(s['runs']) > 1:
-        raise UserError('--scores takes one run: leave the others out')
+    if s['arch']:
+        refuse_idle(typed, FLAGS.keys() - {'arch', 'json', 'plot', 'gpu'}, 'with --arch')
+    if s['predict']:
+        refuse_idle(typed, FLAGS.keys() - {'runs', 'predict', 'gpu'}, 'with --predict')
+    if len(s['runs']) > 1:
+        refuse_idle(typed, {'predict', 'scores'}, 'for several runs')
     for name in ('csv', 'plot', 'scores'):      # which are written after the tests
         if not s[name]:
             continue

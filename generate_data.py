@@ -276,7 +276,7 @@ class Progress:
         left = timedelta(seconds=round(each * (self.total - done)))
         if self.hint is not None and spent > 3:
             if left.total_seconds() > 60:
-                print(f'about {left} left, until {datetime.now() + left:%a %d %b, %H:%M}'
+                print(f'about {left} of {self.unit}, until {datetime.now() + left:%a %d %b, %H:%M}'
                       + (self.hint if left.total_seconds() > 3600 else ''))
             self.hint = None
         if now - self.last < (0.2 if self.terminal else 8 - each):
@@ -1228,7 +1228,7 @@ def read_cifar(name, s, split):
     classes, = read_arrays(folder / official.meta['filename'], official.meta['key'])
     size = s['image_size'] or 32
     if size != 32:
-        progress = Progress(len(images), 'images').over(images)
+        progress = Progress(len(images), 'images resized').over(images)
         images = np.stack([resize(Image.fromarray(x), size) for x in progress])
     return Data(name, 'real', images, labels, classes, mean, std, size)
 
@@ -1296,7 +1296,9 @@ def read_chexpert_table(path, uncertain):
     """
     rows = {}
     mend = "It needs CheXpert's 14 labels, 1.0, 0.0, -1.0 or blank, and Path (or Study), as " \
-        'patientX/studyY/view1_frontal.jpg. Or else check its path, --data_dir.'
+        'patientX/studyY/view1_frontal.jpg.'
+    if not path.is_file():
+        raise UserError(f'{path} is missing. Check --data_dir or --test_labels.')
     with readable(f'{path} is no CSV file of CheXpert', mend), \
             open(path, newline='', encoding='utf-8-sig') as file:
         reader = csv.DictReader(file, restval='no cell')
@@ -1463,7 +1465,7 @@ def decode(files, image_size, zoom=1):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = pool.map(lambda file: read_image(file, image_size, zoom), files)
         shape = np.dtype((np.uint8, (image_size, image_size, 3)))
-        return np.fromiter(Progress(len(files), 'images').over(images), shape, len(files))
+        return np.fromiter(Progress(len(files), 'images read').over(images), shape, len(files))
 
 
 def read_image(path, image_size, zoom=1, crop=False):

@@ -1,6 +1,6 @@
 """Genotypes: what a search ends in. Their JSON, checks, published cells, random ones, drawings.
 
-    python -c "from genotypes import *; print(to_json(random_genotype(0)))"
+    python -c "from genotypes import *; print(to_json(random_cell('darts', 0)))"
 
 A genotype of DARTS (arXiv 1806.09055, section 2.1) is two cells, normal and reduction. A cell has
 two inputs, states 0 and 1, the outputs of the two cells before it, and four nodes, states 2 to 5.
@@ -14,7 +14,6 @@ import csv
 import gzip
 import json
 import os
-import re
 from bisect import bisect_left, bisect_right
 from collections import namedtuple
 from functools import cache
@@ -70,9 +69,15 @@ def to_json(genotype, **extra):
     return json.dumps({**fields, **extra})
 
 
-def random_genotype(seed):
-    """Uniform over cells: two different inputs per node, any operation but none (the control)."""
+def random_cell(space, seed):
+    """A genotype, uniform over all of a space (the control).
+
+    In darts a node has two different inputs, and any operation but none.
+    """
     rng = np.random.Generator(np.random.Philox(seed))
+    if space == 'nb201':
+        names = list(NB201_OPERATIONS)
+        return to_string(names[k] for k in rng.integers(len(names), size=6))
     operations, cells = [name for name in OPERATIONS if name != 'none'], []
     for _ in ('normal', 'reduce'):
         cell = []
@@ -87,15 +92,12 @@ def random_genotype(seed):
 
 
 def parse_darts(text):
-    """{field: value} of the one `Genotype(normal=[...], normal_concat=range(2, 6), ...)` in a text.
+    """{field: value} of `Genotype(normal=[...], normal_concat=range(2, 6), ...)` in a line of text.
 
-    It may stand in a line of DARTS's log.
+    Nothing of it is run.
     """
-    text = re.sub(r'range\(2, ?6\)', '[2, 3, 4, 5]', text)     # a literal; nothing is run
-    found = re.findall(r'\bGenotype\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)', text)
-    if len(found) != 1:
-        raise ValueError(f'it has {len(found)} of Genotype(...)')
-    words = ast.parse(found[0], mode='eval').body.keywords
+    text = text[text.find('Genotype('):text.rfind(')') + 1].replace('range(2, 6)', '(2, 3, 4, 5)')
+    words = ast.parse(text, mode='eval').body.keywords
     return {word.arg: ast.literal_eval(word.value) for word in words}
 
 
@@ -103,8 +105,8 @@ def find_genotype(arch):
     """(genotype, found_by) of what `--arch` names; UserError says in one line what is wrong.
 
     arch: a published name (unless a search is called so), a string of NAS-Bench-201, a search, its
-    genotype.json, or a file with such a string or in DARTS's words. found_by has `data`, None if
-    there was no search, and `method`; of a search also `seed`, `arch_data` and `settings`.
+    genotype.json, or a file in DARTS's words. found_by has `data`, None if there was no search, and
+    `method`; of a search also `seed`, `arch_data` and `settings`.
     """
     if arch in PUBLISHED and not Path(arch, 'genotype.json').exists():
         return PUBLISHED[arch], {'data': None, 'method': arch}
@@ -114,13 +116,10 @@ def find_genotype(arch):
     if not os.path.isfile(path):
         raise UserError(f'--arch {arch:.60}: neither a genotype.json, nor a search that has ended, '
                         f'nor one of {", ".join(PUBLISHED)}')
-    with readable(f'{path}: no genotype', 'It must have a JSON object, one Genotype(...) as DARTS '
-                  'writes it, or a string of NAS-Bench-201.'):
+    with readable(f'{path}: no genotype', 'It must have a JSON object, or one Genotype(...) as '
+                  'DARTS writes it.'):
         text = path.read_text().strip()
-        if text[:1] == '|':
-            fields = {'arch_str': text}
-        else:
-            fields = json.loads(text) if text[:1] == '{' else parse_darts(text)
+        fields = json.loads(text) if text[:1] == '{' else parse_darts(text)
         found_by = {key: fields.get(key) for key in ('data', 'method', 'seed', 'arch_data')}
     about = path.with_name('args.json')
     if path.name == 'genotype.json' and about.exists():
@@ -154,13 +153,6 @@ def from_string(text, source='genotype'):
         raise UserError(f'{source}: {text[:150]!r} is not of the form {to_string(["op"] * 6)}, '
                         f'where op is one of {", ".join(NB201_OPERATIONS)}')
     return tuple(names)
-
-
-def random_string(seed):
-    """Uniform over all 15,625 cells, `none` included (the control)."""
-    rng = np.random.Generator(np.random.Philox(seed))
-    names = list(NB201_OPERATIONS)
-    return to_string(names[k] for k in rng.integers(len(names), size=6))
 
 
 def expression(arch):
@@ -219,11 +211,9 @@ def truth(arch):
     half.
     """
     table, values = nas_bench_201()
-    row = table[arch]
-    below = bisect_left(values, row['cifar10'])
-    upto = bisect_right(values, row['cifar10'])
-    return {**{name: row[name] for name in ACCURACIES},
-            'percentile': 50 * (below + upto) / len(values)}
+    known = {name: table[arch][name] for name in ACCURACIES}
+    place = bisect_left(values, known['cifar10']) + bisect_right(values, known['cifar10'])
+    return {**known, 'percentile': 50 * place / len(values)}
 
 
 # ---- Published cells ------------------------------------------------------------------------

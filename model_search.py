@@ -140,7 +140,7 @@ class MixedOp(nn.Module):
                 y = None
             elif name == 'none':
                 size = [math.ceil(side / self.stride) for side in state.shape[2:]]
-                y = state.new_zeros(*state.shape[:2], *size)
+                y = state.new_zeros(*state.shape[:2], *size) * weight       # for its gradient
             elif name in self.shared:
                 if name not in maps:
                     maps[name] = self.shared[name](inputs)

@@ -694,6 +694,8 @@ def parse(argv):
                 and isinstance(find_genotype(chosen['arch'])[0], str):
             preset = 'nb201'
         out = {**FIXED, **PRESETS[preset]}
+        if preset == 'laptop' and chosen['data'] == 'chexpert':
+            out['holdout_patients'] = 0.1       # later epochs fit few X-rays too well
         if chosen['quick']:
             out.update(QUICK, num_classes=min(out.get('num_classes', 10), 20), rate_for=None)
             if out['optimizer'] == 'sgd':

@@ -40,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from genotypes import (distinct_cells, draw, expression, find_genotype, from_plain, from_string,
-                       plain, random_genotype, random_string, to_json, truth)
+                       plain, random_cell, to_json, truth)
 from model_search import DARTS, EDGES, NB201, Drawn, Network, cell_edges, derive
 from operations import (DilConv, DroppedSkip, FactorizedReduce, ReLUConvBN, SepConv, dropped_skip,
                         skip_connect)
@@ -401,7 +401,7 @@ class OneShot(Darts):
         """The genotypes to score: all of nb201 that differ, or some, drawn by seed."""
         count, seed = self.args.candidates, self.args.seed
         if self.args.space == 'darts':
-            return [random_genotype([seed, k]) for k in range(count or 1000)]
+            return [random_cell('darts', [seed, k]) for k in range(count or 1000)]
         cells = distinct_cells()
         order = np.random.Generator(np.random.Philox(seed)).permutation(len(cells))
         return cells if count is None else [cells[k] for k in order[:count]]
@@ -532,11 +532,6 @@ METHODS = {'darts': Darts, 'pcdarts': PcDarts, 'pdarts': PDarts, 'gdas': Gdas, '
            'snip': Snip, 'synflow': SynFlow, 'random': RandomCell}
 
 
-def random_cell(space, seed):
-    """A uniformly random genotype."""
-    return random_string(seed) if space == 'nb201' else random_genotype(seed)
-
-
 def weights_by_operation(network):
     """{(cell type, edge, operation): its weights, flat, of all cells} of a one-path supernet."""
     parts = {}
@@ -598,10 +593,6 @@ def gradients(method, batch, wanted, exact=False):
     for part in parts:
         loss, right = forward(network, part, args.amp and not exact)
         loss = loss / len(parts)
-        if method.one_path:
-            # This adds 0, and gives a graph if nothing was drawn. It is a square, because the
-            # gradient of a plain sum is one expanded number, which cannot be clipped in place.
-            loss = loss + 0 * wanted[0].square().sum()
         grads = torch.autograd.grad(loss, wanted, materialize_grads=method.one_path)
         sums = sums + torch.stack([loss.detach(), right])
         total = list(grads) if total is None else torch._foreach_add(total, grads)
@@ -724,21 +715,14 @@ def optimizers(network, args):
 def describe(network, seed):
     """What log.jsonl says of the alphas after an epoch.
 
-    By cell type: entropy in nats and margin of the first operation, means over edges; skips of the
-    genotype; edges whose strongest operation is none.
+    By cell type: entropy in nats, mean over edges, and skips of the genotype.
     """
     genotype, line = network.genotype(seed), {}
-    none = list(network.space.operations).index('none')
-    for cell_type, weights in zip(network.space.cell_types, network.choice_weights(seed)):
+    for cell_type in network.space.cell_types:
         p = network.softmax(network.alphas[cell_type]).detach().double().cpu()
-        first, second = p.sort(1, descending=True).values[:, :2].unbind(1)
-        names = from_string(genotype) if isinstance(genotype, str) \
-            else [op for op, _ in getattr(genotype, cell_type)]
-        line.update({
-            f'entropy_{cell_type}': -torch.xlogy(p, p).sum(1).mean().item(),
-            f'margin_{cell_type}': (first - second).mean().item(),
-            f'skips_{cell_type}': names.count('skip_connect'),
-            f'none_{cell_type}': (weights.argmax(1) == none).sum().item()})
+        cell = getattr(genotype, cell_type, genotype)       # a string is one cell
+        line[f'entropy_{cell_type}'] = -torch.xlogy(p, p).sum(1).mean().item()
+        line[f'skips_{cell_type}'] = str(cell).count('skip_connect')
     if isinstance(genotype, str):
         line['truth_for_analysis_only'] = truth(genotype)
     alphas = {name: alpha.detach().cpu().tolist() for name, alpha in network.alphas.items()}
@@ -1038,6 +1022,8 @@ def next_command(args, arch):
     if inner and folder.name != inner and not (folder / inner).is_dir():
         words.append('--download')
     names = ['image_size', 'test_fraction', 'skip_broken']
+    if target in ('imagenet', 'chexpert') and args.data in KINDS and 'data_dir' not in args.typed:
+        words += ['--data_dir', 'DIR']          # nobody has said where these images are
     if target in REAL:
         names = ['data_dir', 'uncertain', 'views']
     for name in names:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -26,16 +27,24 @@ MAINS = {'generate': generate_data.main, 'search': search.main, 'retrain': retra
 GOOD = genotypes.DARTS_V2.normal
 
 
-def make(what):
-    """Make what a bad command meets."""
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp('store')
+
+
+def make(what, store):
+    """Make what a bad command meets. A run is made once, kept in the store, and copied."""
     if what == 'set':
         make_set('set', '--num_images', '64')
     elif what == 'own':
         folder_of_images('own/train')
         folder_of_images('own/val')
     elif what:
-        main, flags = {'run': (search.main, TINY), 'net': (retrain.main, RETRAIN)}[what]
-        run(main, what, *flags)
+        if not (store / what).exists():
+            main, flags = {'run': (search.main, TINY), 'net': (retrain.main, RETRAIN)}[what]
+            run(main, what, *flags)
+            shutil.move(what, store)
+        shutil.copytree(store / what, what)
 
 
 def damage(how, path, *more):
@@ -99,7 +108,7 @@ TABLE = [
     ('', '', 'retrain', '--arch |x~0|', 'op is one of'),
     ('net', '', 'retrain', '--arch net', 'net'),
     ('', 'put genotype.json {', 'retrain', ARCH, 'genotype.json'),
-    ('', "put genotype.json X = Genotype(normal=[('", 'retrain', ARCH, '0 of'),
+    ('', "put genotype.json X = Genotype(normal=[('", 'retrain', ARCH, 'one Genotype(...)'),
     ('', 'put genotype.json Genotype(normal=open("evil","w"))', 'retrain', ARCH, 'Genotype(...)'),
     ('', 'put genotype.json Genotype(normal=[],normal_concat=range(0,9999999999))', 'retrain',
      ARCH, 'no genotype'),
@@ -134,8 +143,8 @@ def files():
 
 
 @pytest.mark.parametrize('there, change, script, flags, needle', TABLE)
-def test_one_line_and_nothing_left(there, change, script, flags, needle, capsys):
-    make(there)
+def test_one_line_and_nothing_left(there, change, script, flags, needle, capsys, store):
+    make(there, store)
     damage(*change.split(' ')) if change else None
     before, flags = files(), flags.split()
     base = {'search': DARTS if 'darts' in flags else TINY, 'retrain': RETRAIN[2:]}.get(script, [])
@@ -150,19 +159,20 @@ def test_one_line_and_nothing_left(there, change, script, flags, needle, capsys)
     assert not [path for path in new if not path.startswith('data/noise') or '.tmp' in path]
 
 
-@pytest.mark.parametrize('main, flags, result', [
-    (search.main, TINY, 'genotype.json'), (retrain.main, RETRAIN, 'weights.pt')])
-def test_a_damaged_checkpoint_or_one_of_another_network_is_refused(main, flags, result, capsys):
-    run(main, 'run', *flags, *ONE_STEP)
-    path = Path('run/checkpoint.pt')
+def test_a_damaged_checkpoint_or_one_of_another_network_or_of_other_images_is_refused(capsys):
+    flags = [*TINY, *ONE_STEP, '--resume']
+    run(search.main, 'run', *flags)
+    Path('run/genotype.json').unlink()
+    path, about = Path('run/checkpoint.pt'), Path('run/args.json')
     content = torch.load(path, weights_only=True)
-    Path('run', result).unlink()
     content['network'].popitem()
     torch.save(content, path)
     for damaged in (path.read_bytes(), path.read_bytes()[:1000]):
         path.write_bytes(damaged)
-        again = [*flags, *ONE_STEP, '--save', 'run', '--resume']
-        one_line(capsys, main(again), 'checkpoint.pt')
+        one_line(capsys, search.main([*flags, '--save', 'run']), 'checkpoint.pt')
+    digest = json.loads(about.read_text())['data_sha256']['images']
+    about.write_text(about.read_text().replace(digest, digest[::-1]))
+    one_line(capsys, search.main([*flags, '--save', 'run']), 'other images')
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint_only(capsys, monkeypatch):

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import RETRAIN, ROOT, TINY, UNTRAINED, log, run
 
 import evaluate
@@ -19,6 +20,16 @@ from model_search import Network
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2',
             '--rdzv_backend', 'c10d', '--rdzv_endpoint', 'localhost:0']
+LONG = [*TINY, '--epochs', '9', '--checkpoint_minutes', '0']
+SCORED = [*UNTRAINED, '--method', 'naswot']
+
+
+@pytest.fixture(scope='module')
+def shared(tmp_path_factory):
+    """The folder in which two processes have done what stands at the end of this file."""
+    folder = tmp_path_factory.mktemp('shared')
+    subprocess.run([*TORCHRUN, __file__], cwd=folder, check=True, timeout=240)
+    return folder
 
 
 def network(*shape, **more):
@@ -66,21 +77,19 @@ def steps(*flags):
     return {name: value.detach() for name, value in out.items()}
 
 
-def test_two_processes_and_two_parts_equal_one_process_with_the_whole_batch():
+def test_two_processes_and_two_parts_equal_one_process_with_the_whole_batch(shared):
     whole, parts = steps(), steps('--grad_accum', '2')
-    subprocess.run([*TORCHRUN, __file__], check=True, timeout=240)
-    shared = torch.load('steps.pt')
+    of_two = torch.load(shared / 'steps.pt')
     for name, value in whole.items():
         assert (parts[name] - value).abs().max() < 1e-10, name
-        assert (shared[name] - value).abs().max() < 1e-10, name
+        assert (of_two[name] - value).abs().max() < 1e-10, name
         assert value.abs().max() > 1e-6
 
 
-def test_a_process_killed_under_torchrun_goes_on_from_the_last_checkpoint():
-    command = [str(ROOT / 'search.py'), *TINY, '--epochs', '9', '--checkpoint_minutes', '0']
-    subprocess.run([*TORCHRUN, *command, '--save', 'whole'], check=True, timeout=240)
-    with subprocess.Popen([*TORCHRUN, '--max_restarts', '1', *command, '--save', 'broken',
-                           '--resume'], stderr=subprocess.DEVNULL) as process:
+def test_a_process_killed_under_torchrun_goes_on_from_the_last_checkpoint(shared):
+    command = [str(ROOT / 'search.py'), *LONG, '--save', 'broken', '--resume']
+    with subprocess.Popen([*TORCHRUN, '--max_restarts', '1', *command],
+                          stderr=subprocess.DEVNULL) as process:
         path = Path('broken/log.jsonl')
         while not (path.exists() and path.read_text().count('\n')):
             assert process.poll() is None
@@ -89,16 +98,13 @@ def test_a_process_killed_under_torchrun_goes_on_from_the_last_checkpoint():
         os.kill(int(children.split()[-1]), signal.SIGKILL)
         before = path.read_text().count('\n')
         assert process.wait(240) == 0
-    assert 0 < before < 9 and log('broken') == log('whole')
+    assert 0 < before < 9 and log('broken') == log(shared / 'whole')
     assert json.loads(Path('broken/args.json').read_text())['world_size'] == 2
 
 
-def test_two_processes_share_the_cells_that_are_scored():
-    flags = [*UNTRAINED, '--method', 'naswot']
-    run(search.main, 'one', *flags)
-    subprocess.run([*TORCHRUN, str(ROOT / 'search.py'), *flags, '--save', 'two'], check=True,
-                   timeout=240)
-    assert Path('one/scores.csv').read_text() == Path('two/scores.csv').read_text()
+def test_two_processes_share_the_cells_that_are_scored(shared):
+    run(search.main, 'one', *SCORED)
+    assert Path('one/scores.csv').read_text() == (shared / 'two/scores.csv').read_text()
 
 
 def test_bad_input_under_torchrun_ends_all_processes_with_the_one_line():
@@ -116,4 +122,6 @@ if __name__ == '__main__':
     assert all(torch.equal(mine, other) for other in evaluate.gather(mine))
     if not generate_data.world()[0]:
         torch.save(results, 'steps.pt')
+    for flags, save in ((LONG, 'whole'), (SCORED, 'two')):
+        assert search.main([*flags, '--save', save]) == 0
     generate_data.leave(0)

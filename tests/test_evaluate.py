@@ -108,6 +108,9 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     printed(capsys, 's0', 's1', 'again', '--csv', 't.csv')
     assert [(row['n'], 'code=' in row['settings']) for row in read_rows('t.csv')] == [
         ('2', True), ('1', True)]
+    run(search.main, 'v', *TINY, '--augment', 'none', '--seed', '5', *ONE_STEP)     # as of auto
+    printed(capsys, 's0', 'v', '--csv', 't.csv')
+    assert [row['n'] for row in read_rows('t.csv')] == ['2']
     run(search.main, 'l', *TINY, '--preset', 'laptop', '--arch_weight_decay', '0')
     run(search.main, 'm', *TINY, '--preset', 'laptop')
     _, *lines = printed(capsys, 's0', 'l', 'm').out.splitlines()
@@ -145,6 +148,7 @@ def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
         assert Path(name).read_bytes().startswith(start)
     run(search.main, 'other', *TINY, *ONE_STEP, '--arch_weight_decay', '0')
     text = Path('p.svg').read_text()
+    assert text.count('not finished') == 1
     printed(capsys, 's0', 'other', '--plot', 'q.svg')
     assert 'arch_weight_decay=0.0' in Path('q.svg').read_text()
     evaluate.write_csv('c.csv', [[os.fsdecode(b'caf\xe9.jpg')]])        # a name not in UTF-8
@@ -253,10 +257,9 @@ def test_a_cell_goes_to_darts_and_comes_back(capsys):
     run(search.main, 'c', *TINY, *ONE_STEP)
     string = find_genotype('c')[0]
     assert string in capsys.readouterr().out.splitlines()
-    Path('string.txt').write_text(string + '\n')
     for cell, words in {'s': text, 'net': text, 'c': string}.items():
         assert f'genotype                  {words}\n' in printed(capsys, cell).out
-    for cell, words in {'cell.txt': text, 'string.txt': string}.items():
+    for cell, words in {'cell.txt': text, string: string}.items():
         assert printed(capsys, '--arch', cell).out.startswith(words + '\n')
     counts, = reports(capsys, '--arch', 'DARTS_V2', '--plot', 'cell.svg')
     assert 'dil_conv_3x3' in Path('cell.svg').read_text() and counts['imagenet_params'] == 4718752

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 import evaluate
 import search
 from generate_data import Batches, read
-from genotypes import (distinct_cells, expression, find_genotype, from_string, random_genotype,
-                       random_string, to_string, truth)
+from genotypes import (distinct_cells, expression, find_genotype, from_string, random_cell,
+                       to_string, truth)
 from model_search import EDGES, NB201
 from operations import Inputs
 
@@ -158,8 +158,7 @@ def to_simplex(q):
     return q.clamp(0, 1) / q.clamp(0, 1).sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize('space, perturb', [
-    ('darts', 'random'), ('nb201', 'random'), ('nb201', 'adversarial')])
+@pytest.mark.parametrize('space, perturb', [('darts', 'random'), ('nb201', 'adversarial')])
 def test_sdarts_trains_the_weights_with_perturbed_edges(float64, space, perturb, monkeypatch):
     method, ours, book, pairs = with_textbook('--space', space, '--method', 'sdarts',
                                               '--perturb', perturb)
@@ -308,16 +307,16 @@ def test_early_stop_is_that_of_robustdarts():
 
 def test_early_stop_takes_the_genotype_of_then_and_resumes(monkeypatch):
     """With eigenvalues that grow: the run ends, with the genotype of an epoch before."""
-    flags = [*TINY, '--epochs', '40', '--steps_per_epoch', '1', '--hessian', '1',
+    flags = [*TINY, '--epochs', '20', '--steps_per_epoch', '1', '--hessian', '1',
              '--arch_learning_rate', '0.1']
     logs, found = {}, {}
     for name, more in (('go', []), ('r', ['--early_stop'])):
-        values = iter([1.0] * 12 + [9.0] * 28)
+        values = iter([1.0] * 12 + [9.0] * 8)
         monkeypatch.setattr(search, 'largest_eigenvalue', lambda *_, values=values: next(values))
         logs[name] = run(search.main, name, *flags, *more)
         found[name] = json.loads(Path(name, 'genotype.json').read_text())
-    assert len(logs['go']) == 40 and len(logs['r']) == 15 and found['r']['early_stop'] == 8
-    assert found['r']['arch_str'] == logs['r'][8]['genotype'] and 'early_stop' not in found['go']
+    assert len(logs['go']) == 20 and len(logs['r']) == 13 and found['r']['early_stop'] == 6
+    assert found['r']['arch_str'] == logs['r'][6]['genotype'] and 'early_stop' not in found['go']
     assert found['go']['arch_str'] == logs['go'][-1]['genotype']
     Path('r/genotype.json').unlink()                # killed before the end was written
     assert run(search.main, 'r', *flags, '--early_stop', '--resume') == logs['r']
@@ -332,14 +331,11 @@ def test_what_the_log_says_of_the_alphas(capsys):
     assert [line.get('eigenvalue') is not None for line in lines] == [True, False, True]
     for line in lines:
         p = F.softmax(torch.tensor(line['alphas']['cell']).double(), 1)
-        first, second = p.topk(2)[0].T
-        for name, value in (('entropy', -(p * p.log()).sum(1).mean()),
-                            ('margin', (first - second).mean())):
-            assert line[f'{name}_cell'] == pytest.approx(value.item(), rel=1e-4)
+        entropy = -(p * p.log()).sum(1).mean().item()
+        assert line['entropy_cell'] == pytest.approx(entropy, rel=1e-4)
         names = [list(NB201.operations)[k] for k in p.argmax(1)]
         assert line['genotype'] == to_string(names)
         assert line['skips_cell'] == names.count('skip_connect')
-        assert line['none_cell'] == names.count('none')
         assert line['truth_for_analysis_only'] == truth(line['genotype'])
     accuracy = truth(lines[-1]['genotype'])['cifar10']
     assert f'CIFAR-10 {accuracy:.2f}%' in capsys.readouterr().out
@@ -360,10 +356,10 @@ def test_arch_data_are_other_images_or_the_same_or_none(monkeypatch):
 
 
 def test_random_cells_are_uniform():
-    found = Counter(op for seed in range(500) for op in from_string(random_string(seed)))
+    found = Counter(op for seed in range(500) for op in from_string(random_cell('nb201', seed)))
     assert set(found) == set(NB201.operations)
     assert all(abs(count / 3000 - 0.2) < 0.03 for count in found.values())
-    cells = [random_genotype(seed) for seed in range(300)]
+    cells = [random_cell('darts', seed) for seed in range(300)]
     found = Counter(op for cell in cells for op, _ in cell.normal + cell.reduce)
     assert len(found) == 7 and 'none' not in found and min(found.values()) > 0.8 * 4800 / 7
     assert len({tuple(state for _, state in cell.normal[6:]) for cell in cells}) == 10    # 5 over 2
@@ -469,7 +465,7 @@ def test_scores_of_untrained_cells_are_those_of_plain_formulas(float64, formula)
     method.fixed_batch = lambda *_: (pair[0][rows], pair[1])
     method.prepare()
     for seed in range(12):
-        arch = random_string(seed)
+        arch = random_cell('nb201', seed)
         method.take(arch)
         got, wanted = method.measure(arch)[name], formula(network_of(book, arch), *pair)
         assert got == pytest.approx(wanted, rel=1e-9) or got == wanted == -math.inf
@@ -530,9 +526,6 @@ def test_the_slightest_alpha_decides_and_equal_ones_are_broken_by_seed():
     found = Counter(name for seed in range(50) for name in from_string(supernet.genotype(seed)))
     assert min(found[name] for name in NB201.operations) > 30              # of 60 expected
     assert supernet.genotype(3) == supernet.genotype(3)
-    for seed in range(3):
-        line = search.describe(supernet, seed)
-        assert line['none_cell'] == line['genotype'].count('none')
     supernet.alphas['cell'].data[:, 3] = 1e-9                   # float32's softmax is flat
     assert supernet.genotype() == to_string(['nor_conv_3x3'] * 6)
 

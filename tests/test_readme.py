@@ -18,7 +18,7 @@ import evaluate
 import generate_data
 import retrain
 import search
-from genotypes import DARTS_V2, random_string, to_json
+from genotypes import DARTS_V2, random_cell, to_json
 
 PAGES = 'README.md', 'tests/README.md', '.github/study/README.md'
 
@@ -35,11 +35,12 @@ def commands():
 
 def parsed(script, words):
     """Parse a command as its script would, before it touches any data."""
-    value = {'m': 'darts', 'd': 'noise', 't': 'cifar10', 'k': 'k', 'e': '65', 'FLAGS': ''}
+    value = {'m': 'darts', 'd': 'noise', 't': 'cifar10', 'k': 'k', 'e': '65', 'FLAGS': '',
+             'a': 'runs/a'}
     words = re.sub(r'\$\{?(\w+)(%% \*\})?', lambda found: value.get(found[1], '0'), words)
     for folder in re.findall(r'runs/[\w.=-]+', words):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        found = random_string(0) if 'nb201' in words or 'laptop' in words else DARTS_V2
+        found = random_cell('nb201', 0) if 'nb201' in words or 'laptop' in words else DARTS_V2
         Path(folder, 'genotype.json').write_text(to_json(found, data='noise', method='darts'))
     argv = shlex.split(words)
     if script in ('search', 'retrain'):

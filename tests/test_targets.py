@@ -20,7 +20,7 @@ import evaluate
 import generate_data as g
 import retrain
 import search
-from genotypes import random_string
+from genotypes import random_cell
 
 
 def test_cifar_is_read_as_python_2_wrote_it(capsys):
@@ -290,6 +290,7 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
     assert row['test_auroc_tasks'] == pytest.approx(best['test_auroc_tasks'], abs=1e-9)
     assert row['test_n'] == 6                           # studies, of two views each
     assert 'Fracture' not in row['test_areas'] and len(row['test_areas']) == 13
+    assert 'Fracture                     AUROC not defined, 0 of' in printed(capsys, 'n').out
     assert all(low <= area <= high for area, low, high, *_ in row['test_areas'].values())
     assert lines[-1]['train_accuracy'] is None          # nearly all labels are 0
     shutil.copytree('d/CheXpert-v1.0-small/valid', 'site/valid')        # other images, same names
@@ -345,13 +346,15 @@ def test_presets_are_the_published_recipes():
     expect(search.parse(['--method', 'gdas']), epochs=250, layers=6, batch_size=256,
            weight_decay=5e-4, nesterov=True)
     expect(search.parse(['--data', 'random_labels', '--source', 'chexpert']), image_size=224)
-    expect(retrain.parse(['--arch', random_string(0)]), epochs=200, learning_rate=0.1, layers=17,
-           grad_clip=0)
+    expect(retrain.parse(['--arch', random_cell('nb201', 0)]), epochs=200, learning_rate=0.1,
+           layers=17, grad_clip=0)
     expect(retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet']), epochs=250, layers=14,
            batch_size=1024, learning_rate=0.5, schedule='linear', warmup_epochs=5,
            weight_decay=3e-5, label_smoothing=0.1, init_channels=48)
     expect(retrain.parse(['--arch', 'DARTS_V2', '--data', 'chexpert']), optimizer='adam',
            learning_rate=1e-4, image_size=320, holdout_patients=0.02)
+    expect(retrain.parse(['--arch', 'DARTS_V2', '--data', 'chexpert', '--preset', 'laptop']),
+           image_size=16, holdout_patients=0.1)
     # The learning rate on ImageNet is that of PC-DARTS and follows the batch.
     for flags, rate in (([], 0.25), (['--learning_rate', '0.3'], 0.3)):
         args = search.parse(['--data', 'imagenet', '--batch_size', '512', *flags])
