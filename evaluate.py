@@ -474,7 +474,8 @@ def text_of(name, value, digits=None):
     if isinstance(value, float):
         return f'{value:,.4g}' if digits is None else f'{value:,.{digits}f}'
     if name == 'vs_largest_network':
-        return ', '.join(f'{name} {points:+.2f}' for name, points in zip(ACCURACIES, value))
+        both = zip(ACCURACIES, value)
+        return ', '.join(f'{data} {points:+.2f}' for data, points in both) + ' points'
     if name == 'genotype':                      # in DARTS's words, or as NAS-Bench-201 has it
         return from_plain(value)
     if isinstance(value, dict):
@@ -489,7 +490,7 @@ def columns():
             'cifar100': ('CIFAR-100 %', 2), 'imagenet16': ('ImageNet16 %', 2),
             'percentile': ('percentile', 1),
             'spearman': ('rank correlation', 3),
-            'spearman_given_params': ('rank correlation given params', 3),
+            'spearman_given_params': ('correlation given params', 3),
             'skips': ('skips', 1), 'nones': ('nones', 1), 'skips_normal': ('skips (normal)', 1),
             'params': ('params', 0), 'params_full_size': ('params, full size', 0),
             'seconds': ('seconds, without tests', 0)}
@@ -503,8 +504,9 @@ NAMED = {'data', 'space', 'method', 'unrolled', 'perturb', 'arch_data', 'source'
 
 def compared_settings(settings, prefix=''):
     """{(prefix + name, value)} of what runs of one line have in common."""
-    if settings['data'] == 'noise' and settings['augment'] == 'auto':
-        settings = {**settings, 'augment': 'none'}          # which auto means for it
+    kind = KINDS.get(settings['data'])
+    if kind and not kind.augment and settings.get('augment') == 'auto':
+        settings = {**settings, 'augment': 'none'}          # which auto means for this kind
     own = settings.keys() - MAY_DIFFER - set(REPEATS)
     own -= DATA.keys() - settings_of(settings['data'], {**DEFAULTS, **settings})
     return {(prefix + name, settings[name]) for name in own}
@@ -592,7 +594,8 @@ def mean_of(line, start):
 
     Accuracies are in per cent.
     """
-    if 'kept_after_epochs' in line and start.startswith(('holdout_', 'test_')):
+    kept = line.get('kept_after_epochs')
+    if kept and kept <= line['epoch'] and start.startswith(('holdout_', 'test_')):
         return None                             # it is of the network of an earlier epoch
     values = [value['cifar10'] if isinstance(value, dict) else value
               for name, value in line.items() if value is not None
@@ -828,8 +831,8 @@ def parse(argv):
         refuse_idle(typed, FLAGS.keys() - {'arch', 'json', 'plot', 'gpu'}, 'with --arch')
     if s['predict']:
         refuse_idle(typed, FLAGS.keys() - {'runs', 'predict', 'gpu'}, 'with --predict')
-    if len(s['runs']) > 1:
-        refuse_idle(typed, {'predict', 'scores'}, 'for several runs')
+    if len(s['runs']) > 1 and (s['predict'] or s['scores']):
+        raise UserError('--predict and --scores take one run: leave the others out')
     for name in ('csv', 'plot', 'scores'):      # which are written after the tests
         if not s[name]:
             continue

@@ -276,7 +276,8 @@ class Progress:
         left = timedelta(seconds=round(each * (self.total - done)))
         if self.hint is not None and spent > 3:
             if left.total_seconds() > 60:
-                print(f'about {left} of {self.unit}, until {datetime.now() + left:%a %d %b, %H:%M}'
+                end = datetime.now() + left
+                print(f'about {left} left for the {self.unit}, until {end:%a %d %b, %H:%M}'
                       + (self.hint if left.total_seconds() > 3600 else ''))
             self.hint = None
         if now - self.last < (0.2 if self.terminal else 8 - each):
@@ -1298,7 +1299,7 @@ def read_chexpert_table(path, uncertain):
     mend = "It needs CheXpert's 14 labels, 1.0, 0.0, -1.0 or blank, and Path (or Study), as " \
         'patientX/studyY/view1_frontal.jpg.'
     if not path.is_file():
-        raise UserError(f'{path} is missing. Check --data_dir or --test_labels.')
+        raise UserError(f'{path} is no file. Check --data_dir or --test_labels.')
     with readable(f'{path} is no CSV file of CheXpert', mend), \
             open(path, newline='', encoding='utf-8-sig') as file:
         reader = csv.DictReader(file, restval='no cell')

@@ -998,7 +998,7 @@ def say(args, genotype):
 
 def next_command(args, arch):
     """The command that retrains `arch` on the real data that the search was for."""
-    target, made = args.data, vars(args)
+    target, made, where = args.data, vars(args), []
     if Path(target, 'meta.json').exists():
         about = read_json(Path(target, 'meta.json'))
         target, made = about['kind'], {**about['settings'], 'image_size': about['image_size']}
@@ -1010,8 +1010,10 @@ def next_command(args, arch):
         target = made['source'] if 'source' in own else real
         if Path(target, 'meta.json').exists():      # labels of an unreal set
             target = real
+        if 'source' not in own and target not in CIFAR and 'data_dir' not in args.typed:
+            where = ['--data_dir', 'DIR']           # nobody has said where these images are
     script = os.path.relpath(Path(__file__).with_name('retrain.py'))
-    words = ['python', script, '--arch', arch, '--data', target]
+    words = ['python', script, '--arch', arch, '--data', target, *where]
     if args.quick:
         words.append('--quick')
     elif args.preset == 'laptop':
@@ -1022,8 +1024,6 @@ def next_command(args, arch):
     if inner and folder.name != inner and not (folder / inner).is_dir():
         words.append('--download')
     names = ['image_size', 'test_fraction', 'skip_broken']
-    if target in ('imagenet', 'chexpert') and args.data in KINDS and 'data_dir' not in args.typed:
-        words += ['--data_dir', 'DIR']          # nobody has said where these images are
     if target in REAL:
         names = ['data_dir', 'uncertain', 'views']
     for name in names:

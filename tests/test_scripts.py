@@ -54,7 +54,7 @@ def test_a_long_run_on_a_cpu_says_at_its_first_step_how_to_make_it_shorter(capsy
     monkeypatch.setattr(generate_data, 'time', SimpleNamespace(**now))
     run(search.main, 'r', *TINY)
     said = capsys.readouterr()
-    assert re.search('about 1:40:00 of steps, until .*; --preset laptop or --quick takes', said.out)
+    assert re.search('about 1:40:00 left for the steps, until .*; --preset laptop or', said.out)
     assert '1/4 steps  2000.0 s each  1:40:00 left  epoch 1/2' in said.err
 
 
@@ -412,6 +412,7 @@ def test_the_next_command_is_one_that_retrain_takes(capsys):
     run(search.main, 'my run', *DARTS, '--epochs', '0')
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == 'next: ' + search.next_command(search.parse(DARTS), 'my run')
+    retrain.parse(shlex.split(said)[3:])
     script, here = shlex.quote(os.path.relpath(ROOT / 'retrain.py')), os.getcwd()
     for data, expected in (
             ('own', 'own --image_size 8'),
@@ -422,6 +423,7 @@ def test_the_next_command_is_one_that_retrain_takes(capsys):
             ('chexpert --uncertain ones --data_dir d --preset cifar --image_size 16',
              'chexpert --data_dir d --uncertain ones'),
             ('noise --multilabel', 'chexpert --data_dir DIR'),
+            ('random_labels --source chexpert', 'chexpert'),
             ('written --data_dir d', 'chexpert --data_dir d'),
             ('relabelled', f'{here}/own --image_size 8 --test_fraction 0.4'),
             ('relabelled --preset laptop',

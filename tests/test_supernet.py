@@ -118,6 +118,7 @@ def test_parameter_counts():
     assert round(cost(PUBLISHED['DARTS_V2'])['multiply_adds'] / 1e6, 1) == 528.4
     large = cost(PUBLISHED['DARTS_V2'], 48, 14, 1000, 224, 'imagenet')
     assert large['params'] == 4_718_752
+    assert count(48, 1000, 14, PUBLISHED['DARTS_V2'], auxiliary=True, stem='imagenet') == 5_979_528
     assert round(large['multiply_adds'] / 1e6, 1) == 529.9
     # The stem of a search at 224 px and C=16 has 24, 48 and 48 channels, as PC-DARTS's code has.
     with torch.device('meta'), FlopCounterMode(display=False) as counter:

@@ -101,7 +101,7 @@ class Cell(nn.Module):
         edge = self.edges['{},{}'.format(*edge)]
         return edge.ops[NAMES.index(name)] if isinstance(edge, MixedOp) else edge
 
-    def forward(self, s0, s1, weights, shares):
+    def forward(self, s0, s1, weights, shares, drop_path_prob):
         states = [self.pre0(s0), self.pre1(s1)]
         rows = iter(zip(weights, shares)) if weights is not None else None
         for node in range(2, 2 + NODES):
@@ -112,7 +112,12 @@ class Cell(nn.Module):
                     row, share = next(rows)
                     total = total + share * self.edges[key](x, row)
                 elif key in self.edges:
-                    total = total + self.edges[key](x)
+                    edge = self.edges[key]
+                    y = edge(x)
+                    if drop_path_prob and not isinstance(edge, nn.Identity):
+                        keep = torch.rand(len(y), 1, 1, 1, device=y.device) >= drop_path_prob
+                        y = y / (1 - drop_path_prob) * keep
+                    total = total + y
             states.append(total)
         return torch.cat([states[node] for node in self.concat], 1)
 
@@ -122,7 +127,7 @@ class Network(nn.Module):
     def __init__(self, c, num_classes, layers, genotype=None, partial=1, auxiliary=False,
                  stem='cifar'):
         super().__init__()
-        self.partial = partial
+        self.partial, self.drop_path_prob = partial, 0
         self.stem = nn.Sequential(nn.Conv2d(3, 3 * c, 3, padding=1, bias=False),
                                   nn.BatchNorm2d(3 * c))
         self.stem1, last, reduction_before = None, 3 * c, False
@@ -175,7 +180,7 @@ class Network(nn.Module):
             if self.partial > 1:
                 beta = self.alphas[2 + int(reduction)]
                 shares = torch.cat([F.softmax(b, 0) for b in beta.split([2, 3, 4, 5])])
-            s0, s1 = s1, cell(s0, s1, weights, shares)
+            s0, s1 = s1, cell(s0, s1, weights, shares, self.drop_path_prob)
             if layer == self.auxiliary_at and self.training:
                 auxiliary = self.auxiliary(s1)
         logits = self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1))

@@ -501,7 +501,7 @@ def print_gradient(rows, part):
             pairs = [(sample(rows, 'e2', other, kind, m), sample(rows, 'e2', part, kind, m))
                      for m in methods]
             words = [f'{m} {difference(contrast(pair), 1)}' for m, pair in zip(methods, pairs)]
-            print(f'{kind}, E2 of {other} less that of {part}: {difference(contrast(*pairs), 1)}; '
+            print(f'{kind}, E2 of {other} less that of {part}: {difference(contrast(*pairs), 1)}: '
                   f'{", ".join(words)}')
     if len(methods) > 1:
         print_methods(rows, part, [kind for kind in KINDS if kind in arms])
