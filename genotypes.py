@@ -99,7 +99,7 @@ def parse_darts(text):
     if text.count('Genotype(') != 1:
         raise ValueError(f'it has {text.count("Genotype(")} of Genotype(...)')
     text = text[text.find('Genotype('):text.rfind(')') + 1]
-    text = text.replace('range(2,', 'range(2, ').replace('range(2,  6)', '(2, 3, 4, 5)')
+    text = text.replace('range(2,6)', 'range(2, 6)').replace('range(2, 6)', '(2, 3, 4, 5)')
     words = ast.parse(text, mode='eval').body.keywords
     return {word.arg: ast.literal_eval(word.value) for word in words}
 
