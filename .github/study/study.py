@@ -495,25 +495,33 @@ def print_gradient(rows, part):
         print(f'E2 less that of the first study: {difference(c, 1)}')
     for name, c in gates(rows, part, truth(NB201_LARGEST)['percentile']).items():
         print(f'{REAL} less {name}: {difference(c, 1)}')
-    other = CONTROL_OF.get(part)
-    if other and complete(rows, other):
-        for kind in arms:
-            pairs = [(sample(rows, 'e2', other, kind, m), sample(rows, 'e2', part, kind, m))
-                     for m in methods]
-            words = [f'{m} {difference(contrast(pair), 1)}' for m, pair in zip(methods, pairs)]
-            print(f'{kind}, E2 of {other} less that of {part}: {difference(contrast(*pairs), 1)}: '
-                  f'{", ".join(words)}')
+    processors = sorted({row.get('processor', '') for row in rows if row['part'] == part})
+    print_control(rows, part, arms, methods, processors)
     if len(methods) > 1:
         print_methods(rows, part, [kind for kind in KINDS if kind in arms])
     if set(KINDS) <= set(arms):
         print_answers(rows, part)
-        processors = sorted({row.get('processor', '') for row in rows if row['part'] == part})
-        for processor in processors if len(processors) > 1 else []:
-            own = [row for row in rows if row['processor'] == processor]
-            if min(len(values) for values in by_method(own, part)[0].values()) > 1:
-                print(f'{sum(row["part"] == part for row in own)} rows of {processor} alone')
-                print_answers(own, part)
+    for processor in processors if len(processors) > 1 else []:
+        own = [row for row in rows if row['processor'] == processor]
+        if min(len(sample(own, 'e2', part, kind, m)) for kind in arms for m in methods) > 1:
+            print(f'{sum(row["part"] == part for row in own)} rows of {processor} alone:')
+            print_gradient(own, part)
     print()
+
+
+def print_control(rows, part, arms, methods, processors):
+    """Print E2 of a part's control less that of the part, of all rows and of its processors."""
+    other = CONTROL_OF.get(part)
+    if not other or not complete(rows, other):
+        return
+    same = [row for row in rows if row['part'] == part or row['processor'] in processors]
+    for some, words in ((rows, ''), (same, f' ({" and ".join(processors)})')):
+        for kind in arms if some is rows or len(same) < len(rows) else []:
+            pairs = [(sample(some, 'e2', other, kind, m), sample(some, 'e2', part, kind, m))
+                     for m in methods]
+            single = [f'{m} {difference(contrast(pair), 1)}' for m, pair in zip(methods, pairs)]
+            print(f'{kind}, E2 of {other}{words} less that of {part}: '
+                  f'{difference(contrast(*pairs), 1)}: {", ".join(single)}')
 
 
 def print_answers(rows, part):
