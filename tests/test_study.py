@@ -130,7 +130,8 @@ def test_every_part_has_its_table_when_its_rows_are_there(capsys, monkeypatch, t
     for part in study.parts():
         name = 'gradient.csv' if part.startswith('A') else 'scoring.csv'
         for seed, arm, method, _ in study.runs(part):
-            row = {'part': part, 'arm': arm, 'method': method, 'seed': seed, 'genotype': 'some'}
+            row = {'part': part, 'arm': arm, 'method': method, 'seed': seed, 'genotype': 'some',
+                   'processor': 'old' if part == 'A1' and seed % 2 else 'new'}
             for key in ('rho', 'given_params', 'better_half', 'fit'):
                 row[key] = rng.uniform(0.69, 0.71)
             for key in ('percentile', 'shuffled', 'placement', 'e2', 'best', 'ten_best', 'seconds'):
@@ -142,6 +143,7 @@ def test_every_part_has_its_table_when_its_rows_are_there(capsys, monkeypatch, t
     out = capsys.readouterr().out
     assert 'not run' not in out and 'frozen weights, E2: ' in out
     assert out.count('E2 of A1 less that of A') == 4 and out.count('E2 of A2 less that of A2b') == 2
+    assert out.count('E2 of A1 (new) less that of A') == 4 and '384 rows of old alone' in out
     for text in ('over 200 supernets of B and Bdose', 'E2 less that of the first study',
                  'generated_fresh less real data at their best', 'noise: not needed; rank'):
         assert text in out

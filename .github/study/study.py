@@ -502,7 +502,7 @@ def print_gradient(rows, part):
     if set(KINDS) <= set(arms):
         print_answers(rows, part)
     for processor in processors if len(processors) > 1 else []:
-        own = [row for row in rows if row['processor'] == processor]
+        own = [row for row in rows if row.get('processor', '') == processor]
         if min(len(sample(own, 'e2', part, kind, m)) for kind in arms for m in methods) > 1:
             print(f'{sum(row["part"] == part for row in own)} rows of {processor} alone:')
             print_gradient(own, part)
@@ -514,7 +514,7 @@ def print_control(rows, part, arms, methods, processors):
     other = CONTROL_OF.get(part)
     if not other or not complete(rows, other):
         return
-    same = [row for row in rows if row['part'] == part or row['processor'] in processors]
+    same = [row for row in rows if row.get('processor', '') in processors]
     for some, words in ((rows, ''), (same, f' ({" and ".join(processors)})')):
         for kind in arms if some is rows or len(same) < len(rows) else []:
             pairs = [(sample(some, 'e2', other, kind, m), sample(some, 'e2', part, kind, m))
