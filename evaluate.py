@@ -611,17 +611,18 @@ def plot(rows, path):
     from matplotlib.lines import Line2D
     panels, colours = [], {}                    # panels: title, inches, function, its arguments
     palette = colormaps['tab20'].colors[::2] + colormaps['tab20'].colors[1::2]
-    typed = set(chain(*(row['settings'].get('typed', ()) for row in rows)))
-    typed -= NAMED | MAY_DIFFER | {*REPEATS}
+    typed = set(chain(*(row['settings'].get('typed', ()) for row in rows))) - NAMED
     for row in rows:
         group = row.get('method') or row['arch']
         words = {'searched_on': ' on ', 'space': ', ', 'arch_data': ', alphas: ',
                  'trained_on': ', trained on '}
         group += ''.join(words[key] + row[key] for key in words if row.get(key))
-        settings = [other['settings'] for other in rows if other['type'] == row['type']]
-        for name in sorted(typed & row['settings'].keys()):
-            if any(other.get(name) != row['settings'][name] for other in settings):
-                group += f', {name}={row["settings"][name]}'
+        own = compared_settings(row['settings'])
+        others = [compared_settings(other['settings']) for other in rows
+                  if other['type'] == row['type']]
+        for name, value in sorted(own - set.intersection(*others)):
+            if name in typed:
+                group += f', {name}={value}'
         if not row['finished']:
             group += ', not finished'
         row['colour'] = colours.setdefault(group, palette[len(colours) % 20])
@@ -704,15 +705,20 @@ def draw_fits(axis, rows, name, label):
 def draw_test(axis, row):
     """The confusion matrix of a test, or the ROC curve of each label."""
     from matplotlib import colormaps
+    from matplotlib.font_manager import findfont, get_font
     scores, labels, classes, _ = row['tested']
     if labels.ndim == 1:
+        letters = get_font(findfont('DejaVu Sans')).get_charmap()
+        # A name that the font cannot show is its number, as on the sheet of a set.
+        names = [name if {*map(ord, name)} <= letters.keys() else str(k)
+                 for k, name in enumerate(classes)]
         counts = np.zeros((len(classes), len(classes)), int)
         np.add.at(counts, (labels, scores.argmax(1)), 1)
         axis.imshow(counts, cmap='Blues')
         axis.set(xlabel='predicted class', ylabel='true class')
         if len(classes) <= 20:
-            axis.set_xticks(range(len(classes)), classes, rotation=90)
-            axis.set_yticks(range(len(classes)), classes)
+            axis.set_xticks(range(len(names)), names, rotation=90)
+            axis.set_yticks(range(len(names)), names)
             for (true, predicted), count in np.ndenumerate(counts):
                 axis.text(predicted, true, count, ha='center', va='center', fontsize=8,
                           color='white' if count > counts.max() / 2 else 'black')
@@ -830,9 +836,11 @@ def parse(argv):
     if s['arch']:
         refuse_idle(typed, FLAGS.keys() - {'arch', 'json', 'plot', 'gpu'}, 'with --arch')
     if s['predict']:
-        refuse_idle(typed, FLAGS.keys() - {'runs', 'predict', 'gpu'}, 'with --predict')
+        refuse_idle(typed, FLAGS.keys() - {'runs', 'predict', 'gpu'},
+                    'with --predict, which prints CSV')
     if len(s['runs']) > 1 and (s['predict'] or s['scores']):
-        raise UserError('--predict and --scores take one run: leave the others out')
+        raise UserError('--predict and --scores take one run, and --predict one picture or folder: '
+                        'leave the others out')
     for name in ('csv', 'plot', 'scores'):      # which are written after the tests
         if not s[name]:
             continue
