@@ -395,8 +395,9 @@ def gates(rows, part, largest):
            'the largest network, percentile': contrast(*[(values, [largest])
                                                          for values in real('percentile')])}
     placed = [values[np.isfinite(values)] for values in real('placement')]
-    if all(map(len, placed)):
-        out['chance, placement'] = contrast(*[(values, [50.0]) for values in placed])
+    placed = [(values, [50.0]) for values in placed if len(values) > 1]
+    if placed:
+        out['chance, placement'] = contrast(*placed)
     if part == 'A1' and complete(rows, 'A3'):
         frozen = [sample(rows, 'e2', 'A3', REAL, m) for m in methods]
         out['frozen weights, E2'] = contrast(*zip(real('e2'), frozen))
