@@ -811,7 +811,7 @@ def parse(argv):
         idle |= {'unrolled', 'hessian', 'early_stop'}
     if not method.trains:
         idle |= SCHEDULE.keys() - {'batch_size'} | {'augment', 'amp'}
-    refuse_idle(typed, idle)
+    refuse_idle(typed, idle, f'for --method {args.method} beside the other flags')
     least = max(method.stages, method.stages * max(args.frozen_epochs, args.warmup_epochs) + 1)
     if 0 < args.epochs < least:
         raise UserError(f'--epochs {args.epochs}: give {least} or more, for its stages, '
