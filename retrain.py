@@ -56,7 +56,7 @@ INPUT = {
 }
 SCHEDULE = {
     'epochs': Setting(600, 'passes over the data', number(int, 1)),
-    'steps_per_epoch': Setting(None, 'fewer than the data give', number(int, 1)),
+    'steps_per_epoch': Setting(None, 'else as many as the data give', number(int, 1)),
     'batch_size': Setting(96, 'of all processes together', number(int, 2)),
     'grad_accum': Setting(1, 'parts in which a batch is computed, to save memory', number(int, 1)),
     'learning_rate': Setting(0.025, 'of the weights', number(float, 0)),
@@ -96,8 +96,8 @@ RECIPE = {
     'train_portion': Setting(1.0, 'share of the images; above 1: number', number(float, 0)),
 }
 # Set by a preset only, without flags: the optimizer, sgd or adam, and the schedule, cosine or
-# linear; whether batches are smaller if there are few images
-FIXED = dict(optimizer='sgd', nesterov=False, schedule='cosine', fit_batch=False)
+# linear; least_batches: of few images, smaller batches make so many an epoch
+FIXED = dict(optimizer='sgd', nesterov=False, schedule='cosine', least_batches=0)
 # nb201: the benchmark's recipe, by default for its cells. ImageNet: that of PC-DARTS and P-DARTS,
 # with the learning rate for 1,024 images. CheXpert and laptop: our own choice.
 PRESETS = {
@@ -106,7 +106,7 @@ PRESETS = {
                   grad_clip=0.0, drop_path_prob=0.0, init_channels=16, layers=17),
     'laptop': dict(epochs=20, batch_size=64, learning_rate=0.1, nesterov=True, weight_decay=5e-4,
                    drop_path_prob=0.0, init_channels=16, layers=5, image_size=16,
-                   train_portion=2000, augment='none', fit_batch=True),
+                   train_portion=2000, augment='none', least_batches=20),
     'imagenet': dict(epochs=250, batch_size=1024, rate_for=1024, learning_rate=0.5,
                      schedule='linear', warmup_epochs=5, weight_decay=3e-5, label_smoothing=0.1,
                      drop_path_prob=0.0, init_channels=48, layers=14, image_size=224,
@@ -156,7 +156,8 @@ def settle(doc, tables, argv, presets, defaults_for):
         # A run of another length has the same share of such epochs, and at least one other.
         share = defaults[name] / defaults['epochs']
         s[name] = min(round(share * s['epochs']), max(0, s['epochs'] - 1))
-    s['fit_batch'] = s['fit_batch'] and 'batch_size' not in typed
+    if 'batch_size' in typed:
+        s['least_batches'] = 0
     rate_for = s.pop('rate_for', None)
     if rate_for and 'learning_rate' not in typed:
         s['learning_rate'] *= s['batch_size'] / rate_for
@@ -184,11 +185,11 @@ def stem_for(stem, image_size, auxiliary=False):
 
 
 def batch_of(args, images):
-    """--batch_size; the laptop's own is less for few images, so that an epoch has 20 steps."""
-    if not args.fit_batch:
+    """--batch_size; or less, if the images are few and there must be some batches of them."""
+    if not args.least_batches:
         return args.batch_size
     parts = args.grad_accum * num_processes()
-    size = min(args.batch_size, max(8, images // 20))
+    size = min(args.batch_size, max(8, images // args.least_batches))
     return max(2 * parts, size - size % parts)
 
 
@@ -287,11 +288,7 @@ class Run:
 
     def plan(self, full):
         """Set epochs, steps of an epoch and total, of data that give `full` steps an epoch."""
-        args = self.args
-        steps = args.steps_per_epoch or full
-        if steps > full and not (args.quick or args.preset == 'laptop'):
-            raise UserError(f'--steps_per_epoch {steps}: the data give only {full}')
-        self.epochs, self.steps = args.epochs, min(steps, full)
+        self.epochs, self.steps = self.args.epochs, self.args.steps_per_epoch or full
         self.total = self.epochs * self.steps
 
     @contextlib.contextmanager
@@ -675,6 +672,17 @@ def make_optimizer(weights, args, name='sgd'):
                            foreach=not cuda, nesterov=args.nesterov and args.momentum > 0)
 
 
+def endless(batches, epoch, run):
+    """Yield the batches of an epoch from run.step on; after the last, again in another order.
+
+    A run may take more steps than its images give, as PC-DARTS on ImageNet does for the alphas.
+    """
+    turn, step = divmod(run.step, len(batches))
+    while True:
+        yield from batches.epoch(epoch, step, turn * run.epochs)
+        turn, step = turn + 1, 0
+
+
 def split_rows(data, args):
     """(images to train on, images of other patients on which the epoch is chosen): int arrays."""
     portion = args.train_portion
@@ -770,7 +778,7 @@ def main(argv=None):
             if drop_path_prob:
                 network.drop_path_prob.fill_(drop_path_prob)
             network.train()
-            run.train(epoch, batches.epoch(epoch, run.step), step)
+            run.train(epoch, endless(batches, epoch, run), step)
             start_alike(network)                # with the running statistics of the first process
             loss, right = average([run.sums])[0].div(run.steps).tolist()
             line = {'learning_rate': learning_rate, 'drop_path_prob': drop_path_prob,

@@ -73,7 +73,7 @@ REFUSED = {
         --multilabel --kind generated --generator spectrum --out x; --out noise --kind noise
         --data_dir d --kind noise --out x''',
     'search': '''--nosuch 3; --batch_size 0; --batch_size 8 --grad_accum 3; --learning_rate nan
-        --partial 3; --steps_per_epoch 9999; --layers 5; --early_stop; --early_stop --epochs 5
+        --partial 3; --layers 5; --early_stop; --early_stop --epochs 5
         --method pdarts; --epochs 2 --space darts --method pdarts --frozen_epochs 0
         --epochs 2 --method synflow; --epochs 2 --method random; --augment crop --method naswot
         --stem imagenet --space darts

@@ -59,7 +59,8 @@ def test_a_long_run_on_a_cpu_says_at_its_first_step_how_to_make_it_shorter(capsy
 
 
 def test_a_retraining_leaves_weights_and_measures_the_fit():
-    first, last = run(retrain.main, 'r', *RETRAIN, '--auxiliary', '--image_size', '32')
+    first, last = run(retrain.main, 'r', *RETRAIN, '--auxiliary', '--image_size', '32',
+                      '--steps_per_epoch', '9')             # one more than the images give
     assert first['drop_path_prob'] == 0 and last['drop_path_prob'] == 0.1
     assert 'fit_loss' not in first and last['fit_n'] == 64 and 0 <= last['fit_error'] <= 100
     assert 'test_error' not in last                     # unreal data have no test images
@@ -118,7 +119,7 @@ COMMANDS = {
     'dartsminus': (TINY, '--method dartsminus --arch_data train'),
     'betadarts': (TINY, '--method betadarts --arch_data none --amp'),
     'hessian': (TINY, '--hessian 1 --valid_fraction 0.125'),    # whose images come twice
-    'oneshot': (ONESHOT, ''),
+    'oneshot': (ONESHOT, '--train_portion 0.1'),        # more steps than its images give
     'fresh': (TINY, '--fresh --workers 0'),
     'retrain': (RETRAIN, '--auxiliary --cutout --image_size 32 --holdout_patients 0.2 '
                 '--drop_path_prob 0.9')}
@@ -336,7 +337,7 @@ def test_help_shows_the_defaults_of_what_stands_beside_it(script, flags, capsys)
     text = help_of(module.main, capsys, *flags.split())
     assert 'None' not in text and len(text.splitlines()) <= 100
     words = ' '.join(text.split('examples:')[0].split())
-    unsaid = {'save', 'data_seed', 'arch_grad_clip', 'schedule', 'fit_batch',
+    unsaid = {'save', 'data_seed', 'arch_grad_clip', 'schedule', 'least_batches',
               'genotype', 'nesterov', 'optimizer', 'typed', *re.findall(r'--(\w+)', flags)}
     for name, value in vars(module.parse(flags.split())).items():
         if value not in (None, False) and name not in unsaid:
@@ -367,6 +368,10 @@ def test_schedules_keep_their_shape_in_shorter_runs():
         plan = retrain.Run(args, torch.device('cpu'), 'genotype.json')
         plan.plan(97)
         assert (plan.epochs, plan.steps, plan.total, args.frozen_epochs) == lengths, flags
+    plan = retrain.Run(search.parse(['--method', 'oneshot', '--preset', 'laptop', '--save', 'r']),
+                       torch.device('cpu'), 'genotype.json')
+    plan.plan(2)                                        # as long for few images
+    assert (retrain.batch_of(plan.args, 113), plan.total) == (56, 8029)
     args = search.parse(['--epochs', '4'])
     assert np.allclose([retrain.learning_rate_at(args, epoch, 4) for epoch in range(4)],
                        0.001 + 0.024 * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2)
