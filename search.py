@@ -885,8 +885,8 @@ def main(argv=None):
         method.kept = run.checkpoint.get('kept')
         network = method.build()
         sgd, adam = optimizers(network, args)
-        run.start(f'{method_name(vars(args))} on {data.name} ({len(data):,} images of '
-                  f'{data.image_size} px, {len(data.classes)} classes, '
+        run.start(f'{method_name(vars(args))} on {data.name} ({len(batches[0].indices):,} of '
+                  f'{len(data):,} images, {data.image_size} px, {len(data.classes)} classes, '
                   f'batch {batches[0].batch_size})',
                   torch.zeros(4, device=device),        # what bilevel_step returns
                   dict(network=network, sgd=sgd, adam=adam),
