@@ -232,7 +232,7 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     for row in rows:
         assert float(scores[row['file'], 'dog']) == pytest.approx(float(row['dog']), rel=1e-4)
     one_line(capsys, evaluate.main([size, '16', '--scores', 's.csv']), '--scores')
-    # Classes are matched by name: dog and emu keep their numbers.
+    # Classes are matched by name: dog and the bird keep their numbers.
     loss = reports(capsys, size)[0]['test_loss']
     Path('photos/train/cat/0.png').unlink()             # other mean and deviation
     said = printed(capsys, size, '--json')
