@@ -156,8 +156,6 @@ def settle(doc, tables, argv, presets, defaults_for):
         # A run of another length has the same share of such epochs, and at least one other.
         share = defaults[name] / defaults['epochs']
         s[name] = min(round(share * s['epochs']), max(0, s['epochs'] - 1))
-    if 'batch_size' in typed:
-        s['least_batches'] = 0
     rate_for = s.pop('rate_for', None)
     if rate_for and 'learning_rate' not in typed:
         s['learning_rate'] *= s['batch_size'] / rate_for
@@ -186,7 +184,7 @@ def stem_for(stem, image_size, auxiliary=False):
 
 def batch_of(args, images):
     """--batch_size; or less, if the images are few and there must be some batches of them."""
-    if not args.least_batches:
+    if 'batch_size' in args.typed or not args.least_batches:
         return args.batch_size
     parts = args.grad_accum * num_processes()
     size = min(args.batch_size, max(8, images // args.least_batches))
