@@ -12,7 +12,6 @@ Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737), NAS-Bench-201 (a
 """
 import math
 from contextlib import contextmanager
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -69,7 +68,7 @@ class MixedOp(nn.Module):
     def __init__(self, operations, channels, stride, names, affine, width):
         super().__init__()
         self.names, self.channels, self.stride = names, channels, stride
-        self.columns, self.spans = list(operations), []     # spans: the edges of each block
+        self.columns, self.spans = list(operations), []     # spans: (first, end) of its edges
         self.shared, self.blocks = nn.ModuleDict(), nn.ModuleDict()
         for name, build in operations.items():
             edges = [k for k, own in enumerate(names) if name in own and build is not None]
@@ -90,33 +89,30 @@ class MixedOp(nn.Module):
         weights: (E, operations). Returns (shared, blocks). shared (E, n): the weights of the n
         shared operations. blocks: for each block a list that has, for each of its operations, a
         factor for each channel, (edges * C,).
-        best: the column that was drawn for each edge. Then it returns for each edge (name, weight,
-        sum of the other weights), where both numbers are None if weights is None.
+        best: the column that was drawn for each edge. If it is given, returns for each edge (name,
+        weight, sum of the other weights), where both numbers are None if weights is None.
         """
         if weights is None:
             return [(self.columns[k], None, None) for k in best]
         if best is not None:
             return [(self.columns[k], row[k], row.sum() - row[k] if add_others else None)
                     for k, row in zip(best, weights.unbind())]
-        columns = dict(zip(self.columns, weights.unbind(1)))
+        columns, factors = dict(zip(self.columns, weights.unbind(1))), []
         shared = torch.stack([columns[name] for name in self.shared], 1) if self.shared else None
-        own, factors = list(dict.fromkeys(chain(*self.blocks.values()))), []
-        if not own:
-            return shared, []
-        scales = torch.stack([columns[name] for name in own]).unsqueeze(2)
-        scales = scales.expand(-1, -1, self.channels).contiguous().flatten(1)
+        scales = weights.t().unsqueeze(2).expand(-1, -1, self.channels).contiguous().flatten(1)
         for (start, end), block in zip(self.spans, self.blocks.values()):
             part = scales[:, start * self.channels:end * self.channels].unbind()
-            factors.append([part[own.index(name)] for name in block])
+            factors.append([part[self.columns.index(name)] for name in block])
         return shared, factors
 
-    def forward(self, state, factors=None):
+    def forward(self, state, factors=None, memo=None):
         """E maps (B, C, H', W') of a state (B, C, H, W), None where nothing arrives.
 
         factors: from `factors`, a list if one operation per edge was drawn; None if derived.
+        memo: see Cell.forward.
         """
         if isinstance(factors, list):
-            return self.forward_drawn(state, factors)
+            return self.forward_drawn(state, factors, {} if memo is None else memo)
         inputs, out = Inputs(state), [None] * len(self.names)
         maps = {name: operation(inputs) for name, operation in self.shared.items()}
         if factors is None:                     # a derived cell: one operation for each edge
@@ -132,10 +128,12 @@ class MixedOp(nn.Module):
                 out[e] = add_map(out[e], y)
         return out
 
-    def forward_drawn(self, state, drawn):
+    def forward_drawn(self, state, drawn, memo):
         """Compute only what was drawn. Each block has one edge, since width is 1."""
-        inputs, maps, out = Inputs(state), {}, []
+        inputs, maps = Inputs(state), {}
         for e, (name, weight, others) in enumerate(drawn):
+            if (self, e, name) in memo:
+                continue
             if name == 'none' and weight is None:
                 y = None
             elif name == 'none':
@@ -150,8 +148,8 @@ class MixedOp(nn.Module):
                 if weight is not None:          # contiguous, as BatchNorm takes no strides
                     scale = weight.expand(self.channels).contiguous()
                 y = add_up([result], [scale])
-            out.append(y if others is None else y + others)
-        return out
+            memo[self, e, name] = y if others is None else y + others
+        return [memo[self, e, name] for e, (name, *_) in enumerate(drawn)]
 
 
 def spans(indices, longest):
@@ -241,16 +239,16 @@ class Cell(nn.Module):
     def forward(self, s0, s1, factors=None, shares=None, drop_path_prob=None, memo=None):
         """Output of the cell. s0, s1: outputs (B, C, H, W) of the two cells before it.
 
-        factors: from `factors`, or None in a derived cell. shares: from Network.shares. memo: maps
-        of earlier calls with the same s0, s1 and weights; only with one operation per edge.
+        factors: from `factors`, or None in a derived cell. shares: from Network.shares. memo: the
+        maps {(MixedOp, edge, operation): map} of calls with the same states, where only the
+        operations on edges into the last node differ.
         """
         states, totals, rests = [s1], {}, []
+        drops = self.training and drop_path_prob is not None
         if self.space.inputs == 2:
             states = [add_up([self.preprocess0(Inputs(s0))]),
                       add_up([self.preprocess1(Inputs(s1))])]
         for state, (mixed_op, leaving) in enumerate(zip(self.mixed_ops, self.leaving)):
-            if state == len(states):
-                states.append(self.node(totals, rests, shares, states))
             x = states[state]
             if self.partial > 1:
                 part = x.shape[1] // self.partial
@@ -259,44 +257,28 @@ class Cell(nn.Module):
                 rest = rest.contiguous(memory_format=torch.channels_last)
                 rests.append(rest if mixed_op.stride == 1 else
                              F.max_pool2d(rest, 2, ceil_mode=True))
-            if memo is None:
-                maps = mixed_op(x, None if factors is None else factors[state])
-            else:
-                maps = self.recall(memo, state, x, factors)
+            maps = mixed_op(x, None if factors is None else factors[state], memo)
             for (node, _), names, y in zip(leaving, mixed_op.names, maps):
                 if y is None:
                     continue
                 identity = names == ('skip_connect',) and mixed_op.stride == 1
-                keep = None
-                if self.training and drop_path_prob is not None and not identity:
-                    keep = drop_path(y, drop_path_prob)
+                keep = drop_path(y, drop_path_prob) if drops and not identity else None
                 totals[node] = add_map(totals.get(node), y, keep)
-        states.append(self.node(totals, rests, shares, states))
+            if state + 1 == len(states):        # all edges into the next state are done
+                states.append(self.node(totals, rests, shares, states))
         if states[-1].requires_grad:    # else each edge would copy its slice of the gradient
             states[-1].register_hook(
                 lambda grad: grad.contiguous(memory_format=torch.channels_last))
         outputs = [states[node] for node in self.concat]
         return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
-    def recall(self, memo, state, x, factors):
-        """Maps of the edges that leave a state: from memo, or computed and put there."""
-        before, keys, missing = [], [], []      # before: operations on edges into states up to this
-        for leaving, own in zip(self.leaving[:state], factors):
-            before += [name for (node, _), (name, *_) in zip(leaving, own) if node <= state]
-        for edge, factor in zip(self.leaving[state], factors[state]):
-            keys.append((*before, edge, factor[0]))
-            missing.append(('none', None, None) if keys[-1] in memo else factor)
-        for key, y in zip(keys, self.mixed_ops[state](x, missing)):
-            memo.setdefault(key, y)
-        return [memo[key] for key in keys]
-
     def node(self, totals, rests, shares, states):
         """The next node's map: the sum of its edges; with partial channels, of the rest as well."""
         node = len(states)
-        if self.partial == 1:           # no edge need arrive in a derived cell of NAS-Bench-201
+        if self.partial == 1:           # nodes of derived nb201 cells may have no edge
             return totals[node] if node in totals else torch.zeros_like(states[0])
         share = shares.split(list(self.space.node_states))[node - self.space.inputs]
-        rest, = weighted_sums(rests[:node], share.unsqueeze(0))
+        rest, = weighted_sums(rests, share.unsqueeze(0))
         # Channel shuffle, so that other channels come first in the next operation.
         return F.channel_shuffle(torch.cat([totals[node], rest], 1), self.partial)
 
@@ -346,11 +328,11 @@ class Network(nn.Module):
     each edge's operations}, if not all (P-DARTS). width: 1 if `mix` draws (see Cell).
     forward(x): (B, 3, H, W) -> logits (B, num_classes); in training also the auxiliary head's.
 
-    Set from outside: drop_path_prob, None or a tensor. memo: None, or a dictionary that keeps maps
-    of the first cell, for one batch and one operation per edge. softmax: a function that turns
-    alphas (edges, operations) into probabilities. mix: a function mix(cell_type, p) that turns
-    probabilities p into edge weights, like p with a column more for each of the space's extras, or
-    Drawn.
+    Set from outside: drop_path_prob, None or a tensor. memo: None, or a dictionary for the maps of
+    the first cell, for one batch and one operation per edge (see Cell.forward). softmax: a function
+    that turns alphas (edges, operations) into probabilities. mix: a function mix(cell_type, p) that
+    turns probabilities p into edge weights, like p with a column more for each of the space's
+    extras, or Drawn.
     """
     def __init__(self, init_channels, num_classes, layers, genotype=None, partial=1,
                  auxiliary=False, stem='cifar', space=DARTS, kept=None, width=None):

@@ -97,10 +97,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class PointwiseConv(nn.Conv2d):
-    """1x1 convolution of `edges` groups."""
-    def __init__(self, channels, edges):
-        super().__init__(channels, channels, 1, groups=edges, bias=False)
-
+    """1x1 convolution in groups."""
     def forward(self, x):
         # One dense product is faster; on meta its zeros would be counted as multiply-adds.
         if self.groups > 1 and self.in_channels <= 32 and x.device.type != 'meta':
@@ -133,18 +130,17 @@ def per_edge(build):
 
 
 class Pool(nn.Module):
-    """3x3 max or average pooling. Only the supernet of DARTS (`norm`) normalises after it."""
+    """3x3 max or average pooling; in the supernet of DARTS (`norm`) a BatchNorm follows."""
     shared = True
 
     def __init__(self, channels, edges, stride, affine, largest, norm=True):
         super().__init__()
-        self.stride, self.largest = stride, largest
+        self.pool = nn.MaxPool2d(3, stride, 1) if largest \
+            else nn.AvgPool2d(3, stride, 1, count_include_pad=False)
         self.norm = BatchNorm(channels, affine=False) if norm and not affine else nn.Identity()
 
     def forward(self, inputs):
-        if self.largest:
-            return self.norm(F.max_pool2d(inputs.state, 3, self.stride, 1))
-        return self.norm(F.avg_pool2d(inputs.state, 3, self.stride, 1, count_include_pad=False))
+        return self.norm(self.pool(inputs.state))
 
 
 class Identity(nn.Module):
@@ -161,10 +157,10 @@ class SepConv(nn.Module):
         c = channels * edges
         self.edges = edges
         self.depthwise1 = depthwise_conv(c, size, stride)
-        self.pointwise1 = PointwiseConv(c, edges)
+        self.pointwise1 = PointwiseConv(c, c, 1, groups=edges, bias=False)
         self.norm1 = BatchNorm(c, affine=affine)
         self.depthwise2 = depthwise_conv(c, size)
-        self.pointwise2 = PointwiseConv(c, edges)
+        self.pointwise2 = PointwiseConv(c, c, 1, groups=edges, bias=False)
         self.norm2 = BatchNorm(c, affine=affine)
 
     def forward(self, inputs):
@@ -180,7 +176,7 @@ class DilConv(nn.Module):
         c = channels * edges
         self.edges, self.stride = edges, stride
         self.depthwise = depthwise_conv(c, size)
-        self.pointwise = PointwiseConv(c, edges)
+        self.pointwise = PointwiseConv(c, c, 1, groups=edges, bias=False)
         self.norm = BatchNorm(c, affine=affine)
 
     def forward(self, inputs):
@@ -188,7 +184,7 @@ class DilConv(nn.Module):
         on_grids = self.stride == 1 and h % 2 == w % 2 == 0
         if self.stride == 2:                    # one sub-grid, which has the size of the result
             x = self.depthwise(inputs.grid(0, self.edges))
-        elif inputs.state.is_meta and not on_grids:     # zeros would be counted as multiply-adds
+        elif inputs.state.is_meta and not on_grids:     # or cost would count the zeros
             x, conv = inputs.relu(self.edges), self.depthwise
             x = F.conv2d(x, conv.weight, None, 1, 2 * conv.padding[0], 2, conv.groups)
         else:

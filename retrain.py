@@ -28,7 +28,6 @@ import sys
 import time
 import warnings
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,8 +36,7 @@ from generate_data import (AUGMENTATIONS, DATA, KINDS, REAL, Batches, Progress, 
                            choose_device, evenly, find_or_make, is_first, leave, load_file,
                            name_or_path, num_processes, number, one_line_errors, parse_flags, read,
                            readable, refuse_idle, settings_of, world, write_file)
-from evaluate import (MAY_DIFFER, correct, gather, loss_of, metric_columns, read_json, read_log,
-                      test)
+from evaluate import MAY_DIFFER, correct, gather, loss_of, metric_columns, read_json, read_log, test
 
 import numpy as np
 import torch
@@ -96,7 +94,7 @@ RECIPE = {
     'train_portion': Setting(1.0, 'share of the images; above 1: number', number(float, 0)),
 }
 # Set by a preset only, without flags: the optimizer, sgd or adam, and the schedule, cosine or
-# linear; least_batches: of few images, smaller batches make so many an epoch
+# linear; least_batches: batches of few images are smaller, so that an epoch has so many
 FIXED = dict(optimizer='sgd', nesterov=False, schedule='cosine', least_batches=0)
 # nb201: the benchmark's recipe, by default for its cells. ImageNet: that of PC-DARTS and P-DARTS,
 # with the learning rate for 1,024 images. CheXpert and laptop: our own choice.
@@ -128,7 +126,7 @@ SAID = {'train_loss': 'training loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}
 
 
 def settle(doc, tables, argv, presets, defaults_for):
-    """(settings as a namespace, what was typed, defaults); UserError if settings clash.
+    """(settings as a namespace, what was typed); UserError if settings clash.
 
     defaults_for(typed, chosen, preset): the defaults of a command line, as in parse_flags.
     """
@@ -137,17 +135,16 @@ def settle(doc, tables, argv, presets, defaults_for):
         if preset == 'auto':
             real = chosen['source'] if chosen['data'] == 'random_labels' else chosen['data']
             preset = real if real in presets else 'cifar'
-        # Of settings of data a preset sets those that these data take; a written set has its size.
+        # A preset sets only those settings of data that these data use. A written set has its size.
         out, known = defaults_for(typed, chosen, preset), settings_of(chosen['data'], chosen)
         if chosen['data'] not in KINDS and Path(chosen['data'], 'meta.json').exists():
             known.discard('image_size')
         return {name: out[name] for name in out if name not in DATA or name in known}
 
     preset = Setting('auto', 'defaults; auto: by the data (and the cell)', ['auto', *presets])
-    tables, most_used = {**tables, 'run': {'preset': preset, **RUN}}, {}
-    for title, table in tables.items():
-        most_used.update({name: table[name] for name in FIRST if name in table})
-        tables[title] = {name: table[name] for name in table if name not in FIRST}
+    tables, most_used = copy.deepcopy({**tables, 'run': {'preset': preset, **RUN}}), {}
+    for table in tables.values():
+        most_used.update({name: table.pop(name) for name in FIRST if name in table})
     s, typed, defaults = parse_flags(doc, {'most used': most_used, **tables}, argv, merged)
     refuse_idle(typed, DATA.keys() - settings_of(s['data'], s), f'for --data {s["data"]}')
     if s['data_seed'] is None:
@@ -168,7 +165,7 @@ def settle(doc, tables, argv, presets, defaults_for):
                         'more, for --grad_accum and processes: take a multiple')
     if args.warmup_epochs >= max(1, args.epochs):
         raise UserError(f'--warmup_epochs must be below --epochs {args.epochs}')
-    return args, typed, defaults
+    return args, typed
 
 
 def stem_for(stem, image_size, auxiliary=False):
@@ -203,7 +200,7 @@ def run_name(script, first, args, typed):
     words = [script, *map(word, first), f'seed{args.seed}']
     for name in sorted(typed.keys() - MAY_DIFFER - {'data', 'method', 'arch', 'seed'}):
         words.append(name if typed[name] is True else f'{name}={word(typed[name])}')
-    return str(Path('runs', '-'.join(words)))
+    return 'runs/' + '-'.join(words)
 
 
 def learning_rate_at(args, epoch, epochs):
@@ -265,19 +262,18 @@ class Run:
         if not self.args.resume:
             raise UserError(f'{self.folder} holds a run: --resume it, or choose another --save')
         content, now = read_json(about), vars(self.args)
-        before, changed = content['settings'], []
-        # A setting that the scripts have had only since then is compared if it is typed.
+        before = content['settings']
+        # A setting that the scripts got after the run began is compared only if it is typed.
         names = sorted((now.keys() & before.keys() | {*self.args.typed}) - MAY_DIFFER)
-        for name in ('seed', *names):           # the seeds of data follow it
+        for name in ('seed', *names):           # --seed first: it also changes --data_seed
             if now.get(name) != before.get(name):
                 raise UserError(f'{self.folder} was run with --{name} {before.get(name)!s:.60}, '
                                 f'not {now.get(name)!s:.60}: give the same, or another --save')
-        for name, script in self.scripts.items():
-            began = self.folder / 'scripts' / name
-            if not began.exists() or began.read_bytes() != script:
-                changed.append(name)
+        began = {path.name: path.read_bytes() for path in (self.folder / 'scripts').glob('*.py')}
+        changed = [name for name, script in self.scripts.items() if began.get(name) != script]
         if changed:
             print(f'note: changed since {self.folder} began: {", ".join(changed)}', file=sys.stderr)
+        # On a GPU only the device matters, on a CPU the rest.
         on_gpu, old = self.device.type == 'cuda', content['hardware']
         for name, value in hardware(self.device).items():
             if not self.finished and value != old.get(name, value) and on_gpu == (name == 'device'):
@@ -296,7 +292,7 @@ class Run:
         with open(self.folder / '.lock', 'a') as lock:
             if is_first():
                 try:
-                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # no worker inherits it
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # workers do not inherit it
                 except OSError:
                     raise UserError(f'{self.folder}: wait for another process there') from None
                 self.write_args(data)
@@ -363,16 +359,14 @@ class Run:
         with readable(f'{self.folder}/checkpoint.pt is of another network', 'Delete it.'):
             for name, target in objects.items():
                 content = saved[name]
-                if 'param_groups' in content:   # an optimizer's settings suit this device: keep
+                if 'param_groups' in content:   # those saved may be for another device
                     content = {**content, 'param_groups': target.state_dict()['param_groups']}
                 target.load_state_dict(content)
-        set_random_states(saved['random'][world()[0] % len(saved['random'])], self.device)
-        sums = saved['sums']
-        if len(sums) == num_processes():
-            self.sums = sums[world()[0]].to(self.device)
-        else:                                   # means of losses, and counts of right answers
-            self.sums = sums.mean(0).to(self.device)
-            self.sums[1::2] *= len(sums) / num_processes()
+        rank, processes = world()
+        set_random_states(saved['random'][rank % len(saved['random'])], self.device)
+        sums = saved['sums']                    # of another number of processes: their mean
+        self.sums = (sums[rank] if len(sums) == processes else sums.mean(0)).to(self.device)
+        self.sums[1::2] *= len(sums) / processes    # counts of right answers; losses are means
 
     def train(self, epoch, draws, step_of):
         """Take the steps of an epoch that are left.
@@ -405,7 +399,7 @@ class Run:
         """Whether to save now. (After the last step of an epoch end_epoch saves.)
 
         UserError if `tensors` are not finite. A GPU, which would wait, checks every 50 steps.
-        Several check every 5, because torchrun kills their processes 30 s after a signal.
+        Several processes check every 5, because torchrun kills them 30 s after a signal.
         """
         caught, waited, alone = self.caught, time.time() - self.saved, num_processes() == 1
         limit, is_last = 60 * self.args.checkpoint_minutes, step + 1 == self.steps
@@ -498,7 +492,7 @@ def random_states(device):
 
 def set_random_states(states, device):
     torch.set_rng_state(states[0])
-    if device.type == 'cuda' and len(states) > 1:       # a run of a CPU may go on here
+    if device.type == 'cuda' and len(states) > 1:       # else the checkpoint is of a CPU
         torch.cuda.set_rng_state(states[1], device)
 
 
@@ -590,7 +584,7 @@ class GraphedStep:
         except RuntimeError as error:           # or there is no memory for a graph
             reason = f'capture failed ({str(error).splitlines()[0][:100]})'
             GraphedStep.works = False           # the allocator may think that it captures on
-            if self.device.type == 'cuda':      # before torch 2.14 the generator would as well
+            if self.device.type == 'cuda':      # before torch 2.14 the generator may, too
                 generator = torch.cuda.default_generators[self.device.index]
                 generator.graphsafe_set_state(generator.clone_state())
         self.put_back(eager, end, changed)
@@ -601,9 +595,10 @@ class GraphedStep:
 
     def put_back(self, values, states, changed):
         """Give all that a step changes these values, and torch's generators these states."""
-        for t, value in zip(chain(*changed.values()), chain(*values.values())):
-            t.data.copy_(value)
-            t.grad = None                       # of a capture that broke off
+        for name, tensors in changed.items():
+            for t, value in zip(tensors, values[name]):
+                t.data.copy_(value)
+                t.grad = None                   # of a capture that broke off
         set_random_states(states, self.device)
 
 
@@ -649,7 +644,8 @@ def train_step(network, batch, optimizer, args):
             total = loss + 0.4 * loss_of(auxiliary_logits.float(), y, args.label_smoothing)
         (total / len(parts)).backward()
         sums = sums + torch.stack([loss.detach() / len(parts), correct(logits.detach(), y)])
-    if num_processes() > 1:                     # a node that leads nowhere gets no gradient
+    if num_processes() > 1:
+        # A node that is not in the cell's output gets no gradient.
         grads = [p.grad for p in network.parameters() if p.grad is not None]
         torch._foreach_copy_(grads, average(grads))
     if args.grad_clip:
@@ -709,7 +705,7 @@ def parse(argv):
         return out
 
     tables = {'network': NETWORK, 'data': INPUT, 'recipe': {**RECIPE, **SCHEDULE}}
-    args, typed, _ = settle(__doc__, tables, argv, PRESETS, defaults_for)
+    args, typed = settle(__doc__, tables, argv, PRESETS, defaults_for)
     if not args.arch:
         raise UserError('give --arch: a published name, a genotype.json or a search')
     genotype, _ = find_genotype(args.arch)
@@ -746,19 +742,13 @@ def main(argv=None):
     run.plan(len(batches))
     fit_rows = rows[evenly(len(rows), 1000 if args.quick else FIT_IMAGES)]
     test_data = read(args.data, vars(args), 'test') if data.kind == 'real' else None
-    if test_data:
-        test_rows = evenly(len(test_data), 1000 if args.quick else len(test_data))
-
-    def measure(part, data, rows):
-        return test(part, network, data, rows, device, args.workers)
 
     with run.on(data):
         torch.manual_seed(args.seed)
         network = Network(args.init_channels, len(data.classes), args.layers, genotype,
                           auxiliary=args.auxiliary, stem=stem).to(device)
         start_alike(network)
-        if args.drop_path_prob:
-            network.drop_path_prob = torch.zeros((), device=device)
+        network.drop_path_prob = torch.zeros((), device=device) if args.drop_path_prob else None
         optimizer = make_optimizer(list(network.parameters()), args, args.optimizer)
         draw_apart(args.seed)                               # drop-path
         kept = run.checkpoint.get('kept', {})               # weights of the best held-out epoch
@@ -785,19 +775,20 @@ def main(argv=None):
                 line['train_accuracy'] = None
             is_last = epoch + 1 == run.epochs
             if len(held):
-                line.update(measure('holdout', data, held))
+                line.update(test('holdout', network, data, held, device, args.workers))
                 bad = [badness(epoch_line) for epoch_line in (*run.log, line)]
                 # The best so far; or NaN, which check_finite refuses below.
                 if not bad[-1] >= min(bad[:-1], default=math.inf):
                     kept = {name: t.cpu().clone() for name, t in network.state_dict().items()}
-                if is_last:                     # its line is of the weights that weights.pt holds
+                if is_last:                     # the log's last line describes weights.pt
                     network.load_state_dict(kept)
-                    line.update(measure('holdout', data, held),
+                    line.update(test('holdout', network, data, held, device, args.workers),
                                 kept_after_epochs=bad.index(min(bad)) + 1)
             if test_data:
-                line.update(measure('test', test_data, test_rows))
+                tested = evenly(len(test_data), 1000 if args.quick else len(test_data))
+                line.update(test('test', network, test_data, tested, device, args.workers))
             if is_last:                         # without augmentation, in evaluation mode
-                line.update(measure('fit', data, fit_rows))
+                line.update(test('fit', network, data, fit_rows, device, args.workers))
             measured = [line.get(f'{part}_loss', 0.0) for part in ('holdout', 'test', 'fit')]
             run.check_finite([torch.tensor(measured)], (epoch + 1) * run.steps)
             run.end_epoch(epoch, line, run.steps * size)
@@ -816,15 +807,14 @@ def badness(line):
 
 def finish(run, args, data, test_data, stem, genotype, found_by, weights):
     """Write weights.pt, and say what came out and what comes next."""
-    meta = {'arch': args.arch, 'genotype': plain(genotype), 'found_by': found_by,
-            'init_channels': args.init_channels, 'layers': args.layers,
-            'auxiliary': args.auxiliary, 'stem': stem, 'classes': data.classes, 'mean': data.mean,
-            'std': data.std, 'image_size': data.image_size, 'zoom': data.zoom,
-            'multilabel': data.multilabel, 'has_test': test_data is not None,
-            'test_sha256': test_data.sha256() if test_data else None,
-            'data': args.data if args.data in REAL else str(Path(args.data).resolve()),
-            'settings': {**vars(args), 'data_dir': str(Path(args.data_dir).resolve()),
-                         'download': False}}
+    meta = dict(
+        arch=args.arch, genotype=plain(genotype), found_by=found_by,
+        init_channels=args.init_channels, layers=args.layers, auxiliary=args.auxiliary, stem=stem,
+        classes=data.classes, mean=data.mean, std=data.std, image_size=data.image_size,
+        zoom=data.zoom, multilabel=data.multilabel, has_test=test_data is not None,
+        test_sha256=test_data.sha256() if test_data else None,
+        data=args.data if args.data in REAL else str(Path(args.data).resolve()),
+        settings={**vars(args), 'data_dir': str(Path(args.data_dir).resolve()), 'download': False})
     write_file(run.folder / 'weights.pt', {'network': weights, 'meta': meta})
     say(args, run.log[-1])
 

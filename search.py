@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 # Before torch: generate_data sets how OpenMP's threads wait.
-from generate_data import (CIFAR, KINDS, REAL, Batches, Progress, Setting, UserError,
+from generate_data import (CIFAR, DEFAULTS, KINDS, REAL, Batches, Progress, Setting, UserError,
                            auto_augment, choose_device, evenly, find_or_make, is_first, kind_of,
                            leave, num_processes, number, one_line_errors, refuse_idle, set_tf32,
                            world, write_file)
@@ -74,8 +74,8 @@ SEARCH = {
 ALPHAS = ('unrolled', 'arch_data', 'partial', 'arch_learning_rate', 'arch_weight_decay',
           'frozen_epochs', 'hessian', 'early_stop')
 # arch_grad_clip: largest norm of the alphas' gradient, 0: no limit. It has no flag.
-COMMON = dict(epochs=50, batch_size=64, learning_rate=0.025, learning_rate_min=0.001,
-              nesterov=False, arch_grad_clip=0.0, schedule='cosine', least_batches=0)
+COMMON = dict(batch_size=64, learning_rate=0.025, learning_rate_min=0.001, nesterov=False,
+              arch_grad_clip=0.0, schedule='cosine', least_batches=0)
 SPACES = {'darts': {}, 'nb201': dict(nesterov=True, weight_decay=5e-4)}     # of its own searches
 # ImageNet: as PC-DARTS searched on it (section 4.3), with the learning rate for 1,024 images.
 # CheXpert: our own choice. laptop: our own, minutes on two cores, for which the alphas move faster.
@@ -103,7 +103,7 @@ class Darts:
 
     recipe: the settings that differ from DARTS's; recipe_on: those by space or preset. flags: what
     it takes of the flags that not all methods take. operations, extras: changes of the Space.
-    MORE_CELLS: by stage. stochastic: each loss draws anew what is computed, so that two losses
+    MORE_CELLS: by stage. stochastic: each forward pass draws what it computes, so that two losses
     cannot be compared. one_path: one operation per edge is computed. searches: False for a cell
     drawn at random. scores: what ranks cells; then nothing trains alphas. trains: whether weights
     train.
@@ -133,7 +133,7 @@ class Darts:
         return self.network
 
     def begin_epoch(self, epoch, epochs):
-        """Set and return what changes by epoch; `epochs`: of the run, or of this stage.
+        """Set the numbers of this epoch, and return them for the log; `epochs`: of the stage.
 
         What a step reads of it must be a plain value of the method, or a tensor: see set_tensors.
         """
@@ -142,9 +142,7 @@ class Darts:
     def set_tensors(self, **numbers):
         """Keep numbers as tensors, so that one CUDA graph is enough; return them for the log."""
         for name, value in numbers.items():
-            if not hasattr(self, name):
-                setattr(self, name, torch.zeros((), device=self.device))
-            getattr(self, name).fill_(value)
+            vars(self).setdefault(name, torch.zeros((), device=self.device)).fill_(value)
         return numbers
 
     def probabilities(self, alpha):
@@ -218,14 +216,14 @@ class PDarts(Darts):
     def result(self):
         """Strike out the weakest skip of the normal cell and choose again, until two are left."""
         normal, reduce = self.network.choice_weights(self.args.seed)
-        genotype = derive(normal, reduce)
         skip = list(self.network.space.operations).index('skip_connect')
-        while sum(op == 'skip_connect' for op, _ in genotype.normal) > 2:
-            edges = [EDGES.index((2 + k // 2, state))
-                     for k, (op, state) in enumerate(genotype.normal) if op == 'skip_connect']
-            normal[min(edges, key=lambda e: normal[e, skip].item()), skip] = 0
+        while True:
             genotype = derive(normal, reduce)
-        return genotype, {}
+            edges, _ = cell_edges(genotype, 'normal', DARTS)
+            skips = [EDGES.index(edge) for edge in edges if edges[edge] == ('skip_connect',)]
+            if len(skips) <= 2:
+                return genotype, {}
+            normal[min(skips, key=normal[:, skip].__getitem__), skip] = 0
 
 
 class Gdas(Darts):
@@ -309,7 +307,7 @@ class SDarts(Darts):
         network.eval()
         with require_grads(network):
             before, _ = forward(network, train, self.args.amp)
-            self.near = near                    # whose values change
+            self.near = near                    # the loop replaces its values
             for _ in range(7):
                 grads, *_ = gradients(self, train, [p.requires_grad_() for p in near.values()])
                 for cell, grad in zip(near, grads):
@@ -341,8 +339,7 @@ class OneShot(Darts):
     stochastic = one_path = True
     scores = 'valid_loss', 'train_loss', 'valid_accuracy', 'angle'
     flags = 'candidates', 'score'
-    IMAGES = 128                # on which a cell is scored, of each half
-    first_three = memos = None  # choices on edges into nodes 1 and 2, and their maps, by half
+    first_three = memos = None  # operations on edges into nodes 1 and 2, and memos of the halves
     cell = choices = None       # of the cell taken: {cell type: columns}, [(type, edge, operation)]
 
     def mix(self, cell_type, p):
@@ -371,7 +368,7 @@ class OneShot(Darts):
 
     def prepare(self):
         """Set what `measure` needs for all cells: two fixed batches, and products of weights."""
-        self.halves = [self.fixed_batch(half, self.IMAGES) for half in self.batches]
+        self.halves = [self.fixed_batch(half, 128) for half in self.batches]
         trained = self.network
         torch.manual_seed(self.args.seed)       # so that build draws the first network again
         before = weights_by_operation(self.build())
@@ -416,10 +413,8 @@ class OneShot(Darts):
         for repeat in range(repeats):
             if repeat:
                 self.build()
-            self.network.train()
-            self.first_three = None
             self.prepare()
-            # In an order in which what cells have in common is computed once (Network.memo).
+            # Sorted, so that cells that begin alike follow each other and share maps (memo).
             mine = sorted(range(rank, len(cells), processes), key=cells.__getitem__)
             for done, k in enumerate(mine, 1):
                 self.take(cells[k])
@@ -448,9 +443,8 @@ class OneShot(Darts):
         best = np.lexsort((draws, np.nan_to_num(values, nan=-np.inf)))[-1]
         lines = [['genotype', *rows[0], 'cifar10']]
         for cell, row in zip(cells, rows):
-            is_known = isinstance(cell, str)
-            accuracy = truth(cell)['cifar10'] if is_known else None
-            lines.append([cell if is_known else to_json(cell), *row.values(), accuracy])
+            known = truth(cell) if isinstance(cell, str) else {}
+            lines.append([cell if known else to_json(cell), *row.values(), known.get('cifar10')])
         if is_first():
             write_csv(Path(args.save, 'scores.csv'), lines)
         return cells[best], {'score': by, 'cells': len(cells)}
@@ -470,15 +464,14 @@ class NasWot(OneShot):
         _, first = np.unique(x.flatten(1).cpu().numpy(), axis=0, return_index=True)
         self.x = x[np.sort(first)]              # two equal images would make the determinant 0
         for module in self.network.modules():
-            if isinstance(module, (ReLUConvBN, SepConv, DilConv, FactorizedReduce)):
-                module.register_forward_hook(lambda _, given, out: self.add(given[0].state))
-            if isinstance(module, nn.ReLU):
-                module.register_forward_hook(lambda _, given, out: self.add(out))
+            if isinstance(module, (nn.ReLU, ReLUConvBN, SepConv, DilConv, FactorizedReduce)):
+                module.register_forward_hook(self.add)
             if isinstance(module, SepConv):
-                module.norm1.register_forward_hook(lambda _, given, out: self.add(out))
+                module.norm1.register_forward_hook(self.add)
 
-    def add(self, x):
-        """Add the ReLU of a map to the kernel; a state is computed once for all its edges."""
+    def add(self, module, given, out):
+        """Add a ReLU to the kernel, as a hook; a state is computed once for all its edges."""
+        x = out if torch.is_tensor(given[0]) else given[0].state       # of Inputs
         if self.last is not x:
             on = (x > 0).flatten(1).float()
             ones = on.sum(1)
@@ -509,7 +502,7 @@ class Snip(NasWot):
 
 
 class SynFlow(Snip):
-    """SynFlow (2006.05467): that of the summed output for an image of ones, with |weights|.
+    """SynFlow (2006.05467): as SNIP, of the summed output for an image of ones, with |weights|.
 
     It sees no data. BatchNorm is left out, as in zero-cost NAS (2101.08134).
     """
@@ -623,14 +616,12 @@ def second_order(method, train, valid, sgd):
         with require_grads(network, weights):
             step, *_ = gradients(method, train, weights)
         before = [v.clone() for v in values]
-        step = torch._foreach_add(step, before, alpha=group['weight_decay'])
-        decayed = [t.clone() for t in step] if group['nesterov'] else None
+        decayed = step = torch._foreach_add(step, before, alpha=group['weight_decay'])
         if sgd.state:
             buffers = [sgd.state[w]['momentum_buffer'] for w in weights]
-            torch._foreach_add_(step, buffers, alpha=group['momentum'])
+            step = torch._foreach_add(step, buffers, alpha=group['momentum'])
         if group['nesterov']:
-            torch._foreach_mul_(step, group['momentum'])
-            torch._foreach_add_(step, decayed)
+            step = torch._foreach_add(torch._foreach_mul(step, group['momentum']), decayed)
         torch._foreach_mul_(step, -eta)
         torch._foreach_add_(values, step)
         grads, loss, right = gradients(method, valid, weights + alphas)
@@ -743,7 +734,7 @@ def largest_eigenvalue(network, valid, args, iterations=20):
         flat = torch.cat([g.flatten() for g in grads])
         v = torch.randn(len(flat), generator=torch.Generator().manual_seed(0)).to(flat)
         basis, diagonal, off_diagonal = [v / v.norm()], [], []
-        for _ in range(min(iterations, len(flat))):
+        for _ in range(iterations):
             product = torch.autograd.grad(flat @ basis[-1], alphas, retain_graph=True)
             w = torch.cat([p.flatten() for p in average(product)])
             diagonal.append((w @ basis[-1]).item())
@@ -799,7 +790,7 @@ def parse(argv):
     data = {**INPUT, 'data': INPUT['data']._replace(default='noise')}
     epochs = Setting(50, 'passes over the data; 0: untrained alphas', number(int, 0))
     tables = {'method': table, 'data': data, 'schedule': {**SCHEDULE, 'epochs': epochs}}
-    args, typed, defaults = settle(__doc__, tables, argv, PRESETS, defaults_for)
+    args, typed = settle(__doc__, tables, argv, PRESETS, defaults_for)
     method = METHODS[args.method]
     if args.space not in method.spaces:
         raise UserError(f'--method {args.method} is not for --space {args.space}: take another, or '
@@ -836,7 +827,7 @@ def has_own_images(name):
 def two_parts(data, args):
     """Disjoint images for the weights, int (n,), and the alphas, (m,); no patient is in both."""
     share = args.valid_fraction if args.arch_data == 'valid' else None
-    portion = args.train_portion                # above 1 it is their number, up to a half
+    portion = args.train_portion                # above 1: how many images, a half at most
     if portion > 1:
         portion = min(0.5, portion / len(data))
     if portion + (share or 0) > 1 + 1e-9:
@@ -908,7 +899,7 @@ def main(argv=None):
                 run.objects = dict(network=network, sgd=sgd, adam=adam)
             first, end = stage_starts[method.stage:method.stage + 2]
             past, length = epoch - first, end - first
-            # The last epoch of a stage moves the alphas. Methods with scores have none.
+            # A stage trains the alphas in its last epoch at least; methods with scores never do.
             is_frozen = past < min(args.frozen_epochs, length - 1) or bool(method.scores)
             numbers = method.begin_epoch(past, length)
             # A CUDA graph keeps plain values of the method, such as its stage, as they are now.
@@ -920,7 +911,7 @@ def main(argv=None):
             learning_rate = learning_rate_at(args, past, length)
             sgd.param_groups[0]['lr'].fill_(learning_rate)
             streams = [endless(b, epoch, run) for b in batches[:1 if is_frozen else 2]]
-            draws = (sum(pair, ()) for pair in zip(*streams))   # images and labels of each stream
+            draws = (sum(pair, ()) for pair in zip(*streams))   # (x, y, x, y), or (x, y)
             run.train(epoch, draws, steps[key])
             start_alike(network)                # also if processes have GPUs of other kinds
             size, has_valid = batches[0].batch_size, not is_frozen and args.arch_data != 'none'
@@ -993,21 +984,21 @@ def next_command(args, arch):
         about = read_json(Path(target, 'meta.json'))
         target, made = about['kind'], {**about['settings'], 'image_size': about['image_size']}
     if target in KINDS:
-        own = kind_of(target, made).settings.split()
-        real = args.preset if args.preset in REAL else 'cifar10'
+        has_source = 'source' in kind_of(target, made).settings.split()
+        target = args.preset if args.preset in REAL else 'cifar10'
         if made.get('multilabel'):
-            real = 'chexpert'
-        target = made['source'] if 'source' in own else real
-        if Path(target, 'meta.json').exists():      # labels of an unreal set
-            target = real
-        if 'source' not in own and target not in CIFAR and 'data_dir' not in args.typed:
+            target = 'chexpert'
+        if has_source and not Path(made['source'], 'meta.json').exists():   # a real source
+            target = made['source']
+        elif target not in CIFAR and 'data_dir' not in args.typed:
             where = ['--data_dir', 'DIR']           # nobody has said where these images are
     script = os.path.relpath(Path(__file__).with_name('retrain.py'))
-    words = ['python', script, '--arch', arch, '--data', target, *where]
+    words, usual = ['python', script, '--arch', arch, '--data', target, *where], DEFAULTS
     if args.quick:
         words.append('--quick')
     elif args.preset == 'laptop':
         words += ['--preset', 'laptop']
+        usual = {**usual, **PRESETS['laptop']}
     elif target in CIFAR and args.space == 'darts':
         words += ['--auxiliary', '--cutout']
     inner, folder = CIFAR.get(target, [None])[0], Path(args.data_dir)
@@ -1017,10 +1008,8 @@ def next_command(args, arch):
     if target in REAL:
         names = ['data_dir', 'uncertain', 'views']
     for name in names:
-        value, usual = made.get(name, getattr(args, name)), INPUT[name].default
-        if '--preset' in words:
-            usual = PRESETS['laptop'].get(name, usual)
-        if value != usual:
+        value = made.get(name, getattr(args, name))
+        if value != usual[name]:
             words += [f'--{name}'] if value is True else [f'--{name}', str(value)]
     if args.gpu != RUN['gpu'].default:
         words += ['--gpu', str(args.gpu)]
