@@ -22,6 +22,7 @@ import math
 import os
 import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain, combinations
@@ -30,10 +31,9 @@ from typing import NamedTuple
 
 # Before torch: generate_data sets how OpenMP's threads wait.
 from generate_data import (CHEXPERT, DATA, DEFAULTS, KINDS, REAL, Batches, Progress, Setting,
-                           UserError, choose_device, leave, load_file,
-                           num_processes, number, one_line_errors, parse_flags, read,
-                           read_chexpert, read_image, readable, refuse_idle, settings_of,
-                           try_pictures, write_file)
+                           UserError, choose_device, leave, load_file, num_processes, number,
+                           one_line_errors, parse_flags, read, read_chexpert, read_image, readable,
+                           refuse_idle, settings_of, try_pictures, write_file)
 
 import numpy as np
 import torch
@@ -84,13 +84,11 @@ TASKS = ['Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Pleural Effus
 
 def auroc(scores, labels):
     """Area under the ROC curve of (N,) arrays, ties counted half; labels below 0 are unknown."""
-    positive = scores[labels == 1].astype(np.float64)
-    negative = np.sort(scores[labels == 0].astype(np.float64))
+    positive, negative = scores[labels == 1], np.sort(scores[labels == 0])
     if not len(positive) or not len(negative):
         return None
-    below = np.searchsorted(negative, positive)
-    upto = np.searchsorted(negative, positive, 'right')
-    return float((below + upto).mean() / 2 / len(negative))
+    wins = np.searchsorted(negative, positive) + np.searchsorted(negative, positive, 'right')
+    return float(wins.mean() / 2 / len(negative))
 
 
 def areas(scores, labels, classes):
@@ -105,8 +103,7 @@ def mean_area(scores, labels, classes, names=()):
     Without names it is the mean of all classes whose area is defined.
     """
     values = areas(scores, labels, classes)
-    names = names or values
-    chosen = [values.get(name) for name in names if name in classes]
+    chosen = [values.get(name) for name in names or values if name in classes]
     return float(np.mean(chosen)) if chosen and None not in chosen else None
 
 
@@ -163,13 +160,13 @@ def predictions(part, network, data, rows, device, workers=2):
     totals, scores, labels, tested_rows = zip(*gather((total, scores, labels, batches.indices)))
     scores, labels = torch.cat(sum(scores, [])), torch.cat(sum(labels, []))
     loss = sum(totals) / len(labels)
-    if data.studies is None:
-        return loss, scores, labels
-    _, study = np.unique(data.studies[np.concatenate(tested_rows)], return_inverse=True)
-    study = torch.from_numpy(study).unsqueeze(1).expand_as(scores)
-    empty = torch.full((int(study.max()) + 1, scores.shape[1]), -math.inf)
-    return loss, empty.scatter_reduce(0, study, scores, 'amax'), \
-        empty.scatter_reduce(0, study, labels, 'amax')
+    if data.studies is not None:
+        names, study = np.unique(data.studies[np.concatenate(tested_rows)], return_inverse=True)
+        study = torch.from_numpy(study).unsqueeze(1).expand_as(scores)
+        empty = torch.full((len(names), scores.shape[1]), -math.inf)
+        scores = empty.scatter_reduce(0, study, scores, 'amax')
+        labels = empty.scatter_reduce(0, study, labels, 'amax')
+    return loss, scores, labels
 
 
 def measure(part, loss, scores, labels, classes):
@@ -230,10 +227,10 @@ def load_weights(path):
 
 def read_json(path):
     """The object in a JSON file of a run; UserError for a damaged or missing one."""
-    if not Path(path).is_file():
-        raise UserError(f'{Path(path).parent} is no run: it has no {Path(path).name}')
+    if not path.is_file():
+        raise UserError(f'{path.parent} is no run: it has no {path.name}')
     with readable(f'{path} is damaged', 'Run again.'):
-        return dict(json.loads(Path(path).read_text()))
+        return dict(json.loads(path.read_text()))
 
 
 def read_log(folder):
@@ -244,7 +241,7 @@ def read_log(folder):
 
 
 def method_name(settings):
-    """The method of a search, with what makes it another one."""
+    """The method of a search, with the settings that make it another method."""
     name = settings['method']
     if settings['unrolled']:
         name += ', second order'
@@ -256,11 +253,12 @@ def method_name(settings):
 
 
 def data_name(settings):
-    """--data, with what makes it another kind of data."""
+    """--data, with the settings that make it another kind of data."""
     settings = {**DEFAULTS, **settings}
     name, used = settings['data'], settings_of(settings['data'], settings)
+    used.add('fresh')                           # which a set that is gone does not say
     for key in ('source', 'generator', 'difficulty', 'label_mode', 'label_noise', 'fresh'):
-        if key in used | {'fresh'} and settings[key] != DEFAULTS[key]:
+        if key in used and settings[key] != DEFAULTS[key]:
             name += f', {key} {settings[key]}'
     return name
 
@@ -304,8 +302,8 @@ def look_up(genotype):
     points they are above those of the largest network.
     """
     if not isinstance(genotype, str):
-        return {'skips_normal': sum(op == 'skip_connect' for op, _ in genotype.normal),
-                'skips_reduce': sum(op == 'skip_connect' for op, _ in genotype.reduce),
+        return {'skips_normal': str(genotype.normal).count('skip_connect'),
+                'skips_reduce': str(genotype.reduce).count('skip_connect'),
                 'params_full_size': cost(genotype)['params']}
     table, _ = nas_bench_201()
     found, largest = genotypes.truth(genotype), table[NB201_LARGEST]
@@ -315,12 +313,11 @@ def look_up(genotype):
 
 
 def read_cell_scores(folder):
-    """({column: float64 (N,)} of scores.csv, the score by which the cell was taken).
+    """({column: float64 (N,)} of scores.csv, name of the score that chose the cell).
 
     Losses are negative, so that more is better.
     """
-    with open(Path(folder, 'scores.csv'), newline='') as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(Path(folder, 'scores.csv').read_text().splitlines()))
     columns = {}
     for name in rows[0].keys() - {'genotype'}:
         if rows[0][name]:                       # the truth may be unknown
@@ -357,28 +354,26 @@ def ranking(folder):
             'spearman_by_score': {name: spearman(scores[name], truth) for name in sorted(scores)}}
 
 
-def read_test(meta, data_dir=None, table=None):
+def read_test(meta, data_dir, table):
     """The test images of a retrained network, with its own classes, mean and deviation, or None.
 
     data_dir: where real data are now; table: a CSV of CheXpert's test set.
     """
     if not (meta['has_test'] or table):
         return None
+    name = meta['data'] if meta['data'] in REAL else data_dir or meta['data']
     settings = {**meta['settings'], 'image_size': meta['image_size']}
-    name = meta['data']
     settings['data_dir'] = data_dir or settings['data_dir']
-    if name not in REAL and not table:
-        name = data_dir or name
-        if not Path(name).exists():
-            raise UserError(f'{name}: the training data are not there. Say where with --data_dir.')
-    if table and meta['classes'] != list(CHEXPERT):
-        raise UserError("--test_labels: this network was not trained on CheXpert's labels")
     if table:
+        if meta['classes'] != list(CHEXPERT):
+            raise UserError("--test_labels: this network was not trained on CheXpert's labels")
         data = read_chexpert('chexpert', settings, 'test', table)
         print(f'tested on the {len(np.unique(data.studies))} studies of {table}, for example '
               f'{data.files[0]}', file=sys.stderr)
-    else:
+    elif name in REAL or Path(name).exists():
         data = read(name, settings, 'test')
+    else:
+        raise UserError(f'{name}: the training data are not there. Say where with --data_dir.')
     if data is None:
         raise UserError(f'{name} has no test images any more: bring them back')
     if not data.multilabel:                     # CheXpert's labels are always the same
@@ -393,7 +388,7 @@ def read_test(meta, data_dir=None, table=None):
     return replace(data, mean=meta['mean'], std=meta['std'])
 
 
-def report(run, device, data_dir=None, test_labels=None, alone=True):
+def report(run, device, data_dir, test_labels, alone):
     """What read_run returns, and for a finished retraining its cost and its test.
 
     If its data cannot be read, it has the test of its log, unless it is `alone`.
@@ -419,7 +414,7 @@ def report(run, device, data_dir=None, test_labels=None, alone=True):
     if data is None:
         return row
     loss, scores, labels = predictions('test', network.to(device), data, range(len(data)), device)
-    if not test_labels and data.sha256() != meta.get('test_sha256', data.sha256()):
+    if not test_labels and meta.get('test_sha256') not in (None, data.sha256()):
         print(f'warning: {run}: its test images have changed since its training ended. If some '
               'were moved and not only added, they may be of the training.', file=sys.stderr)
     names = data.files or range(len(data))
@@ -437,7 +432,6 @@ def report(run, device, data_dir=None, test_labels=None, alone=True):
 
 
 # ---- One run, and the table of several ------------------------------------------------------
-
 
 HIDDEN = 'run', 'finished', 'log', 'settings', 'search_settings', 'tested', 'data_sha256'
 
@@ -468,14 +462,13 @@ def area_text(area, low, high, positives, negatives):
 
 
 def text_of(name, value, digits=None):
-    """A value of a report; digits: after the point, of one that the table has too."""
+    """A value of a report; digits: after the point, None if the table has no such column."""
     if value is None:
         return 'not defined'
     if isinstance(value, float):
         return f'{value:,.4g}' if digits is None else f'{value:,.{digits}f}'
     if name == 'vs_largest_network':
-        both = zip(ACCURACIES, value)
-        return ', '.join(f'{data} {points:+.2f}' for data, points in both) + ' points'
+        return ', '.join(map('{} {:+.2f}'.format, ACCURACIES, value)) + ' points'
     if name == 'genotype':                      # in DARTS's words, or as NAS-Bench-201 has it
         return from_plain(value)
     if isinstance(value, dict):
@@ -488,8 +481,7 @@ def columns():
     return {**metric_columns(), 'test_n': ('test n', 0), 'gap': ('test - training, points', 2),
             'fit_loss': ('final training loss', 3), 'cifar10': ('CIFAR-10 %', 2),
             'cifar100': ('CIFAR-100 %', 2), 'imagenet16': ('ImageNet16 %', 2),
-            'percentile': ('percentile', 1),
-            'spearman': ('rank correlation', 3),
+            'percentile': ('percentile', 1), 'spearman': ('rank correlation', 3),
             'spearman_given_params': ('correlation given params', 3),
             'skips': ('skips', 1), 'nones': ('nones', 1), 'skips_normal': ('skips (normal)', 1),
             'params': ('params', 0), 'params_full_size': ('params, full size', 0),
@@ -497,7 +489,7 @@ def columns():
 
 
 GROUPS = 'type', 'space', 'searched_on', 'method', 'arch_data', 'trained_on', 'tested_on'
-REPEATS = 'seed', 'data_seed', 'arch', 'genotype'       # settings in which runs of a line differ
+REPEATS = 'seed', 'data_seed', 'arch', 'genotype'       # in which runs of a line may differ
 NAMED = {'data', 'space', 'method', 'unrolled', 'perturb', 'arch_data', 'source', 'generator',
          'difficulty', 'label_mode', 'label_noise', 'fresh'}        # settings in other columns
 
@@ -519,21 +511,21 @@ def table(rows):
     differ; those of the search begin with search_. Runs of other scripts, or on other images of a
     real --data, are in other lines.
     """
-    large = {'quick', 'preset', 'search_quick', 'search_preset'}        # each changes many others
+    large = {'quick', 'preset', 'search_quick', 'search_preset'}        # each sets many others
     groups, shown, lines = {}, set(large), []
     for row in rows:
-        own, search = compared_settings(row['settings']), row.get('search_settings') or {}
-        arch = row['settings'].get('arch')
-        shown.update(row['settings'].get('typed', ()))
+        settings, search = row['settings'], row.get('search_settings') or {}
+        own, arch = compared_settings(settings), settings.get('arch')
+        shown.update(settings.get('typed', ()))
         shown.update(f'search_{name}' for name in search.get('typed', ()) if name not in NAMED)
-        if row['data_sha256'] and row['settings']['data'] not in KINDS:     # a folder may change
+        if row['data_sha256'] and settings['data'] not in KINDS:        # a folder may change
             own.add(('images_sha256', row['data_sha256'][:6]))
         if search:
             own |= compared_settings(search, 'search_')
         elif row.get('searched_on') is None and arch != row.get('method') and '|' not in f'{arch}':
-            own.add(('arch', arch))             # a retrained file: others may have its name
+            own.add(('arch', arch))             # a file: others may have its name
         key = tuple(row.get(name) for name in GROUPS), frozenset(own)
-        repeat = tuple(row['settings'].get(name) for name in REPEATS)
+        repeat = tuple(settings.get(name) for name in REPEATS)
         same = groups.setdefault(key, {}).setdefault(repeat, row)
         if same is not row:
             print(f'{row["run"]} is left out, since it repeats {same["run"]}', file=sys.stderr)
@@ -545,7 +537,7 @@ def table(rows):
         settings, runs, words = dict(own), runs.values(), []
         for name in sorted((shown & settings.keys()) - NAMED):
             value = settings[name]
-            if value is not False and value not in (None, 'auto'):
+            if value is not False and value not in (None, 'auto'):      # 0 is a value
                 words.append(name if value is True else f'{name}={value}')
         line = {**dict(zip(GROUPS, group)), 'settings': ' '.join(words) or None, 'n': len(runs)}
         for name in columns():
@@ -559,11 +551,10 @@ def table(rows):
 
 def print_table(lines):
     """Print what `table` returns: mean ± standard deviation over the runs of a group."""
-    formats = {name: (name.replace('_', ' '), '') for name in (*GROUPS, 'settings', 'n')}
-    for name, (header, digits) in columns().items():
-        formats[name] = header, f',.{digits}f'
+    formats = [(name, name.replace('_', ' '), '') for name in (*GROUPS, 'settings', 'n')]
+    formats += [(name, header, f',.{digits}f') for name, (header, digits) in columns().items()]
     shown = []                                  # texts, by column
-    for name, (header, spec) in formats.items():
+    for name, header, spec in formats:
         texts = [header]
         for line in lines:
             values = [line.get(name), line.get(f'{name}_std')]
@@ -577,35 +568,29 @@ def print_table(lines):
 
 # ---- Plots ----------------------------------------------------------------------------------
 
-
-# Curves besides the METRICS: {title: name of an entry of the log; or how the names begin, with _ at
-# its end, of entries whose mean is drawn}
+# Curves besides the METRICS: {title: pattern of the log's entries whose mean is drawn}
 PANELS = {
     'training loss': 'train_loss', 'training accuracy, %': 'train_accuracy',
     "loss on the alphas' images": 'valid_loss',
     "accuracy on the alphas' images, %": 'valid_accuracy',
-    'entropy of the alphas, nats': 'entropy_', 'skips, mean over the cells': 'skips_',
-    'true CIFAR-10 accuracy, % (80: or less)': 'truth_',
+    'entropy of the alphas, nats': 'entropy_*', 'skips, mean over the cells': 'skips_*',
+    'true CIFAR-10 accuracy, % (80: or less)': 'truth_*',
 }
 
 
-def mean_of(line, start):
-    """Mean of a log line's values named `start`, or so beginning if it ends in _; or None.
-
-    Accuracies are in per cent.
-    """
+def mean_of(line, pattern):
+    """Mean of a log line's values whose names fit, accuracies in per cent; None without any."""
     kept = line.get('kept_after_epochs')
-    if kept and kept <= line['epoch'] and start.startswith(('holdout_', 'test_')):
-        return None                             # it is of the network of an earlier epoch
+    if kept and kept <= line['epoch'] and pattern.startswith(('holdout_', 'test_')):
+        return None             # the network that was kept is of an earlier epoch
     values = [value['cifar10'] if isinstance(value, dict) else value
-              for name, value in line.items() if value is not None
-              and (name == start or start.endswith('_') and name.startswith(start))]
-    scale = 100 if start.endswith('_accuracy') else 1
+              for name, value in line.items() if value is not None and fnmatch(name, pattern)]
+    scale = 100 if pattern.endswith('_accuracy') else 1
     return scale * sum(values) / len(values) if values else None
 
 
 def plot(rows, path):
-    """Draw curves by epoch and scores of cells; of one retraining its test, of three the fits."""
+    """Draw curves by epoch and scores of cells; of one retraining its test, of three their fits."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -617,22 +602,19 @@ def plot(rows, path):
         words = {'searched_on': ' on ', 'space': ', ', 'arch_data': ', alphas: ',
                  'trained_on': ', trained on '}
         group += ''.join(words[key] + row[key] for key in words if row.get(key))
-        own = compared_settings(row['settings'])
-        others = [compared_settings(other['settings']) for other in rows
-                  if other['type'] == row['type']]
-        for name, value in sorted(own - set.intersection(*others)):
+        alike = [compared_settings(other['settings']) for other in rows
+                 if other['type'] == row['type']]
+        for name, value in sorted(compared_settings(row['settings']) - set.intersection(*alike)):
             if name in typed:
                 group += f', {name}={value}'
         if not row['finished']:
             group += ', not finished'
         row['colour'] = colours.setdefault(group, palette[len(colours) % 20])
-    curves = dict(PANELS)
-    for name, (header, _) in metric_columns().items():
-        if not name.startswith('fit_'):         # which is measured once
-            curves[header] = name
-    for title, start in curves.items():
-        if any(mean_of(line, start) is not None for row in rows for line in row['log']):
-            panels.append((title, 2.4, draw_curves, [rows, start]))
+    metrics = {header: name for name, (header, _) in metric_columns().items()
+               if not name.startswith('fit_')}  # which is measured once
+    for title, pattern in {**PANELS, **metrics}.items():
+        if any(mean_of(line, pattern) is not None for row in rows for line in row['log']):
+            panels.append((title, 2.4, draw_curves, [rows, pattern]))
     scored = {}                                 # {(space, score): runs}
     for row in rows:
         if row.get('score'):
@@ -662,11 +644,11 @@ def plot(rows, path):
     write_file(path, buffer.getvalue())
 
 
-def draw_curves(axis, rows, start):
-    """The mean of the log's entries that begin with `start`, by epoch."""
+def draw_curves(axis, rows, pattern):
+    """The mean of the log's entries whose names fit, by epoch."""
     for row in rows:
-        values = np.array([mean_of(line, start) for line in row['log']], float)     # None: a gap
-        if start == 'truth_':                   # cells without convolutions are far below
+        values = np.array([mean_of(line, pattern) for line in row['log']], float)   # None: a gap
+        if pattern == 'truth_*':                # cells without convolutions are far below
             values = values.clip(80)
         axis.plot(np.arange(len(values)) + 1, values, color=row['colour'], marker='.', alpha=0.8)
     axis.set_xlabel('epoch', fontsize=9)
@@ -791,8 +773,8 @@ def show_arch(arch, as_json, drawing):
         counts = {**cost(genotype, 16, 17), **genotypes.truth(genotype)}
     else:
         counts = cost(genotype)
-        large = cost(genotype, 48, 14, 1000, 224, 'imagenet')
-        counts.update({f'imagenet_{name}': count for name, count in large.items()})
+        for name, count in cost(genotype, 48, 14, 1000, 224, 'imagenet').items():
+            counts[f'imagenet_{name}'] = count
     if drawing:
         write_file(drawing, genotypes.draw(genotype, arch))
     lines = [f'{name:<25} {round(count, 2):>15,}' for name, count in counts.items()]
@@ -892,10 +874,8 @@ def main(argv=None):
     elif done:
         print_table(lines)
     if s['csv']:
-        cells = [list(dict.fromkeys(chain(*lines)))]
-        for line in lines:
-            cells.append([line.get(name) for name in cells[0]])
-        write_csv(s['csv'], cells)
+        names = dict.fromkeys(chain(*lines))
+        write_csv(s['csv'], [names, *(map(line.get, names) for line in lines)])
     if s['plot']:
         plot(rows, s['plot'])
     return 2 if len(rows) < len(s['runs']) else 0

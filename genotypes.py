@@ -78,14 +78,11 @@ def random_cell(space, seed):
     if space == 'nb201':
         names = list(NB201_OPERATIONS)
         return to_string(names[k] for k in rng.integers(len(names), size=6))
-    operations, cells = [name for name in OPERATIONS if name != 'none'], []
-    for _ in ('normal', 'reduce'):
-        cell = []
-        for node in ALL_NODES:
-            inputs = sorted(rng.choice(node, 2, replace=False).tolist())
-            cell += [(operations[rng.integers(len(operations))], state) for state in inputs]
-        cells += [tuple(cell), ALL_NODES]
-    return Genotype(*cells)
+    operations, pairs = [name for name in OPERATIONS if name != 'none'], []
+    for node in ALL_NODES * 2:                  # of the normal cell, then of the reduction cell
+        inputs = sorted(rng.choice(node, 2, replace=False).tolist())
+        pairs += [(operations[rng.integers(len(operations))], state) for state in inputs]
+    return Genotype(tuple(pairs[:8]), ALL_NODES, tuple(pairs[8:]), ALL_NODES)
 
 
 # ---- What --arch names ----------------------------------------------------------------------
@@ -107,8 +104,8 @@ def parse_darts(text):
 def find_genotype(arch):
     """(genotype, found_by) of what `--arch` names; UserError says in one line what is wrong.
 
-    arch: a published name (unless a search is called so), a string of NAS-Bench-201, a search, its
-    genotype.json, or a file in DARTS's words. found_by has `data`, None if there was no search, and
+    arch: a search, its genotype.json, a published name, a string of NAS-Bench-201, or a file in
+    DARTS's words. found_by has `data`, None if there was no search, and
     `method`; of a search also `seed`, `arch_data` and `settings`.
     """
     if arch in PUBLISHED and not Path(arch, 'genotype.json').exists():
@@ -161,7 +158,7 @@ def from_string(text, source='genotype'):
 def expression(arch):
     """(what a cell computes, as text that equal cells share; the edges on its paths).
 
-    As NAS-Bench-201 counts 6,466: a skip is the node that it starts from, and # is nothing.
+    A skip is written as the node that it starts from, # is nothing. So 6,466 cells differ.
     """
     names, nodes = iter(from_string(arch)), [('x', ())]
     for node in range(1, 4):
