@@ -24,7 +24,6 @@ import fcntl
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -85,7 +84,7 @@ def number(convert, low, high=2 ** 62):
 def name_or_path(text):
     """Values of a Setting: a folder has one name, but ./cifar10 is no cifar10."""
     path = os.path.normpath(text)
-    return path if '/' in path else text.rstrip('/') or text
+    return path if '/' in path else text.rstrip('/')
 
 
 def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
@@ -129,9 +128,8 @@ def parse_flags(doc, tables, argv=None, defaults_for=lambda typed, chosen: {}):
                 how.update(nargs='?', const=alone)
             group.add_argument(flag, help=text.replace('%', '%%'), **how)
     typed = vars(parser.parse_intermixed_args(argv))
-    wants_help = typed.pop('help', False)
     defaults.update(defaults_for(typed, {**defaults, **typed}))
-    if wants_help:
+    if 'help' in typed:
         for action in parser._actions:
             value = str(defaults.get(action.dest))
             if value not in ('None', 'False', '[]'):
@@ -257,8 +255,8 @@ def is_first():
 class Progress:
     """A line with what is done, the rate and the time left; in a log file a new one every 8 s.
 
-    With a `hint`, even an empty one, it also says once, after 3 s, when the work will end, if more
-    than a minute is left. Above an hour the hint follows: how to make it shorter.
+    If `hint` is not None, it says once, after 3 s, when the work will end, if more than a minute is
+    left. Above an hour the hint follows: how to make it shorter.
     """
     last = time.monotonic()                     # when one of them wrote a line
 
@@ -326,8 +324,8 @@ def choose_device(gpu, tf32=False):
         # find the addresses of those that died.
         store, rank, processes = next(torch.distributed.rendezvous('env://'))
         # Several machines count differently. With README's variable each start has a new store.
-        alone = os.environ.get('GROUP_WORLD_SIZE', '1') == '1'
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else '0'
+        one_machine = os.environ.get('GROUP_WORLD_SIZE', '1') == '1'
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_machine else '0'
         torch.distributed.init_process_group(
             'nccl' if cuda else 'gloo', timeout=timedelta(hours=1), rank=rank,
             world_size=processes, store=torch.distributed.PrefixStore(attempt, store),
@@ -384,7 +382,7 @@ class Made(NamedTuple):
     classes: list           # names
     chunks: object          # the images in order: an iterator of uint8 (n, H, W, 3)
     draw: object = None     # for --fresh: draw(places) -> uint8 (n, H, W, 3), also beyond the N
-    meta: dict = {}         # more for meta.json; mean and std are computed if they are not in it
+    meta: dict = {}         # more for meta.json; mean and std in it replace the computed ones
     source: object = None   # the Data that has the images, instead of chunks
 
 
@@ -395,16 +393,16 @@ def settings_of(name, s):
         names |= {'data_seed', *kind_of(name, s).settings.split()}
     if Path(name, 'meta.json').exists():
         names.add('fresh')
-    real = s['source'] if 'source' in names else name
-    if real == 'chexpert':
+    origin = s['source'] if 'source' in names else name
+    if origin == 'chexpert':
         names |= {'uncertain', 'views'}
-    elif real not in (*KINDS, *REAL) and not Path(real, 'meta.json').exists():
+    elif origin not in (*KINDS, *REAL) and not Path(origin, 'meta.json').exists():
         names |= {'test_fraction', 'skip_broken'}
     return names
 
 
 def kind_of(name, s):
-    """The row that makes a set: of KINDS, or of GENERATORS."""
+    """The Kind of a set; of generated data that of its generator."""
     return GENERATORS[s['generator']] if name == 'generated' else KINDS[name]
 
 
@@ -485,7 +483,7 @@ def noise(s, device):
     size, seed, n = s['image_size'], s['data_seed'], s['num_images']
     labels = draw_labels(seed, n, s['num_classes'], s['label_mode'], multilabel=s['multilabel'])
     step = max(1, (32 << 20) // (size * size * 3))
-    chunks = (noise_images(seed, range(k, min(k + step, n)), size) for k in range(0, n, step))
+    chunks = (noise_images(seed, range(n)[k:k + step], size) for k in range(0, n, step))
     return Made(labels, [str(k) for k in range(s['num_classes'])], chunks,
                 functools.partial(noise_images, seed, size=size),
                 {'mean': [0.5] * 3, 'std': [32 / 255] * 3})
@@ -556,7 +554,7 @@ class Formula:
     def chunks(self):
         """The images of the set, uint8 (n, size, size, 3) at a time."""
         threads, n = torch.get_num_threads(), len(self.labels)
-        parts = [range(k, min(k + self.chunk, n)) for k in range(0, n, self.chunk)]
+        parts = [range(n)[k:k + self.chunk] for k in range(0, n, self.chunk)]
         try:
             with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
                 for k in range(0, len(parts), threads):         # not all at once, for the memory
@@ -611,7 +609,7 @@ class Formula:
             rows = (labels.sum(1) > j).nonzero()[:, 0]
             label = (labels[rows].cumsum(1) <= j).sum(1)
             u, rolls = self.random(places[rows.numpy()], 10 * (j + 1))
-            u[:, 9] = -0.2 / 0.7                        # cancels add_fractal's 0.2: white
+            u[:, 9] = -0.2 / 0.7                        # so that its saturation is 0: white
             centre = 0.2 + 0.6 * u[:, 11:13]
             x[rows] = self.add_fractal(x[rows], label, u, rolls, centre, 0.18)
         return x
@@ -716,10 +714,9 @@ def fractal_opacity(maps, table, u, rolls, size, jitter, centre, reach):
             path.append(torch.stack([x, y], 1))
     path = torch.cat(path, 2) * torch.where(u[:, 3:5] < 0.5, -1, 1)[:, :, None]      # flips
     low, high = path.amin(2, keepdim=True), path.amax(2, keepdim=True)
-    zoom = 2 * reach * (1 + 0.3 * jitter * (u[:, 5] - 0.6))
+    zoom = 2 * reach * (1 + 0.3 * jitter * (u[:, 5:6] - 0.6)) / (high - low).amax(1)
     shift = centre + 0.3 * reach * jitter * (u[:, 6:8] - 0.5)
-    path = (path - (low + high) / 2) * (zoom[:, None] / (high - low).amax(1))[:, None] \
-        + shift[:, :, None]
+    path = (path - (low + high) / 2) * zoom[:, None] + shift[:, :, None]
     fine = 2 * size
     at = (path * fine).floor()
     inside = ((at >= 0) & (at < fine)).all(1)
@@ -850,7 +847,7 @@ def train_flow(source, path, steps, seed, device):
     progress, text = Progress(steps, 'steps', step, ''), ''
     while step < steps:
         epoch = batches.epoch(*divmod(step, len(batches)))
-        for x, y in itertools.islice(epoch, steps - step):
+        for _, (x, y) in zip(range(step, steps), epoch):
             torch.manual_seed((seed * 10 ** 9 + step) % 2 ** 63)
             loss = flow_loss(network, x, conditions(y, len(source.classes)))
             loss.backward()
@@ -919,9 +916,8 @@ GENERATORS = {
 KINDS = {
     'noise': Kind(noise, 'num_images num_classes multilabel label_mode fresh'),
     'random_labels': Kind(random_labels, 'source label_mode label_noise', augment=True),
-    # Stands for all generators: kind_of returns the row of one.
-    'generated': GENERATORS['fractal']._replace(augment=True),
-}
+    # Only `augment` and `settings` are read here: kind_of returns the row of a generator.
+    'generated': GENERATORS['fractal']._replace(augment=True)}
 
 
 # ---- Writing a data set ---------------------------------------------------------------------
@@ -970,17 +966,14 @@ def make_set(out, name, s, device):
             images = write_images(folder / 'images.npy', len(labels), made.chunks)
             source = Data(out, name, images, labels, made.classes, *mean_and_std(images),
                           images.shape[1])
-        rows = sheet_rows(labels)
-        shown = [source.image(k) for k in rows]
         np.save(folder / 'labels.npy', labels)
+        sha256 = {'images': source.sha256(), 'labels': hashlib.sha256(labels).hexdigest()}
         meta = {'kind': name, 'seed': s['data_seed'], 'settings': own, 'classes': made.classes,
                 'num_images': len(labels), 'image_size': source.image_size, 'mean': source.mean,
-                'std': source.std, **made.meta,
-                'sha256': {'images': source.sha256(),
-                           'labels': hashlib.sha256(labels).hexdigest()},
+                'std': source.std, **made.meta, 'sha256': sha256,
                 'command': shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
                 'versions': {'numpy': np.__version__, 'torch': torch.__version__}}
-        contact_sheet(shown, labels[rows], meta).save(folder / 'sheet.png')
+        contact_sheet(source, labels, meta).save(folder / 'sheet.png')
         write_file(folder / 'meta.json', json.dumps(meta, indent=1) + '\n')
 
 
@@ -1027,22 +1020,22 @@ def sheet_rows(labels):
     return chosen if labels.ndim == 2 else chosen[np.argsort(labels[chosen], kind='stable')]
 
 
-def contact_sheet(images, labels, meta):
-    """A labelled PIL image of up to 100 images, in ten columns."""
-    side, step = 72, 90
-    gap, rows = step - side, math.ceil(len(images) / 10)
+def contact_sheet(data, labels, meta):
+    """A labelled PIL image of up to 100 images of a Data, in ten columns."""
+    side, step, shown = 72, 90, sheet_rows(labels)
+    gap, rows = step - side, math.ceil(len(shown) / 10)
     sheet = Image.new('RGB', (gap + 10 * step, gap + rows * step), 'white')
     pen = ImageDraw.Draw(sheet)
-    present = [[k] if labels.ndim == 1 else np.flatnonzero(k == 1) for k in labels]
     # A name that is not ASCII, which Pillow's font lacks, is its number.
     names = [name if name.isascii() else str(k) for k, name in enumerate(meta['classes'])]
     kind = meta['settings'].get('generator', meta['kind'])
     pen.text((gap, 2), f'{kind}: {meta["num_images"]:,} images of {meta["image_size"]} px, '
              f'{len(names):,} classes, seed {meta["seed"]}', 'black')
-    for place, (image, classes) in enumerate(zip(images, present)):
+    for place, k in enumerate(shown):
         x, y = gap + place % 10 * step, gap + place // 10 * step
-        how = Image.NEAREST if len(image) < side else Image.BOX
-        sheet.paste(Image.fromarray(image).resize((side, side), how), (x, y))
+        how = Image.NEAREST if data.image_size < side else Image.BOX
+        sheet.paste(Image.fromarray(data.image(k)).resize((side, side), how), (x, y))
+        classes = [labels[k]] if labels.ndim == 1 else np.flatnonzero(labels[k] == 1)
         name = ' '.join(names[c] for c in classes)[:40]
         while pen.textlength(name) > step - 4:
             name = name.removesuffix('…')[:-1] + '…'
@@ -1066,7 +1059,7 @@ class Data:
     image_size: int
     studies: np.ndarray = None  # of chest X-rays: 'patient00001/study1' of each image
     files: list = None          # paths, if each image has its own file
-    zoom: float = 1.0           # shorter side of a file to the side that is cut out of it
+    zoom: float = 1.0           # shorter side of a file, divided by the side that is cut out
     on_device: torch.Tensor = None      # the images, put there by Batches
     fresh: int = 0              # after so many epochs the images are drawn anew, by
     draw: object = None         # draw(places) -> uint8 (n, H, W, 3); N places a turn
@@ -1116,7 +1109,7 @@ class Data:
                     image = transform(image)
                 images.append(np.asarray(image))
         batch = torch.from_numpy(np.stack(images))
-        if torch.utils.data.get_worker_info():      # later torch would lose it, and wait for ever
+        if torch.utils.data.get_worker_info():      # torch, which shares it later, would hang
             with readable('/dev/shm is full', 'Take fewer --workers, or a smaller --batch_size.'):
                 batch.share_memory_()
         return batch
@@ -1223,9 +1216,8 @@ def read_cifar(name, s, split):
     if unusual:
         print(f'warning: {folder}: used, but the checksums of {", ".join(unusual)} are not the '
               'official ones. --download replaces such files.', file=sys.stderr)
-    images = np.concatenate([pixels for pixels, _ in content]).reshape(-1, 3, 32, 32)
-    images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-    labels = np.concatenate([numbers for _, numbers in content])
+    pixels, labels = map(np.concatenate, zip(*content))
+    images = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     classes, = read_arrays(folder / official.meta['filename'], official.meta['key'])
     size = s['image_size'] or 32
     if size != 32:
@@ -1263,21 +1255,18 @@ def read_chexpert(name, s, split, table=None):
                   '--test_labels.', file=sys.stderr)
         return None
     paths, labels = read_chexpert_table(path, s['uncertain'] if split == 'train' else 'ignore')
-    training, places = root / 'train.csv', [path.parent, path.parent.parent, root, root.parent]
-    root = next((place for place in places if (place / paths[0]).exists()), root)
-    files, rows = [], []
+    training, tops = root / 'train.csv', [path.parent, path.parent.parent, root, root.parent]
+    root = next((top for top in tops if (top / paths[0]).exists()), root)
+    rows = {}                                   # {file: its row}
     for row, inside in enumerate(paths):
         file = root / inside
         views = [file] if file.suffix else sorted(file.glob('view*'))
         if not views:
             raise UserError(f'{path}: {file} has no views. Bring it back.')
-        for view in views:
-            if s['views'] == 'all' or 'frontal' in view.name:
-                files.append(view)
-                rows.append(row)
-    if not files:
+        rows.update({view: row for view in views if s['views'] == 'all' or 'frontal' in view.name})
+    if not rows:
         raise UserError(f'{path}: no {s["views"]} view in it. Use --views all.')
-    studies = np.array(['/'.join(file.parts[-3:-1]) for file in files])
+    studies = np.array(['/'.join(file.parts[-3:-1]) for file in rows])
     if split == 'test' and training.is_file() and is_first():
         trained, _ = read_chexpert_table(training, 'ignore')
         both = {study.split('/')[0] for study in studies} & set('/'.join(trained).split('/'))
@@ -1285,8 +1274,8 @@ def read_chexpert(name, s, split, table=None):
             print(f'warning: {path}: {len(both)} of its patients are in train.csv too, e.g. '
                   f'{min(both)}: results of networks that were trained on them are too good',
                   file=sys.stderr)
-    return data_of_files(name, split, list(CHEXPERT), files, labels[rows], [0.5] * 3, [0.25] * 3,
-                         s['image_size'] or 320, studies)
+    return data_of_files(name, split, list(CHEXPERT), list(rows), labels[list(rows.values())],
+                         [0.5] * 3, [0.25] * 3, s['image_size'] or 320, studies)
 
 
 def read_chexpert_table(path, uncertain):
@@ -1328,8 +1317,7 @@ def read_chexpert_table(path, uncertain):
     return list(rows), labels.astype(np.int8)
 
 
-REAL = {'cifar10': read_cifar, 'cifar100': read_cifar, 'imagenet': read_imagenet,
-        'chexpert': read_chexpert}
+REAL = dict(cifar10=read_cifar, cifar100=read_cifar, imagenet=read_imagenet, chexpert=read_chexpert)
 
 
 def read_folder(root, split, s):
@@ -1346,17 +1334,17 @@ def read_folder(root, split, s):
                         'and the folder of train.csv as --data_dir.')
     check_classes(classes[0], classes[-1], trees[-1])
     is_test = np.arange(sum(map(len, files))) >= len(files[0])      # those of the second tree
-    files, labels = np.concatenate(files), np.concatenate(labels)
+    files, labels, classes = np.concatenate(files), np.concatenate(labels), classes[0]
     # Reading 'train', which comes first, tries the pictures of both splits.
     if s['skip_broken'] or (split == 'train' and len(files) <= 20000):
         faults = np.array(try_pictures(files, trees if split == 'train' else []), object)
         fine = faults == ''
-        if not fine.all() and not s['skip_broken']:
-            broken = ', '.join(map(str, files[~fine][:10]))
-            raise UserError(f'{faults[~fine][0]} Pictures that cannot be read: {(~fine).sum()}, '
-                            f'{broken}. --skip_broken leaves them out.')
-        if not fine.all() and split == 'train':
-            print(f'{root}: broken pictures left out: {(~fine).sum()}', file=sys.stderr)
+        broken = files[~fine]
+        if len(broken) and not s['skip_broken']:
+            raise UserError(f'{faults[~fine][0]} Pictures that cannot be read: {len(broken)}, '
+                            f'{", ".join(map(str, broken[:10]))}. --skip_broken leaves them out.')
+        if len(broken) and split == 'train':
+            print(f'{root}: broken pictures left out: {len(broken)}', file=sys.stderr)
         files, labels, is_test = files[fine], labels[fine], is_test[fine]
     if len(trees) == 1 and s['test_fraction']:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -1364,15 +1352,15 @@ def read_folder(root, split, s):
             shares = b''.join(Progress(len(files), 'pictures hashed').over(hashes))
         is_test = np.frombuffer(shares, '>u4') / 2.0 ** 32 < s['test_fraction']
     if split == 'train':
-        empty = {*range(len(classes[0]))} - {*labels[~is_test]}
+        empty = {*range(len(classes))} - {*labels[~is_test]}
         if empty:
-            raise UserError(f'{root}: {classes[0][min(empty)]} has no pictures to train on. Add '
+            raise UserError(f'{root}: {classes[min(empty)]} has no pictures to train on. Add '
                             'some, or remove its folder.')
         if is_first():
             where = f', from {trees[1].name}/' if len(trees) > 1 else ''
-            more = ', ...' if len(classes[0]) > 9 else ''
-            print(f'{root}: {len(files)} pictures of {len(classes[0])} classes '
-                  f'({", ".join(classes[0][:9])}{more}); the test has {is_test.sum()}{where}',
+            more = ', ...' if len(classes) > 9 else ''
+            print(f'{root}: {len(files)} pictures of {len(classes)} classes '
+                  f'({", ".join(classes[:9])}{more}); the test has {is_test.sum()}{where}',
                   file=sys.stderr)
     elif not is_test.any():
         return None
@@ -1380,7 +1368,7 @@ def read_folder(root, split, s):
     # Both splits are normalised by the training pictures, if they are still there.
     shown = files[mine] if is_test.all() else files[~is_test]
     mean, std = mean_and_std(decode(shown[evenly(len(shown), 2000)], size))
-    return data_of_files(str(root), split, classes[0], files[mine], labels[mine], mean, std, size)
+    return data_of_files(str(root), split, classes, files[mine], labels[mine], mean, std, size)
 
 
 def trees_of(root):
@@ -1390,7 +1378,8 @@ def trees_of(root):
     tests = ('val', 'valid', 'validation', 'test', 'testing')
     tests = [there[name] for name in tests if name in there]
     has_others = len(there) > len(train) + len(tests)
-    if not train or has_others and not class_folders(train[0]):     # then `train` is a class
+    # A folder `train` beside other classes, without folders in it, is itself a class.
+    if not train or has_others and not class_folders(train[0]):
         return [root]
     return [*train[:1], *tests[:1]]
 
@@ -1443,6 +1432,13 @@ def list_images(folder):
 
 def try_pictures(files, folders):
     """[why the file cannot be read, or ''] of each. Prints which other files the folders hold."""
+    def fault_of(file):
+        try:
+            read_image(file, 8)
+        except UserError as error:
+            return str(error)
+        return ''
+
     for folder in folders:
         others = {path for path in folder.rglob('*') if path.is_file()}.difference(files)
         if others:
@@ -1450,15 +1446,6 @@ def try_pictures(files, folders):
                   'PNG, BMP, WebP, TIFF or PPM, or in no folder of a class', file=sys.stderr)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(Progress(len(files), 'pictures tried').over(pool.map(fault_of, files)))
-
-
-def fault_of(path):
-    """Why a picture cannot be read, as read_image says it; '' if it can."""
-    try:
-        read_image(path, 8)
-    except UserError as error:
-        return str(error)
-    return ''
 
 
 def decode(files, image_size, zoom=1):
@@ -1471,9 +1458,8 @@ def decode(files, image_size, zoom=1):
 
 def read_image(path, image_size, zoom=1, crop=False):
     """uint8 (image_size, image_size, 3) of an image file: see resize. Grey becomes RGB."""
-    formats = ['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']
     with readable(f'{path}: not a readable image', 'Mend or remove it.'), \
-            Image.open(path, formats=formats) as image:
+            Image.open(path, formats=['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']) as image:
         return resize(image, image_size, zoom, crop)
 
 
@@ -1527,9 +1513,9 @@ def find_or_make(name, s):
     if name not in KINDS:
         return read(name, s)
     own = settings_of_set(name, s)
-    usual = {**DEFAULTS, 'image_size': None if 'source' in own else 32}
+    unnamed = {**DEFAULTS, 'image_size': None if 'source' in own else 32}
     parts = [f'{key}={Path(str(value)).name}' for key, value in own.items()
-             if value != usual[key] and key != 'data_seed']
+             if value != unnamed[key] and key != 'data_seed']
     folder = Path('data', '-'.join([name, *parts, f'seed{own["data_seed"]}']))
     if not folder.exists():
         if is_first():
@@ -1557,7 +1543,7 @@ def stratified_split(labels, fraction, seed):
     groups = labels if labels.ndim == 1 else np.zeros(len(labels), np.int64)
     order = np.lexsort((rng.random(len(labels)), groups))
     grouped = groups[order]
-    rank = np.arange(len(labels)) - np.searchsorted(grouped, grouped)
+    rank = np.arange(len(labels)) - np.searchsorted(grouped, grouped)   # within the class
     # In each class those come first at whose rank ceil(rank * fraction) grows. (0.025 * 5000 is a
     # little more than 125 in floating point.)
     first = np.ceil((rank + 1) * fraction - 1e-8) > np.ceil(rank * fraction - 1e-8)
