@@ -14,9 +14,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import generate_data
 import retrain
@@ -29,20 +28,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device('cpu')
-
-
-class Case(NamedTuple):
-    """A step to measure."""
-    partial: int            # of the channels; 0: a step of retraining
-    unrolled: bool
-    batch: int
-
-
-RUNS = {                        # name: (step, images that a full published run computes)
-    'darts, first order': (Case(1, False, 64), 50 * 50000),
-    'darts, second order': (Case(1, True, 64), 50 * 50000),
-    'pcdarts': (Case(4, False, 256), 50 * 50000),
-    'retrain DARTS_V2': (Case(0, False, 96), 600 * 50000)}
+# name: (partial, or 0 for retraining; unrolled; batch; images that a full published run computes)
+RUNS = {
+    'darts, first order': (1, False, 64, 50 * 50000),
+    'darts, second order': (1, True, 64, 50 * 50000),
+    'pcdarts': (4, False, 256, 50 * 50000),
+    'retrain DARTS_V2': (0, False, 96, 600 * 50000)}
 WAYS = {                        # name: (side, graph, more flags)
     'textbook': ('book', False, []), 'eager': ('ours', False, []), 'graph': ('ours', True, []),
     'graph, TF32': ('ours', True, ['--tf32']), 'graph, bf16': ('ours', True, ['--amp'])}
@@ -65,23 +56,22 @@ def batch(n, size=32, device=CPU):
     return torch.randn(n, 3, size, size, device=device), torch.randint(10, (n,), device=device)
 
 
-def step_of(side, case, device, graph=False, flags=()):
+def step_of(side, partial, unrolled, size, device, graph=False, flags=()):
     """A function that takes one step, of 'ours' or of the 'book'; graph, flags: of our side."""
     torch.manual_seed(0)
-    shape, more, changed = (16, 10, 8), {'partial': case.partial}, None
-    if case.partial == 0:
-        shape, more = (36, 10, 20, DARTS_V2), {'auxiliary': True}
-    build = Network if side == 'ours' else textbook.Network
-    network = build(*shape, **more).to(device).train()
-    data = (*batch(case.batch, device=device), *batch(case.batch, device=device))
-    if case.partial == 0:
+    build, changed = Network if side == 'ours' else textbook.Network, None
+    data = (*batch(size, device=device), *batch(size, device=device))
+    if partial == 0:
+        network = build(36, 10, 20, DARTS_V2, auxiliary=True).to(device).train()
         network.drop_path_prob, data = torch.tensor(0.1, device=device), data[:2]
         step, changed = retrain_step(network, flags)
-    elif side == 'ours':
-        order = ['--unrolled'] if case.unrolled else []
-        step, changed, *_ = search_step([*flags, *order], device, network)
     else:
-        step = textbook.Step(network, case.unrolled)
+        network = build(16, 10, 8, partial=partial).to(device).train()
+        if side == 'ours':
+            order = ['--unrolled'] if unrolled else []
+            step, changed, *_ = search_step([*flags, *order], device, network)
+        else:
+            step = textbook.Step(network, unrolled)
     return functools.partial(retrain.GraphedStep(step, changed, device, graph), *data)
 
 
@@ -115,10 +105,9 @@ def relative(a, b):
 def equality(device, dtype, partial, unrolled, width=8, layers=5, size=16, pixels=32):
     """Largest relative differences to the textbook: at first, and of the weights after 5 steps."""
     torch.manual_seed(0)
-    ours = Network(width, 10, layers, partial=partial)
-    book = textbook.Network(width, 10, layers, partial=partial)
+    ours = Network(width, 10, layers, partial=partial).to(device, dtype)
+    book = textbook.Network(width, 10, layers, partial=partial).to(device, dtype)
     textbook.copy_weights(ours, book)
-    ours, book = ours.to(device, dtype), book.to(device, dtype)
     (x, y), (x2, y2) = (batch(size, pixels, device) for _ in range(2))
     train, valid = (x.to(dtype), y), (x2.to(dtype), y2)
     out = {'logits': relative(ours(train[0]), book(train[0]))}
@@ -129,11 +118,10 @@ def equality(device, dtype, partial, unrolled, width=8, layers=5, size=16, pixel
         else search.first_order(method, valid)
     book_grads = textbook.architecture_gradients(book, train, valid, book_step.sgd, unrolled)
     out['alpha gradients'] = torch.tensor([*map(relative, grads, book_grads)]).max().item()
-    textbook.copy_weights(ours, book)
+    pairs = textbook.copy_weights(ours, book)
     for _ in range(5):
         step(*train, *valid)
         book_step(*train, *valid)
-    pairs = textbook.pairs_of_weights(ours, book)
     out['weights'] = max(relative(a[block], b) for a, block, b in pairs if a.requires_grad)
     return out
 
@@ -156,15 +144,13 @@ def replays(flags, device, graph):
 
 def timing(name, way, device, seconds=6.0):
     """{'ms', 'calls', 'peak_mib', 'images_per_second', 'n', 'hours of a run'} of a step."""
-    case, images_of_a_run = RUNS[name]
+    partial, unrolled, size, images_of_a_run = RUNS[name]
     side, graph, flags = WAYS[way]
-    on_cuda, held = device.type == 'cuda', 0
-    if not on_cuda:
-        case = case._replace(batch=min(16, case.batch))
+    on_cuda = device.type == 'cuda'
+    size = size if on_cuda else min(16, size)
     generate_data.set_tf32('--tf32' in flags)
-    step = step_of(side, case, device, graph, flags)
-    if not on_cuda:
-        held = retrain.peak_memory_mib(device)
+    step = step_of(side, partial, unrolled, size, device, graph, flags)
+    held = 0 if on_cuda else retrain.peak_memory_mib(device)
     step()                                          # optimizers make their buffers
     with Calls() as calls:
         step()
@@ -185,7 +171,7 @@ def timing(name, way, device, seconds=6.0):
         sys.exit(f'{name}, {way}: no CUDA graph')
     each = (time.perf_counter() - began) / count
     generate_data.set_tf32(False)
-    rate = case.batch * (2 if case.partial else 1) / each       # a search step has two batches
+    rate = size * (2 if partial else 1) / each          # a search step has two batches
     return {'ms': 1000 * each, 'calls': calls.count,
             'peak_mib': retrain.peak_memory_mib(device) - held, 'images_per_second': rate,
             'n': count, 'hours of a run': images_of_a_run / rate / 3600}

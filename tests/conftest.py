@@ -25,6 +25,7 @@ import search  # noqa: E402
 import textbook  # noqa: E402
 import torch  # noqa: E402
 
+CPU = torch.device('cpu')
 SIZES = ['--layers', '3', '--init_channels', '4', '--batch_size', '8', '--epochs', '2',
          '--steps_per_epoch', '2', '--gpu', '-1']
 NOISE = ['--data', 'noise', '--num_images', '64', '--image_size', '8']
@@ -117,7 +118,7 @@ def read_rows(path):
 
 
 def chexpert(root, layout='CheXpert-v1.0-small', prefix=None, patients=12, columns=COLUMNS):
-    """Patients with a frontal and a lateral view; every label now and then, -1.0 made up."""
+    """Patients with a frontal and a lateral view; a label is blank, 1, 0 or, in training, -1."""
     rng, splits = np.random.default_rng(0), {'train': [], 'valid': []}
     for p in range(patients + 6):
         split = 'train' if p < patients else 'valid'
@@ -145,7 +146,7 @@ def searching(*flags):
     """(method, its network) for four classes, whose alphas are far from uniform."""
     length = ['--cells_per_stage', '1'] if 'nb201' in flags else ['--layers', '3']
     args = search.parse(['--init_channels', '4', *length, *flags])
-    method = search.METHODS[args.method](args, 4, 'cifar', torch.device('cpu'))
+    method = search.METHODS[args.method](args, 4, 'cifar', CPU)
     network = method.build()
     for alpha in network.alphas.values():
         alpha.data.mul_(500)
@@ -229,8 +230,7 @@ def same_run(a, b):
     for name in ('genotype.json', 'scores.csv'):
         if Path(a, name).exists():
             assert Path(a, name).read_text() == Path(b, name).read_text()
-    one, other = (torch.load(f'{run}/checkpoint.pt', weights_only=True)['network']
-                  for run in (a, b))
+    one, other = (torch.load(f'{run}/checkpoint.pt')['network'] for run in (a, b))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,56 +23,35 @@ import genotypes
 import retrain
 import search
 
-MAINS = {'generate': generate_data.main, 'search': search.main, 'retrain': retrain.main,
-         'evaluate': evaluate.main}
 GOOD = genotypes.DARTS_V2.normal
 
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
-    return tmp_path_factory.mktemp('store')
+    """A folder with what bad commands meet: a set, pictures, a search and a retraining."""
+    os.chdir(tmp_path_factory.mktemp('store'))
+    make_set('set', '--num_images', '64')
+    folder_of_images('own/train')
+    folder_of_images('own/val')
+    run(search.main, 'run', *TINY)
+    run(retrain.main, 'net', *RETRAIN)
+    return Path.cwd()
 
 
-def make(what, store):
-    """Make what a bad command meets. A run is made once, kept in the store, and copied."""
-    if what == 'set':
-        make_set('set', '--num_images', '64')
-    elif what == 'own':
-        folder_of_images('own/train')
-        folder_of_images('own/val')
-    elif what:
-        if not (store / what).exists():
-            main, flags = {'run': (search.main, TINY), 'net': (retrain.main, RETRAIN)}[what]
-            run(main, what, *flags)
-            shutil.move(what, store)
-        shutil.copytree(store / what, what)
-
-
-def damage(how, path, *more):
-    """drop the file; cut: its first bytes only; flip a bit; put other text; folder: a new one."""
-    path = Path(path)
-    if how == 'drop':
-        path.unlink()
-    elif how == 'folder':
-        path.mkdir(parents=True)
-    elif how == 'flip':
-        old = path.read_bytes()
-        path.write_bytes(old[:-20] + bytes([old[-20] ^ 1]) + old[-19:])
-    elif how == 'cut':
-        path.write_bytes(path.read_bytes()[:int(*more)])
-    else:
-        path.write_text(' '.join(more))
+def put(text):
+    """The command that writes genotype.json."""
+    return f'echo {shlex.quote(text)} > genotype.json'
 
 
 def genotype(**changes):
-    return 'put genotype.json ' + json.dumps({**genotypes.DARTS_V2._asdict(), **changes})
+    return put(json.dumps({**genotypes.DARTS_V2._asdict(), **changes}))
 
 
-# Flags of which the line names the first
+# Commands; the line of the error names the first flag of each
 REFUSED = {
-    'generate': '''--label_noise 0.5 --kind noise --out x; --label_mode permute --kind noise --out x
-        --multilabel --kind generated --generator spectrum --out x; --out noise --kind noise
-        --data_dir d --kind noise --out x''',
+    'generate_data': '''--label_noise 0.5 --kind noise --out x; --data_dir d --kind noise --out x
+        --label_mode permute --kind noise --out x; --out noise --kind noise
+        --multilabel --kind generated --generator spectrum --out x''',
     'search': '''--nosuch 3; --batch_size 0; --batch_size 8 --grad_accum 3; --learning_rate nan
         --partial 3; --layers 5; --early_stop; --early_stop --epochs 5
         --method pdarts; --epochs 2 --space darts --method pdarts --frozen_epochs 0
@@ -83,54 +63,54 @@ REFUSED = {
     'retrain': '--arch DARTS_V3; --auxiliary --arch DARTS_V2; --drop_path_prob 2 --arch DARTS_V2',
     'evaluate': '--csv t.csv --arch DARTS_V2; --plot cell.png --arch DARTS_V2'}
 ARCH = '--arch genotype.json --data noise'
+SPOIL = 'printf other | dd conv=notrunc bs=1 seek=200 of=set/'
 TABLE = [
-    # what is there, what is done to it, script, flags, what the line names
-    ('', '', 'generate', '--kind random_labels --out x --source nowhere', 'nowhere'),
-    ('', '', 'generate', '--kind random_labels --out x', 'cifar-10-batches-py'),
-    ('own', '', 'generate', '--kind random_labels --source own --out own/x', 'own/x'),
-    ('', 'put file {', 'generate', '--kind noise --out file/x', 'file'),
+    # what is there, a command that harms it, script, flags, what the line names
+    ('', '', 'generate_data', '--kind random_labels --out x --source nowhere', 'nowhere'),
+    ('', '', 'generate_data', '--kind random_labels --out x', 'cifar-10-batches-py'),
+    ('own', '', 'generate_data', '--kind random_labels --source own --out own/x', 'own/x'),
+    ('', 'echo { > file', 'generate_data', '--kind noise --out file/x', 'file'),
     ('own', '', 'search', '--save own', 'own'),
-    ('set', 'cut set/meta.json 60', 'search', '--data set', 'meta.json'),
-    ('set', 'flip set/images.npy', 'search', '--data set', 'other images'),
-    ('set', 'flip set/labels.npy', 'search', '--data set', 'other labels'),
+    ('set', 'truncate -s 60 set/meta.json', 'search', '--data set', 'meta.json'),
+    ('set', SPOIL + 'images.npy', 'search', '--data set', 'other images'),
+    ('set', SPOIL + 'labels.npy', 'search', '--data set', 'other labels'),
     ('set', '', 'search', '--data set --image_size 16', '--image_size 8'),
-    ('own', 'folder own/train/empty', 'search', '--data own --image_size 8', 'empty'),
-    ('own', 'folder own/val/cow', 'retrain', '--arch DARTS_V2 --data own --image_size 8', 'cow'),
-    ('', 'folder own/cats', 'search', '--data own', 'folders in it: cats'),
+    ('own', 'mkdir -p own/train/empty', 'search', '--data own --image_size 8', 'empty'),
+    ('own', 'mkdir -p own/val/cow', 'retrain', '--arch DARTS_V2 --data own --image_size 8', 'cow'),
+    ('', 'mkdir -p own/cats', 'search', '--data own', 'folders in it: cats'),
     ('net', '', 'evaluate', 'net --test_labels t.csv', '--test_labels'),
     ('own', '', 'search', '--data own --image_size 8', 'the 4 images of its split of own'),
     ('', '', 'search', '--epochs 1' + 400 * '0', '--epochs'),
     ('run', '', 'search', '--save run', '--resume'),
-    ('run', 'drop run/genotype.json', 'search', '--save run --resume --init_channels 8',
-     '--init_channels'),
+    ('run', 'rm run/genotype.json', 'search', '--save run --resume --epochs 9', '--epochs'),
     ('', '', 'search', '--train_portion 60 --valid_fraction 0.7', 'more than all'),
     ('', '', 'retrain', '', '--arch'),
     ('', '', 'retrain', '--arch |x~0|', 'op is one of'),
     ('net', '', 'retrain', '--arch net', 'net'),
-    ('', 'put genotype.json {', 'retrain', ARCH, 'genotype.json'),
-    ('', 'put genotype.json Genotype() Genotype()', 'retrain', ARCH, 'it has 2 of'),
-    ('', "put genotype.json X = Genotype(normal=[('", 'retrain', ARCH, 'no genotype'),
-    ('', 'put genotype.json Genotype(normal=open("evil","w"))', 'retrain', ARCH, 'Genotype(...)'),
-    ('', 'put genotype.json Genotype(normal=[],normal_concat=range(0,9999999999))', 'retrain',
-     ARCH, 'no genotype'),
+    ('', put('{'), 'retrain', ARCH, 'genotype.json'),
+    ('', put('Genotype() Genotype()'), 'retrain', ARCH, 'it has 2 of'),
+    ('', put("X = Genotype(normal=[('"), 'retrain', ARCH, 'no genotype'),
+    ('', put('Genotype(normal=open("evil","w"))'), 'retrain', ARCH, 'Genotype(...)'),
+    ('', put('Genotype(normal=[],normal_concat=range(0,9999999999))'), 'retrain', ARCH,
+     'no genotype'),
     ('', genotype(normal=GOOD[:7]), 'retrain', ARCH, '7 operations'),
     ('', genotype(normal=(('conv_9x9', 0), *GOOD[1:])), 'retrain', ARCH, 'conv_9x9'),
     ('', genotype(reduce=(('skip_connect', 2), *GOOD[1:])), 'retrain', ARCH, 'skip_connect:2'),
     ('', genotype(normal=(GOOD[1], *GOOD[1:])), 'retrain', ARCH, 'normal[1]'),
     ('', genotype(reduce_concat=[2, 2, 3]), 'retrain', ARCH, 'reduce_concat'),
-    ('', 'put genotype.json {}', 'retrain', '--data noise --arch ' + 'Genotype' * 40, 'neither'),
+    ('', put('{}'), 'retrain', '--data noise --arch ' + 'Genotype' * 40, 'neither'),
     ('', '', 'evaluate', '', 'runs, or --arch'),
     ('', '', 'evaluate', '--arch DARTS_V2 run', 'runs, or --arch'),
     ('', '', 'retrain', '--arch |none~0|+|none~0|none~1|+|none~0|none~1|none~2| --layers 6', '6'),
     ('own', '', 'evaluate', 'own', 'own is no run'),
     ('', '', 'search', '--batch-size 4', 'did you mean --batch_size?'),
-    ('run', 'put run/args.json {', 'evaluate', 'run', 'args.json'),
+    ('run', 'echo { > run/args.json', 'evaluate', 'run', 'args.json'),
     ('run', '', 'evaluate', 'run --csv nowhere/t.csv', 'nowhere'),
     ('run', '', 'evaluate', 'run --plot p.txt', 'p.txt'),
-    ('run', 'folder p.svg', 'evaluate', 'run --plot p.svg', 'p.svg'),
-    ('run', 'drop run/genotype.json', 'evaluate', 'run --csv t.csv', 'none of these runs'),
+    ('run', 'mkdir -p p.svg', 'evaluate', 'run --plot p.svg', 'p.svg'),
+    ('run', 'rm run/genotype.json', 'evaluate', 'run --csv t.csv', 'none of these runs'),
     ('run', '', 'evaluate', 'run --predict own', 'run is no finished retraining'),
-    ('net', 'cut net/weights.pt 2000', 'evaluate', 'net', 'weights.pt'),
+    ('net', 'truncate -s 2000 net/weights.pt', 'evaluate', 'net', 'weights.pt'),
     ('net', '', 'evaluate', 'net --predict nowhere.png', 'nowhere.png'),
     ('net', '', 'evaluate', 'net --scores s.csv', 'test images'),
 ]
@@ -145,14 +125,15 @@ def files():
 
 @pytest.mark.parametrize('there, change, script, flags, needle', TABLE)
 def test_one_line_and_nothing_left(there, change, script, flags, needle, capsys, store):
-    make(there, store)
-    damage(*change.split(' ')) if change else None
+    if there:
+        shutil.copytree(store / there, there)
+    subprocess.run(change, shell=True, check=True)
     before, flags = files(), flags.split()
     base = {'search': DARTS if 'darts' in flags else TINY, 'retrain': RETRAIN[2:]}.get(script, [])
     if '--data' in flags and 'noise' not in flags:
         base = base[len(NOISE):]
     capsys.readouterr()
-    one_line(capsys, MAINS[script]([*base, *flags]), needle)
+    one_line(capsys, sys.modules[script].main([*base, *flags]), needle)
     after = files()
     assert {path: after.get(path) for path in before} == before
     new = [path for path in after.keys() - before.keys()        # the lock of a set stays
@@ -190,8 +171,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint_only(capsys, m
     assert content['epoch'] == content['step'] == 1
     assert all(v.isfinite().all() for v in content['network'].values())
     # A last step that diverges leaves no weights.
-    flags = [*RETRAIN, '--learning_rate', '1e18', '--grad_clip', '1e18', '--epochs', '1',
-             '--steps_per_epoch', '1', '--save', 'r']
+    flags = [*RETRAIN, *ONE_STEP, '--learning_rate', '1e18', '--grad_clip', '1e18', '--save', 'r']
     one_line(capsys, retrain.main(flags), 'not finite')
     assert not any(Path('r', name).exists() for name in ('weights.pt', 'checkpoint.pt'))
 
@@ -216,8 +196,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(capsys, monkeypatch):
     monkeypatch.setattr(os, 'fsync', Mock(side_effect=full))
     flags = ['--kind', 'noise', '--out', 'n', *NOISE[2:]]
     one_line(capsys, generate_data.main(flags), 'No space')
-    one_line(capsys, search.main([*TINY, *ONE_STEP, '--save', 'run', '--resume']),
-             'No space')
+    one_line(capsys, search.main([*TINY, *ONE_STEP, '--save', 'run', '--resume']), 'No space')
     assert not Path('n').exists() and Path('run/checkpoint.pt').read_bytes() == kept
     assert not [path for path in files() if '.tmp' in path]
 

@@ -8,8 +8,7 @@ import benchmark
 import pytest
 import search
 import torch
-
-CPU = torch.device('cpu')
+from conftest import CPU
 
 
 class Emulated(GraphedStep):
@@ -80,8 +79,8 @@ def test_gpu_check_compares_and_times_steps(monkeypatch, capsys):
     for unrolled in (False, True):
         row = benchmark.equality(CPU, torch.float64, 4, unrolled, 4, 3, 4, 8)
         assert all(value < 1e-11 for value in row.values()), row
-    monkeypatch.setattr(benchmark, 'RUNS', {
-        'search': (benchmark.Case(4, False, 2), 9), 'retrain': (benchmark.Case(0, False, 2), 9)})
+    steps = {'search': (4, False, 2, 9), 'retrain': (0, False, 2, 9)}
+    monkeypatch.setattr(benchmark, 'RUNS', steps)
     for module in (benchmark, benchmark.textbook):
         real = module.Network
         monkeypatch.setattr(module, 'Network',

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import RETRAIN, ROOT, TINY, UNTRAINED, log, run
+from conftest import CPU, RETRAIN, ROOT, TINY, UNTRAINED, log, run
 
 import evaluate
 import generate_data
@@ -26,7 +26,7 @@ SCORED = [*UNTRAINED, '--method', 'naswot']
 
 @pytest.fixture(scope='module')
 def shared(tmp_path_factory):
-    """The folder in which two processes have done what stands at the end of this file."""
+    """The folder in which two processes have run this file as a script."""
     folder = tmp_path_factory.mktemp('shared')
     subprocess.run([*TORCHRUN, __file__], cwd=folder, check=True, timeout=240)
     return folder
@@ -43,10 +43,6 @@ def network(*shape, **more):
     return out
 
 
-def vector(network):
-    return torch.cat([p.flatten() for p in network.parameters()])
-
-
 def steps(*flags):
     """{name: numbers} after three steps on this process's part of a batch of 8."""
     rank, processes = generate_data.world()
@@ -55,23 +51,23 @@ def steps(*flags):
     part, out = slice(rank * 8 // processes, (rank + 1) * 8 // processes), {}
     for order in ([], ['--unrolled']):
         args = search.parse([*TINY, *flags, *order])
-        method = search.Darts(args, 4, 'cifar', torch.device('cpu'))
+        method = search.Darts(args, 4, 'cifar', CPU)
         method.network = network(4, 4, 3, partial=2)
         sgd, adam = search.optimizers(method.network, args)
         for k in range(3):
             train, valid = ((x[k, n, part], y[k, n, part]) for n in (0, 1))
             sums = search.bilevel_step(method, train, valid, sgd, adam)
         out[f'losses {order}'] = retrain.average([sums])[0][[0, 2]]
-        out[f'weights {order}'] = vector(method.network)
+        out[f'weights {order}'] = torch.cat([p.flatten() for p in method.network.parameters()])
     args = retrain.parse([*RETRAIN, *flags])
     ours = network(4, 4, 3, DARTS_V2)
     sgd = retrain.make_optimizer(list(ours.parameters()), args)
     for k in range(3):
         retrain.train_step(ours, (x[k, 0, part], y[k, 0, part]), sgd, args)
-    out['retrained'] = vector(ours)
+    out['retrained'] = torch.cat([p.flatten() for p in ours.parameters()])
     data = generate_data.Data('x', 'noise', generate_data.noise_images(0, range(7), 8),
                               y[0, 0, :7].numpy(), list('abcd'), [.5] * 3, [.2] * 3, 8)
-    found = evaluate.test('test', ours.float(), data, range(7), torch.device('cpu'))
+    found = evaluate.test('test', ours.float(), data, range(7), CPU)
     assert found['test_n'] == 7                         # each image once
     out['tested'] = torch.tensor([found['test_loss'], found['test_error']]).double()
     return {name: value.detach() for name, value in out.items()}

@@ -109,7 +109,7 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     printed(capsys, 's0', 's1', 'again', '--csv', 't.csv')
     assert [(row['n'], 'code=' in row['settings']) for row in read_rows('t.csv')] == [
         ('2', True), ('1', True)]
-    run(search.main, 'v', *TINY, '--augment', 'none', '--seed', '5', *ONE_STEP)     # as of auto
+    run(search.main, 'v', *TINY, '--augment', 'none', '--seed', '5', *ONE_STEP)     # auto's choice
     printed(capsys, 's0', 'v', '--csv', 't.csv')
     assert [row['n'] for row in read_rows('t.csv')] == ['2']
     run(search.main, 'l', *TINY, '--preset', 'laptop', '--arch_weight_decay', '0')
@@ -206,8 +206,7 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
     for split in ('train', 'val'):
         folder_of_images(f'photos/{split}', ('cat', 'dog', '鸟'), n=8, size=(90, 70))
     for size in ('16', '72'):                           # above 64 px the middle is cut out
-        run(retrain.main, size, '--arch', 'DARTS_V1', '--data', 'photos', '--image_size', size,
-            *SIZES)
+        run(retrain.main, size, *RETRAIN[:2], '--data', 'photos', '--image_size', size, *SIZES)
         out = printed(capsys, size, '--predict', 'photos/val').out
         rows = list(csv.DictReader(out.splitlines()))
         wrong = [row['class'] != Path(row['file']).parent.name for row in rows]
@@ -289,11 +288,6 @@ def test_a_test_keeps_its_pictures_if_others_come_or_go(capsys):
     for path in {*Path('photos').rglob('*.png')} - {*test}:
         path.unlink()                                   # its training pictures
     assert reports(capsys, 'net') == [before]
-    for k in range(30):
-        shutil.copy(test[0], test[0].with_name(f'new{k}.png'))
-    assert {*test} < {*read('photos', {'image_size': 8}, 'test').files}
-    for path in Path('photos').rglob('new*.png'):
-        path.unlink()
     test[0].unlink()
     assert reports(capsys, 'net')[0]['test_n'] == len(test) - 1
     folder_of_images('few')

@@ -1,6 +1,5 @@
 """The READMEs: each command is one that its script understands, each snippet works."""
 import importlib
-import json
 import re
 import shlex
 import shutil
@@ -15,8 +14,6 @@ from conftest import (DARTS, NOISE, ONE_STEP, RETRAIN, ROOT, TINY, one_line, pri
                       same_run, stop_in_every_step)
 
 import evaluate
-import generate_data
-import retrain
 import search
 from genotypes import DARTS_V2, random_cell, to_json
 
@@ -44,12 +41,10 @@ def parsed(script, words):
         Path(folder, 'genotype.json').write_text(to_json(found, data='noise', method='darts'))
     argv = shlex.split(words)
     if script in ('search', 'retrain'):
-        {'search': search, 'retrain': retrain}[script].parse(argv)
-    elif script == 'generate_data':
-        flags = {word[2:] for word in argv[1:] if word.startswith('--')}
-        assert flags <= {*generate_data.DATA, 'kind', 'out', 'seed', 'gpu', 'generator_steps'}
-    elif script == 'evaluate':
-        generate_data.parse_flags(evaluate.__doc__, {'flags': evaluate.FLAGS}, argv)
+        importlib.import_module(script).parse(argv)
+    elif script in ('generate_data', 'evaluate'):
+        with pytest.raises(SystemExit):         # of the help; main returns 2 for another flag
+            importlib.import_module(script).main([*argv, '--help'])
 
 
 @pytest.mark.parametrize('page', PAGES)
@@ -157,9 +152,7 @@ def test_an_operation(scripts, capsys):
                     '0', '--epochs', steps, '--steps_per_epoch', '1')
         assert np.shape(lines[0]['alphas']['normal']) == (14, 9)
     cell = [('conv_7x1_1x7', state) for _ in range(4) for state in (0, 1)]
-    Path('own.json').write_text(json.dumps({
-        'normal': cell, 'normal_concat': [2, 3, 4, 5], 'reduce': cell,
-        'reduce_concat': [2, 3, 4, 5]}))
+    Path('own.json').write_text(to_json(DARTS_V2._replace(normal=cell, reduce=cell)))
     run(modules['retrain'].main, 'found', '--arch', 'own.json', *RETRAIN[2:])
     row, = reports(capsys, 'found')
     assert row['genotype']['normal'][0] == ['conv_7x1_1x7', 0] and row['params'] > 0

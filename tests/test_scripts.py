@@ -11,12 +11,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import (DARTS, NOISE, ONE_STEP, ONESHOT, RETRAIN, ROOT, SIZES, TINY, chexpert,
+from conftest import (CPU, DARTS, NOISE, ONE_STEP, ONESHOT, RETRAIN, ROOT, SIZES, TINY, chexpert,
                       fake_cifar, folder_of_images, one_line, run, same_run, stop_in_every_step)
 
 import evaluate
@@ -50,8 +49,7 @@ def test_a_search_leaves_its_result_its_log_and_the_scripts(monkeypatch):
 def test_a_long_run_on_a_cpu_says_at_its_first_step_how_to_make_it_shorter(capsys, monkeypatch):
     clock = itertools.count(0, 2000)                    # seconds later at every look
     monkeypatch.setattr(generate_data.Progress, 'last', 0)
-    now = {**vars(time), 'monotonic': lambda: next(clock)}
-    monkeypatch.setattr(generate_data, 'time', SimpleNamespace(**now))
+    monkeypatch.setattr(time, 'monotonic', lambda: next(clock))
     run(search.main, 'r', *TINY)
     said = capsys.readouterr()
     assert re.search('about 1:40:00 left for the steps, until .*; --preset laptop or', said.out)
@@ -77,7 +75,7 @@ def test_the_epoch_that_is_kept_is_the_one_that_is_best_on_held_out_images():
     network, _ = evaluate.load_weights('r/weights.pt')
     data = generate_data.find_or_make('noise', vars(retrain.parse(flags)))
     _, held = generate_data.stratified_split(data.labels, 0.5, 3)
-    found = evaluate.test('holdout', network, data, held, torch.device('cpu'))
+    found = evaluate.test('holdout', network, data, held, CPU)
     assert found['holdout_loss'] == pytest.approx(best['holdout_loss'], rel=1e-5)
     assert lines[-1]['kept_after_epochs'] == best['epoch'] + 1
     assert evaluate.mean_of(lines[-2], 'holdout_error') == lines[-2]['holdout_error']
@@ -91,7 +89,7 @@ def test_controls_need_no_data_or_no_steps(flags):
     assert find_genotype('r')[0] == random_cell(flags[-1], 5) and not Path('data').exists()
     assert run(search.main, 'untrained', *flags, '--epochs', '0') == []
     torch.manual_seed(0)
-    network = search.Darts(search.parse(flags), 10, 'cifar', torch.device('cpu')).build()
+    network = search.Darts(search.parse(flags), 10, 'cifar', CPU).build()
     assert find_genotype('untrained')[0] == network.genotype()
 
 
@@ -118,7 +116,7 @@ COMMANDS = {
     'sdarts': (TINY, '--method sdarts --perturb adversarial'),
     'dartsminus': (TINY, '--method dartsminus --arch_data train'),
     'betadarts': (TINY, '--method betadarts --arch_data none --amp'),
-    'hessian': (TINY, '--hessian 1 --valid_fraction 0.125'),    # whose images come twice
+    'hessian': (TINY, '--hessian 1 --valid_fraction 0.125'),    # an epoch draws images twice
     'oneshot': (ONESHOT, '--train_portion 0.1'),        # more steps than its images give
     'fresh': (TINY, '--fresh --workers 0'),
     'retrain': (RETRAIN, '--auxiliary --cutout --image_size 32 --holdout_patients 0.2 '
@@ -270,7 +268,7 @@ PLACES = {'random_labels': '--data random_labels --image_size 8',
 
 @pytest.fixture(scope='module')
 def result(tmp_path_factory):
-    """result(script, flags): the log of a run beside real data at tiny size, which is run once."""
+    """result(script, flags): the log of a tiny run beside real data; equal ones are run once."""
     folder, known = tmp_path_factory.mktemp('shared'), {}
     fake_cifar(folder / 'data')
     chexpert(folder / 'data', patients=40)
@@ -365,11 +363,11 @@ def test_schedules_keep_their_shape_in_shorter_runs():
             ('--epochs 10', (10, 97, 970, 3)), ('--epochs 10 --frozen_epochs 5', (10, 97, 970, 5)),
             ('--quick', (3, 4, 12, 0))):
         args = search.parse(['--method', 'pcdarts', '--save', 'r', *flags.split()])
-        plan = retrain.Run(args, torch.device('cpu'), 'genotype.json')
+        plan = retrain.Run(args, CPU, 'genotype.json')
         plan.plan(97)
         assert (plan.epochs, plan.steps, plan.total, args.frozen_epochs) == lengths, flags
-    plan = retrain.Run(search.parse(['--method', 'oneshot', '--preset', 'laptop', '--save', 'r']),
-                       torch.device('cpu'), 'genotype.json')
+    args = search.parse(['--method', 'oneshot', '--preset', 'laptop', '--save', 'r'])
+    plan = retrain.Run(args, CPU, 'genotype.json')
     plan.plan(2)                                        # as long for few images
     assert (retrain.batch_of(plan.args, 113), plan.total) == (56, 8029)
     args = search.parse(['--epochs', '4'])

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import search
-from conftest import ROOT
+from conftest import ROOT, TINY, run
 from genotypes import NB201_LARGEST, truth
 
 sys.path.insert(0, str(ROOT / '.github' / 'study'))
@@ -87,8 +87,7 @@ def test_answers_of_searches_by_gradient(noise, darts, real_placement, expected)
 
 
 def test_every_command_is_one_of_search_py_and_has_a_folder_of_its_own():
-    commands = [shlex.split(command)[3:] for part in study.parts()
-                for command in study.commands(part)]
+    commands = [shlex.split(text)[3:] for part in study.parts() for text in study.commands(part)]
     assert len({words[-1] for words in commands}) == len(commands) == 1630
     for words in {str(words[words.index('--data'):-1]): words for words in commands}.values():
         search.parse(words)                                 # one of each kind
@@ -99,8 +98,7 @@ def test_a_finished_run_is_added_once(method, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, 'HERE', tmp_path)
     part, folder = ('B', 'B-noise') if method == 'oneshot' else ('A1', 'A1-noise')
     folder = tmp_path / f'study-{folder}-{method}-3'
-    assert search.main(['--data', 'noise', '--quick', '--method', method, '--space', 'nb201',
-                        '--gpu', '-1', '--seed', '3', '--save', str(folder)]) == 0
+    run(search.main, str(folder), *TINY, '--quick', '--method', method, '--seed', '3')
     study.add_runs([str(folder)])
     study.add_runs([str(folder)])
     name, measured, scores = ('scoring.csv', 'rho', study.SCORES) if method == 'oneshot' else \

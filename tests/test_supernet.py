@@ -39,7 +39,7 @@ def agree(ours, book, x, y):
     ((8, 10, 3), {}, 14), ((8, 10, 3), {'partial': 4}, 14),
     ((4, 10, 4, PUBLISHED['DARTS_V1']), {'auxiliary': True}, 32),
     ((4, 10, 4, random_cell('darts', 3)), {'auxiliary': True}, 32),
-    ((4, 10, 4, random_cell('darts', 4)), {'auxiliary': True}, 32),
+    ((4, 10, 4, random_cell('darts', 4)._replace(normal_concat=(3, 5))), {'auxiliary': True}, 32),
     ((8, 10, 3), {'partial': 2, 'stem': 'imagenet'}, 45),
     ((4, 10, 3, PUBLISHED['DARTS_V2']), {'auxiliary': True, 'stem': 'imagenet'}, 193)])
 def test_networks_equal_the_textbook(shape, more, size):
@@ -193,8 +193,7 @@ def test_auxiliary_skip_has_reductions_of_its_own():
     # If the two reductions of an edge are equal, the skip has the sum of both weights.
     skip = torch.tensor([name == 'skip_connect' for name in space.operations])
     plain.mix = lambda cell_type, p: p + share.detach() * skip
-    state = {name: value for name, value in ours.state_dict().items()
-             if 'auxiliary_skip' not in name}
+    state = {name: value for name, value in ours.state_dict().items() if 'auxiliary' not in name}
     plain.load_state_dict(state)
     ours.load_state_dict({name: state[name.replace('auxiliary_skip', 'skip_connect')]
                           for name in ours.state_dict()})

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (COLUMNS, ROOT, SIZES, chexpert, fake_cifar, folder_of_images, imagenet,
+from conftest import (COLUMNS, CPU, ROOT, SIZES, chexpert, fake_cifar, folder_of_images, imagenet,
                       make_set, one_line, printed, python2_pickle, read_rows, refused, reports, run,
                       write_rows)
 from PIL import Image
@@ -142,7 +142,7 @@ def test_augmentations_keep_what_they_should():
     assert g.auto_augment(g.replace(one_label, kind='noise')) == 'none'
     sides = {}
     for augment in ('affine', 'crop'):
-        batches = g.Batches(data, range(6), 6, torch.device('cpu'), augment, workers=0)
+        batches = g.Batches(data, range(6), 6, CPU, augment, workers=0)
         x = torch.cat([next(batches.epoch(k))[0] for k in range(4)])
         sides[augment] = x[:, 0, :, 10:26].mean((1, 2)) > x[:, 0, :, 46:62].mean((1, 2))
         assert (x.std(0) > 0).any()
@@ -206,7 +206,8 @@ def test_pictures_without_val_hold_out_about_a_fifth(capsys):
     assert np.array_equal(again.images, test.images)
     for k, file in enumerate([*again.files, *g.read('moved', {'image_size': 8}).files]):
         shutil.copy(file, f'moved/dog/copy{k}.png')     # on the side of what it copies
-    assert len(g.read('moved', {'image_size': 8}, 'test')) == 2 * len(test)
+    more = g.read('moved', {'image_size': 8}, 'test')
+    assert len(more) == 2 * len(test) and {*again.files} < {*more.files}
     for copy in Path('moved').glob('dog/copy*'):
         copy.unlink()
     whole = {'image_size': 8, 'test_fraction': 0.0}
@@ -331,49 +332,45 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
 
 
 def test_presets_are_the_published_recipes():
-    def expect(args, **values):
-        assert values.items() <= vars(args).items()
+    def expect(script, flags, **values):
+        args = script.parse(flags.split())
+        assert values.items() <= vars(args).items(), flags
         return args
 
-    args = expect(search.parse(['--data', 'imagenet', '--method', 'pcdarts']), batch_size=1024,
-                  learning_rate=0.5, arch_learning_rate=6e-3, arch_grad_clip=5, warmup_epochs=5,
-                  frozen_epochs=35, partial=2, train_portion=0.1, valid_fraction=0.025,
-                  image_size=224)
+    args = expect(search, '--data imagenet --method pcdarts', batch_size=1024, learning_rate=0.5,
+                  arch_learning_rate=6e-3, arch_grad_clip=5, warmup_epochs=5, frozen_epochs=35,
+                  partial=2, train_portion=0.1, valid_fraction=0.025, image_size=224)
     assert round(retrain.learning_rate_at(args, 15, 50), 4) == 0.3969
     for method in ('sdarts', 'betadarts'):
-        expect(search.parse(['--space', 'nb201', '--method', method]), epochs=100, nesterov=False,
+        expect(search, f'--space nb201 --method {method}', epochs=100, nesterov=False,
                weight_decay=3e-4)
-    expect(search.parse(['--method', 'gdas']), epochs=250, layers=6, batch_size=256,
-           weight_decay=5e-4, nesterov=True)
-    expect(search.parse(['--data', 'random_labels', '--source', 'chexpert']), image_size=224)
-    expect(retrain.parse(['--arch', random_cell('nb201', 0)]), epochs=200, learning_rate=0.1,
-           layers=17, grad_clip=0)
-    expect(retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet']), epochs=250, layers=14,
-           batch_size=1024, learning_rate=0.5, schedule='linear', warmup_epochs=5,
-           weight_decay=3e-5, label_smoothing=0.1, init_channels=48)
-    expect(retrain.parse(['--arch', 'DARTS_V2', '--data', 'chexpert']), optimizer='adam',
-           learning_rate=1e-4, image_size=320, holdout_patients=0.02)
-    expect(retrain.parse(['--arch', 'DARTS_V2', '--data', 'chexpert', '--preset', 'laptop']),
-           image_size=16, holdout_patients=0.1)
+    expect(search, '--method gdas', epochs=250, layers=6, batch_size=256, weight_decay=5e-4,
+           nesterov=True)
+    expect(search, '--data random_labels --source chexpert', image_size=224)
+    expect(retrain, '--arch ' + random_cell('nb201', 0), epochs=200, learning_rate=0.1, layers=17,
+           grad_clip=0)
+    expect(retrain, '--arch DARTS_V2 --data chexpert', optimizer='adam', learning_rate=1e-4,
+           image_size=320, holdout_patients=0.02)
+    expect(retrain, '--arch DARTS_V2 --data chexpert --preset laptop', image_size=16,
+           holdout_patients=0.1)
     # The learning rate on ImageNet is that of PC-DARTS and follows the batch.
-    for flags, rate in (([], 0.25), (['--learning_rate', '0.3'], 0.3)):
-        args = search.parse(['--data', 'imagenet', '--batch_size', '512', *flags])
-        assert args.learning_rate == rate
-    args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet', '--epochs', '10'])
-    assert args.warmup_epochs == 0                      # of a short run the same share
-    args = retrain.parse(['--arch', 'DARTS_V2', '--data', 'imagenet'])
+    expect(search, '--data imagenet --batch_size 512', learning_rate=0.25)
+    expect(search, '--data imagenet --batch_size 512 --learning_rate 0.3', learning_rate=0.3)
+    # Of a short run the warm-up is the same share.
+    expect(retrain, '--arch DARTS_V2 --data imagenet --epochs 10', warmup_epochs=0)
+    args = expect(retrain, '--arch DARTS_V2 --data imagenet', epochs=250, layers=14,
+                  batch_size=1024, learning_rate=0.5, schedule='linear', warmup_epochs=5,
+                  weight_decay=3e-5, label_smoothing=0.1, init_channels=48)
     rates = [retrain.learning_rate_at(args, epoch, 250) for epoch in range(250)]
     falling = [0.5 * (245 - epoch) / 245 for epoch in range(245)]
     last = [0.5 * (250 - epoch) / (5 * 245) for epoch in range(245, 250)]
     warm_up = np.minimum(1, np.arange(1, 251) / 5)
     assert np.allclose(rates, np.multiply(falling + last, warm_up))
     make_set('set')                                     # unreal data are split in larger shares
-    for data, shares in (('noise', (0.8, 0.2)), ('generated', (0.8, 0.2)), ('set', (0.8, 0.2)),
-                         ('imagenet', (0.1, 0.025))):
-        args = search.parse(['--data', data, '--preset', 'imagenet'])
-        assert (args.train_portion, args.valid_fraction) == shares
-    noise = search.parse(['--preset', 'imagenet'])
-    assert (noise.num_classes, noise.num_images, noise.image_size) == (1000, 128000, 224)
+    for data in ('noise', 'generated', 'set'):
+        expect(search, f'--data {data} --preset imagenet', train_portion=0.8, valid_fraction=0.2)
+    expect(search, '--data imagenet --preset imagenet', train_portion=0.1, valid_fraction=0.025)
+    expect(search, '--preset imagenet', num_classes=1000, num_images=128000, image_size=224)
 
 
 def test_unknown_labels_add_nothing_and_smoothing_is_the_mean_over_classes():

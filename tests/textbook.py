@@ -61,16 +61,15 @@ def operation(name, c, stride, affine):
     return pool if affine else nn.Sequential(pool, nn.BatchNorm2d(c, affine=False))
 
 
-class MixedOp(nn.Module):
-    """The candidates of one edge, on the first 1/partial of the channels."""
-    def __init__(self, c, stride, partial):
-        super().__init__()
+class MixedOp(nn.ModuleDict):
+    """The candidates of one edge by name, on the first 1/partial of the channels."""
+    def __init__(self, operations, stride=1, partial=1):
+        super().__init__(operations)
         self.stride, self.partial = stride, partial
-        self.ops = nn.ModuleList(operation(name, c // partial, stride, False) for name in NAMES)
 
     def forward(self, x, weights):
         c = x.shape[1] // self.partial
-        y = sum(w * op(x[:, :c]) for w, op in zip(weights, self.ops))
+        y = sum(w * op(x[:, :c]) for w, op in zip(weights, self.values()))
         if self.partial == 1:
             return y
         rest = x[:, c:] if self.stride == 1 else F.max_pool2d(x[:, c:], 2, ceil_mode=True)
@@ -86,7 +85,7 @@ class Cell(nn.Module):
     """A cell of the supernet, or of a derived network where `pairs` is given."""
     def __init__(self, c_before, c_last, c, reduction, reduction_before, partial, pairs, concat):
         super().__init__()
-        affine = pairs is not None
+        self.reduction, affine = reduction, pairs is not None
         before = FactorizedReduce if reduction_before else relu_conv_bn
         self.pre0, self.pre1 = before(c_before, c, affine), relu_conv_bn(c_last, c, affine)
         self.concat, self.edges = concat, nn.ModuleDict()
@@ -94,12 +93,9 @@ class Cell(nn.Module):
             inputs = pairs[2 * node - 4:2 * node - 2] if affine else enumerate(range(node))
             for name, state in inputs:
                 stride = 2 if reduction and state < 2 else 1
-                self.edges[f'{node},{state}'] = operation(name, c, stride, True) if affine \
-                    else MixedOp(c, stride, partial)
-
-    def operation(self, edge, name):
-        edge = self.edges['{},{}'.format(*edge)]
-        return edge.ops[NAMES.index(name)] if isinstance(edge, MixedOp) else edge
+                names = [name] if affine else NAMES
+                ops = {name: operation(name, c // partial, stride, affine) for name in names}
+                self.edges[f'{node},{state}'] = MixedOp(ops, stride, partial)
 
     def forward(self, s0, s1, weights, shares, drop_path_prob):
         states = [self.pre0(s0), self.pre1(s1)]
@@ -112,9 +108,9 @@ class Cell(nn.Module):
                     row, share = next(rows)
                     total = total + share * self.edges[key](x, row)
                 elif key in self.edges:
-                    edge = self.edges[key]
-                    y = edge(x)
-                    if drop_path_prob and not isinstance(edge, nn.Identity):
+                    op, = self.edges[key].values()
+                    y = op(x)
+                    if drop_path_prob and not isinstance(op, nn.Identity):
                         keep = torch.rand(len(y), 1, 1, 1, device=y.device) >= drop_path_prob
                         y = y / (1 - drop_path_prob) * keep
                     total = total + y
@@ -128,8 +124,7 @@ class Network(nn.Module):
                  stem='cifar'):
         super().__init__()
         self.partial, self.drop_path_prob = partial, 0
-        self.stem = nn.Sequential(nn.Conv2d(3, 3 * c, 3, padding=1, bias=False),
-                                  nn.BatchNorm2d(3 * c))
+        self.stem = nn.Sequential(nn.Conv2d(3, 3 * c, 3, 1, 1, bias=False), nn.BatchNorm2d(3 * c))
         self.stem1, last, reduction_before = None, 3 * c, False
         if stem == 'imagenet':
             last, reduction_before = 3 * c if genotype is None else c, True
@@ -139,7 +134,7 @@ class Network(nn.Module):
             self.stem1 = nn.Sequential(nn.ReLU(), nn.Conv2d(last, last, 3, 2, 1, bias=False),
                                        nn.BatchNorm2d(last))
         before = last
-        self.cells, self.reductions = nn.ModuleList(), []
+        self.cells = nn.ModuleList()
         self.auxiliary_at = 2 * layers // 3 if auxiliary else None
         for layer in range(layers):
             reduction = layer in (layers // 3, 2 * layers // 3)
@@ -150,7 +145,6 @@ class Network(nn.Module):
                 concat = genotype.reduce_concat if reduction else genotype.normal_concat
             self.cells.append(Cell(before, last, c, reduction, reduction_before, partial, pairs,
                                    concat))
-            self.reductions.append(reduction)
             before, last, reduction_before = last, len(concat) * c, reduction
             if layer == self.auxiliary_at:
                 small = stem == 'cifar'
@@ -173,12 +167,12 @@ class Network(nn.Module):
         if self.stem1 is not None:
             s1 = self.stem1(s0)
         auxiliary = None
-        for layer, (cell, reduction) in enumerate(zip(self.cells, self.reductions)):
+        for layer, cell in enumerate(self.cells):
             weights, shares = None, [1] * 14
             if len(self.alphas):
-                weights = self.mix(self.alphas[int(reduction)])
+                weights = self.mix(self.alphas[int(cell.reduction)])
             if self.partial > 1:
-                beta = self.alphas[2 + int(reduction)]
+                beta = self.alphas[2 + int(cell.reduction)]
                 shares = torch.cat([F.softmax(b, 0) for b in beta.split([2, 3, 4, 5])])
             s0, s1 = s1, cell(s0, s1, weights, shares, self.drop_path_prob)
             if layer == self.auxiliary_at and self.training:
@@ -202,28 +196,20 @@ def nb201_operation(name, c, affine):
                          nn.BatchNorm2d(c, affine=affine, track_running_stats=affine))
 
 
-class NB201Edge(nn.ModuleList):
-    def forward(self, x, weights):
-        return sum(w * op(x) for w, op in zip(weights, self))
-
-
 class NB201Cell(nn.Module):
     def __init__(self, c, names=None):
         super().__init__()
-        self.edges = nn.ModuleList()
-        for e in range(6):
+        self.edges = nn.ModuleDict()
+        for e, edge in enumerate(['1,0', '2,0', '2,1', '3,0', '3,1', '3,2']):
             left = NB201_NAMES if names is None else [names[e]]
-            self.edges.append(NB201Edge(nb201_operation(name, c, bool(names)) for name in left))
-
-    def operation(self, edge, name):
-        operations = self.edges[edge[0] * (edge[0] - 1) // 2 + edge[1]]
-        return operations[NB201_NAMES.index(name) if len(operations) > 1 else 0]
+            self.edges[edge] = MixedOp({name: nb201_operation(name, c, bool(names))
+                                        for name in left})
 
     def forward(self, x, weights):
-        states = [x]
-        for rows in ((0,), (1, 2), (3, 4, 5)):
-            states.append(sum(self.edges[row](state, weights[row])
-                              for row, state in zip(rows, states)))
+        states, rows = [x], iter(weights)
+        for node in (1, 2, 3):
+            states.append(sum(self.edges[f'{node},{k}'](state, next(rows))
+                              for k, state in enumerate(states)))
         return states[-1]
 
 
@@ -322,21 +308,19 @@ class Step:
         return value.item()
 
 
-def same(a, b, block=slice(None)):
-    """[(tensor of module a, slice of its channels, tensor of module b), ...]"""
-    return [(getattr(a, name), block, getattr(b, name))
-            for name in ('weight', 'bias', 'running_mean', 'running_var')
-            if getattr(a, name, None) is not None]
-
-
 def pairs_of_operation(ours, book, e=0):
-    """The pairs of our operation for one or more edges, of which book's is number e."""
-    books = [m for m in book.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    mine = [m for m in ours.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    pairs = []
+    """[(tensor of our module, slice of its channels, tensor of book's), ...]
+
+    Ours may serve several edges, of which book's is number e.
+    """
+    layers, pairs = (nn.Conv2d, nn.BatchNorm2d, nn.Linear), []
+    books = [m for m in book.modules() if isinstance(m, layers)]
+    mine = [m for m in ours.modules() if isinstance(m, layers)]
     for a, b in zip(mine, books, strict=True):
-        c = len(b.weight) if isinstance(b, nn.Conv2d) else b.num_features
-        pairs += same(a, b, slice(e * c, e * c + c))
+        c = b.num_features if isinstance(b, nn.BatchNorm2d) else len(b.weight)
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            if getattr(a, name, None) is not None:
+                pairs.append((getattr(a, name), slice(e * c, e * c + c), getattr(b, name)))
     return pairs
 
 
@@ -350,21 +334,21 @@ def pairs_of_cell(ours, book):
                 for e in range(start, end):
                     if name in mixed_op.names[e] and operation.state_dict():
                         place = 0 if hasattr(operation, 'shared') else e - start    # 0: one for all
-                        pairs += pairs_of_operation(operation, book.operation(leaving[e], name),
-                                                    place)
+                        edge = book.edges['{},{}'.format(*leaving[e])]
+                        pairs += pairs_of_operation(operation, edge[name], place)
     return pairs
 
 
 def pairs_of_weights(ours, book):
     """The pairs of two networks: every weight and every running statistic once, no alphas."""
-    pairs = pairs_of_operation(ours.stem, book.stem) + same(ours.classifier, book.classifier)
+    pairs = pairs_of_operation(ours.stem, book.stem)
+    pairs += pairs_of_operation(ours.classifier, book.classifier)
     if isinstance(book, NB201Network):
-        pairs += same(ours.last[0], book.last)
+        pairs += pairs_of_operation(ours.last, book.last)
     elif book.stem1:
         pairs += pairs_of_operation(ours.stem1, book.stem1)
     if hasattr(book, 'auxiliary'):
         pairs += pairs_of_operation(ours.auxiliary_head, book.auxiliary)
-        pairs += same(ours.auxiliary_head.classifier, book.auxiliary[-1])
     for cell, book_cell in zip(ours.cells, book.cells):
         if isinstance(book_cell, NB201Reduction):
             pairs += pairs_of_operation(cell, book_cell)
