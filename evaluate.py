@@ -777,6 +777,7 @@ def show_arch(arch, as_json, drawing):
             counts[f'imagenet_{name}'] = count
     if drawing:
         write_file(drawing, genotypes.draw(genotype, arch))
+        print('wrote', drawing, file=sys.stderr)
     lines = [f'{name:<25} {round(count, 2):>15,}' for name, count in counts.items()]
     print(json.dumps(counts) if as_json else '\n'.join([str(genotype), *lines]))
 
@@ -878,6 +879,9 @@ def main(argv=None):
         write_csv(s['csv'], [names, *(map(line.get, names) for line in lines)])
     if s['plot']:
         plot(rows, s['plot'])
+    written = [s[name] for name in ('csv', 'plot', 'scores') if s[name]]
+    if written:
+        print('wrote', ', '.join(written), file=sys.stderr)
     return 2 if len(rows) < len(s['runs']) else 0
 
 

@@ -145,7 +145,7 @@ def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
     assert ' 2 ' in said.out and 'u: not finished after 1 epochs' in said.err
     run(retrain.main, 'net', *RETRAIN)
     for name, start in (('p.png', b'\x89PNG'), ('p.pdf', b'%PDF'), ('p.svg', b'<?xml')):
-        printed(capsys, 's0', 'u', 'net', '--plot', name)
+        assert f'wrote {name}\n' in printed(capsys, 's0', 'u', 'net', '--plot', name).err
         assert Path(name).read_bytes().startswith(start)
     run(search.main, 'other', *TINY, *ONE_STEP, '--arch_weight_decay', '0')
     text = Path('p.svg').read_text()
