@@ -227,6 +227,7 @@ def load_weights(path):
 
 def read_json(path):
     """The object in a JSON file of a run; UserError for a damaged or missing one."""
+    path = Path(path)
     if not path.is_file():
         raise UserError(f'{path.parent} is no run: it has no {path.name}')
     with readable(f'{path} is damaged', 'Run again.'):
@@ -354,7 +355,7 @@ def ranking(folder):
             'spearman_by_score': {name: spearman(scores[name], truth) for name in sorted(scores)}}
 
 
-def read_test(meta, data_dir, table):
+def read_test(meta, data_dir=None, table=None):
     """The test images of a retrained network, with its own classes, mean and deviation, or None.
 
     data_dir: where real data are now; table: a CSV of CheXpert's test set.
@@ -388,7 +389,7 @@ def read_test(meta, data_dir, table):
     return replace(data, mean=meta['mean'], std=meta['std'])
 
 
-def report(run, device, data_dir, test_labels, alone):
+def report(run, device, data_dir=None, test_labels=None, alone=True):
     """What read_run returns, and for a finished retraining its cost and its test.
 
     If its data cannot be read, it has the test of its log, unless it is `alone`.
@@ -584,7 +585,8 @@ def mean_of(line, pattern):
     if kept and kept <= line['epoch'] and pattern.startswith(('holdout_', 'test_')):
         return None             # the network that was kept is of an earlier epoch
     values = [value['cifar10'] if isinstance(value, dict) else value
-              for name, value in line.items() if value is not None and fnmatch(name, pattern)]
+              for name, value in line.items()
+              if value is not None and (name == pattern or fnmatch(name, pattern))]
     scale = 100 if pattern.endswith('_accuracy') else 1
     return scale * sum(values) / len(values) if values else None
 

@@ -1257,16 +1257,19 @@ def read_chexpert(name, s, split, table=None):
     paths, labels = read_chexpert_table(path, s['uncertain'] if split == 'train' else 'ignore')
     training, tops = root / 'train.csv', [path.parent, path.parent.parent, root, root.parent]
     root = next((top for top in tops if (top / paths[0]).exists()), root)
-    rows = {}                                   # {file: its row}
+    files, rows = [], []
     for row, inside in enumerate(paths):
         file = root / inside
         views = [file] if file.suffix else sorted(file.glob('view*'))
         if not views:
             raise UserError(f'{path}: {file} has no views. Bring it back.')
-        rows.update({view: row for view in views if s['views'] == 'all' or 'frontal' in view.name})
-    if not rows:
+        for view in views:
+            if s['views'] == 'all' or 'frontal' in view.name:
+                files.append(view)
+                rows.append(row)
+    if not files:
         raise UserError(f'{path}: no {s["views"]} view in it. Use --views all.')
-    studies = np.array(['/'.join(file.parts[-3:-1]) for file in rows])
+    studies = np.array(['/'.join(file.parts[-3:-1]) for file in files])
     if split == 'test' and training.is_file() and is_first():
         trained, _ = read_chexpert_table(training, 'ignore')
         both = {study.split('/')[0] for study in studies} & set('/'.join(trained).split('/'))
@@ -1274,8 +1277,8 @@ def read_chexpert(name, s, split, table=None):
             print(f'warning: {path}: {len(both)} of its patients are in train.csv too, e.g. '
                   f'{min(both)}: results of networks that were trained on them are too good',
                   file=sys.stderr)
-    return data_of_files(name, split, list(CHEXPERT), list(rows), labels[list(rows.values())],
-                         [0.5] * 3, [0.25] * 3, s['image_size'] or 320, studies)
+    return data_of_files(name, split, list(CHEXPERT), files, labels[rows], [0.5] * 3, [0.25] * 3,
+                         s['image_size'] or 320, studies)
 
 
 def read_chexpert_table(path, uncertain):

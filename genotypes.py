@@ -104,8 +104,8 @@ def parse_darts(text):
 def find_genotype(arch):
     """(genotype, found_by) of what `--arch` names; UserError says in one line what is wrong.
 
-    arch: a search, its genotype.json, a published name, a string of NAS-Bench-201, or a file in
-    DARTS's words. found_by has `data`, None if there was no search, and
+    arch: a published name (unless a search is called so), a string of NAS-Bench-201, a search, its
+    genotype.json, or a file in DARTS's words. found_by has `data`, None if there was no search, and
     `method`; of a search also `seed`, `arch_data` and `settings`.
     """
     if arch in PUBLISHED and not Path(arch, 'genotype.json').exists():

@@ -68,7 +68,7 @@ class MixedOp(nn.Module):
     def __init__(self, operations, channels, stride, names, affine, width):
         super().__init__()
         self.names, self.channels, self.stride = names, channels, stride
-        self.columns, self.spans = list(operations), []     # spans: (first, end) of its edges
+        self.columns, self.spans = list(operations), []     # spans: edges of the blocks
         self.shared, self.blocks = nn.ModuleDict(), nn.ModuleDict()
         for name, build in operations.items():
             edges = [k for k, own in enumerate(names) if name in own and build is not None]
@@ -240,8 +240,8 @@ class Cell(nn.Module):
         """Output of the cell. s0, s1: outputs (B, C, H, W) of the two cells before it.
 
         factors: from `factors`, or None in a derived cell. shares: from Network.shares. memo: the
-        maps {(MixedOp, edge, operation): map} of calls with the same states, where only the
-        operations on edges into the last node differ.
+        maps {(MixedOp, edge, operation): map} of calls with the same states and weights, where only
+        the operations on edges into the last node differ.
         """
         states, totals, rests = [s1], {}, []
         drops = self.training and drop_path_prob is not None

@@ -368,6 +368,7 @@ class OneShot(Darts):
 
     def prepare(self):
         """Set what `measure` needs for all cells: two fixed batches, and products of weights."""
+        self.first_three = None                 # maps of other weights
         self.halves = [self.fixed_batch(half, 128) for half in self.batches]
         trained = self.network
         torch.manual_seed(self.args.seed)       # so that build draws the first network again
@@ -410,6 +411,7 @@ class OneShot(Darts):
         sizes = {key: len(weights) for key, weights in weights_by_operation(self.network).items()}
         repeats = 1 if self.trains else self.args.repeats
         progress = Progress(repeats * len(cells), 'scores')
+        self.network.train()
         for repeat in range(repeats):
             if repeat:
                 self.build()
@@ -990,7 +992,7 @@ def next_command(args, arch):
             target = 'chexpert'
         if has_source and not Path(made['source'], 'meta.json').exists():   # a real source
             target = made['source']
-        elif target not in CIFAR and 'data_dir' not in args.typed:
+        elif not has_source and target not in CIFAR and 'data_dir' not in args.typed:
             where = ['--data_dir', 'DIR']           # nobody has said where these images are
     script = os.path.relpath(Path(__file__).with_name('retrain.py'))
     words, usual = ['python', script, '--arch', arch, '--data', target, *where], DEFAULTS

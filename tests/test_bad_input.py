@@ -29,13 +29,14 @@ GOOD = genotypes.DARTS_V2.normal
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
     """A folder with what bad commands meet: a set, pictures, a search and a retraining."""
-    os.chdir(tmp_path_factory.mktemp('store'))
-    make_set('set', '--num_images', '64')
-    folder_of_images('own/train')
-    folder_of_images('own/val')
-    run(search.main, 'run', *TINY)
-    run(retrain.main, 'net', *RETRAIN)
-    return Path.cwd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp('store'))
+        make_set('set', '--num_images', '64')
+        folder_of_images('own/train')
+        folder_of_images('own/val')
+        run(search.main, 'run', *TINY)
+        run(retrain.main, 'net', *RETRAIN)
+        return Path.cwd()
 
 
 def put(text):
@@ -63,7 +64,7 @@ REFUSED = {
     'retrain': '--arch DARTS_V3; --auxiliary --arch DARTS_V2; --drop_path_prob 2 --arch DARTS_V2',
     'evaluate': '--csv t.csv --arch DARTS_V2; --plot cell.png --arch DARTS_V2'}
 ARCH = '--arch genotype.json --data noise'
-SPOIL = 'printf other | dd conv=notrunc bs=1 seek=200 of=set/'
+SPOIL = 'printf other | dd conv=notrunc bs=1 of=set/'
 TABLE = [
     # what is there, a command that harms it, script, flags, what the line names
     ('', '', 'generate_data', '--kind random_labels --out x --source nowhere', 'nowhere'),
@@ -72,8 +73,8 @@ TABLE = [
     ('', 'echo { > file', 'generate_data', '--kind noise --out file/x', 'file'),
     ('own', '', 'search', '--save own', 'own'),
     ('set', 'truncate -s 60 set/meta.json', 'search', '--data set', 'meta.json'),
-    ('set', SPOIL + 'images.npy', 'search', '--data set', 'other images'),
-    ('set', SPOIL + 'labels.npy', 'search', '--data set', 'other labels'),
+    ('set', SPOIL + 'images.npy seek=12000', 'search', '--data set', 'other images'),
+    ('set', SPOIL + 'labels.npy seek=600', 'search', '--data set', 'other labels'),
     ('set', '', 'search', '--data set --image_size 16', '--image_size 8'),
     ('own', 'mkdir -p own/train/empty', 'search', '--data own --image_size 8', 'empty'),
     ('own', 'mkdir -p own/val/cow', 'retrain', '--arch DARTS_V2 --data own --image_size 8', 'cow'),

@@ -274,7 +274,7 @@ def test_trained_generator_stops_and_goes_on(capsys, monkeypatch):
     narrow = functools.partial(g.UNet, emb=32, widths=(16, 16, 16, 16))
     monkeypatch.setattr(g, 'UNet', narrow)
     folder_of_images('own', size=(8, 8))
-    flags = ['--kind', 'generated', '--generator', 'train', '--source', 'own', '--image_size', '8',
+    flags = ['--image_size', '8', '--kind', 'generated', '--generator', 'train', '--source', 'own',
              '--num_images', '8', '--generator_steps', '22', '--out']
     assert g.main([*flags, 'whole']) == 0
     assert g.main([*flags, 'part', '--generator_steps', '20', '--num_images', '10']) == 0
@@ -295,7 +295,7 @@ def test_trained_generator_stops_and_goes_on(capsys, monkeypatch):
     one_line(capsys, g.main([*flags, 'part']), 'damaged')
     # A set with several labels.
     labels = make_set('labels', '--multilabel').labels
-    assert g.main([*flags, 'made', '--source', 'labels', '--generator_steps', '1']) == 0
+    assert g.main([*flags[2:], 'made', '--source', 'labels', '--generator_steps', '1']) == 0
     assert {*map(tuple, g.read('made', {}).labels)} <= {*map(tuple, labels)}
     s = {**g.DEFAULTS, 'generator': 'train', 'source': 'own', 'data_seed': 0}
     refused('generate_data.py', g.find_or_make, 'generated', s)
