@@ -12,6 +12,7 @@ Sources: DARTS (arXiv 1806.09055), PC-DARTS (arXiv 1907.05737), NAS-Bench-201 (a
 """
 import math
 from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -97,12 +98,16 @@ class MixedOp(nn.Module):
         if best is not None:
             return [(self.columns[k], row[k], row.sum() - row[k] if add_others else None)
                     for k, row in zip(best, weights.unbind())]
-        columns, factors = dict(zip(self.columns, weights.unbind(1))), []
+        columns = dict(zip(self.columns, weights.unbind(1)))
         shared = torch.stack([columns[name] for name in self.shared], 1) if self.shared else None
-        scales = weights.t().unsqueeze(2).expand(-1, -1, self.channels).contiguous().flatten(1)
+        own, factors = list(dict.fromkeys(chain(*self.blocks.values()))), []
+        if not own:
+            return shared, []
+        scales = torch.stack([columns[name] for name in own]).unsqueeze(2)
+        scales = scales.expand(-1, -1, self.channels).contiguous().flatten(1)
         for (start, end), block in zip(self.spans, self.blocks.values()):
             part = scales[:, start * self.channels:end * self.channels].unbind()
-            factors.append([part[self.columns.index(name)] for name in block])
+            factors.append([part[own.index(name)] for name in block])
         return shared, factors
 
     def forward(self, state, factors=None, memo=None):
