@@ -209,10 +209,11 @@ def cost(genotype, init_channels=36, layers=20, num_classes=10, image_size=32, s
 
 
 def load_weights(path):
-    """(network in evaluation mode, meta) from a weights.pt; meta: see retrain.finish."""
-    if not Path(path).exists():
-        raise UserError(f'{Path(path).parent} is no finished retraining: it has no weights.pt')
-    content = load_file(path, 'retrain again')
+    """(network in evaluation mode, meta) of a retraining or weights.pt; meta: retrain.finish."""
+    file = Path(path, 'weights.pt') if Path(path).is_dir() else Path(path)
+    if not file.exists():
+        raise UserError(f'{path} is no finished retraining: it has no weights.pt')
+    content = load_file(file, 'retrain again')
     with readable(f'{path} is no network of this code', 'Retrain again.'):
         meta = content['meta']
         network = Network(meta['init_channels'], len(meta['classes']), meta['layers'],
@@ -376,7 +377,8 @@ def read_test(meta, data_dir=None, table=None):
     else:
         raise UserError(f'{name}: the training data are not there. Say where with --data_dir.')
     if data is None:
-        raise UserError(f'{name} has no test images any more: bring them back')
+        raise UserError(f'{name} has no test images any more: bring them back, or check '
+                        '--data_dir')
     if not data.multilabel:                     # CheXpert's labels are always the same
         there = {data.classes[k] for k in np.unique(data.labels)}
         unknown = sorted(there - {*meta['classes']})
@@ -397,7 +399,7 @@ def report(run, device, data_dir=None, test_labels=None, alone=True):
     row = read_run(run)
     if row['type'] == 'search' or not row['finished']:
         return row
-    network, meta = load_weights(Path(run) / 'weights.pt')
+    network, meta = load_weights(run)
     found_by = meta['found_by']
     row.update(searched_on=found_by['data'], method=found_by['method'],
                arch_data=found_by.get('arch_data'), genotype=meta['genotype'],
@@ -458,7 +460,7 @@ def show(row):
 def area_text(area, low, high, positives, negatives):
     """An area under a ROC curve with its interval, which few images of either kind forbid."""
     enough = min(positives, negatives) >= 10
-    interval = f'95%: {low:.3f} to {high:.3f}' if enough else 'too few for an interval'
+    interval = f'95%: {low:.3f} to {high:.3f}' if enough else 'below 10: too few for an interval'
     return f'{area:.3f} ({interval}), {positives} of {positives + negatives} positive'
 
 
@@ -696,6 +698,10 @@ def draw_test(axis, row):
         # A name that the font cannot show is its number, as on the sheet of a set.
         names = [name if {*map(ord, name)} <= letters.keys() else str(k)
                  for k, name in enumerate(classes)]
+        unshown = {*classes} - {*names}
+        if unshown:
+            print('the plot has numbers, from 0, for names that its font lacks:',
+                  ', '.join(sorted(unshown)), file=sys.stderr)
         counts = np.zeros((len(classes), len(classes)), int)
         np.add.at(counts, (labels, scores.argmax(1)), 1)
         axis.imshow(counts, cmap='Blues')
@@ -746,9 +752,11 @@ def prepare(path, meta):
 @torch.no_grad()
 def show_predictions(run, target, device):
     """Print the class of each picture, and the probability of each class or label."""
-    network, meta = load_weights(Path(run) / 'weights.pt')
+    network, meta = load_weights(run)
     network.to(device)
     paths = [Path(target)]
+    if not paths[0].exists():
+        raise UserError(f'--predict {target}: no such picture or folder. Check the path.')
     if paths[0].is_dir():
         from torchvision.datasets.folder import IMG_EXTENSIONS
         inside = sorted(glob.glob('**', root_dir=target, recursive=True))       # follows links

@@ -168,10 +168,11 @@ def one_line_errors(main):
         except OSError as error:
             message = f'{error.filename or "a file"}: {error.strerror or error}. Check the path, ' \
                       'the permissions of its folder, and the free space.'
-        except KeyboardInterrupt as error:      # Run.catch gives its signal
+        except KeyboardInterrupt as error:      # Run.catch gives its signal, and a hint
+            signum, hint = error.args or (signal.SIGINT, '')
             if is_first():
-                print('\nstopped', file=sys.stderr)
-            return 128 + (error.args or [signal.SIGINT])[0]
+                print(f'\nstopped{hint}', file=sys.stderr)
+            return 128 + signum
         print(f'{Path(main.__globals__["__file__"]).name}: error: {message}', file=sys.stderr)
         return 2
     return wrapped
@@ -364,7 +365,7 @@ DATA = {
     'uncertain': Setting('mixed', 'what -1.0 of CheXpert becomes in training; mixed: ones for '
                          'Atelectasis and Edema, else zeros', ['mixed', 'ones', 'zeros', 'ignore']),
     'test_fraction': Setting(0.2, 'of pictures without val/, held out', number(float, 0, 1)),
-    'skip_broken': Setting(False, 'leave out pictures that cannot be read'),
+    'skip_broken': Setting(False, 'leave out of folders the pictures that cannot be read'),
     'views': Setting('frontal', 'of CheXpert', ['frontal', 'all'])}
 DEFAULTS = {name: setting.default for name, setting in DATA.items()}
 
@@ -1161,10 +1162,12 @@ def read_written(folder, s):
             if data.small and data.sha256() != meta['sha256']['images']:
                 raise ValueError('other images')
             return data
-    source = read(own['source'], {**own, 'data_dir': s['data_dir'], 'download': s['download']})
-    if source.sha256() != meta['sha256']['images']:
-        raise UserError(f'{folder} was made of other images of {own["source"]}. Bring those back '
-                        '(see --data_dir), or remove the set and make it again.')
+    own |= {'data_dir': s['data_dir'], 'download': s['download']}
+    made = kind_of(data.kind, own).make(own, None)
+    source = made.source
+    if source.sha256() != meta['sha256']['images'] or not np.array_equal(made.labels, data.labels):
+        raise UserError(f'{folder} was made of other images or labels of {own["source"]}. Bring '
+                        'those back (see --data_dir), or remove the set and make it again.')
     return replace(data, images=source.images, studies=source.studies, files=source.files,
                    zoom=source.zoom)
 
@@ -1254,6 +1257,10 @@ def read_chexpert(name, s, split, table=None):
             print(f'warning: {path} is missing, so there is no test. Use evaluate.py '
                   '--test_labels.', file=sys.stderr)
         return None
+    if not path.is_file():
+        raise UserError(f'{table} is no file. Check --test_labels.' if table else
+                        f'{data_dir}: no train.csv in it, nor in a CheXpert-v1.0-small/ or '
+                        'CheXpert-v1.0/ there. Check --data_dir.')
     paths, labels = read_chexpert_table(path, s['uncertain'] if split == 'train' else 'ignore')
     training, tops = root / 'train.csv', [path.parent, path.parent.parent, root, root.parent]
     root = next((top for top in tops if (top / paths[0]).exists()), root)
@@ -1290,8 +1297,6 @@ def read_chexpert_table(path, uncertain):
     rows = {}
     mend = "It needs CheXpert's 14 labels, 1.0, 0.0, -1.0 or blank, and Path (or Study), as " \
         'patientX/studyY/view1_frontal.jpg.'
-    if not path.is_file():
-        raise UserError(f'{path} is no file. Check --data_dir or --test_labels.')
     with readable(f'{path} is no CSV file of CheXpert', mend), \
             open(path, newline='', encoding='utf-8-sig') as file:
         reader = csv.DictReader(file, restval='no cell')
@@ -1362,9 +1367,10 @@ def read_folder(root, split, s):
         if is_first():
             where = f', from {trees[1].name}/' if len(trees) > 1 else ''
             more = ', ...' if len(classes) > 9 else ''
+            counts = np.bincount(labels[is_test], minlength=len(classes))
             print(f'{root}: {len(files)} pictures of {len(classes)} classes '
-                  f'({", ".join(classes[:9])}{more}); the test has {is_test.sum()}{where}',
-                  file=sys.stderr)
+                  f'({", ".join(classes[:9])}{more}); the test has {counts.sum()}, '
+                  f'{counts.min()} to {counts.max()} a class{where}', file=sys.stderr)
     elif not is_test.any():
         return None
     size, mine = s['image_size'] or 32, is_test == (split == 'test')
@@ -1429,7 +1435,12 @@ def list_images(folder):
         if len(classes) < 2:
             raise ValueError(f'folders in it: {", ".join(classes) or "none"}')
         numbers = {name: k for k, name in enumerate(classes)}
-        files, labels = zip(*make_dataset(folder, numbers, IMG_EXTENSIONS))
+        pairs = make_dataset(folder, numbers, IMG_EXTENSIONS, allow_empty=True)
+        empty = {*numbers.values()} - {label for _, label in pairs}
+        if empty:
+            raise UserError(f'{folder / classes[min(empty)]}: no pictures in it. Add some, or '
+                            'remove the folder.')
+        files, labels = zip(*pairs)
     return classes, np.array([Path(file) for file in files]), np.array(labels)
 
 
@@ -1461,7 +1472,8 @@ def decode(files, image_size, zoom=1):
 
 def read_image(path, image_size, zoom=1, crop=False):
     """uint8 (image_size, image_size, 3) of an image file: see resize. Grey becomes RGB."""
-    with readable(f'{path}: not a readable image', 'Mend or remove it.'), \
+    with readable(f'{path}: not a readable image',
+                  'Mend it, or remove it and its row of a CSV.'), \
             Image.open(path, formats=['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']) as image:
         return resize(image, image_size, zoom, crop)
 

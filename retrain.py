@@ -122,7 +122,7 @@ SAID = {'train_loss': 'training loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}
         'skips_normal': 'skips in the normal cell: {}', 'skips_reduce': 'in the reduction cell: {}',
         'skips_cell': 'skips: {}',
         'truth_for_analysis_only': 'true CIFAR-10 accuracy of this cell {[cifar10]:.2f}%',
-        'kept_after_epochs': 'kept: the network after epoch {}'}
+        'kept_after_epochs': 'kept and tested: the network after epoch {}'}
 
 
 def settle(doc, tables, argv, presets, defaults_for):
@@ -269,6 +269,9 @@ class Run:
             if now.get(name) != before.get(name):
                 raise UserError(f'{self.folder} was run with --{name} {before.get(name)!s:.60}, '
                                 f'not {now.get(name)!s:.60}: give the same, or another --save')
+        if self.finished and now.get('data_dir') != before.get('data_dir'):     # of other data?
+            print(f'note: {self.folder} was run with --data_dir {before.get("data_dir")}',
+                  file=sys.stderr)
         began = {path.name: path.read_bytes() for path in (self.folder / 'scripts').glob('*.py')}
         changed = [name for name, script in self.scripts.items() if began.get(name) != script]
         if changed:
@@ -338,7 +341,8 @@ class Run:
         # The second one, or one with no step left. Slurm sends two to a process of torchrun.
         is_second = self.caught and 'TORCHELASTIC_RUN_ID' not in os.environ
         if is_second or self.epoch >= self.epochs:
-            raise KeyboardInterrupt(signum)
+            saved = f': the steps are saved in {self.folder}: run the same with --resume'
+            raise KeyboardInterrupt(signum, saved if self.log and not is_second else '')
         self.caught = signum
 
     def start(self, what, sums, objects, state):
@@ -435,7 +439,7 @@ class Run:
         self.write_log()
         if self.stop:
             print(f'saved in {self.folder}: run the same with --resume')
-            raise KeyboardInterrupt(self.stop)          # see one_line_errors
+            raise KeyboardInterrupt(self.stop, '')      # see one_line_errors
 
     def write_log(self):
         if is_first():

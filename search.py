@@ -410,7 +410,7 @@ class OneShot(Darts):
         (rank, processes), rows = world(), {}
         sizes = {key: len(weights) for key, weights in weights_by_operation(self.network).items()}
         repeats = 1 if self.trains else self.args.repeats
-        progress = Progress(repeats * len(cells), 'scores')
+        progress = Progress(repeats * len(cells), 'scores', hint='')
         self.network.train()
         for repeat in range(repeats):
             if repeat:
@@ -878,7 +878,8 @@ def main(argv=None):
         method.kept = run.checkpoint.get('kept')
         network = method.build()
         sgd, adam = optimizers(network, args)
-        run.start(f'{method_name(vars(args))} on {data.name} ({len(batches[0].indices):,} of '
+        parts = [f'{len(half.indices):,}' for half in batches]  # for the weights, for the alphas
+        run.start(f'{method_name(vars(args))} on {data.name} ({" + ".join(parts)} of '
                   f'{len(data):,} images, {data.image_size} px, {len(data.classes)} classes, '
                   f'batch {batches[0].batch_size})',
                   torch.zeros(4, device=device),        # what bilevel_step returns

@@ -74,14 +74,14 @@ def python2_pickle(content):
     return file.getvalue().replace(b'numpy._core', b'numpy.core')
 
 
-def fake_cifar(root='data', n=20):
-    """CIFAR-10's layout with n images a file."""
+def fake_cifar(root='data', n=20, first=0):
+    """CIFAR-10's layout with n images a file, whose labels count from `first`."""
     folder = Path(root, 'cifar-10-batches-py')
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for file in [f'data_batch_{k}' for k in range(1, 6)] + ['test_batch']:
         content = {'data': rng.integers(0, 256, (n, 3072), np.uint8),
-                   'labels': [k % 10 for k in range(n)]}
+                   'labels': [(first + k) % 10 for k in range(n)]}
         (folder / file).write_bytes(python2_pickle(content))
     (folder / 'batches.meta').write_bytes(python2_pickle({'label_names': list('abcdefghij')}))
     return folder

@@ -117,10 +117,13 @@ def test_folders_are_named_by_settings_and_never_mixed_up():
         'random_labels-label_noise=0.5-seed4', 'random_labels-source=own-seed0']
     find_or_make('random_labels', 'was made with another source', source='b/own')
     folder = Path('cifar-10-batches-py')
+    find_or_make('random_labels', label_noise=0.5, data_seed=4)         # found again
     shutil.copytree('data' / folder, 'other' / folder)
     shutil.copy('data' / folder / 'test_batch', 'other' / folder / 'data_batch_1')
-    find_or_make('random_labels', label_noise=0.5, data_seed=4)         # found again
-    find_or_make('random_labels', 'of other images', label_noise=0.5, data_seed=4, data_dir='other')
+    fake_cifar('relabelled', first=1)
+    for place in ('other', 'relabelled'):
+        find_or_make('random_labels', 'of other images or labels', label_noise=0.5, data_seed=4,
+                     data_dir=place)
 
 
 def make_or_wait(folder):

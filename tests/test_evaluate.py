@@ -213,8 +213,10 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
         assert len(rows) == 24 and all(
             float(row[row['class']]) == max(map(float, [*row.values()][2:])) for row in rows)
         assert reports(capsys, size)[0]['test_error'] == pytest.approx(100 * np.mean(wrong))
-    alone = printed(capsys, f'{size}/weights.pt', '--predict', rows[3]['file']).out.splitlines()
-    assert alone[1] == ','.join(rows[3].values())
+    shutil.copy(f'{size}/weights.pt', 'my.pt')
+    for weights in (f'{size}/weights.pt', 'my.pt'):
+        alone = printed(capsys, weights, '--predict', rows[3]['file']).out.splitlines()
+        assert alone[1] == ','.join(rows[3].values())
     Path('photos/val/cat/bad.png').write_bytes(b'no picture')
     said = printed(capsys, size, '--predict', 'photos/val')
     assert said.out.count('photos/') == 24 and 'bad.png' not in said.out and 'bad.png' in said.err
@@ -223,6 +225,7 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
         warnings.filterwarnings('error', 'Glyph')       # which the font lacks
         assert evaluate.main([size, '--scores', 's.csv', '--plot', 'p.svg']) == 0
     assert 'predicted class' in Path('p.svg').read_text()       # a confusion matrix
+    assert 'names that its font lacks: 鸟' in capsys.readouterr().err
     lines = read_rows('s.csv')
     assert list(lines[0]) == ['image', 'label', 'score', 'true'] and len(lines) == 24 * 3
     assert all((line['true'] == '1') == (Path(line['image']).parent.name == line['label'])

@@ -184,10 +184,11 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(monkeypatch, capsys)
     one_line(capsys, search.main([*TINY, *flags]), 'a worker was killed')
 
 
-def test_a_signal_while_cells_are_scored_ends_the_run_at_once(monkeypatch):
+def test_a_signal_while_cells_are_scored_ends_the_run_at_once(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(search.OneShot, 'score', lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert search.main([*ONESHOT, '--save', 'r']) == 130
+    assert 'stopped: the steps are saved in r: run the same' in capsys.readouterr().err
     assert run(search.main, 'r', *ONESHOT, '--resume') == run(search.main, 'whole', *ONESHOT)
 
 

@@ -213,7 +213,9 @@ def test_pictures_without_val_hold_out_about_a_fifth(capsys):
     whole = {'image_size': 8, 'test_fraction': 0.0}
     assert len(g.read('moved', whole)) == 80 and g.read('moved', whole, 'test') is None
     said = capsys.readouterr().err
-    assert f'80 pictures of 2 classes (cat, dog); the test has {len(test)}\n' in said
+    few, many = sorted(np.bincount(test.labels))
+    assert f'80 pictures of 2 classes (cat, dog); the test has {len(test)}, ' \
+        f'{few} to {many} a class\n' in said
     refused('cat has no pictures to train on', g.read, 'moved', {'test_fraction': 1 - 1e-9})
     folder_of_images('vehicles', ('bus', 'train'))      # a class may be called train
     assert g.read('vehicles', {}).classes == ['bus', 'train']
@@ -223,7 +225,8 @@ def test_pictures_without_val_hold_out_about_a_fifth(capsys):
     for name, n in (('Train', 3), ('validation', 2), ('test', 1)):
         folder_of_images(f'cased/{name}', n=n)
     assert len(g.read('cased', {})) == 6 and len(g.read('cased', {}, 'test')) == 4
-    assert '(cat, dog); the test has 4, from validation/\n' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert '(cat, dog); the test has 4, 2 to 2 a class, from validation/\n' in said
 
 
 def test_pictures_that_cannot_be_read_are_named_at_once_or_skipped(capsys):
@@ -284,8 +287,11 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
         args = retrain.parse(['--arch', 'DARTS_V2', '--holdout_patients', '0.3', '--seed', seed])
         for rows, others in ((first, second), retrain.split_rows(data, args)):
             assert len(others) and not {*patients[rows]} & {*patients[others]}
-    lines = run(retrain.main, 'n', *flags, '--data', 'chexpert', '--arch', 'r',
-                '--holdout_patients', '0.2', '--uncertain', 'ignore', '--views', 'all')
+    training = [*flags, '--data', 'chexpert', '--arch', 'r', '--holdout_patients', '0.2',
+                '--uncertain', 'ignore', '--views', 'all']
+    lines = run(retrain.main, 'n', *training)
+    run(retrain.main, 'n', *training, '--data_dir', 'elsewhere', '--resume')    # only reads it
+    assert capsys.readouterr().err.endswith('note: n was run with --data_dir d\n')
     best = min(lines, key=retrain.badness)
     row, = reports(capsys, 'n')
     assert row['test_auroc_tasks'] == pytest.approx(best['test_auroc_tasks'], abs=1e-9)
@@ -325,6 +331,8 @@ def test_search_retrain_and_evaluate_on_chest_x_rays(capsys):
     Path('d/CheXpert-v1.0-small/valid.csv').unlink()
     assert g.read('chexpert', {'data_dir': 'd'}, 'test') is None
     refused('patients, .* --data chexpert', g.read, 'd/CheXpert-v1.0-small', {})
+    one_line(capsys, evaluate.main(['n', '--test_labels', 'none.csv']), 'none.csv is no file')
+    refused('r: no train.csv in it, nor in a CheX', g.read, 'chexpert', {'data_dir': 'r'})
     next(Path('d/test').glob('*/*')).rename('d/moved')
     one_line(capsys, evaluate.main(['n', '--test_labels', 'd/labels.csv']), 'has no views')
     one_line(capsys, retrain.main([*flags, '--data', 'chexpert', '--arch', 'r', '--save', 's',
