@@ -184,11 +184,16 @@ def test(part, network, data, rows, device, workers=2):
     return measure(part, *predictions(part, network, data, rows, device, workers), data.classes)
 
 
-def bootstrap(scores, labels, classes):
-    """{class: 95% interval of its area under the ROC curve}, by drawing rows with replacement."""
+def bootstrap(scores, labels, classes, patients):
+    """{class: 95% interval of its area under the ROC curve}, by drawing patients with replacement.
+
+    patients: (N,), of which each row is.
+    """
     rng, drawn = np.random.Generator(np.random.Philox(0)), {}
+    _, patient_of = np.unique(patients, return_inverse=True)
+    rows_of = [np.flatnonzero(patient_of == k) for k in range(patient_of.max() + 1)]
     for _ in range(1000):
-        rows = rng.integers(0, len(labels), len(labels))
+        rows = np.concatenate([rows_of[k] for k in rng.integers(0, len(rows_of), len(rows_of))])
         for name, value in areas(scores[rows], labels[rows], classes).items():
             drawn.setdefault(name, []).append(value)
     return {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in drawn.items()}
@@ -275,8 +280,7 @@ def read_run(run):
     settings, log = {**about['settings'], 'code': about.get('code')}, read_log(folder)
     row = {'run': str(folder), 'type': 'search' if 'method' in settings else 'retrain',
            'finished': False, 'settings': settings, 'command': about['command'],
-           'data_sha256': (about['data_sha256'] or {}).get('images'),
-           'git_commit': about['git_commit'],
+           'data_sha256': about['data_sha256'], 'git_commit': about['git_commit'],
            'device': about['hardware']['device'], 'seed': settings['seed'], 'genotype': None,
            'epochs': sum('cells' not in line for line in log),
            'seconds': sum(line['seconds'] for line in log), 'log': log}
@@ -295,7 +299,7 @@ def read_run(run):
     row.update(arch=settings['arch'], trained_on=data_name(settings),
                finished=(folder / 'weights.pt').exists())
     last = log[-1] if log else {}
-    row.update({name: last[name] for name in last if name.split('_')[0] in PARTS})
+    row.update({name: last[name] for name in last if name.split('_')[0] in (*PARTS, 'kept')})
     return row
 
 
@@ -420,13 +424,14 @@ def report(run, device, data_dir=None, test_labels=None, alone=True):
     if not test_labels and meta.get('test_sha256') not in (None, data.sha256()):
         print(f'warning: {run}: its test images have changed since its training ended. If some '
               'were moved and not only added, they may be of the training.', file=sys.stderr)
-    names = data.files or range(len(data))
+    names = patients = data.files or range(len(data))
     if data.studies is not None:
         names = np.unique(data.studies)
+        patients = [study.split('/')[0] for study in names]
     row.update(measure('test', loss, scores, labels, data.classes), tested_on=test_labels,
                tested=(scores.numpy(), labels.numpy(), data.classes, names))
     if data.multilabel:
-        intervals, row['test_areas'] = bootstrap(*row['tested'][:3]), {}
+        intervals, row['test_areas'] = bootstrap(*row['tested'][:3], patients), {}
         for name, value in areas(scores, labels, data.classes).items():
             column = labels[:, data.classes.index(name)]
             counts = [(column == truth).sum().item() for truth in (1, 0)]
@@ -485,8 +490,8 @@ def columns():
             'fit_loss': ('final training loss', 3), 'cifar10': ('CIFAR-10 %', 2),
             'cifar100': ('CIFAR-100 %', 2), 'imagenet16': ('ImageNet16 %', 2),
             'percentile': ('percentile', 1), 'spearman': ('rank correlation', 3),
-            'spearman_given_params': ('correlation given params', 3),
-            'skips': ('skips', 1), 'nones': ('nones', 1), 'skips_normal': ('skips (normal)', 1),
+            'spearman_given_params': ('partial correlation, params', 3),
+            'skips': ('skips', 1), 'nones': ('nones', 1), 'skips_normal': ('skips normal', 1),
             'params': ('params', 0), 'params_full_size': ('params, full size', 0),
             'seconds': ('seconds, without tests', 0)}
 
@@ -522,7 +527,8 @@ def table(rows):
         shown.update(settings.get('typed', ()))
         shown.update(f'search_{name}' for name in search.get('typed', ()) if name not in NAMED)
         if row['data_sha256'] and settings['data'] not in KINDS:        # a folder may change
-            own.add(('images_sha256', row['data_sha256'][:6]))
+            hashes = [sha256[:6] for sha256 in row['data_sha256'].values()]
+            own.add(('data_sha256', '-'.join(hashes)))
         if search:
             own |= compared_settings(search, 'search_')
         elif row.get('searched_on') is None and arch != row.get('method') and '|' not in f'{arch}':
@@ -729,7 +735,7 @@ def draw_test(axis, row):
 # ---- Flags, predictions and files -----------------------------------------------------------
 
 FLAGS = {
-    'runs': Setting([], 'folders of runs, or a weights.pt'),
+    'runs': Setting([], 'folders of runs; --predict takes a weights.pt alone, too'),
     'arch': Setting(None, "a published name, a search, or a file with a genotype"),
     'json': Setting(False, 'print one JSON line for each run'),
     'csv': Setting(None, 'write the table to this file'),

@@ -1254,8 +1254,8 @@ def read_chexpert(name, s, split, table=None):
     path = Path(table or root / ('train.csv' if split == 'train' else 'valid.csv'))
     if split == 'test' and not table and not path.exists():
         if is_first():
-            print(f'warning: {path} is missing, so there is no test. Use evaluate.py '
-                  '--test_labels.', file=sys.stderr)
+            print(f'warning: {path} is missing: no test, but by evaluate.py --test_labels',
+                  file=sys.stderr)
         return None
     if not path.is_file():
         raise UserError(f'{table} is no file. Check --test_labels.' if table else
@@ -1473,7 +1473,7 @@ def decode(files, image_size, zoom=1):
 def read_image(path, image_size, zoom=1, crop=False):
     """uint8 (image_size, image_size, 3) of an image file: see resize. Grey becomes RGB."""
     with readable(f'{path}: not a readable image',
-                  'Mend it, or remove it and its row of a CSV.'), \
+                  'Mend it, or take it out of the data.'), \
             Image.open(path, formats=['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']) as image:
         return resize(image, image_size, zoom, crop)
 

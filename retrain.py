@@ -354,7 +354,7 @@ class Run:
         slow = self.device.type == 'cpu' and self.args.preset != 'laptop'
         done = self.epoch * self.steps + self.step
         print(f'{what}, {self.total:,} steps on {num_processes()} x {self.device.type}: '
-              f'{self.folder}' + (f'; going on after step {done:,}' if done else ''))
+              f'{self.folder}' + (f'; going on after step {done:,}' if done else '; a new run'))
         self.sums, self.objects, self.state, saved = sums, objects, state, self.checkpoint
         hint = '; --preset laptop or --quick takes minutes' if slow else ''
         self.progress = Progress(self.total, 'steps', done, hint)
@@ -825,7 +825,8 @@ def finish(run, args, data, test_data, stem, genotype, found_by, weights):
 
 def say(args, line):
     """Print the result, from the log's last line, and the next command."""
-    print('result:', summary(line))
+    said = {name: line[name] for name in line if not name.startswith('train_')}
+    print('result:', summary(said))
     if args.quick:
         print('this was --quick, tested on 1,000 images at most: the result means little')
     gpu = ['--gpu', str(args.gpu)] if args.gpu else []

@@ -57,7 +57,7 @@ SEARCH = {
     'layers': Setting(8, 'cells; of pdarts in its first stage', number(int, 3, 200)),
     'cells_per_stage': Setting(5, 'of nb201', number(int, 1, 60)),
     'stem': NETWORK['stem'],
-    'train_portion': Setting(0.5, "the weights' share of the images; above 1: number, to a half",
+    'train_portion': Setting(0.5, "the weights' share of the images, or how many (to a half)",
                              number(float, 0)),
     'valid_fraction': Setting(None, "the alphas' share", number(float, 0, 1)),
     'arch_learning_rate': Setting(3e-4, 'of the alphas', number(float, 0)),

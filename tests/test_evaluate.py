@@ -51,8 +51,12 @@ def test_areas_under_curves_by_hand_of_unknown_labels_and_with_intervals():
                      'fit_auroc': np.mean(list(areas.values()))}
     none = evaluate.mean_area(scores, labels, names, ['Edema', 'y'])    # never of fewer tasks
     assert none is None
-    low, high = evaluate.bootstrap(scores, labels, names)['Edema']
+    low, high = evaluate.bootstrap(scores, labels, names, range(300))['Edema']
     assert low < areas['Edema'] < high and 0.04 < high - low < 0.15     # about .76 +- .03
+    twice = [np.repeat(values, 2, 0) for values in (scores, labels)]    # says no more
+    wide = evaluate.bootstrap(*twice, names, np.repeat(range(300), 2))['Edema']
+    narrow = evaluate.bootstrap(*twice, names, range(600))['Edema']
+    assert wide == pytest.approx([low, high]) and np.diff(narrow) < 0.85 * np.diff(wide)
     few, also_few, enough = (evaluate.area_text(0.9, 0.8, 1, *counts)
                              for counts in ((9, 99), (99, 9), (10, 10)))
     assert 'too few' in few and 'too few' in also_few
@@ -119,7 +123,7 @@ def test_a_report_of_a_known_cell_and_a_table_with_seeds_in_one_line(searches, c
     assert ['arch_weight_decay=0.0 ' in line for line in lines] == [False, True, False]
 
 
-def test_a_table_keeps_apart_cells_of_one_name_and_fresh_images_of_a_set_that_is_gone(capsys):
+def test_a_table_keeps_apart_cells_of_one_name_fresh_images_and_other_labels(capsys):
     flags = [*RETRAIN[2:], *ONE_STEP]
     for k, name in enumerate(('DARTS_V1', 'DARTS_V2')):
         Path(f'{k}').mkdir()
@@ -133,8 +137,11 @@ def test_a_table_keeps_apart_cells_of_one_name_and_fresh_images_of_a_set_that_is
     for name, more in (('s0', []), ('s1', ['--fresh'])):
         run(search.main, name, *TINY[len(NOISE):], '--data', 'set', *more, *ONE_STEP)
     shutil.rmtree('set')
-    printed(capsys, 's0', 's1', '--csv', 't.csv')
-    assert [row['n'] for row in read_rows('t.csv')] == ['1', '1']
+    make_set('set', '--num_images', '64', '--label_mode', 'balanced')
+    run(search.main, 's2', *TINY[len(NOISE):], '--data', 'set', '--seed', '1', *ONE_STEP)
+    shutil.rmtree('set')
+    printed(capsys, 's0', 's1', 's2', '--csv', 't.csv')
+    assert [row['n'] for row in read_rows('t.csv')] == ['1', '1', '1']
 
 
 def test_plots_and_an_unfinished_run_beside_finished_ones(searches, capsys):
