@@ -704,10 +704,9 @@ def draw_test(axis, row):
         # A name that the font cannot show is its number, as on the sheet of a set.
         names = [name if {*map(ord, name)} <= letters.keys() else str(k)
                  for k, name in enumerate(classes)]
-        unshown = {*classes} - {*names}
+        unshown = [f'{k} is {name}' for k, name in enumerate(classes) if name != names[k]]
         if unshown:
-            print('the plot has numbers, from 0, for names that its font lacks:',
-                  ', '.join(sorted(unshown)), file=sys.stderr)
+            print("in the plot, whose font lacks letters,", ', '.join(unshown), file=sys.stderr)
         counts = np.zeros((len(classes), len(classes)), int)
         np.add.at(counts, (labels, scores.argmax(1)), 1)
         axis.imshow(counts, cmap='Blues')

@@ -1368,9 +1368,10 @@ def read_folder(root, split, s):
             where = f', from {trees[1].name}/' if len(trees) > 1 else ''
             more = ', ...' if len(classes) > 9 else ''
             counts = np.bincount(labels[is_test], minlength=len(classes))
+            sizes = f'{counts.sum()}, {counts.min()} to {counts.max()} a class{where}'
             print(f'{root}: {len(files)} pictures of {len(classes)} classes '
-                  f'({", ".join(classes[:9])}{more}); the test has {counts.sum()}, '
-                  f'{counts.min()} to {counts.max()} a class{where}', file=sys.stderr)
+                  f'({", ".join(classes[:9])}{more}); the test has '
+                  f'{sizes if counts.any() else "none"}', file=sys.stderr)
     elif not is_test.any():
         return None
     size, mine = s['image_size'] or 32, is_test == (split == 'test')

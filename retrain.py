@@ -268,7 +268,8 @@ class Run:
         for name in ('seed', *names):           # --seed first: it also changes --data_seed
             if now.get(name) != before.get(name):
                 raise UserError(f'{self.folder} was run with --{name} {before.get(name)!s:.60}, '
-                                f'not {now.get(name)!s:.60}: give the same, or another --save')
+                                f'not {now.get(name)!s:.60}, by `{content["command"]}`. Give the '
+                                'same, or another --save')
         if self.finished and now.get('data_dir') != before.get('data_dir'):     # of other data?
             print(f'note: {self.folder} was run with --data_dir {before.get("data_dir")}',
                   file=sys.stderr)

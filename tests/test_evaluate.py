@@ -232,7 +232,7 @@ def test_a_prediction_is_that_of_the_test_and_classes_are_matched_by_name(capsys
         warnings.filterwarnings('error', 'Glyph')       # which the font lacks
         assert evaluate.main([size, '--scores', 's.csv', '--plot', 'p.svg']) == 0
     assert 'predicted class' in Path('p.svg').read_text()       # a confusion matrix
-    assert 'names that its font lacks: 鸟' in capsys.readouterr().err
+    assert '2 is 鸟' in capsys.readouterr().err
     lines = read_rows('s.csv')
     assert list(lines[0]) == ['image', 'label', 'score', 'true'] and len(lines) == 24 * 3
     assert all((line['true'] == '1') == (Path(line['image']).parent.name == line['label'])

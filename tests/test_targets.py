@@ -215,7 +215,7 @@ def test_pictures_without_val_hold_out_about_a_fifth(capsys):
     said = capsys.readouterr().err
     few, many = sorted(np.bincount(test.labels))
     assert f'80 pictures of 2 classes (cat, dog); the test has {len(test)}, ' \
-        f'{few} to {many} a class\n' in said
+        f'{few} to {many} a class\n' in said and '(cat, dog); the test has none\n' in said
     refused('cat has no pictures to train on', g.read, 'moved', {'test_fraction': 1 - 1e-9})
     folder_of_images('vehicles', ('bus', 'train'))      # a class may be called train
     assert g.read('vehicles', {}).classes == ['bus', 'train']
