@@ -706,7 +706,7 @@ def draw_test(axis, row):
                  for k, name in enumerate(classes)]
         unshown = [f'{k} is {name}' for k, name in enumerate(classes) if name != names[k]]
         if unshown:
-            print("in the plot, whose font lacks letters,", ', '.join(unshown), file=sys.stderr)
+            print("the plot's font lacks letters:", ', '.join(unshown), file=sys.stderr)
         counts = np.zeros((len(classes), len(classes)), int)
         np.add.at(counts, (labels, scores.argmax(1)), 1)
         axis.imshow(counts, cmap='Blues')

@@ -1254,8 +1254,8 @@ def read_chexpert(name, s, split, table=None):
     path = Path(table or root / ('train.csv' if split == 'train' else 'valid.csv'))
     if split == 'test' and not table and not path.exists():
         if is_first():
-            print(f'warning: {path} is missing: no test, but by evaluate.py --test_labels',
-                  file=sys.stderr)
+            print(f'warning: {path} is missing, so there is no test. See evaluate.py '
+                  '--test_labels.', file=sys.stderr)
         return None
     if not path.is_file():
         raise UserError(f'{table} is no file. Check --test_labels.' if table else
@@ -1439,8 +1439,8 @@ def list_images(folder):
         pairs = make_dataset(folder, numbers, IMG_EXTENSIONS, allow_empty=True)
         empty = {*numbers.values()} - {label for _, label in pairs}
         if empty:
-            raise UserError(f'{folder / classes[min(empty)]}: no pictures in it. Add some, or '
-                            'remove the folder.')
+            raise UserError(f'{folder / classes[min(empty)]}: no JPEG, PNG, BMP, WebP, TIFF or '
+                            'PPM in it. Add some, or remove the class.')
         files, labels = zip(*pairs)
     return classes, np.array([Path(file) for file in files]), np.array(labels)
 

@@ -122,7 +122,7 @@ SAID = {'train_loss': 'training loss {:.3f}', 'train_accuracy': 'accuracy {:.1%}
         'skips_normal': 'skips in the normal cell: {}', 'skips_reduce': 'in the reduction cell: {}',
         'skips_cell': 'skips: {}',
         'truth_for_analysis_only': 'true CIFAR-10 accuracy of this cell {[cifar10]:.2f}%',
-        'kept_after_epochs': 'kept and tested: the network after epoch {}'}
+        'kept_after_epochs': 'kept: the network after epoch {}'}
 
 
 def settle(doc, tables, argv, presets, defaults_for):
@@ -270,9 +270,9 @@ class Run:
                 raise UserError(f'{self.folder} was run with --{name} {before.get(name)!s:.60}, '
                                 f'not {now.get(name)!s:.60}, by `{content["command"]}`. Give the '
                                 'same, or another --save')
-        if self.finished and now.get('data_dir') != before.get('data_dir'):     # of other data?
-            print(f'note: {self.folder} was run with --data_dir {before.get("data_dir")}',
-                  file=sys.stderr)
+        place = before.get('data_dir')
+        if self.finished and place not in (None, now.get('data_dir')):      # its data may be others
+            print(f'note: {self.folder} was run with --data_dir {place}', file=sys.stderr)
         began = {path.name: path.read_bytes() for path in (self.folder / 'scripts').glob('*.py')}
         changed = [name for name, script in self.scripts.items() if began.get(name) != script]
         if changed:
@@ -428,15 +428,15 @@ class Run:
 
     def save(self, epoch, step):
         """Write checkpoint and log, `step` steps into `epoch`; a signal that came ends the run."""
-        self.epoch, self.step, self.saved = epoch, step, time.time()
-        if num_processes() == 1:                # a signal may come after the last step as well
-            self.stop = self.caught
         content = {name: target.state_dict() for name, target in self.objects.items()}
         content.update(self.state(), epoch=epoch, step=step, log=self.log, seconds=self.seconds,
                        sums=torch.stack(gather(self.sums.cpu())),
                        random=gather(random_states(self.device)))
         if is_first():
             write_file(self.folder / 'checkpoint.pt', content)
+        self.epoch, self.step, self.saved = epoch, step, time.time()
+        if num_processes() == 1:                # a signal may come after the last step as well
+            self.stop = self.caught
         self.write_log()
         if self.stop:
             print(f'saved in {self.folder}: run the same with --resume')

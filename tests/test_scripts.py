@@ -192,6 +192,20 @@ def test_a_signal_while_cells_are_scored_ends_the_run_at_once(monkeypatch, capsy
     assert run(search.main, 'r', *ONESHOT, '--resume') == run(search.main, 'whole', *ONESHOT)
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_when_it_is(monkeypatch, capsys):
+    def write(path, content):
+        if path.name == 'checkpoint.pt' and content['epoch'] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        write_file(path, content)
+
+    write_file = retrain.write_file
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain, 'write_file', write)
+        assert search.main([*TINY, '--save', 'r']) == 130
+    assert 'saved in r: run the same' in capsys.readouterr().out
+    assert run(search.main, 'r', *TINY, '--resume') == run(search.main, 'whole', *TINY)
+
+
 @pytest.mark.parametrize('main, flags', [(search.main, TINY), (retrain.main, RETRAIN)])
 def test_a_lost_log_is_written_again_a_lost_checkpoint_starts_again_and_the_end_is_skipped(
         main, flags, capsys):
