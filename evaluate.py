@@ -187,7 +187,7 @@ def test(part, network, data, rows, device, workers=2):
 def bootstrap(scores, labels, classes, patients):
     """{class: 95% interval of its area under the ROC curve}, by drawing patients with replacement.
 
-    patients: (N,), of which each row is.
+    scores, labels: (N, classes) arrays; labels below 0 are unknown. patients: (N,), of each row.
     """
     rng, drawn = np.random.Generator(np.random.Philox(0)), {}
     _, patient_of = np.unique(patients, return_inverse=True)

@@ -1473,8 +1473,7 @@ def decode(files, image_size, zoom=1):
 
 def read_image(path, image_size, zoom=1, crop=False):
     """uint8 (image_size, image_size, 3) of an image file: see resize. Grey becomes RGB."""
-    with readable(f'{path}: not a readable image',
-                  'Mend it, or take it out of the data.'), \
+    with readable(f'{path}: not a readable image', 'Mend it, or take it out of the data.'), \
             Image.open(path, formats=['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM']) as image:
         return resize(image, image_size, zoom, crop)
 

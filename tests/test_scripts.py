@@ -66,7 +66,7 @@ def test_a_retraining_leaves_weights_and_measures_the_fit():
     assert meta['found_by']['data'] is None and not network.training
 
 
-def test_the_epoch_that_is_kept_is_the_one_that_is_best_on_held_out_images():
+def test_the_epoch_that_is_kept_is_the_one_that_is_best_on_held_out_images(capsys):
     flags = [*RETRAIN, '--holdout_patients', '0.5', '--epochs', '6', '--learning_rate', '0.5',
              '--seed', '3']
     lines = run(retrain.main, 'r', *flags)
@@ -78,6 +78,8 @@ def test_the_epoch_that_is_kept_is_the_one_that_is_best_on_held_out_images():
     found = evaluate.test('holdout', network, data, held, CPU)
     assert found['holdout_loss'] == pytest.approx(best['holdout_loss'], rel=1e-5)
     assert lines[-1]['kept_after_epochs'] == best['epoch'] + 1
+    result = re.search('result: kept: the network after epoch .*', capsys.readouterr().out)[0]
+    assert 'training loss' not in result                # which is of the last epoch
     assert evaluate.mean_of(lines[-2], 'holdout_error') == lines[-2]['holdout_error']
     assert evaluate.mean_of(lines[-1], 'holdout_error') is None         # no jump in the plot
 
